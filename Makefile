@@ -1,0 +1,40 @@
+# Every target sets up what it needs: `make train` works in a fresh clone.
+#
+# TORCH replaces the torch that constraints.txt pins, for a CUDA build or another version:
+#     make train TORCH="torch==2.13.0+cu130"
+# (pip's own PIP_EXTRA_INDEX_URL says where to find such a build.)
+# PYTHON is the interpreter that makes the virtual environment: 3.11 or newer.
+
+TORCH ?=
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamp's name holds the choice of torch, so that another choice installs again.
+STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+
+.PHONY: train test check setup clean
+.DELETE_ON_ERROR:
+
+train: setup
+	$(BIN)/evenflow train examples/train_gpt.toml
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; },cat constraints.txt) > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(VENV)/constraints.txt
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,30 @@
+"""Evenflow: pipeline parallelism for PyTorch models that are too big for one device."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evenflow.launcher import launch
+    from evenflow.pipe.build import pipeline
+    from evenflow.pipe.pipeline import Pipeline
+    from evenflow.pipe.result import StepResult
+    from evenflow.runtime.microbatch import Microbatches
+
+__version__ = "0.1.0"
+__all__ = ["Microbatches", "Pipeline", "StepResult", "launch", "pipeline"]
+
+# Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
+_HOMES = {
+    "Microbatches": "evenflow.runtime.microbatch",
+    "Pipeline": "evenflow.pipe.pipeline",
+    "StepResult": "evenflow.pipe.result",
+    "launch": "evenflow.launcher",
+    "pipeline": "evenflow.pipe.build",
+}
+
+
+def __getattr__(name: str) -> Any:  # whatever the name stands for
+    if name in _HOMES:
+        # Not kept in globals(): a submodule of the same name (`launch`) would take its place.
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'evenflow' has no attribute {name!r}")

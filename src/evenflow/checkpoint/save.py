@@ -1,0 +1,34 @@
+"""Saving: a torch.distributed.checkpoint folder that becomes visible only when it is whole."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from evenflow.runtime.world import World
+
+
+def save_checkpoint(
+    folder: Path, world: World, *, parameters: Mapping[str, torch.Tensor], optimizers: Mapping[int, Any], step: int
+) -> None:
+    """Write `folder`: parameters under the model's own names, optimizer state by stage; collective.
+
+    Every rank gives what it owns. An existing folder is replaced once the new one is complete.
+    """
+    state = {
+        "model": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": {f"stage{stage}": optimizer.state_dict() for stage, optimizer in optimizers.items()},
+        "step": step,
+    }
+    partial = folder.with_name(folder.name + ".partial")
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    world.gather(None)  # nobody writes before the old remains are gone
+    dcp.save(state, checkpoint_id=partial, no_dist=world.size == 1)
+    if world.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    world.gather(None)  # nobody goes on before the folder is there

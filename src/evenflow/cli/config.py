@@ -1,0 +1,284 @@
+"""What a run is: the model, the data, the training and the pipeline, as one value read from TOML or flags.
+
+Every number is checked where it enters, by the class that holds it, so that a wrong one stops the command
+before a process starts.
+"""
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin
+
+from evenflow.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionModel:
+    """A model built by a function: `MODULE:FUNCTION` or `FILE.py:FUNCTION`, called with `arguments`."""
+
+    reference: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderModel:
+    """A causal language model and its tokenizer in a Hugging Face folder."""
+
+    folder: Path
+
+
+ModelChoice: TypeAlias = FunctionModel | FolderModel
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleData:
+    """No data of its own: every step gets the example batch that came with the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextData:
+    """Text, cut into random windows. Without `paths` it is the documentation that ships inside CPython.
+
+    `batch_size` sequences of `length` tokens make a batch; the last `held_out` share (0 to 1) of the text
+    is never trained on.
+    """
+
+    paths: tuple[Path, ...] = ()
+    batch_size: int = 16
+    length: int = 128
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.length", self.length, 2)
+        _between("data.held_out", self.held_out, 0.01, 0.5)
+
+
+DataChoice: TypeAlias = ExampleData | TextData
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How long and how fast: AdamW, a linear warm-up, then a cosine down to a tenth of the rate."""
+
+    steps: int = 500
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    seed: int = 0
+    validate_every: int = 250
+
+    def __post_init__(self) -> None:
+        _at_least("training.steps", self.steps, 1)
+        _between("training.learning_rate", self.learning_rate, 1e-12, 100.0)
+        _at_least("training.warmup_steps", self.warmup_steps, 0)
+        _between("training.weight_decay", self.weight_decay, 0.0, 100.0)
+        _at_least("training.seed", self.seed, 0)
+        _at_least("training.validate_every", self.validate_every, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipelining:
+    """How the model is cut and fed. `stages=None`: one per GPU, or two on a machine without."""
+
+    stages: int | None = None
+    schedule: str = "1f1b"
+    num_microbatches: int | None = None
+    microbatch_size: int | None = None
+    split: tuple[str, ...] = ()
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "num_microbatches", "microbatch_size"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(f"pipeline.{name}", value, 1)
+        if self.num_microbatches is not None and self.microbatch_size is not None:
+            raise ConfigError(
+                f"pipeline.num_microbatches = {self.num_microbatches} and pipeline.microbatch_size = "
+                f"{self.microbatch_size} are both given: each follows from the other, so leave one out"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """All that `evenflow train` needs to know; `name` is that of the run and of its folder under runs/."""
+
+    name: str
+    model: ModelChoice
+    data: DataChoice
+    training: Training = field(default_factory=Training)
+    pipeline: Pipelining = field(default_factory=Pipelining)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read a run from a TOML file. Paths inside it count from the file's own folder.
+
+    Raises:
+        ConfigError: The file cannot be read or is no TOML; a key is unknown (the nearest known one is
+            suggested), has the wrong type or lies out of its range; the model is missing.
+
+    Example:
+        >>> read_config(Path("examples/train_gpt.toml")).name  # doctest: +SKIP
+        'train_gpt'
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no TOML file: it is not UTF-8 text ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    try:
+        _check_keys(content)
+        return RunConfig(
+            name=_name(content.get("name", path.stem)),
+            model=_model(content.get("model"), path.parent),
+            data=_data(content.get("data"), path.parent),
+            training=_section(Training, content.get("training", {}), "training"),
+            pipeline=_section(Pipelining, content.get("pipeline", {}), "pipeline"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _name(value: object) -> str:
+    name = _convert(value, str, "name")
+    assert isinstance(name, str), "converted"
+    if not name or Path(name).name != name:
+        raise ConfigError(
+            f"name = {name!r} names a folder under runs/, so it cannot be empty or hold a slash"
+        )
+    return name
+
+
+_MODEL_KEYS = ("function", "arguments", "folder")
+
+
+def _known_keys() -> Mapping[str, tuple[str, ...]]:
+    """The keys of each table of the TOML; the top level's under ''."""
+    return {
+        "": ("name", "model", "data", "training", "pipeline"),
+        "model": _MODEL_KEYS,
+        "data": tuple(each.name for each in fields(TextData)),
+        "training": tuple(each.name for each in fields(Training)),
+        "pipeline": tuple(each.name for each in fields(Pipelining)),
+    }
+
+
+def _check_keys(content: Mapping[str, object]) -> None:
+    known = _known_keys()
+    for key, value in content.items():
+        if key not in known[""]:
+            raise _unknown_key(key, table="", known=known)
+        if key == "name":
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} = {value!r} must be a table: write [{key}] on a line of its own")
+        for inner in value:
+            if inner not in known[key]:
+                raise _unknown_key(inner, table=key, known=known)
+
+
+def _unknown_key(key: str, *, table: str, known: Mapping[str, tuple[str, ...]]) -> ConfigError:
+    nearest = _nearest_key(key, table=table, known=known)
+    hint = f"; did you mean {nearest!r}?" if nearest else "."
+    place = f"[{table}]" if table else "The top level"
+    return ConfigError(f"unknown key {_full(table, key)!r}{hint} {place} takes: {', '.join(known[table])}")
+
+
+def _nearest_key(key: str, *, table: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
+    """A known key that the unknown one may have meant: the same in another table, or one spelt much alike."""
+    for other, keys in known.items():
+        if key in keys:
+            return _full(other, key)
+    for other in (table, *known):
+        for match in difflib.get_close_matches(key, known[other], n=1):
+            return _full(other, match)
+    return None
+
+
+def _full(table: str, key: str) -> str:
+    return f"{table}.{key}" if table else key
+
+
+def _model(table: object, folder: Path) -> ModelChoice:
+    match table:
+        case {"function": str(reference), **rest} if "folder" not in rest:
+            arguments = rest.get("arguments", {})
+            if not isinstance(arguments, dict):
+                raise ConfigError(
+                    f"model.arguments = {arguments!r} must be a table of the function's arguments"
+                )
+            return FunctionModel(_from_folder(reference, folder), arguments)
+        case {"folder": str(path), **rest} if not rest:
+            return FolderModel(folder / path)
+        case _:
+            raise ConfigError(
+                '[model] must say which model to train: either function = "FILE.py:FUNCTION" (or '
+                '"MODULE:FUNCTION"), with its arguments if it takes any, or folder = "a Hugging Face folder"'
+            )
+
+
+def _from_folder(reference: str, folder: Path) -> str:
+    """A `FILE.py:FUNCTION` of a configuration file counts from that file's folder."""
+    place, colon, function = reference.rpartition(":")
+    return f"{folder / place}{colon}{function}" if place.endswith(".py") else reference
+
+
+def _data(table: object, folder: Path) -> DataChoice:
+    if table is None:
+        return ExampleData()
+    data = _section(TextData, table, "data")
+    return TextData(
+        paths=tuple(folder / path for path in data.paths),
+        batch_size=data.batch_size,
+        length=data.length,
+        held_out=data.held_out,
+    )
+
+
+S = TypeVar("S")
+
+
+def _section(kind: type[S], table: object, place: str) -> S:
+    """Build one of the dataclasses from its table, whose keys have been checked."""
+    assert isinstance(table, dict), "checked with the keys"
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _convert(value, hints[key], f"{place}.{key}") for key, value in table.items()})
+
+
+# The hint is a type, a union or a generic alias: `Any`, because Python has no common type for these.
+def _convert(value: object, hint: Any, place: str) -> object:
+    """The TOML value as the field's type; the reason where it cannot be."""
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in get_args(hint) if option is not types.NoneType)
+    if get_origin(hint) is tuple:
+        element = get_args(hint)[0]
+        if not isinstance(value, list):
+            raise ConfigError(f"{place} = {value!r} must be a list, in square brackets")
+        return tuple(_convert(each, element, place) for each in value)
+    # In Python a bool is an int; in a configuration it is a mistake.
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    names = {int: "a whole number", float: "a number", str: "a string", Path: "a path", bool: "true or false"}
+    raise ConfigError(f"{place} = {value!r} must be {names[hint]}")
+
+
+def _at_least(place: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{place} = {value} must be at least {least}")
+
+
+def _between(place: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{place} = {value} must lie between {least} and {most}")

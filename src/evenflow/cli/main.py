@@ -1,0 +1,126 @@
+"""The `evenflow` command: its subcommands, their flags, and how an error looks to the user."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from evenflow.errors import EvenflowError
+
+# Of the commands that ended because of an error: 2, which shells use for "called wrongly", and what
+# follows it in the same file of errors.
+_EXIT_CODE = 2
+
+app = typer.Typer(
+    name="evenflow",
+    help="Pipeline parallelism for PyTorch: an ordinary model, cut into balanced stages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"evenflow {metadata.version('evenflow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """The options that stand before a command."""
+
+
+@app.command("train")
+def train_command(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG.toml|MODULE:FUNCTION",
+            help="A configuration file, or a function (MODULE:FUNCTION or FILE.py:FUNCTION) that returns the "
+            "model, the loss function and an example batch.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder: a model and its tokenizer.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE_OR_FOLDER",
+            help="Text to train on; repeat it for more. Default: the configuration's, or the documentation "
+            "that ships inside Python.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="How many batches to train on.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch of text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a sequence of text.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where the random numbers start.")] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Into how many stages to cut. Default: one per GPU, or 2 without GPUs.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="The order of work, such as gpipe or 1f1b.")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Into how many microbatches to split a batch.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write. Default: runs/ and the run's name.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
+    ] = None,
+) -> None:
+    """Train a model as a pipeline: one process per stage."""
+    # torch takes seconds to import, which --help and --version need not wait for.
+    from evenflow.cli.train import Flags, train
+
+    train(
+        Flags(
+            source=source,
+            model=model,
+            data=tuple(data or ()),
+            steps=steps,
+            batch_size=batch_size,
+            length=length,
+            learning_rate=learning_rate,
+            seed=seed,
+            stages=stages,
+            schedule=schedule,
+            num_microbatches=microbatches,
+            out=out,
+            device=device,
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default the process's own; an `EvenflowError` becomes one red message.
+
+    Exits with 0, 2 for an error that the user can read, 130 for Ctrl-C.
+
+    Example:
+        >>> main(["--version"])  # doctest: +SKIP
+        evenflow 0.1.0
+    """
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except EvenflowError as error:
+        console = Console(stderr=True)
+        # `Text`, because a message may hold square brackets, which rich would take for markup.
+        console.print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            console.print(Text(note, style="dim"), soft_wrap=True)
+        raise SystemExit(_EXIT_CODE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

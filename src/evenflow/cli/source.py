@@ -1,0 +1,212 @@
+"""Where a command's model comes from: a function that the user names, or a Hugging Face folder.
+
+Every command that needs a model takes a function that returns three things: the model, the function that
+computes the loss of one microbatch, and an example batch. A folder is made into the same three.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice
+from evenflow.cli.text import Tokenize, bytes_as_tokens
+from evenflow.errors import ConfigError
+
+# A loss function is the user's: it takes the model and a microbatch, any tree, and returns a loss or
+# (loss, metrics). `Any`, because the shape of neither is ours to say.
+LossFunction = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # a model has no equality
+class ModelSource:
+    """A model ready to be cut, its loss function, an example batch and how text becomes its tokens."""
+
+    model: nn.Module
+    loss: LossFunction
+    example: Any  # the user's batch: any tree of tensors and plain values
+    tokenize: Tokenize
+
+
+def find_function(reference: str) -> Callable[..., object]:
+    """The function that `MODULE:FUNCTION` or `FILE.py:FUNCTION` names; its module is imported.
+
+    Raises:
+        ConfigError: The reference has another form, or there is no such file, module or function (the
+            nearest names are suggested), or the import fails.
+
+    Example:
+        >>> find_function("math:sqrt")(9.0)
+        3.0
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise ConfigError(
+            f"{reference!r} names no model: give a CONFIG.toml, MODULE:FUNCTION or FILE.py:FUNCTION"
+        )
+    module = _load_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    function = getattr(module, name, None)
+    if callable(function):
+        return function  # type: ignore[no-any-return]  # mypy sees getattr's Any
+    if function is not None:
+        raise ConfigError(f"{reference}: {name} is a {type(function).__name__}, not a function")
+    candidates = [
+        each for each, value in vars(module).items() if callable(value) and not each.startswith("_")
+    ]
+    nearest = difflib.get_close_matches(name, candidates, n=3)
+    hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
+    raise ConfigError(f"{place} has no function {name!r}{hint}")
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path} to take a model from")
+    path = path.resolve()
+    # As with `python FILE.py`, what lies beside the file can be imported by it.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    # A name of its own, so that a file called random.py does not take the place of another module.
+    name = f"_evenflow_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "the path ends in .py"
+    assert spec.loader is not None, "the path ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by its name while they are defined.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"importing {path} failed: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    # As with `python -m`, modules of the current folder can be named.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"there is no module {error.name!r}; to name a file, write its path: FILE.py:FUNCTION"
+            ) from error
+        raise ConfigError(f"importing {name} failed: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"importing {name} failed: {type(error).__name__}: {error}") from error
+
+
+def check_source(choice: ModelChoice) -> None:
+    """Refuse, before any process starts, a model that cannot be found; nothing is built yet.
+
+    Example:
+        >>> check_source(FunctionModel("math:sqrt"))
+    """
+    match choice:
+        case FunctionModel(reference=reference):
+            find_function(reference)
+        case FolderModel(folder=folder):
+            if not (folder / "config.json").is_file():
+                raise ConfigError(f"{folder} is no Hugging Face model folder: it holds no config.json")
+            _import_transformers()
+
+
+def build(choice: ModelChoice, *, seed: int) -> ModelSource:
+    """Build the model: the same weights on every rank that passes the same `seed`.
+
+    Raises:
+        ConfigError: The model cannot be found, or its function did not return the three things.
+
+    Example:
+        >>> build(FunctionModel("examples/gpt.py:build"), seed=0).example["labels"].shape  # doctest: +SKIP
+        torch.Size([16, 128])
+    """
+    torch.manual_seed(seed)
+    match choice:
+        case FunctionModel(reference=reference, arguments=arguments):
+            return _build_from_function(reference, arguments)
+        case FolderModel(folder=folder):
+            return _build_from_folder(folder)
+
+
+def _build_from_function(reference: str, arguments: Mapping[str, object]) -> ModelSource:
+    function = find_function(reference)
+    try:
+        built = function(**arguments)
+    except TypeError as error:
+        # Only a wrong call is the configuration's fault; a TypeError from inside is the function's own.
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            raise ConfigError(f"{reference} cannot be called with {dict(arguments)}: {error}") from error
+        raise
+    match built:
+        case (nn.Module() as model, loss, example) if callable(loss):
+            return ModelSource(model=model, loss=loss, example=example, tokenize=bytes_as_tokens)
+        case tuple():
+            found = "(" + ", ".join(type(each).__name__ for each in built) + ")"
+        case _:
+            found = type(built).__name__
+    raise ConfigError(
+        f"{reference} returned {found}: it must return (model, loss function, example batch), where the "
+        "model is a torch.nn.Module and the loss function is called as loss(model, microbatch)"
+    )
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------
+
+
+def _import_transformers() -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ConfigError(
+            "a Hugging Face folder needs the package transformers: pip install 'evenflow[hf]'"
+        ) from error
+
+
+def _build_from_folder(folder: Path) -> ModelSource:
+    """The folder's model: with its weights where it holds them, else with fresh ones."""
+    transformers = _import_transformers()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = (
+            transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, local_files_only=True, dtype=torch.float32
+            )
+            if weights
+            else transformers.AutoModelForCausalLM.from_config(config)
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot load a causal language model and its tokenizer from {folder}: {error}"
+        ) from error
+    model.config.use_cache = False  # the cache serves generation; in training it is only memory
+
+    def tokenize(text: bytes) -> Tensor:
+        try:
+            decoded = text.decode("utf-8")
+        except UnicodeDecodeError:
+            # The held-out boundary may fall inside a character; anything worse is not text.
+            decoded = text.decode("utf-8", errors="ignore")
+            if len(decoded.encode()) < len(text) - 6:
+                raise ConfigError(f"the text is not UTF-8, which the tokenizer of {folder} needs") from None
+        return torch.tensor(tokenizer(decoded, add_special_tokens=False, verbose=False)["input_ids"])
+
+    example = {
+        "input_ids": torch.zeros(1, 8, dtype=torch.int64),
+        "labels": torch.zeros(1, 8, dtype=torch.int64),
+    }
+    return ModelSource(model=model, loss=_own_loss, example=example, tokenize=tokenize)
+
+
+def _own_loss(model: Any, microbatch: Mapping[str, Tensor]) -> Any:  # Hugging Face's classes are not typed
+    return model(**microbatch).loss

@@ -1,0 +1,195 @@
+"""`evenflow train`: from what the user typed to a complete `Job`, checked, and then the ranks are started."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from evenflow.cli.config import (
+    DataChoice,
+    ExampleData,
+    FolderModel,
+    FunctionModel,
+    Pipelining,
+    RunConfig,
+    TextData,
+    read_config,
+)
+from evenflow.cli.source import check_source
+from evenflow.cli.text import bytes_as_tokens, make_corpus, read_text
+from evenflow.cli.training import Job, run_rank
+from evenflow.errors import ConfigError
+from evenflow.launcher import launch
+from evenflow.schedules import catalog
+
+_NUM_CPU_STAGES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the command line said, over what the configuration file says; None where it said nothing."""
+
+    source: str | None = None
+    model: Path | None = None
+    data: Sequence[Path] = ()
+    steps: int | None = None
+    batch_size: int | None = None
+    length: int | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+    stages: int | None = None
+    schedule: str | None = None
+    num_microbatches: int | None = None
+    out: Path | None = None
+    device: str | None = None
+
+
+def train(flags: Flags) -> None:
+    """Check everything that can be checked in this process, then train on one process per stage.
+
+    Raises:
+        EvenflowError: Whatever stops the run; before the ranks start wherever it can be known by then.
+    """
+    job = make_job(flags)
+    ranks = f"{job.num_stages} process{'es' if job.num_stages > 1 else ''} × 1 thread"
+    Console().print(f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False)
+    launch(run_rank, job, nproc=job.num_stages)
+
+
+def make_job(flags: Flags) -> Job:
+    """Merge flags and configuration, fill in what depends on the machine, and check the result.
+
+    Raises:
+        ConfigError: The first thing found that cannot work.
+    """
+    config = _overridden(_config(flags), flags)
+    catalog.get(config.pipeline.schedule)  # an unknown one is refused here, with the list
+    device = _device(flags.device)
+    num_stages = config.pipeline.stages or (
+        torch.cuda.device_count() if device == "cuda" else _NUM_CPU_STAGES
+    )
+    if device == "cuda" and num_stages > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_stages} stages on CUDA need as many devices, and this machine has "
+            f"{torch.cuda.device_count()}: lower --stages, or use --device cpu"
+        )
+    out = flags.out or Path("runs") / config.name
+    _check_out(out)
+    _check_data(config)
+    check_source(config.model)
+    return Job(config=config, num_stages=num_stages, device=device, out=out)
+
+
+def _config(flags: Flags) -> RunConfig:
+    """The run that the source names, before the other flags."""
+    match flags.source, flags.model:
+        case None, None:
+            raise ConfigError("nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER")
+        case None, Path() as folder:
+            return RunConfig(name=folder.resolve().name, model=FolderModel(folder), data=TextData())
+        case str(source), model if source.endswith(".toml"):
+            config = read_config(Path(source))
+            if model is None:
+                return config
+            text = config.data if isinstance(config.data, TextData) else TextData()
+            return dataclasses.replace(config, model=FolderModel(model), data=text)
+        case str(source), None:
+            function = source.rpartition(":")[2]
+            return RunConfig(name=_file_name(function), model=FunctionModel(source), data=ExampleData())
+        case source, model:
+            raise ConfigError(f"two models are given, {source} and --model {model}: leave one out")
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "_", name) or "run"
+
+
+def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
+    training = {
+        "steps": flags.steps,
+        "learning_rate": flags.learning_rate,
+        "seed": flags.seed,
+    }
+    pipeline = {
+        "stages": flags.stages,
+        "schedule": flags.schedule,
+    }
+    return dataclasses.replace(
+        config,
+        data=_overridden_data(config.data, flags),
+        training=dataclasses.replace(config.training, **_given(training)),
+        pipeline=_with_microbatches(dataclasses.replace(config.pipeline, **_given(pipeline)), flags),
+    )
+
+
+def _with_microbatches(pipeline: Pipelining, flags: Flags) -> Pipelining:
+    if flags.num_microbatches is None:
+        return pipeline
+    # The flag takes the place of either way in which the file may have said it.
+    return dataclasses.replace(pipeline, num_microbatches=flags.num_microbatches, microbatch_size=None)
+
+
+def _overridden_data(data: DataChoice, flags: Flags) -> DataChoice:
+    sizes = _given({"batch_size": flags.batch_size, "length": flags.length})
+    match data:
+        case ExampleData():
+            if flags.data:
+                return dataclasses.replace(TextData(paths=tuple(flags.data)), **sizes)
+            if sizes:
+                name = next(iter(sizes)).replace("_", "-")
+                raise ConfigError(
+                    f"--{name} shapes batches of text, and this run has none: its only batch is the example "
+                    "that the model's function returns; add --data FILE_OR_FOLDER"
+                )
+            return data
+        case TextData():
+            return dataclasses.replace(data, paths=tuple(flags.data) or data.paths, **sizes)
+
+
+# `Any`: the values have the types of the fields that they will fill, which a dict cannot say.
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _device(asked: str | None) -> str:
+    match asked:
+        case None:
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        case "cpu":
+            return "cpu"
+        case "cuda" if torch.cuda.is_available():
+            return "cuda"
+        case "cuda":
+            built = torch.version.cuda
+            reason = "finds no CUDA device" if built else "was built without CUDA"
+            raise ConfigError(
+                f"--device cuda: torch {torch.__version__} {reason}; use --device cpu, or install a CUDA "
+                "build on a machine with a GPU"
+            )
+        case _:
+            raise ConfigError(f"--device {asked}: there are cpu and cuda")
+
+
+def _check_out(out: Path) -> None:
+    for place in (out, *out.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise ConfigError(f"cannot write the run to {out}: {place} is a file, not a folder")
+
+
+def _check_data(config: RunConfig) -> None:
+    match config.data, config.model:
+        case TextData() as data, FunctionModel():
+            make_corpus(
+                read_text(data.paths), tokenize=bytes_as_tokens, held_out=data.held_out, length=data.length
+            )
+        case TextData() as data, FolderModel():
+            read_text(data.paths)  # how many tokens it has is known once the tokenizer is there
+        case _:
+            pass

@@ -1,0 +1,210 @@
+"""The training run itself, as each rank executes it.
+
+Every rank runs this same loop; the pipeline decides what a call means on this rank, and only the main
+rank's console speaks.
+"""
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils import _pytree as pytree
+
+import evenflow
+from evenflow.cli.config import DataChoice, ExampleData, RunConfig, TextData, Training
+from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
+from evenflow.cli.source import ModelSource, build
+from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
+from evenflow.view.picture import draw_timelines
+
+# Reading a loss waits for the device, so it is read only now and then.
+_READ_EVERY = 10
+# The last training loss is the mean of so many steps, because one batch's is noisy.
+_NUM_LAST_LOSSES = 20
+_FINAL_RATE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run with nothing left open: what each rank is sent."""
+
+    config: RunConfig
+    num_stages: int
+    device: str
+    out: Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # batches have no equality
+class Feed:
+    """The batches of a run; `loss_scale` turns the model's loss into the units of the validation loss."""
+
+    batches: Iterable[Any]  # the user's batches: any tree
+    validation: Sequence[Any]
+    units: Units
+    loss_scale: float
+
+
+def run_rank(job: Job) -> None:
+    """Train as one rank of `job`: print the cut and the progress, validate, write checkpoint and picture.
+
+    Raises:
+        EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
+    """
+    config = job.config
+    source = build(config.model, seed=config.training.seed)
+    feed = _make_feed(config.data, source, config.training)
+    pipe = evenflow.pipeline(
+        source.model,
+        loss=source.loss,
+        example=feed.validation[0],
+        optimizer=lambda named_parameters: torch.optim.AdamW(
+            named_parameters,
+            lr=config.training.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=config.training.weight_decay,
+        ),
+        scheduler=_warmup_then_cosine(config.training),
+        stages=job.num_stages,
+        schedule=config.pipeline.schedule,
+        microbatch_size=config.pipeline.microbatch_size,
+        num_microbatches=config.pipeline.num_microbatches,
+        split=list(config.pipeline.split) or None,
+        exact=config.pipeline.exact,
+        seed=config.training.seed,
+        device=job.device,
+    )
+    try:
+        _train(pipe, feed, job)
+    finally:
+        pipe.close()
+
+
+def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
+    console = Console(quiet=not pipe.is_main)
+    print_cut(console, pipe.cut)
+    training = job.config.training
+    last_losses: deque[Any] = deque(maxlen=_NUM_LAST_LOSSES)  # lazy: each is read once, at the end
+    first_loss = math.nan
+    pace = _Pace()
+    with ProgressReport(console, num_steps=training.steps, units=feed.units) as report:
+        report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
+        pace.resume()
+        for number, batch in enumerate(pipe.feed(feed.batches), start=1):
+            result = pipe.step(batch)
+            last_losses.append(result.loss)
+            if number == 1:
+                first_loss = float(result.loss)
+            validates = number % training.validate_every == 0 and number < training.steps
+            if validates or number == 1 or number % _READ_EVERY == 0 or number == training.steps:
+                loss = float(result.loss)
+                pace.count(number)
+                report.step(number, loss=loss, step_seconds=pace.recent_seconds)
+            if validates:
+                report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
+                pace.resume()
+    # Before the last validation, which would be the last step.
+    predicted, measured = pipe.timelines()
+    summary = Summary(
+        first_loss=first_loss,
+        last_loss=math.fsum(float(loss) for loss in last_losses) / len(last_losses),
+        validation_loss=_validate(pipe, feed),
+        step_seconds=pace.mean_seconds,
+        bubble=measured.bubble,
+    )
+    pipe.save(job.out / "checkpoint")
+    if pipe.is_main:
+        title = f"{job.config.name}: {job.config.pipeline.schedule}, {job.num_stages} stages"
+        draw_timelines(job.out / "timeline.png", predicted=predicted, measured=measured, title=title)
+    report.line(f"wrote {job.out / 'checkpoint'} and {job.out / 'timeline.png'}")
+    report.line(summary.line(feed.units))
+
+
+def _validate(pipe: "evenflow.Pipeline", feed: Feed) -> float:
+    """The mean loss over the held-out batches, in the units of `feed`."""
+    losses = [pipe.evaluate(batch).loss for batch in pipe.feed(feed.validation)]
+    return feed.loss_scale * math.fsum(float(loss) for loss in losses) / len(losses)
+
+
+def _make_feed(data: DataChoice, source: ModelSource, training: Training) -> Feed:
+    match data:
+        case ExampleData():
+            num_rows = max(
+                (leaf.shape[0] for leaf in pytree.tree_leaves(source.example) if _has_rows(leaf)), default=1
+            )
+            return Feed(
+                batches=itertools.repeat(source.example, training.steps),
+                validation=[source.example],
+                units=Units(item="samples", num_items_per_batch=num_rows, loss="loss (on the same batch)"),
+                loss_scale=1.0,
+            )
+        case TextData():
+            corpus = make_corpus(
+                read_text(data.paths), tokenize=source.tokenize, held_out=data.held_out, length=data.length
+            )
+            return Feed(
+                batches=training_batches(
+                    corpus,
+                    batch_size=data.batch_size,
+                    length=data.length,
+                    seed=training.seed,
+                    num_batches=training.steps,
+                ),
+                validation=held_out_batches(corpus, batch_size=data.batch_size, length=data.length),
+                units=Units(item="tok", num_items_per_batch=data.batch_size * data.length, loss="nats/byte"),
+                loss_scale=1 / corpus.bytes_per_token,
+            )
+
+
+def _has_rows(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+
+
+def _warmup_then_cosine(
+    training: Training,
+) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
+    def factor(step: int) -> float:
+        if step < training.warmup_steps:
+            return (step + 1) / training.warmup_steps
+        done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+        return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _Pace:
+    """A stopwatch of training steps. The first step, which warms every cache up, is not in the mean."""
+
+    def __init__(self) -> None:
+        self._since_seconds = time.perf_counter()
+        self._num_counted = 0
+        self._timed_seconds = 0.0
+        self._num_timed = 0
+        self.recent_seconds = math.inf
+
+    def resume(self) -> None:
+        """Forget the time since the last count: it went into something other than steps."""
+        self._since_seconds = time.perf_counter()
+
+    def count(self, number: int) -> None:
+        """Note that `number` steps are done by now, the device's share included."""
+        now_seconds = time.perf_counter()
+        num_steps = number - self._num_counted
+        elapsed_seconds = now_seconds - self._since_seconds
+        if self._num_counted > 0:
+            self._timed_seconds += elapsed_seconds
+            self._num_timed += num_steps
+        self._since_seconds = now_seconds
+        self._num_counted = number
+        self.recent_seconds = elapsed_seconds / num_steps
+
+    @property
+    def mean_seconds(self) -> float:
+        """Seconds of a step; of the only one where there was but one."""
+        return self._timed_seconds / self._num_timed if self._num_timed else self.recent_seconds

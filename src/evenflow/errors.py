@@ -1,0 +1,25 @@
+"""The exceptions that Evenflow raises: one class per cause.
+
+A message says what is wrong (with the value and the limit), where, and how to mend it. Faults of
+Evenflow itself are `AssertionError`s and never classes of this file.
+"""
+
+
+class EvenflowError(Exception):
+    """Base of everything that Evenflow raises on purpose."""
+
+
+class ConfigError(EvenflowError, ValueError):
+    """An argument, a configuration file or a batch that cannot work as given: the caller's to mend."""
+
+
+class ScheduleError(EvenflowError, ValueError):
+    """A schedule or program that must not run; the message lists all of its faults."""
+
+
+class RecordError(EvenflowError):
+    """The model did something during recording that a split could not repeat faithfully."""
+
+
+class PeerError(EvenflowError, RuntimeError):
+    """Another rank failed, vanished or did not answer in time: the peer's fault, not the caller's."""

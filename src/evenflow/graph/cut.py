@@ -1,0 +1,251 @@
+"""Cutting a graph: which nodes run on which stage, and what travels between stages.
+
+A cut is a position in the chain of nodes that belong to stages. A value goes straight from the stage that
+makes it to each stage that uses it. Its gradient does not come straight back: it is *relayed* from the last
+user through the earlier ones to the maker, each adding its own share to what arrives, so that the sum is
+associated as autograd associates it in the unsplit program. (Summing separate contributions at the maker
+differs in the last bits.)
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from evenflow.errors import RecordError
+from evenflow.graph.graph import Graph, Node
+from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
+from evenflow.ir.flow import Flow
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What one stage does for one microbatch of one recording: data only.
+
+    Each of the four traffic maps takes the other stage to the values that travel, in one fixed order.
+    `relayed` are received values whose gradient also arrives from a later stage, `cloned` are received or
+    batch values that the section changes in place.
+    """
+
+    stage: int
+    nodes: tuple[Node, ...]
+    batch: tuple[tuple[int, int], ...]  # (tensor leaf of the microbatch, value)
+    receives: Mapping[int, tuple[int, ...]]
+    sends: Mapping[int, tuple[int, ...]]
+    gradient_receives: Mapping[int, tuple[int, ...]]
+    gradient_sends: Mapping[int, tuple[int, ...]]
+    relayed: frozenset[int]
+    cloned: frozenset[int]
+    needs_output: bool  # the last stage hands back what the loss function returned
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A graph cut into sections, and the traffic between stages that follows."""
+
+    graph: Graph
+    positions: tuple[int, ...]
+    sections: tuple[Section, ...]
+    flow: Flow
+
+
+def num_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor's elements."""
+    return math.prod(info.shape) * int(info.dtype.itemsize)
+
+
+def crossing_bytes(graph: Graph) -> list[int]:
+    """Bytes of activations alive across each position of the chain (entry `c`: a cut before node `c`)."""
+    steps = [0] * (len(graph.chain) + 2)
+    for value, (born, last) in _lifetimes(graph).items():
+        size = num_bytes(graph.values[value].info)
+        steps[born + 1] += size
+        steps[last + 1] -= size
+    return list(itertools.accumulate(steps))[: len(graph.chain) + 1]
+
+
+def legal_positions(graph: Graph) -> list[bool]:
+    """Where a cut changes nothing.
+
+    It must not separate a change in place from an alias that still matters, nor the users of a buffer that
+    is changed; and one tensor must not cross it under two numbers, whose gradients would be summed apart.
+    """
+    legal = [True] * (len(graph.chain) + 1)
+    lives = _lifetimes(graph)
+    by_storage: defaultdict[int, list[int]] = defaultdict(list)
+    for value in lives:
+        by_storage[graph.values[value].storage].append(value)
+    for at, node in enumerate(graph.chain):
+        for storage in {graph.values[old].storage for old, _ in node.rebinds}:
+            for position in range(1, at + 1):
+                across = [v for v in by_storage[storage] if lives[v][0] < position <= lives[v][1]]
+                legal[position] = legal[position] and len(across) < 2
+    for later in graph.same_tensor:
+        earlier = later
+        while earlier in graph.same_tensor:
+            earlier = graph.same_tensor[earlier]
+            if later in lives and earlier in lives:
+                for position in range(lives[later][0] + 1, min(lives[later][1], lives[earlier][1]) + 1):
+                    legal[position] = False
+    changed = {name for node in graph.nodes for name in node.changed_buffers}
+    for name in changed:
+        users = [at for at, node in enumerate(graph.chain) if name in node.buffers]
+        for position in range(users[0] + 1, users[-1] + 1):
+            legal[position] = False
+    return legal
+
+
+def cut(graph: Graph, positions: Sequence[int]) -> Cut:
+    """Cut the chain at `positions` (ascending; equal positions leave a stage empty)."""
+    edges = (0, *positions, len(graph.chain))
+    num_stages = len(edges) - 1
+    owned = [graph.chain[a:b] for a, b in itertools.pairwise(edges)]
+    stage_of = {node.index: stage for stage, nodes in enumerate(owned) for node in nodes}
+    ends = [() if stage < num_stages - 1 else graph.output.refs for stage in range(num_stages)]
+    needs = [_slice(graph, nodes, extra) for nodes, extra in zip(owned, ends, strict=True)]
+    users: defaultdict[int, list[int]] = defaultdict(list)  # value -> stages that receive it, ascending
+    for stage, need in enumerate(needs):
+        for value in sorted(need.values):
+            maker = graph.maker.get(value)
+            if maker is not None and stage_of[maker.index] != stage:
+                users[value].append(stage)
+    traffic = _Traffic(num_stages)
+    for value, stages in users.items():
+        traffic.add(value, stage_of[graph.maker[value].index], stages, graph.values[value].info.requires_grad)
+    sections = tuple(
+        Section(
+            stage=stage,
+            nodes=need.nodes,
+            batch=_batch_leaves(graph, need),
+            receives=dict(traffic.receives[stage]),
+            sends=dict(traffic.sends[stage]),
+            gradient_receives=dict(traffic.gradient_receives[stage]),
+            gradient_sends=dict(traffic.gradient_sends[stage]),
+            relayed=frozenset(traffic.relayed[stage]),
+            cloned=_changed(graph, need),
+            needs_output=stage == num_stages - 1,
+        )
+        for stage, need in enumerate(needs)
+    )
+    return Cut(graph, tuple(positions), sections, traffic.flow())
+
+
+def positions_for_owners(graph: Graph, stage_of_parameter: Mapping[str, int], num_stages: int) -> tuple[int, ...]:
+    """Cuts of another recording of the same model under which every stage uses only parameters it owns.
+
+    `stage_of_parameter` names the parameters that one stage alone uses. Raises `RecordError` when the
+    recording uses them in an order that no cut follows.
+    """
+    highest, positions = 0, []
+    for at, node in enumerate(graph.chain):
+        stages = {stage_of_parameter[name] for name in node.parameters if name in stage_of_parameter}
+        if not stages:
+            continue
+        if len(stages) > 1 or min(stages) < highest:
+            raise RecordError(
+                f"for this batch {node.name} runs after parameters of stage {highest} but owns some of stage "
+                f"{min(stages)}: the program changes the order of its modules with the batch; use fewer stages, or "
+                "split= so that these modules share a stage"
+            )
+        positions += [at] * (min(stages) - highest)
+        highest = min(stages)
+    return tuple(positions + [len(graph.chain)] * (num_stages - 1 - len(positions)))
+
+
+def glue_section(graph: Graph, values: Sequence[int]) -> Section:
+    """A section of no stage that computes these batch-derived values."""
+    need = _slice(graph, (), values)
+    return Section(
+        stage=-1,
+        nodes=need.nodes,
+        batch=_batch_leaves(graph, need),
+        receives={},
+        sends={},
+        gradient_receives={},
+        gradient_sends={},
+        relayed=frozenset(),
+        cloned=_changed(graph, need),
+        needs_output=False,
+    )
+
+
+# -- what a stage needs
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    nodes: tuple[Node, ...]  # the stage's own and the glue it computes again, in program order
+    values: frozenset[int]  # values that must be there before it starts
+
+
+def _batch_leaves(graph: Graph, need: _Need) -> tuple[tuple[int, int], ...]:
+    sources = ((graph.values[value].source, value) for value in sorted(need.values))
+    return tuple((source.index, value) for source, value in sources if isinstance(source, BatchLeaf))
+
+
+def _slice(graph: Graph, own: Sequence[Node], extra: Sequence[int]) -> _Need:
+    """What it takes to run the stage's own nodes and to have `extra` values at hand."""
+    made = {value for node in own for value in node.makes}
+    wanted = [value for node in own for value in node.inputs if value not in made]
+    wanted += [value for value in extra if value not in made]
+    glue: dict[int, Node] = {}
+    outside: set[int] = set()
+    seen: set[int] = set()
+    while wanted:
+        value = wanted.pop()
+        if value in seen or value in made:
+            continue
+        seen.add(value)
+        maker = graph.maker.get(value)
+        if maker is not None and maker.glue:
+            glue[maker.index] = maker
+            wanted.extend(maker.inputs)
+        elif not isinstance(graph.values[value].source, ParameterSource | BufferSource):
+            outside.add(value)
+    return _Need(tuple(sorted((*own, *glue.values()), key=lambda node: node.index)), frozenset(outside))
+
+
+def _changed(graph: Graph, need: _Need) -> frozenset[int]:
+    """Values from outside that the section changes in place: it must work on a copy."""
+    storages = {graph.values[old].storage for node in need.nodes for old, _ in node.rebinds}
+    return frozenset(value for value in need.values if graph.values[value].storage in storages)
+
+
+def _lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
+    """For each value that a chain node makes: the chain positions of its maker and of its last user."""
+    at = {node.index: position for position, node in enumerate(graph.chain)}
+    lives = {value: (at[node.index], at[node.index]) for node in graph.chain for value in node.makes}
+    uses: Iterator[tuple[int, int]] = ((v, position) for position, node in enumerate(graph.chain) for v in node.inputs)
+    for value, position in itertools.chain(uses, ((v, len(graph.chain)) for v in graph.output.refs)):
+        if value in lives:
+            lives[value] = (lives[value][0], max(lives[value][1], position))
+    return lives
+
+
+class _Traffic:
+    """Collects what each stage sends and receives."""
+
+    def __init__(self, num_stages: int) -> None:
+        def empty() -> list[defaultdict[int, tuple[int, ...]]]:
+            return [defaultdict(tuple) for _ in range(num_stages)]
+
+        self.receives, self.sends = empty(), empty()
+        self.gradient_receives, self.gradient_sends = empty(), empty()
+        self.relayed: list[set[int]] = [set() for _ in range(num_stages)]
+
+    def add(self, value: int, maker: int, users: Sequence[int], requires_grad: bool) -> None:
+        for user in users:
+            self.sends[maker][user] += (value,)
+            self.receives[user][maker] += (value,)
+        if requires_grad:
+            for earlier, later in itertools.pairwise((maker, *users)):
+                self.gradient_sends[later][earlier] += (value,)
+                self.gradient_receives[earlier][later] += (value,)
+                if earlier != maker:
+                    self.relayed[earlier].add(value)
+
+    def flow(self) -> Flow:
+        forward = {(stage, target) for stage, sends in enumerate(self.sends) for target in sends}
+        backward = {(stage, target) for stage, sends in enumerate(self.gradient_sends) for target in sends}
+        return Flow(activations=frozenset(forward), gradients=frozenset(backward))

@@ -1,0 +1,101 @@
+"""The recorded program as a flat list of nodes: what gets cut into stages.
+
+A node is one call of a module that stays whole (a *leaf*) or of one torch function. Nodes stand in program
+order; values connect them. *Glue* nodes depend on the batch alone (masks, positions, rotary tables): they
+belong to no stage and are computed again wherever their results are needed, instead of being sent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from evenflow.graph.template import Template
+from evenflow.graph.tree import Draws, Value
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTarget:
+    """Call the model's module at `path`. `draws` names the module calls inside it that draw random numbers."""
+
+    path: str
+    call: int
+    draws: tuple[Draws, ...]
+    keyed_at_entry: bool  # each of them draws once, before any of its children: seeding on entry is enough
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionTarget:
+    """Call a torch function."""
+
+    function: Callable[..., Any]
+    draws: Draws | None
+
+
+Target: TypeAlias = ModuleTarget | FunctionTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One step of the program.
+
+    `results` are the values that it makes; `rebinds` pairs (old, new) of what it changes in place: the same
+    tensor under a new number. `flops` counts one forward pass over the recorded microbatch.
+    """
+
+    index: int
+    name: str
+    target: Target
+    args: Template
+    output: Template
+    results: tuple[int, ...]
+    rebinds: tuple[tuple[int, int], ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    changed_buffers: tuple[str, ...]
+    flops: int
+    grad_enabled: bool
+    autocast: tuple[tuple[str, Any], ...]  # (device type, torch.dtype)
+    glue: bool = False
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Values that must exist before the node runs, each once."""
+        return tuple(dict.fromkeys((*self.args.refs, *(old for old, _ in self.rebinds))))
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """Values that exist once it has run."""
+        return tuple(dict.fromkeys((*self.results, *(new for _, new in self.rebinds))))
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The recording holds only while this function of batch-derived values gives this result."""
+
+    function: Callable[..., Any]
+    args: Template
+    result: Any  # a number, bool or nested list of them
+    name: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A recorded program, flattened. `output` is what the loss function returned."""
+
+    nodes: tuple[Node, ...]
+    values: tuple[Value, ...]
+    output: Template
+    guards: tuple[Guard, ...]
+    same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
+    device: Any  # torch.device of the recording; arguments that name it are moved to the stage's own
+
+    @cached_property
+    def maker(self) -> dict[int, Node]:
+        """Which node makes a value."""
+        return {value: node for node in self.nodes for value in node.makes}
+
+    @cached_property
+    def chain(self) -> tuple[Node, ...]:
+        """The nodes that belong to stages, in program order; a cut is a position in it."""
+        return tuple(node for node in self.nodes if not node.glue)

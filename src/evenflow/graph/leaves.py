@@ -1,0 +1,290 @@
+"""Choosing leaves: which module calls of the tree stay whole, and the flat graph that follows.
+
+Start at the root and take a call apart while it is heavier than a small share of all the work, so that cuts
+can balance the stages. Three things overrule weight: a call that hides a value (a tensor that comes in or
+goes out through Python state, not through its arguments or result) must be taken apart; a call that did
+something that cannot be seen must stay whole; and with `exact`, no leaf may hold two uses of one parameter.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+
+from evenflow.errors import RecordError
+from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
+from evenflow.graph.template import Shared
+from evenflow.graph.tree import (
+    BatchLeaf,
+    BufferSource,
+    Call,
+    CallTree,
+    Draws,
+    FunctionCall,
+    ModuleCall,
+    ParameterSource,
+    ReadCall,
+    Value,
+)
+
+
+def flatten(
+    tree: CallTree,
+    *,
+    max_share: float,
+    exact: bool = False,
+    opened: Collection[str] = (),
+    is_atomic: Callable[[str], bool] = lambda path: False,
+) -> Graph:
+    """The graph of a recorded run.
+
+    `max_share` is the largest part of all FLOPs that one leaf may hold (0 takes everything apart), `opened`
+    names modules that a cut must be able to reach, `is_atomic` says which module paths never to take apart.
+    Raises `RecordError` naming the call that can be neither kept whole nor taken apart.
+    """
+    try:
+        calls = _Choice(tree, max_share, exact, opened, is_atomic).inside(tree.root)
+    except _Stuck as stuck:
+        raise RecordError(str(stuck)) from None
+    reads = [call for call in calls if isinstance(call, ReadCall)]
+    nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
+    needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
+    nodes = _mark_glue(_without_unused(nodes, needed), tree.values)
+    guards = tuple(_guard(read, nodes, tree.values) for read in reads)
+    return Graph(tuple(nodes), tree.values, tree.output, guards, tree.same_tensor, tree.device)
+
+
+def walk(call: Call) -> Iterator[Call]:
+    """A call and everything inside it, in program order."""
+    yield call
+    if isinstance(call, ModuleCall):
+        for child in call.children:
+            yield from walk(child)
+
+
+class _Stuck(Exception):
+    """A call can neither stay whole nor be taken apart."""
+
+
+class _Choice:
+    """The rules by which a module call stays whole or is taken apart."""
+
+    def __init__(
+        self, tree: CallTree, max_share: float, exact: bool, opened: Collection[str], is_atomic: Callable[[str], bool]
+    ) -> None:
+        self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
+        self.limit = max_share * _flops(tree.root)
+        self.hides = _hidden_values(tree)
+        counts = _parameter_uses(tree.root, tree.values)
+        self.shared = frozenset(name for name, count in counts.items() if exact and count > 1)
+
+    def inside(self, call: ModuleCall) -> list[Call]:
+        """The calls that stand for this one once it is taken apart."""
+        found: list[Call] = []
+        for child in call.children:
+            found.extend(self.choose(child) if isinstance(child, ModuleCall) else [child])
+        return found
+
+    def choose(self, call: ModuleCall) -> list[Call]:
+        hidden = self.hides.get(call)
+        if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
+            return [call]
+        if call.whole is not None:
+            where = call.path or "the model"
+            raise _Stuck(f"{where} cannot be taken apart ({call.whole}), nor can it stay whole ({hidden})")
+        try:
+            return self.inside(call)
+        except _Stuck:
+            if hidden is None:
+                return [call]
+            raise
+
+    def wanted_apart(self, call: ModuleCall) -> bool:
+        inside = f"{call.path}." if call.path else ""
+        if any(name.startswith(inside) for name in self.opened):
+            return True
+        if self.is_atomic(call.path):
+            return False
+        if _flops(call) > self.limit or self.has_idle_argument(call):
+            return True
+        return any(count > 1 for name, count in _parameter_uses(call, self.values).items() if name in self.shared)
+
+    def has_idle_argument(self, call: ModuleCall) -> bool:
+        """Whether a call without parameters is handed a tensor that nothing inside uses.
+
+        Rotary tables take a hidden state only to ask its dtype: taken apart, they depend on the batch alone.
+        """
+        inner = [c for c in walk(call) if isinstance(c, FunctionCall)]
+        used = {ref for function in inner for ref in function.args.refs}
+        return not any(_parameters(call, self.values)) and any(ref not in used for ref in call.args.refs)
+
+
+def _flops(call: Call) -> int:
+    return sum(inner.flops for inner in walk(call) if isinstance(inner, FunctionCall))
+
+
+def _parameters(call: Call, values: tuple[Value, ...]) -> Iterator[str]:
+    """Names of the parameters that functions inside a call use, once for each function that does."""
+    for inner in walk(call):
+        if isinstance(inner, FunctionCall):
+            sources = (values[ref].source for ref in dict.fromkeys(inner.args.refs))
+            yield from (source.name for source in sources if isinstance(source, ParameterSource))
+
+
+def _parameter_uses(call: Call, values: tuple[Value, ...]) -> Counter[str]:
+    return Counter(_parameters(call, values))
+
+
+def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
+    """Calls that a value enters or leaves without passing through arguments or result, and which value."""
+    homes: dict[int, tuple[ModuleCall, ...]] = {}  # clock of a call -> the module calls around it
+    uses: list[tuple[int, str, tuple[ModuleCall, ...]]] = []  # value, its user's name, calls around the user
+    given: dict[ModuleCall, frozenset[int]] = {}
+    shown: dict[ModuleCall, frozenset[int]] = {}
+
+    def visit(call: Call, around: tuple[ModuleCall, ...]) -> None:
+        if isinstance(call, ModuleCall):
+            assert call.output is not None, "a finished call has a result"
+            given[call] = frozenset(call.args.refs)
+            changed = (new for c in walk(call) if isinstance(c, FunctionCall) for _, new in c.rebinds)
+            shown[call] = frozenset((*call.output.refs, *changed))
+            for child in call.children:
+                visit(child, (*around, call))
+        else:
+            homes[call.clock] = around
+            uses.extend((value, call.name, around) for value in call.args.refs)
+
+    visit(tree.root, ())
+    uses.extend((value, "the loss function", (tree.root,)) for value in tree.output.refs)
+    hides: dict[ModuleCall, str] = {}
+    for number, user, around in uses:
+        value = tree.values[number]
+        if isinstance(value.source, ParameterSource | BufferSource):
+            continue
+        home = homes.get(value.born, ())
+        for call in around[1:]:
+            if call not in home and number not in given[call]:
+                hides[call] = f"{user} inside it uses a tensor {value.info} that is not among its arguments"
+        for call in home[1:]:
+            if call not in around and number not in shown[call]:
+                hides[call] = f"{user} uses a tensor {value.info} made inside it that is not in its result"
+    return hides
+
+
+# -- from calls to nodes
+
+
+def _node(call: Call, tree: CallTree) -> Node:
+    names = dict.fromkeys(_parameters(call, tree.values))
+    functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
+    refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
+    sources = [tree.values[ref].source for ref in refs]
+    common = {
+        "index": -1,  # given once the unused nodes are gone
+        "parameters": tuple(names),
+        "buffers": tuple(source.name for source in sources if isinstance(source, BufferSource)),
+        "changed_buffers": tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers)),
+        "flops": _flops(call),
+    }
+    match call:
+        case FunctionCall():
+            before = {old for old, _ in call.rebinds}
+            results = tuple(r for r in call.output.refs if tree.values[r].born == call.clock and r not in before)
+            return Node(
+                name=f"{call.path}:{call.name}" if call.path else call.name,
+                target=FunctionTarget(call.function, call.draws),
+                args=call.args,
+                output=call.output,
+                results=results,
+                rebinds=call.rebinds,
+                grad_enabled=call.grad_enabled,
+                autocast=call.autocast,
+                **common,
+            )
+        case ModuleCall():
+            assert call.output is not None, "a finished call has a result"
+            return Node(
+                name=call.path or "the model",
+                target=_module_target(call),
+                args=call.args,
+                output=call.output,
+                results=tuple(r for r in call.output.refs if call.start <= tree.values[r].born < call.end),
+                rebinds=_composed(functions, call, tree),
+                grad_enabled=call.grad_enabled,
+                autocast=call.autocast,
+                **common,
+            )
+        case ReadCall():
+            raise AssertionError("reads become guards, not nodes")
+
+
+def _module_target(call: ModuleCall) -> ModuleTarget:
+    drawing = [inner for inner in walk(call) if isinstance(inner, ModuleCall) and inner.num_draws]
+    at_entry = all(_draws_first(inner) for inner in drawing)
+    return ModuleTarget(call.path, call.call, tuple(Draws(d.path, d.call, 0, d.num_draws) for d in drawing), at_entry)
+
+
+def _draws_first(call: ModuleCall) -> bool:
+    """Whether a call draws exactly once, before any call inside it draws."""
+    for child in call.children:
+        if isinstance(child, FunctionCall) and child.draws is not None:
+            return call.num_draws == 1
+        if any(isinstance(inner, FunctionCall) and inner.draws is not None for inner in walk(child)):
+            return False
+    return True
+
+
+def _composed(functions: list[FunctionCall], call: ModuleCall, tree: CallTree) -> tuple[tuple[int, int], ...]:
+    """All changes in place inside a call, as (version before the call, version after it)."""
+    first: dict[int, int] = {}  # newest version -> the version before the call
+    for function in functions:
+        for old, new in function.rebinds:
+            while tree.values[old].born >= call.start and old in tree.same_tensor:
+                old = tree.same_tensor[old]
+            first[new] = first.pop(old, old)
+    return tuple((old, new) for new, old in first.items() if tree.values[old].born < call.start)
+
+
+def _without_unused(nodes: list[Node], needed: set[int]) -> list[Node]:
+    """Drop functions whose results nobody uses, and renumber; modules stay, for they may keep state."""
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        rebinds = tuple((old, new) for old, new in node.rebinds if new in needed)
+        used = isinstance(node.target, ModuleTarget) or node.changed_buffers or rebinds
+        if used or any(result in needed for result in node.results):
+            kept.append(dataclasses.replace(node, rebinds=rebinds))
+            needed.update(kept[-1].inputs)
+    return [dataclasses.replace(node, index=index) for index, node in enumerate(reversed(kept))]
+
+
+def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
+    """Mark what depends on the batch alone: no parameter, no random number, no state, no gradient."""
+    changed = {name for node in nodes for name in node.changed_buffers}
+    derived = {value.number for value in values if isinstance(value.source, BatchLeaf) and not value.info.requires_grad}
+    derived |= {v.number for v in values if isinstance(v.source, BufferSource) and v.source.name not in changed}
+    marked = []
+    for node in nodes:
+        draws = node.target.draws
+        stateless = not draws and not node.parameters and not changed.intersection(node.buffers)
+        glue = stateless and derived.issuperset(node.inputs) and not _has_shared(node)
+        glue = glue and not any(values[value].info.requires_grad for value in node.makes)
+        if glue:
+            derived.update(node.makes)
+        marked.append(dataclasses.replace(node, glue=glue))
+    return marked
+
+
+def _has_shared(node: Node) -> bool:
+    """Whether a node is handed a mutable object, whose copies on other stages would miss what it does to it."""
+    return any(isinstance(leaf, Shared) for leaf in node.args.leaves)
+
+
+def _guard(read: ReadCall, nodes: list[Node], values: tuple[Value, ...]) -> Guard:
+    made = {value for node in nodes if not node.glue for value in node.makes}
+    where = read.path or "the loss function"
+    for ref in read.args.refs:
+        if ref in made or isinstance(values[ref].source, ParameterSource):
+            raise RecordError(
+                f"{where} calls {read.name} on a tensor {values[ref].info} that does not depend on the batch alone, "
+                "so the branch taken may change within a step; keep that code inside one module (atomic=[…])"
+            )
+    return Guard(read.function, read.args, read.result, f"{where}: {read.name}")

@@ -1,0 +1,79 @@
+"""Argument trees with references: how a recorded call's arguments and results are written down.
+
+A template is a pytree whose tensor leaves were replaced by `Ref`s to values of the graph. Filling it
+with an environment gives the arguments back. Mutable objects that are neither tensors nor containers
+(a key/value cache, say) become `Shared`: each microbatch gets one fresh copy of each on every stage.
+"""
+
+import copy
+import enum
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+# Leaves that may be repeated as they stand: nobody can change them under us.
+IMMUTABLE = (
+    *(type(None), bool, int, float, complex, str, bytes, slice, range, type, enum.Enum, type(Ellipsis)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.nn.Module),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for the value with this number."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Stands for a mutable object: a fresh copy of `prototype` for each stage and microbatch."""
+
+    number: int
+    prototype: Any  # any object that the program hands around
+
+    def fresh(self) -> Any:  # as `prototype`
+        return copy.deepcopy(self.prototype)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A tree with `Ref` and `Shared` leaves among its plain ones."""
+
+    leaves: tuple[Any, ...]  # leaves are whatever the program passes
+    spec: pytree.TreeSpec
+
+    @property
+    def refs(self) -> tuple[int, ...]:
+        """The numbers of the values in the tree, in order of appearance, repeats included."""
+        return tuple(leaf.value for leaf in self.leaves if isinstance(leaf, Ref))
+
+    def rewrite(self, change: Callable[[Any], Any]) -> "Template":
+        """The same tree with `change` applied to every leaf."""
+        return Template(tuple(change(leaf) for leaf in self.leaves), self.spec)
+
+    def fill(self, values: Mapping[int, Any], shared: dict[int, Any]) -> Any:
+        """The tree with values and shared objects in place; copies an object that `shared` lacks into it.
+
+        `values` maps value numbers to tensors. Raises `KeyError` when a value is missing.
+        """
+        filled = []
+        for leaf in self.leaves:
+            if isinstance(leaf, Ref):
+                leaf = values[leaf.value]
+            elif isinstance(leaf, Shared):
+                if leaf.number not in shared:
+                    shared[leaf.number] = leaf.fresh()
+                leaf = shared[leaf.number]
+            filled.append(leaf)
+        return pytree.tree_unflatten(filled, self.spec)
+
+
+def is_plain(leaf: object) -> bool:
+    """Whether a leaf may be repeated as it stands."""
+    return isinstance(leaf, IMMUTABLE)

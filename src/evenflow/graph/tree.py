@@ -1,0 +1,136 @@
+"""The call tree: what one run of a program did, at the finest grain that can be seen from Python.
+
+Its inner nodes are calls of the model's modules, its leaves calls of torch functions. `record` makes it;
+`leaves` decides which modules stay whole and flattens it into a `Graph`. Keeping the two apart lets the
+choice of leaves be a pure function of one recording.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from evenflow.graph.template import Template
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a split must know of a tensor before it exists."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: Any  # torch.dtype: torch does not type its dtypes for the checker
+    requires_grad: bool
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLeaf:
+    """A tensor of the microbatch, by its place among the microbatch's tensor leaves."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSource:
+    """A parameter of the model under the first of its names."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSource:
+    """A registered buffer of the model, or a tensor kept as a plain attribute of one of its modules."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallSource:
+    """A tensor that a recorded call made, or changed in place."""
+
+
+Source: TypeAlias = BatchLeaf | ParameterSource | BufferSource | CallSource
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One version of one tensor. A change in place makes a new version, with a number of its own."""
+
+    number: int
+    info: TensorInfo
+    source: Source
+    storage: int  # two values with the same storage are aliases
+    born: int  # clock of the call that made it; -1 when it was there before the program began
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Random numbers drawn by one module call itself: `count` of them from ordinal `first` on."""
+
+    path: str
+    call: int
+    first: int
+    count: int
+
+
+@dataclass(slots=True, eq=False)
+class FunctionCall:
+    """One call of a torch function. `rebinds` pairs (old value, new value) of what it changed in place."""
+
+    function: Callable[..., Any]
+    name: str
+    path: str
+    clock: int
+    args: Template
+    output: Template
+    rebinds: tuple[tuple[int, int], ...]
+    changed_buffers: tuple[str, ...]
+    draws: Draws | None
+    flops: int
+    grad_enabled: bool
+    autocast: tuple[tuple[str, Any], ...]  # (device type, dtype) of every active autocast
+
+
+@dataclass(slots=True, eq=False)
+class ReadCall:
+    """Python looked at a tensor's numbers (`item`, `bool`, …): the rest of the run may depend on them."""
+
+    function: Callable[..., Any]
+    name: str
+    path: str
+    clock: int
+    args: Template
+    result: Any  # a number, bool or nested list of them
+
+
+@dataclass(slots=True, eq=False)
+class ModuleCall:
+    """One call of one of the model's modules, and all that happened inside it (clocks `start` to `end`)."""
+
+    path: str
+    call: int
+    start: int
+    args: Template
+    grad_enabled: bool
+    autocast: tuple[tuple[str, Any], ...]
+    children: "list[ModuleCall | FunctionCall | ReadCall]" = field(default_factory=list)
+    end: int = -1
+    output: Template | None = None
+    num_draws: int = 0
+    whole: str | None = None  # why this call must not be taken apart, where it must not
+
+
+Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
+
+
+@dataclass(frozen=True, slots=True)
+class CallTree:
+    """All of one recorded run; `root` is the call of the program (the loss function) itself."""
+
+    root: ModuleCall
+    values: tuple[Value, ...]
+    output: Template
+    same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
+    device: Any  # torch.device on which it was recorded

@@ -1,0 +1,1 @@
+"""The face: `pipeline` builds, `Pipeline` trains."""

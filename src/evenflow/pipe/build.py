@@ -1,0 +1,163 @@
+"""`evenflow.pipeline`: from a model and an example batch to a `Pipeline`."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from evenflow.errors import ConfigError
+from evenflow.graph.cut import Cut
+from evenflow.graph.record import FakeParameters
+from evenflow.pipe import choices
+from evenflow.pipe.choices import Splitter
+from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
+from evenflow.pipe.reading import check_loss, check_trainable
+from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
+from evenflow.runtime.links.link import Link
+from evenflow.runtime.links.local import LocalLink
+from evenflow.runtime.links.process_group import ProcessGroupLink
+from evenflow.runtime.parameters import Accumulators, parameters_by_name
+from evenflow.runtime.recordings import Leaves, Program, Recordings
+from evenflow.runtime.rng import Streams
+from evenflow.runtime.stage import Stage
+from evenflow.runtime.world import World
+from evenflow.schedules import catalog
+from evenflow.schedules.catalog import ScheduleFunction
+
+
+def pipeline(
+    model: torch.nn.Module,
+    *,
+    loss: Program | None = None,
+    example: Any,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    stages: int | None = None,
+    schedule: str | ScheduleFunction = "1f1b",
+    microbatch_size: int | None = None,
+    num_microbatches: int | None = None,
+    split: Sequence[str] | None = None,
+    split_batch: Callable[[Any], Sequence[Any]] | None = None,
+    atomic: Sequence[type[torch.nn.Module]] = (),
+    max_leaf_share: float | None = None,
+    exact: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Pipeline:
+    """Cut a model into stages and return the pipeline that trains it, its parameters in place.
+
+    Under `torchrun` or `evenflow.launch` each process runs one stage; else this process runs all of them, on
+    the CUDA devices that it finds or on the CPU.
+
+    - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar, metrics);
+      by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
+    - `example`: one full batch, from which shapes are read: any tree of tensors and plain values.
+    - `optimizer` receives a list of (name, parameter): a stage's trainable ones. `scheduler` gets the optimizer.
+    - `stages`: how many; by default one per process, or per CUDA device, or 1.
+    - `schedule`: a name in `evenflow.schedules.catalog`, or a function like those.
+    - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per stage.
+    - `split`: names of modules before which to cut, in order; by default the cuts balance estimated FLOPs.
+    - `split_batch(batch)` returns a list of microbatches, for batches that dim 0 does not split.
+    - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs that
+      one unsplit module may hold (default 1 / (4 * stages)).
+    - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
+    - `seed` keys all random draws; `device` is "cpu" or "cuda".
+
+    Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    >>> batch = {"x": torch.randn(8, 4), "y": torch.randn(8, 1)}
+    >>> pipe = pipeline(
+    ...     model,
+    ...     loss=lambda model, batch: torch.nn.functional.mse_loss(model(batch["x"]), batch["y"]),
+    ...     example=batch,
+    ...     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    ...     stages=2,
+    ... )
+    >>> first, second = pipe.step(batch), pipe.step(batch)
+    >>> float(second.loss) < float(first.loss)
+    True
+    """
+    choices.refuse_wrapped(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+    choices.check_split(model, split or ())
+    method = catalog.get(schedule) if isinstance(schedule, str) else schedule
+    kind = choices.device_kind(device)
+    world = choices.world_of(kind)
+    num_stages = choices.stage_count(stages, split, world, kind)
+    devices = choices.devices_of(kind, num_stages)
+    splitter = Splitter(num_stages, num_microbatches, microbatch_size, split_batch)
+    program = loss if loss is not None else model_loss
+    item = splitter(example).items[0]
+
+    own_device = devices[world.rank]
+    fakes = FakeParameters(model, own_device)
+    parameters = parameters_by_name(model, fakes.tied)
+    accumulators = Accumulators(parameters, devices, exact=exact)
+    share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
+    leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
+    recordings = Recordings(model, fakes, device=own_device, leaves=leaves, accumulators=accumulators)
+    graph = recordings.trace(program, item)
+    check_loss(graph)
+    check_trainable(graph)
+    cut = recordings.cut_first(graph, choices.positions_of(graph, split, num_stages), list(parameters))
+
+    stage_numbers = range(num_stages) if world.size == 1 else (world.rank,)
+    stage_objects = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in stage_numbers}
+    accumulators.learn(cut)
+    owner = {**recordings.stage_of_parameter, **accumulators.owner}
+    owned: dict[int, dict[str, torch.nn.Parameter]] = {stage: {} for stage in stage_objects}
+    for name, parameter in parameters.items():
+        if owner[name] in owned:
+            owned[owner[name]][name] = parameter
+    for stage, held in owned.items():
+        stage_objects[stage].own(held)
+    recordings.add(program, item, cut, stage_objects)
+    updater = Updater(
+        world,
+        accumulators,
+        owned,
+        process_of_stage=lambda stage: stage if world.size > 1 else 0,
+        optimizer=optimizer,
+        scheduler=scheduler,
+    )
+    return Pipeline(
+        Parts(
+            model=model,
+            loss=program,
+            world=world,
+            link=_link(world, own_device),
+            stages=stage_objects,
+            devices=devices,
+            recordings=recordings,
+            updater=updater,
+            schedule=method,
+            splitter=splitter,
+            summaries=_summaries(cut, {name: (owner[name], parameters[name].numel()) for name in parameters}),
+        )
+    )
+
+
+def _link(world: World, device: torch.device) -> Link:
+    return LocalLink() if world.size == 1 else ProcessGroupLink(device)
+
+
+def _summaries(cut: Cut, parameters: Mapping[str, tuple[int, int]]) -> tuple[StageSummary, ...]:
+    """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
+    costs = choices.node_costs(cut.graph)
+    edges = (0, *cut.positions, len(cut.graph.chain))
+    return tuple(
+        StageSummary(
+            stage=stage,
+            rank=stage,
+            num_nodes=end - start,
+            first=cut.graph.chain[start].name if end > start else "-",
+            last=cut.graph.chain[end - 1].name if end > start else "-",
+            num_parameters=sum(size for owner, size in parameters.values() if owner == stage),
+            share=sum(costs[start:end]) / sum(costs),
+        )
+        for stage, (start, end) in enumerate(itertools.pairwise(edges))
+    )

@@ -1,0 +1,300 @@
+"""`Pipeline`: a model cut into stages, ready to train. Made by `evenflow.pipeline`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenflow.checkpoint.save import save_checkpoint
+from evenflow.errors import ConfigError, PeerError
+from evenflow.graph.graph import Graph
+from evenflow.ir.flow import Flow
+from evenflow.ir.timeline import Timeline
+from evenflow.lower import lower
+from evenflow.pipe.agree import FED, Agreed, Prepared, agree
+from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
+from evenflow.pipe.result import StepResult
+from evenflow.pipe.times import Times
+from evenflow.pipe.update import Updater
+from evenflow.runtime.executor import Executor, Job, Reading, Result
+from evenflow.runtime.links.link import Link
+from evenflow.runtime.microbatch import join
+from evenflow.runtime.recordings import Program, Recordings
+from evenflow.runtime.rng import generators_restored
+from evenflow.runtime.stage import Stage
+from evenflow.runtime.world import World
+from evenflow.schedules.catalog import ScheduleFunction
+from evenflow.schedules.forward_only import forward_only
+from evenflow.validate import ProvenProgram, prove
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1."""
+
+    stage: int
+    rank: int
+    num_nodes: int
+    first: str
+    last: str
+    num_parameters: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a pipeline is made of; `build` puts it together."""
+
+    model: torch.nn.Module
+    loss: Program
+    world: World
+    link: Link
+    stages: Mapping[int, Stage]  # those of this process
+    devices: Sequence[torch.device]  # of all stages
+    recordings: Recordings
+    updater: Updater
+    schedule: ScheduleFunction
+    splitter: Callable[[Any], Prepared]
+    summaries: tuple[StageSummary, ...]
+
+
+class Pipeline:
+    """Trains a model cut into stages; see `evenflow.pipeline` for an example.
+
+    `cut` tells what each stage holds. `is_main` is true on the one process that should print and write files.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.cut = parts.summaries
+        self.is_main = parts.world.rank == 0
+        self._programs: dict[tuple[int, Flow, bool], ProvenProgram] = {}
+        self._times = Times(len(parts.devices))
+        self._step = 0  # counts calls of `step`: names the draws
+        self._rows: list[int] = []  # rows of the batches accumulated since the last update
+        self._updated = False
+
+    # -- training
+
+    def step(self, batch: Any, *, update: bool = True) -> StepResult:
+        """Run one batch forward and backward and, unless `update=False`, update the parameters.
+
+        With `update=False` gradients accumulate: the next update uses their mean over all rows seen since the
+        last one. Gradients stay readable until the next step. Every rank calls this, with the same batch or
+        with what `feed` yields. Raises `ConfigError` for a batch that cannot work, before anything has run;
+        `PeerError` when another rank is lost.
+        """
+        agreed = self._agree(self._parts.loss, batch, training=True)
+        if self._updated:
+            self._parts.updater.clear()
+            self._rows.clear()
+            self._updated = False
+        self._rows.append(agreed.size)
+        share = 1.0 if len(self._rows) == 1 else agreed.size / self._rows[0]
+        result = self._run(agreed, self._parts.schedule, read_loss, share=share)
+        self._step += 1
+        if update:
+            self._parts.updater.combine(self._accumulated_scale())
+            self._parts.updater.step()
+            self._updated = True
+        return result
+
+    def evaluate(self, batch: Any) -> StepResult:
+        """Loss and metrics of one batch in evaluation mode, without gradients; changes nothing."""
+        with self._evaluating():
+            agreed = self._agree(self._parts.loss, batch, training=False)
+            return self._run(agreed, forward_only, read_loss)
+
+    def predict(self, batch: Any, function: Program | None = None) -> Any:
+        """What `function(model, microbatch)` returns for a batch, in evaluation mode, joined over microbatches.
+
+        By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). The same on
+        every rank. Tensors are concatenated along dim 0.
+        """
+        with self._evaluating():
+            agreed = self._agree(function or call_model, batch, training=False)
+            return self._run(agreed, forward_only, read_prediction).metrics
+
+    def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield the loader's batches for `step`; only the first rank reads it, the others are sent what they need."""
+        world = self._parts.world
+        if world.size == 1:
+            yield from loader
+            return
+        iterator = iter(loader) if self.is_main else None
+        while True:
+            batch, state = FED, "batch"
+            if iterator is not None:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    state = "end"
+                except Exception as error:
+                    world.share(f"{type(error).__name__}: {error}", source=0)
+                    raise
+            state = world.share(state, source=0)
+            if state == "end":
+                return
+            if state != "batch":
+                raise PeerError(f"rank 0's loader failed: {state}")
+            yield batch
+
+    # -- looking inside
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter) of this process's stages, under the model's own names; shared ones once, at their owner."""
+        yield from self._parts.updater.parameters
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, gradient) of this process's trainable parameters, summed and normalised as the update uses them.
+
+        A collective call where stages share parameters. None where nothing reached the parameter.
+        """
+        if not self._updated:
+            self._parts.updater.combine(None)
+        scale = None if self._updated else self._accumulated_scale()
+        for name, parameter in self._parts.updater.parameters:
+            if parameter.requires_grad:
+                gradient = parameter.grad
+                yield name, gradient if gradient is None or scale is None else gradient * scale
+
+    def timelines(self) -> tuple[Timeline, Timeline]:
+        """(predicted, measured) timeline of the last step, over all ranks; a collective call.
+
+        Predicted: the simulator, fed with each stage's median times of the steps before.
+        """
+        return self._times.timelines(self._parts.world)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint folder: parameters under the model's names, optimizer state; a collective call."""
+        updater = self._parts.updater
+        save_checkpoint(
+            Path(folder), self._parts.world, parameters=dict(updater.parameters), optimizers=updater.optimizers, step=self._step
+        )
+
+    def close(self) -> None:
+        """Leave the model's modules without hooks of ours."""
+        for stage in self._parts.stages.values():
+            stage.streams.unhook()
+
+    # -- one step
+
+    def _agree(self, program: Program, batch: Any, *, training: bool) -> Agreed:
+        parts = self._parts
+        return agree(
+            parts.world,
+            parts.recordings,
+            program,
+            prepare=lambda: None if batch is FED or batch is None else parts.splitter(batch),
+            learn=partial(self._learn, program, training),
+            device=next(iter(parts.stages.values())).device,
+        )
+
+    def _learn(self, program: Program, training: bool, microbatch: Any) -> int:
+        """Record a microbatch of a new kind and cut it for the owners that are."""
+        recordings = self._parts.recordings
+        graph = recordings.trace(program, microbatch)
+        if program is self._parts.loss:
+            check_loss(graph)
+            if training:
+                check_trainable(graph)
+        return recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
+
+    def _run(self, agreed: Agreed, schedule: ScheduleFunction, reading: Reading, *, share: float = 1.0) -> StepResult:
+        parts = self._parts
+        entries = [parts.recordings.entries[number] for number in agreed.recordings]
+        jobs = [
+            Job(batch, number, entry.cut, entry.works, weight * share)
+            for batch, number, entry, weight in zip(agreed.batches, agreed.recordings, entries, agreed.shares, strict=True)
+        ]
+        proven = self._proven(schedule, jobs)
+        executors = {
+            rank: Executor(
+                proven, rank, stages=parts.stages, devices=parts.devices, jobs=jobs, link=parts.link, step=self._step, reading=reading
+            )
+            for rank in parts.stages
+        }
+        draws = any(work.draws for entry in entries for work in entry.works.values())
+        with generators_restored(parts.devices if draws else ()):
+            if parts.world.size == 1:
+                for rank, op in proven.order:
+                    executors[rank].execute(op)
+                for executor in executors.values():
+                    executor.finish()
+            else:
+                executors[parts.world.rank].run()
+        if proven.program.schedule.trains:
+            self._times.note(proven, [span for executor in executors.values() for span in executor.spans])
+        last = executors.get(len(parts.devices) - 1)
+        results = None if last is None else [last.results[at] for at in range(len(jobs))]
+        return self._result(results, agreed, entries[0].graph, reading)
+
+    def _proven(self, schedule: ScheduleFunction, jobs: Sequence[Job]) -> ProvenProgram:
+        flows = {job.cut.flow for job in jobs}
+        flow = Flow(
+            activations=frozenset(edge for one in flows for edge in one.activations),
+            gradients=frozenset(edge for one in flows for edge in one.gradients),
+        )
+        key = (len(jobs), flow, schedule is forward_only)
+        if key not in self._programs:
+            made = schedule(num_ranks=len(self._parts.devices), stages_per_rank=1, num_microbatches=len(jobs))
+            self._programs[key] = prove(lower(made, flow))
+        return self._programs[key]
+
+    def _result(
+        self, results: Sequence[Result] | None, agreed: Agreed, graph: Graph, reading: Reading
+    ) -> StepResult:
+        """The outcome on every rank; `results` are there on the last stage's process."""
+        world, source = self._parts.world, self._process_of_stage(len(self._parts.devices) - 1)
+        rest = None if results is None else join([result.rest for result in results], agreed.shares)
+        if reading is read_prediction:
+            return StepResult(None, world.share(rest, source))
+        if results is None:
+            ref = graph.output.leaves[0]
+            loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._parts.devices[world.rank])
+        else:
+            losses = [result.loss for result in results if result.loss is not None]
+            loss = torch.stack([part * share for part, share in zip(losses, agreed.shares, strict=True)]).sum()
+        work = world.broadcast(loss, source)
+        metrics = world.share(rest, source) if has_metrics(graph) else None
+        return StepResult(loss, metrics, None if work is None else work.wait)
+
+    def _process_of_stage(self, stage: int) -> int:
+        return stage if self._parts.world.size > 1 else 0
+
+    def _accumulated_scale(self) -> float | None:
+        """What turns gradients in units of the first accumulated batch into the mean over all; None for one batch."""
+        return self._rows[0] / sum(self._rows) if len(self._rows) > 1 else None
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self._parts.model.modules()]
+        self._parts.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def call_model(model: Any, microbatch: Any) -> Any:
+    """The model applied to a microbatch: a mapping's entries are keyword arguments."""
+    return model(**microbatch) if isinstance(microbatch, Mapping) else model(microbatch)
+
+
+def model_loss(model: Any, microbatch: Any) -> Any:
+    """The loss that the model itself computes, as Hugging Face's models do when given labels."""
+    if not isinstance(microbatch, Mapping):
+        raise ConfigError("without loss=, a batch must be a mapping of the model's arguments; give loss=lambda model, batch: …")
+    output = model(**microbatch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise ConfigError(
+            f"{type(model).__name__} returned {type(output).__name__} without a loss; put labels into the batch, or give loss="
+        )
+    return loss

@@ -1,0 +1,34 @@
+"""What a step gives back: the same on every rank, waiting for the device only when it is read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class StepResult:
+    """The outcome of one step, of `evaluate` or of `predict`.
+
+    `loss` is a 0-dimensional tensor: the microbatches' losses, weighted by their rows. `metrics` is what the
+    loss function returned beside the loss (None where it returned the loss alone), joined over microbatches.
+
+    >>> result = StepResult(torch.tensor(2.0), {"accuracy": 0.5})
+    >>> float(result.loss), result.metrics
+    (2.0, {'accuracy': 0.5})
+    """
+
+    def __init__(self, loss: torch.Tensor | None, metrics: Any, wait: Callable[[], Any] | None = None) -> None:
+        self._loss, self._wait = loss, wait
+        self.metrics = metrics
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The loss of the whole batch, on its device."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+        assert self._loss is not None, "a prediction has no loss"
+        return self._loss
+
+    def __repr__(self) -> str:
+        return f"StepResult(loss={float(self.loss):.6g}, metrics={self.metrics!r})"

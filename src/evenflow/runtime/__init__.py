@@ -1,0 +1,1 @@
+"""Running: stages, links and the executor that drives them through a proven program."""

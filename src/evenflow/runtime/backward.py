@@ -1,0 +1,34 @@
+"""Where a stage's autograd graph begins and ends.
+
+A received value enters through `Boundary`, which catches its gradient as autograd hands it over: summed, and
+with its own strides. (A leaf's `.grad` would not do: accumulation copies it into the leaf's layout, and the
+kernels of the stage before may then add in another order.) The boundary's result is also the root at which a
+gradient relayed from a later stage enters, so that it is the first term of the sum, as in the unsplit program.
+"""
+
+from typing import Any
+
+import torch
+
+
+class Boundary(torch.autograd.Function):
+    """Identity that delivers the gradient of its input to `sink[value]` and ends the graph there."""
+
+    @staticmethod
+    def forward(ctx: Any, received: torch.Tensor, value: int, sink: dict[int, torch.Tensor]) -> torch.Tensor:
+        ctx.value, ctx.sink = value, sink
+        ctx.set_materialize_grads(False)
+        return received.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
+        (gradient,) = gradients
+        if gradient is not None:
+            ctx.sink[ctx.value] = gradient
+        return None, None, None
+
+
+def receive(tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A received tensor as the start of this stage's graph."""
+    entered: torch.Tensor = Boundary.apply(tensor.detach().requires_grad_(), value, sink)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    return entered

@@ -1,0 +1,24 @@
+"""InFlight: all the state of one (stage, microbatch) between its first arrival and its last departure."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from evenflow.runtime.work import Work
+
+# What one transfer carries: the edge's values in the section's order; None where a gradient does not exist.
+Parcel = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(slots=True)
+class InFlight:
+    """Filled by arrivals, emptied by departures; nothing is left in it when the step ends."""
+
+    work: Work
+    activations: dict[int, Parcel] = field(default_factory=dict)  # arrived, by source stage
+    gradients: dict[int, Parcel] = field(default_factory=dict)  # arrived, by source stage
+    roots: dict[int, torch.Tensor] = field(default_factory=dict)  # tensors that get a gradient from later stages
+    made: dict[int, torch.Tensor] = field(default_factory=dict)  # activations to send, by value
+    owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
+    output: Any = None  # what the loss function returned, on the last stage

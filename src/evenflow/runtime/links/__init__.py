@@ -1,0 +1,1 @@
+"""Links: how parcels travel between ranks. One contract for all."""

@@ -1,0 +1,67 @@
+"""How a tensor lies in memory, and how it travels: as one dense block that the receiver lays out the same way.
+
+Kernels may add in another order when strides differ, so boundary tensors and gradients keep theirs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape, strides and type of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: Any  # torch.dtype
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "Layout":
+        return Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the elements fill one block without gaps or overlaps."""
+        expected = 1
+        for size, stride in sorted(zip(self.shape, self.stride, strict=True), key=lambda pair: pair[1]):
+            if size == 1:
+                continue
+            if stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Dimensions from the largest stride to the smallest."""
+        return tuple(sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], d)))
+
+
+def pack(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The tensor's elements as a flat block in the order of `layout` (without a copy where it is dense)."""
+    if Layout.of(tensor) == layout and layout.is_dense:
+        return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return tensor.permute(layout.order).contiguous().view(-1)
+
+
+def empty(layout: Layout, device: torch.device) -> torch.Tensor:
+    """A flat block to receive into."""
+    return torch.empty(math.prod(layout.shape), dtype=layout.dtype, device=device)
+
+
+def unpack(block: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The tensor that `pack` was given: the same elements at the same strides."""
+    if layout.is_dense:
+        return block.as_strided(layout.shape, layout.stride)
+    order = layout.order
+    dense = block.view([layout.shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+    overlaps = [0 if stride == 0 else size for size, stride in zip(layout.shape, layout.stride, strict=True)]
+    if 0 in layout.stride:  # an expanded tensor: one element stands for many
+        narrow = dense[tuple(slice(0, 1) if not size else slice(None) for size in overlaps)]
+        kept = tuple(1 if not size else size for size in overlaps)
+        base = torch.empty_strided(kept, [s or 1 for s in layout.stride], dtype=layout.dtype, device=block.device)
+        return base.copy_(narrow).expand(layout.shape)
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=block.device).copy_(dense)

@@ -1,0 +1,49 @@
+"""The contract of every link: parcels of one pair of ranks arrive in the order in which they were sent."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evenflow.graph.tree import TensorInfo
+from evenflow.ir.op import Recv, Send
+from evenflow.runtime.inflight import Parcel
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a parcel holds: the recorded facts of its values, and a key equal for parcels made alike.
+
+    Strides and existence of *gradients* are known only once a first one was computed; a link that needs them
+    beforehand learns them with the first parcel of each key.
+    """
+
+    key: tuple[Any, ...]  # (recording, source stage, target stage, payload): hashable
+    values: tuple[TensorInfo, ...]
+    device: torch.device  # where the receiver wants it
+
+
+class Link(ABC):
+    """Moves parcels between ranks and knows no stage's inside. Calls follow the rank's program order."""
+
+    @abstractmethod
+    def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
+        """A step begins in which this rank will receive these, in this order."""
+
+    @abstractmethod
+    def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
+        """Send, without waiting for more than the link must; the link keeps the tensors alive meanwhile."""
+
+    @abstractmethod
+    def post(self, op: Recv) -> None:
+        """The program's place for this receive is reached: have it under way."""
+
+    @abstractmethod
+    def take(self, op: Recv) -> Parcel:
+        """Wait for a posted receive and hand over the parcel."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The step is over: wait until everything sent has left."""

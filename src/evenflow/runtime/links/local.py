@@ -1,0 +1,31 @@
+"""LocalLink: all ranks in one process. A parcel is handed over, or copied to the receiver's device."""
+
+from collections.abc import Sequence
+
+from evenflow.ir.op import Recv, Send
+from evenflow.runtime.inflight import Parcel
+from evenflow.runtime.links.link import Link, Manifest
+
+
+class LocalLink(Link):
+    """One object shared by all ranks of the process."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[Recv, Parcel] = {}
+
+    def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
+        pass
+
+    def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
+        arrival = Recv(op.source, op.target, op.microbatch, op.payload)
+        moved = (None if tensor is None else tensor.to(manifest.device, non_blocking=True) for tensor in parcel)
+        self._under_way[arrival] = tuple(moved)
+
+    def post(self, op: Recv) -> None:
+        assert op in self._under_way, f"{op} comes before its send: the order is not the proven one"
+
+    def take(self, op: Recv) -> Parcel:
+        return self._under_way.pop(op)
+
+    def finish(self) -> None:
+        assert not self._under_way, f"never taken: {[str(op) for op in self._under_way]}"

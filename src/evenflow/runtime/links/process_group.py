@@ -1,0 +1,156 @@
+"""ProcessGroupLink: parcels over torch.distributed, Gloo between CPUs and NCCL between GPUs.
+
+Matching is by order alone: both ends walk the same proven program, so no tags are needed. How the tensors of
+a parcel lie in memory is told once per kind of parcel, in a header before the first; after that a parcel is
+its tensors and nothing else, and receives can be posted ahead. On Gloo they are, a few at a time; NCCL has
+one queue per pair of ranks, where a receive posted before its place could block a send that the peer needs.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from evenflow.errors import PeerError
+from evenflow.ir.op import Recv, Send
+from evenflow.runtime.inflight import Parcel
+from evenflow.runtime.links.layout import Layout, empty, pack, unpack
+from evenflow.runtime.links.link import Link, Manifest
+
+AHEAD = 4  # receives under way beyond the place the program has reached, on Gloo
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+)
+_MAX_DIMS = 12
+
+
+@dataclass(slots=True)
+class _Arriving:
+    layouts: tuple[Layout | None, ...]
+    blocks: list[torch.Tensor | None]
+    works: list[dist.Work]
+
+
+class ProcessGroupLink(Link):
+    """One rank's end. Stage s is on torch.distributed's rank s; `device` is this rank's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._rank = dist.get_rank()
+        self._device = device
+        self._ahead = AHEAD if dist.get_backend() == "gloo" else 0
+        self._known: dict[tuple[Any, ...], tuple[Layout | None, ...]] = {}  # parcel key -> how its tensors lie
+        self._expected: deque[tuple[Recv, Manifest]] = deque()  # receives not yet under way, in program order
+        self._arriving: dict[Recv, _Arriving] = {}
+        self._reached = 0  # receives under way beyond the program's place
+        self._leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
+        self._expected = deque(receives)
+        self._arriving.clear()
+        self._reached = 0
+        self._look_ahead()
+
+    def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
+        try:
+            layouts = self._layouts(manifest)
+            if layouts is None:
+                layouts = tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel)
+                self._known[manifest.key] = layouts
+                self._leave(_encode(layouts, self._device), op.target)
+            for tensor, layout in zip(parcel, layouts, strict=True):
+                if layout is None:
+                    assert tensor is None, f"{op}: a gradient exists that did not in the first microbatch"
+                    continue
+                self._leave(empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout), op.target)
+            while self._leaving and self._leaving[0][0].is_completed():
+                self._leaving.popleft()[0].wait()
+        except RuntimeError as error:
+            raise self._lost(op, op.target, error) from error
+
+    def post(self, op: Recv) -> None:
+        try:
+            if op in self._arriving:
+                self._reached -= 1
+            else:
+                expected, manifest = self._expected.popleft()
+                assert expected == op, f"{op} where the program has {expected}"
+                self._begin(op, manifest, op.source)
+            self._look_ahead()
+        except RuntimeError as error:
+            raise self._lost(op, op.source, error) from error
+
+    def take(self, op: Recv) -> Parcel:
+        arriving = self._arriving.pop(op)
+        try:
+            for work in arriving.works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost(op, op.source, error) from error
+        pairs = zip(arriving.blocks, arriving.layouts, strict=True)
+        return tuple(None if block is None or layout is None else unpack(block, layout) for block, layout in pairs)
+
+    def finish(self) -> None:
+        assert not self._arriving and not self._expected, "a receive was never taken"
+        try:
+            while self._leaving:
+                self._leaving.popleft()[0].wait()
+        except RuntimeError as error:
+            raise PeerError(f"rank {self._rank}: a peer was lost before it took all that was sent to it: {error}") from error
+
+    def _layouts(self, manifest: Manifest) -> tuple[Layout | None, ...] | None:
+        return self._known.get(manifest.key) if manifest.values else ()
+
+    def _leave(self, block: torch.Tensor, target: int) -> None:
+        work = dist.isend(block, target)
+        assert work is not None, "this rank is part of the group"
+        self._leaving.append((work, block))
+
+    def _look_ahead(self) -> None:
+        """Begin receives before their place, as long as what they will look like is known."""
+        while self._expected and self._reached < self._ahead and self._layouts(self._expected[0][1]) is not None:
+            op, manifest = self._expected.popleft()
+            self._begin(op, manifest, op.source)
+            self._reached += 1
+
+    def _begin(self, op: Recv, manifest: Manifest, source: int) -> None:
+        layouts = self._layouts(manifest)
+        if layouts is None:
+            header = torch.empty(len(manifest.values) * (2 + 2 * _MAX_DIMS), dtype=torch.int64, device=self._device)
+            dist.recv(header, source)
+            layouts = self._known[manifest.key] = _decode(header)
+        blocks = [None if layout is None else empty(layout, self._device) for layout in layouts]
+        works = [dist.irecv(block, source) for block in blocks if block is not None]
+        assert all(work is not None for work in works), "this rank is part of the group"
+        self._arriving[op] = _Arriving(layouts, blocks, [work for work in works if work is not None])
+
+    def _lost(self, op: Send | Recv, peer: int, error: RuntimeError) -> PeerError:
+        if isinstance(error, PeerError):
+            return error
+        return PeerError(f"rank {self._rank} lost rank {peer} in {op} (microbatch {op.microbatch}): {error}")
+
+
+def _encode(layouts: Sequence[Layout | None], device: torch.device) -> torch.Tensor:
+    """Layouts as whole numbers, equally many for each: type, dimensions, shape, strides; type -1: no tensor."""
+    rows = []
+    for layout in layouts:
+        row = [-1] * (2 + 2 * _MAX_DIMS)
+        if layout is not None:
+            dims = len(layout.shape)
+            row[:2] = [_DTYPES.index(layout.dtype), dims]
+            row[2 : 2 + dims] = layout.shape
+            row[2 + _MAX_DIMS : 2 + _MAX_DIMS + dims] = layout.stride
+        rows += row
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _decode(header: torch.Tensor) -> tuple[Layout | None, ...]:
+    layouts: list[Layout | None] = []
+    for row in header.view(-1, 2 + 2 * _MAX_DIMS).tolist():
+        kind, dims = row[:2]
+        shape, stride = row[2 : 2 + dims], row[2 + _MAX_DIMS : 2 + _MAX_DIMS + dims]
+        layouts.append(None if kind < 0 else Layout(tuple(shape), tuple(stride), _DTYPES[kind]))
+    return tuple(layouts)

@@ -1,0 +1,126 @@
+"""Microbatches: splitting a batch, and putting what the microbatches returned together again."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from evenflow.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatches:
+    """A batch that is already split: a list of microbatches, each any tree. Pass it to `Pipeline.step`.
+
+    >>> len(Microbatches([{"x": torch.zeros(2)}, {"x": torch.ones(2)}]).items)
+    2
+    """
+
+    items: Sequence[Any]
+
+
+def batch_size(batch: Any) -> int:
+    """Rows of a batch: the common length of dim 0 of its tensors. 0-dimensional tensors don't count.
+
+    Raises `ConfigError` naming the tensors that disagree.
+    """
+    lengths: dict[int, str] = {}
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            lengths.setdefault(leaf.shape[0], pytree.keystr(path) or "the batch")
+    if not lengths:
+        raise ConfigError(
+            "the batch holds no tensor with a dimension to split; give split_batch=, or pass evenflow.Microbatches([…])"
+        )
+    if len(lengths) > 1:
+        found = ", ".join(f"{name} has {length}" for length, name in lengths.items())
+        raise ConfigError(
+            f"the batch's tensors disagree in dim 0, along which it is split: {found}; "
+            "give split_batch=, or pass evenflow.Microbatches([…])"
+        )
+    return next(iter(lengths))
+
+
+def count(size: int, *, num_microbatches: int | None, microbatch_size: int | None, num_stages: int) -> int:
+    """How many microbatches a batch of `size` rows makes.
+
+    By default the largest divisor of `size` up to four per stage: enough that the bubble is small.
+    """
+    if num_microbatches is not None and microbatch_size is not None:
+        raise ConfigError("num_microbatches and microbatch_size say the same thing twice; give one of them")
+    for name, number in (("num_microbatches", num_microbatches), ("microbatch_size", microbatch_size)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}={number} must be at least 1")
+    if microbatch_size is not None:
+        return math.ceil(size / microbatch_size)
+    if num_microbatches is None:
+        return max(n for n in range(1, 4 * num_stages + 1) if size % n == 0)
+    if size < num_microbatches:
+        raise ConfigError(
+            f"a batch of {size} rows cannot make num_microbatches={num_microbatches}; "
+            f"use a larger batch, or num_microbatches={size} at most"
+        )
+    return num_microbatches
+
+
+def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[Any]:
+    """Split a batch along dim 0 of its tensors; plain values and 0-dimensional tensors are repeated.
+
+    With `microbatch_size` every microbatch but the last has that many rows; else sizes differ by 1 at most.
+    """
+    size = batch_size(batch)
+    if microbatch_size is not None:
+        bounds = [min(i * microbatch_size, size) for i in range(num + 1)]
+    else:
+        bounds = [-(-size * i // num) for i in range(num + 1)]
+    leaves, spec = pytree.tree_flatten(batch)
+    items = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        parts: dict[int, Any] = {}  # one tensor in two places stays one tensor
+        for leaf in leaves:
+            if id(leaf) not in parts:
+                cuts = isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+                parts[id(leaf)] = leaf[start:end] if cuts else leaf
+        items.append(pytree.tree_unflatten([parts[id(leaf)] for leaf in leaves], spec))
+    return items
+
+
+def shares(items: Sequence[Any]) -> list[float]:
+    """Each microbatch's share of the step's loss: its share of the rows."""
+    sizes = [batch_size(item) for item in items]
+    if len(set(sizes)) == 1:
+        return [1 / len(sizes)] * len(sizes)
+    return [size / sum(sizes) for size in sizes]
+
+
+def join(trees: Sequence[Any], parts: Sequence[float]) -> Any:
+    """One tree out of those that the microbatches returned; a single one comes back as it is.
+
+    Leaf by leaf: tensors with dimensions are concatenated along dim 0, real scalars averaged with the loss's
+    weights, whole numbers added up, equal values kept, and anything else listed.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    flat = [pytree.tree_flatten(tree) for tree in trees]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat):
+        return list(trees)
+    return pytree.tree_unflatten([_join_leaf(leaves, parts) for leaves in zip(*(f for f, _ in flat), strict=True)], spec)
+
+
+def _join_leaf(leaves: Sequence[Any], parts: Sequence[float]) -> Any:
+    first = leaves[0]
+    if isinstance(first, torch.Tensor):
+        if first.dim() > 0:
+            return torch.cat(list(leaves))
+        if first.is_floating_point() or first.is_complex():
+            return sum(leaf * share for leaf, share in zip(leaves, parts, strict=True))
+        return torch.stack(list(leaves)).any() if first.dtype == torch.bool else torch.stack(list(leaves)).sum()
+    if isinstance(first, float):
+        return sum(leaf * share for leaf, share in zip(leaves, parts, strict=True))
+    if isinstance(first, int) and not isinstance(first, bool):
+        return sum(leaves)
+    return first if all(leaf == first for leaf in leaves) else list(leaves)

@@ -1,0 +1,91 @@
+"""A stage: owns the parameters of its nodes and runs them. Knows no rank and no link."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from evenflow.ir.op import Payload
+from evenflow.runtime.backward import receive
+from evenflow.runtime.inflight import InFlight, Parcel
+from evenflow.runtime.rng import Streams
+
+
+class Stage(torch.nn.Module):
+    """One stage on one device.
+
+    Its parameters carry the model's own names with `/` for `.`, since torch allows no dots in names.
+    """
+
+    def __init__(self, index: int, device: torch.device, streams: Streams) -> None:
+        super().__init__()
+        self.index = index
+        self.device = device
+        self.streams = streams
+
+    def own(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Take parameters, by the model's names, and move them to the stage's device."""
+        for name, parameter in parameters.items():
+            parameter.data = parameter.data.to(self.device)
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+    def run_forward(
+        self, flight: InFlight, batch: Mapping[int, torch.Tensor], *, step: int, microbatch: int, train: bool
+    ) -> None:
+        """Run one microbatch forward; `batch` holds (at least) the tensor leaves that the section needs."""
+        work, section = flight.work, flight.work.section
+        values: dict[int, Any] = {}
+        for leaf, value in section.batch:
+            tensor = batch[leaf].to(self.device, non_blocking=True)
+            values[value] = tensor.clone() if value in section.cloned else tensor
+        for source, expected in section.receives.items():
+            for value, arrived in zip(expected, flight.activations.pop(source), strict=True):
+                assert arrived is not None, "an activation always exists"
+                values[value] = self._enter(flight, value, arrived, train)
+        if work.draws:
+            self.streams.begin(step, microbatch)
+        with torch.set_grad_enabled(train):
+            work.run(values)
+        if train:
+            awaited = (value for group in section.gradient_receives.values() for value in group)
+            flight.roots |= {value: values[value] for value in awaited if value not in flight.roots}
+        flight.made = {value: values[value].detach() for group in section.sends.values() for value in group}
+        if section.needs_output:
+            flight.output = work.output(values)
+
+    def _enter(self, flight: InFlight, value: int, arrived: torch.Tensor, train: bool) -> torch.Tensor:
+        """A received value as the section may use it."""
+        section = flight.work.section
+        tensor = arrived
+        if train and flight.work.graph.values[value].info.requires_grad:
+            tensor = receive(arrived, value, flight.owed)
+            if value in section.relayed:
+                flight.roots[value] = tensor
+        return tensor.clone() if value in section.cloned else tensor
+
+    def run_backward(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
+        """Run one microbatch backward from the gradients that arrived and, on the last stage, from the loss.
+
+        `weight` is the gradient of the step's loss with respect to this microbatch's.
+        """
+        roots, gradients = [], []
+        for source, expected in flight.work.section.gradient_receives.items():
+            for value, gradient in zip(expected, flight.gradients.pop(source), strict=True):
+                if gradient is not None:
+                    roots.append(flight.roots[value])
+                    gradients.append(gradient)
+        if loss is not None and loss.requires_grad:
+            roots.append(loss)
+            gradients.append(torch.full_like(loss, weight))
+        flight.roots = {}
+        flight.output = None
+        if roots:
+            torch.autograd.backward(roots, gradients)
+
+    def outgoing(self, flight: InFlight, target: int, payload: Payload) -> Parcel:
+        """What leaves for another stage."""
+        section = flight.work.section
+        if payload is Payload.ACTIVATION:
+            return tuple(flight.made[value] for value in section.sends.get(target, ()))
+        return tuple(flight.owed.get(value) for value in section.gradient_sends.get(target, ()))
+

@@ -1,0 +1,124 @@
+"""The processes of a run and the few collective things that they do outside the pipeline's own transfers.
+
+`SingleProcess` holds every stage itself. `ProcessGroupWorld` is torch.distributed: rank r runs stage r, on
+Gloo between CPUs and NCCL between GPUs. Everything here happens in the same order on every rank.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from evenflow.errors import PeerError
+
+
+class World(ABC):
+    """Who is there. `rank` and `size` count processes."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def share(self, thing: Any, source: int) -> Any:  # any picklable object
+        """The source's object, on every rank."""
+
+    @abstractmethod
+    def gather(self, thing: Any) -> list[Any]:  # any picklable object
+        """Every rank's object, in rank order, on every rank."""
+
+    @abstractmethod
+    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        """Every rank's (equally many, 64-bit) whole numbers, in rank order, on every rank."""
+
+    @abstractmethod
+    def send(self, tensor: torch.Tensor, target: int) -> None:
+        """Send a tensor to a rank that receives one of the same shape and type."""
+
+    @abstractmethod
+    def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+        """A new tensor shaped as `like`, filled by `source`."""
+
+    @abstractmethod
+    def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
+        """Fill `tensor` everywhere with the source's; what is returned, if anything, must be waited for."""
+
+
+class SingleProcess(World):
+    """No peers: every question is answered by this process."""
+
+    rank = 0
+    size = 1
+
+    def share(self, thing: Any, source: int) -> Any:
+        return thing
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing]
+
+    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        return [numbers]
+
+    def send(self, tensor: torch.Tensor, target: int) -> None:
+        raise AssertionError("a single process sends nothing")
+
+    def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+        raise AssertionError("a single process receives nothing")
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        return None
+
+
+class ProcessGroupWorld(World):
+    """The ranks of torch.distributed's default group, which must exist. `device` carries collectives."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
+
+    def share(self, thing: Any, source: int) -> Any:
+        box = [thing]
+        with reported(self.rank, f"waiting for what rank {source} shares"):
+            dist.broadcast_object_list(box, src=source, device=self._device)
+        return box[0]
+
+    def gather(self, thing: Any) -> list[Any]:
+        things: list[Any] = [None] * self.size
+        with reported(self.rank, "gathering from all ranks"):
+            dist.all_gather_object(things, thing)
+        return things
+
+    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        all_numbers = [torch.empty_like(mine) for _ in range(self.size)]
+        with reported(self.rank, "comparing batches with all ranks"):
+            dist.all_gather(all_numbers, mine)
+        return [list(map(int, row.tolist())) for row in all_numbers]
+
+    def send(self, tensor: torch.Tensor, target: int) -> None:
+        with reported(self.rank, f"sending to rank {target}"):
+            dist.send(tensor.contiguous(), target)
+
+    def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+        into = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        with reported(self.rank, f"receiving from rank {source}"):
+            dist.recv(into, source)
+        return into
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
+        with reported(self.rank, f"waiting for rank {source}"):
+            return dist.broadcast(tensor, source, async_op=True)
+
+
+class reported:  # noqa: N801 (a context manager, used like a function)
+    """Turn torch.distributed's errors into one that says which rank was doing what."""
+
+    def __init__(self, rank: int, doing: str) -> None:
+        self.rank, self.doing = rank, doing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, PeerError):
+            raise PeerError(f"rank {self.rank} lost its peer while {self.doing}: {error}") from error

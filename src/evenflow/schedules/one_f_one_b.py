@@ -1,0 +1,46 @@
+"""1F1B: after a short warm-up, each rank alternates one forward and one backward.
+
+Source: Narayanan et al., "PipeDream: Generalized Pipeline Parallelism for DNN Training", 2019, and its form
+with one synchronous update a step, "PipeDream-Flush", in "Memory-Efficient Pipeline-Parallel DNN Training",
+2021, arXiv:2006.09503. The bubble is GPipe's, (p - 1) / (m + p - 1) for p ranks and m microbatches, but rank
+r holds the activations of at most p - r microbatches instead of all m.
+"""
+
+from evenflow.errors import ConfigError
+from evenflow.ir.op import Backward, ComputeOp, Forward
+from evenflow.ir.placement import Placement
+from evenflow.ir.schedule import Schedule
+
+
+def one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
+    """Return the 1F1B schedule, one stage a rank.
+
+    Raises `ConfigError` for a count below 1, and for `stages_per_rank > 1`: that takes interleaving, whose
+    warm-up is another.
+
+    >>> from evenflow.view.text import draw_schedule
+    >>> print(draw_schedule(one_f_one_b(num_ranks=2, stages_per_rank=1, num_microbatches=3)))
+    time   0   1   2   3   4   5   6   7   8   9   10  11
+    rank 0 0F0 0F1  .   .  0B0 --- 0F2 0B1 ---  .  0B2 ---
+    rank 1  .  1F0 1B0 --- 1F1 1B1 --- 1F2 1B2 ---  .   .
+    """
+    placement = Placement.looped(num_ranks, stages_per_rank)
+    if stages_per_rank > 1:
+        raise ConfigError(
+            f"schedule '1f1b' needs as many stages as ranks, got {placement.num_stages} stages on "
+            f"{num_ranks} ranks: several stages a rank need an interleaved schedule; "
+            "use stages_per_rank=1, or 'gpipe'"
+        )
+    ranks = tuple(_queue(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
+    return Schedule("1f1b", placement, num_microbatches, ranks)
+
+
+def _queue(stage: int, num_stages: int, num_microbatches: int) -> tuple[ComputeOp, ...]:
+    # Just enough forwards to keep the later stages fed until the first gradient returns.
+    num_warmup = min(num_stages - 1 - stage, num_microbatches)
+    queue: list[ComputeOp] = [Forward(stage, microbatch) for microbatch in range(num_warmup)]
+    for microbatch in range(num_microbatches):
+        if microbatch + num_warmup < num_microbatches:
+            queue.append(Forward(stage, microbatch + num_warmup))
+        queue.append(Backward(stage, microbatch))
+    return tuple(queue)

@@ -1,0 +1,162 @@
+"""The configuration file: what it means, and the text of every refusal."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evenflow.cli.config import (
+    ExampleData,
+    FolderModel,
+    FunctionModel,
+    Pipelining,
+    TextData,
+    Training,
+    read_config,
+)
+from evenflow.errors import ConfigError
+
+MODEL = '[model]\nfunction = "gpt.py:build"\n'
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    def read_text_as_config(text):
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return read_config(path)
+
+    return read_text_as_config
+
+
+def test_a_model_is_enough(read, tmp_path):
+    config = read(MODEL)
+    assert config.name == "run"
+    assert config.model == FunctionModel(f"{tmp_path / 'gpt.py'}:build")
+    assert config.data == ExampleData()
+    assert config.training == Training()
+    assert config.pipeline == Pipelining()
+
+
+def test_every_key_is_read(read, tmp_path):
+    config = read(
+        """
+        name = "mine"
+        model = { function = "package.module:make", arguments = { width = 3 } }
+        data = { paths = ["a.txt", "/b"], batch_size = 3, length = 5, held_out = 0.25 }
+        [training]
+        steps = 7
+        learning_rate = 1
+        warmup_steps = 2
+        weight_decay = 0.5
+        seed = 9
+        validate_every = 4
+        [pipeline]
+        stages = 3
+        schedule = "gpipe"
+        microbatch_size = 1
+        split = ["layers.1"]
+        exact = true
+        """
+    )
+    assert config.name == "mine"
+    assert config.model == FunctionModel("package.module:make", {"width": 3})
+    assert config.data == TextData((tmp_path / "a.txt", Path("/b")), batch_size=3, length=5, held_out=0.25)
+    assert config.training == Training(
+        steps=7, learning_rate=1.0, warmup_steps=2, weight_decay=0.5, seed=9, validate_every=4
+    )
+    assert config.pipeline == Pipelining(
+        stages=3, schedule="gpipe", microbatch_size=1, split=("layers.1",), exact=True
+    )
+
+
+def test_a_folder_counts_from_the_file(read, tmp_path):
+    assert read('[model]\nfolder = "llama"').model == FolderModel(tmp_path / "llama")
+
+
+def test_the_config_of_make_train_can_be_read():
+    config = read_config(Path(__file__).parents[2] / "examples" / "train_gpt.toml")
+    assert config.name == "train_gpt"
+    assert isinstance(config.data, TextData)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MODEL + "[training]\nstpes = 3", "unknown key 'training.stpes'; did you mean 'training.steps'?"),
+        (MODEL + "[trainig]\nsteps = 3", "unknown key 'trainig'; did you mean 'training'?"),
+        (
+            MODEL + "[pipeline]\nsteps = 3",
+            "unknown key 'pipeline.steps'; did you mean 'training.steps'? [pipeline] takes: stages",
+        ),
+        ("stages = 2\n" + MODEL, "unknown key 'stages'; did you mean 'pipeline.stages'?"),
+        (MODEL + "[data]\nqwxzj = 1", "unknown key 'data.qwxzj'. [data] takes: paths, batch_size, length"),
+        (MODEL + "[training]\nsteps = 0", "training.steps = 0 must be at least 1"),
+        (MODEL + "[training]\nsteps = 1.5", "training.steps = 1.5 must be a whole number"),
+        (MODEL + "[training]\nsteps = true", "training.steps = True must be a whole number"),
+        (MODEL + "[training]\nlearning_rate = 'x'", "training.learning_rate = 'x' must be a number"),
+        (MODEL + "[training]\nlearning_rate = -1", "training.learning_rate = -1.0 must lie between"),
+        (MODEL + "[training]\nlearning_rate = nan", "training.learning_rate = nan must lie between"),
+        (MODEL + "[data]\nheld_out = 0.9", "data.held_out = 0.9 must lie between 0.01 and 0.5"),
+        (MODEL + "[data]\nbatch_size = 0", "data.batch_size = 0 must be at least 1"),
+        (MODEL + "[data]\nlength = 1", "data.length = 1 must be at least 2"),
+        (MODEL + "[data]\npaths = 'a'", "data.paths = 'a' must be a list, in square brackets"),
+        (MODEL + "[data]\npaths = [3]", "data.paths = 3 must be a path"),
+        (MODEL + "[pipeline]\nstages = 0", "pipeline.stages = 0 must be at least 1"),
+        (MODEL + "[pipeline]\nexact = 1", "pipeline.exact = 1 must be true or false"),
+        (MODEL + "[pipeline]\nschedule = 1", "pipeline.schedule = 1 must be a string"),
+        (
+            MODEL + "[pipeline]\nnum_microbatches = 4\nmicrobatch_size = 2",
+            "pipeline.num_microbatches = 4 and pipeline.microbatch_size = 2 are both given",
+        ),
+        ("training = 3\n" + MODEL, "training = 3 must be a table: write [training] on a line of its own"),
+        ("name = 'a/b'\n" + MODEL, "name = 'a/b' names a folder under runs/"),
+        ("name = ''\n" + MODEL, "name = '' names a folder under runs/"),
+        ("", "[model] must say which model to train"),
+        ("[model]\nfunction = 3", "[model] must say which model to train"),
+        ("[model]\nfunction = 'a:b'\nfolder = 'c'", "[model] must say which model to train"),
+        ("[model]\nfunction = 'a:b'\narguments = 3", "model.arguments = 3 must be a table"),
+        ("[model\n", "is no valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_said(read, text, message):
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert message in str(caught.value)
+    assert "run.toml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.toml: No such file"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is no TOML file: it is not UTF-8"):
+        read_config(path)
+
+
+@given(
+    table=st.sampled_from(["data", "training", "pipeline"]),
+    value=st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.lists(st.text())),
+    choice=st.randoms(use_true_random=False),
+)
+def test_a_section_is_read_or_refused_in_words(table, value, choice):
+    """Whatever value stands under a key, the answer is a value of the field's type or a ConfigError."""
+    from evenflow.cli import config
+
+    kind = {"data": TextData, "training": Training, "pipeline": Pipelining}[table]
+    key = choice.choice([field.name for field in dataclasses.fields(kind)])
+    try:
+        section = config._section(kind, {key: value}, table)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        assert typing.get_type_hints(kind)[key] is not float or isinstance(getattr(section, key), float)
+        return
+    assert f"{table}.{key}" in message

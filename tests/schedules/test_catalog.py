@@ -1,0 +1,105 @@
+"""One list of sizes runs every schedule of the catalog."""
+
+import pytest
+
+from evenflow.errors import ConfigError
+from evenflow.ir import Backward, Costs, Flow, Forward, Schedule
+from evenflow.lower import lower
+from evenflow.schedules.catalog import SCHEDULES, get
+from evenflow.simulate import simulate
+from evenflow.validate import prove
+
+SIZES = [(1, 1, 1), (1, 1, 4), (2, 1, 1), (2, 1, 5), (4, 1, 2), (4, 1, 8), (1, 3, 2), (2, 2, 4), (3, 2, 3)]
+CASES = [
+    pytest.param(name, *sizes, id="-".join([name, *map(str, sizes)]))
+    for name in SCHEDULES
+    for sizes in SIZES
+    if not (name == "1f1b" and sizes[1] > 1)
+]
+
+
+@pytest.fixture
+def schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
+    return get(name)(num_ranks, stages_per_rank, num_microbatches)
+
+
+every_case = pytest.mark.parametrize(("name", "num_ranks", "stages_per_rank", "num_microbatches"), CASES)
+
+
+@every_case
+def test_name_and_sizes(schedule, name, num_ranks, stages_per_rank, num_microbatches) -> None:
+    assert schedule.name == name
+    assert schedule.num_microbatches == num_microbatches
+    assert schedule.placement.num_stages == num_ranks * stages_per_rank
+    assert schedule.trains is (name != "forward-only")
+
+
+@every_case
+def test_each_stage_keeps_the_microbatch_order(schedule, num_microbatches) -> None:
+    kinds = (Forward, Backward) if schedule.trains else (Forward,)
+    for stage, rank in enumerate(schedule.placement.rank_of):
+        for kind in kinds:
+            ops = [op for op in schedule.ranks[rank] if isinstance(op, kind) and op.stage == stage]
+            assert [op.microbatch for op in ops] == list(range(num_microbatches))
+
+
+@every_case
+def test_it_is_proven_once_lowered(schedule) -> None:
+    program = lower(schedule, Flow.chain(schedule.placement.num_stages))
+    assert prove(program).program is program
+
+
+def _bubble(schedule: Schedule) -> float:
+    num_stages = schedule.placement.num_stages
+    return simulate(schedule, Flow.chain(num_stages), Costs.uniform(num_stages)).bubble
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "forward-only"])
+@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 3), (2, 1), (2, 4), (4, 4), (4, 16), (8, 5)])
+def test_bubble_is_the_closed_form(name: str, num_ranks: int, num_microbatches: int) -> None:
+    expected = (num_ranks - 1) / (num_microbatches + num_ranks - 1)
+    assert _bubble(get(name)(num_ranks, 1, num_microbatches)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "stages_per_rank", "num_microbatches"), [(2, 3, 4), (4, 2, 4), (3, 2, 7)]
+)
+def test_more_stages_a_rank_shrink_gpipe_s_bubble(num_ranks, stages_per_rank, num_microbatches) -> None:
+    expected = (num_ranks - 1) / (stages_per_rank * num_microbatches + num_ranks - 1)
+    assert _bubble(get("gpipe")(num_ranks, stages_per_rank, num_microbatches)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 9])
+def test_stop_and_wait_never_overlaps(num_microbatches: int) -> None:
+    assert _bubble(get("sequential")(4, 2, num_microbatches)) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4, 12])
+def test_1f1b_holds_few_activations(num_microbatches: int) -> None:
+    for rank, queue in enumerate(get("1f1b")(4, 1, num_microbatches).ranks):
+        steps = [1 if isinstance(op, Forward) else -1 for op in queue]
+        peak = max(sum(steps[: position + 1]) for position in range(len(steps)))
+        assert peak == min(4 - rank, num_microbatches)
+
+
+def test_1f1b_refuses_several_stages_a_rank() -> None:
+    with pytest.raises(
+        ConfigError, match="got 8 stages on 4 ranks: several stages a rank need an interleaved"
+    ):
+        get("1f1b")(4, 2, 8)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (2, 1, -1)])
+def test_counts_below_one_are_refused(name: str, sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="at least 1, got"):
+        get(name)(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("gpip", "gpipe"), ("1F1B", "1f1b"), ("forward_only", "forward-only")]
+)
+def test_an_unknown_name_gets_the_nearest_and_all(wrong: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{nearest}'") as caught:
+        get(wrong)
+    assert all(name in str(caught.value) for name in SCHEDULES)

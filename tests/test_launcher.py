@@ -1,0 +1,320 @@
+"""Processes: results come back, every kind of end is named once, and nothing is left running."""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError
+from evenflow.launcher import RankEnvironment, launch, rank_environment
+
+# --- what the ranks run --------------------------------------------------------------------------------
+
+
+def place_and_threads(word):
+    return rank_environment(), word, torch.get_num_threads()
+
+
+def sum_over_ranks(*, num_rounds, before_round):
+    """All-reduce `num_rounds` times; rank 1 calls `before_round` before the third."""
+    dist.init_process_group("gloo")
+    total = torch.zeros(1)
+    for number in range(num_rounds):
+        if number == 2 and dist.get_rank() == 1:
+            before_round()
+        total += 1
+        dist.all_reduce(total)
+    return total.item()
+
+
+def exchange():
+    return sum_over_ranks(num_rounds=3, before_round=lambda: None)
+
+
+def note_pid(folder):
+    (folder / str(os.environ["RANK"])).write_text(str(os.getpid()))
+
+
+def killed_in_the_middle(folder, number):
+    note_pid(folder)
+    return sum_over_ranks(num_rounds=5, before_round=lambda: os.kill(os.getpid(), number))
+
+
+def raising_in_the_middle(folder):
+    note_pid(folder)
+
+    def fail():
+        raise ValueError("the seventh layer is missing")
+
+    return sum_over_ranks(num_rounds=5, before_round=fail)
+
+
+def exiting_in_the_middle(folder):
+    note_pid(folder)
+    return sum_over_ranks(num_rounds=5, before_round=lambda: sys.exit(3))
+
+
+def refusing():
+    raise RecordError("the model reads a file while it runs")
+
+
+class Special(EvenflowError):
+    pass
+
+
+def refusing_specially():
+    raise Special("of a class that launch does not know")
+
+
+def blaming_a_peer():
+    """Rank 0 complains of rank 1, which fails for a reason of its own."""
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        raise PeerError("rank 1 did not answer")
+    raise ZeroDivisionError("the reason")
+
+
+def raising_nothing_to_say():
+    raise KeyError
+
+
+def unpicklable_result():
+    return lambda: None
+
+
+# --- the launching side ----------------------------------------------------------------------------------
+
+
+def has_ended(pid, within_seconds=10.0):
+    """Wait for the process to end, woken by its end and not by a clock."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], within_seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def assert_all_ended(folder, num_ranks=2):
+    pids = [int(path.read_text()) for path in folder.iterdir()]
+    assert len(pids) == num_ranks
+    assert all(has_ended(pid) for pid in pids)
+
+
+def test_results_come_back_in_order_of_rank():
+    results = launch(place_and_threads, "hello", nproc=2)
+    assert results == [
+        (RankEnvironment(rank=rank, local_rank=rank, num_ranks=2), "hello", 1) for rank in range(2)
+    ]
+
+
+def test_num_threads_is_each_ranks():
+    assert launch(place_and_threads, "", nproc=1, num_threads=2)[0][2] == 2
+
+
+def test_ranks_can_talk():
+    assert launch(exchange, nproc=2) == [14.0, 14.0]
+
+
+def test_this_process_is_no_rank():
+    assert rank_environment() is None
+
+
+def test_a_killed_rank_is_named_within_the_time_and_nobody_is_left(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(PeerError, match=r"^rank 1 was killed by signal 9 \(SIGKILL\); .*memory runs out"):
+        launch(killed_in_the_middle, tmp_path, signal.SIGKILL, nproc=2)
+    assert time.monotonic() - started < 30
+    assert_all_ended(tmp_path)
+
+
+def test_a_crashed_rank_is_named_with_its_signal(tmp_path):
+    with pytest.raises(PeerError, match=r"^rank 1 was killed by signal 6 \(SIGABRT\)"):
+        launch(killed_in_the_middle, tmp_path, signal.SIGABRT, nproc=2)
+    assert_all_ended(tmp_path)
+
+
+def test_a_failed_rank_is_named_with_its_own_message_and_traceback(tmp_path):
+    with pytest.raises(PeerError) as caught:
+        launch(raising_in_the_middle, tmp_path, nproc=2)
+    assert str(caught.value) == "rank 1 failed (exit code 1): ValueError: the seventh layer is missing"
+    (note,) = caught.value.__notes__
+    assert "On rank 1:" in note
+    assert "in raising_in_the_middle" in note
+    assert_all_ended(tmp_path)
+
+
+def test_a_rank_that_exits_is_named_with_its_code(tmp_path):
+    with pytest.raises(PeerError, match=r"^rank 1 ended with exit code 3 and no exception"):
+        launch(exiting_in_the_middle, tmp_path, nproc=2)
+    assert_all_ended(tmp_path)
+
+
+def test_our_own_errors_come_back_as_they_were():
+    with pytest.raises(RecordError, match=r"^rank \d: the model reads a file while it runs$") as caught:
+        launch(refusing, nproc=2)
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_an_unknown_class_of_ours_comes_back_as_the_base():
+    with pytest.raises(EvenflowError, match=r"^rank 0: of a class that launch does not know$") as caught:
+        launch(refusing_specially, nproc=1)
+    assert type(caught.value) is EvenflowError
+
+
+def test_the_cause_is_reported_and_not_who_suffered_from_it():
+    with pytest.raises(PeerError) as caught:
+        launch(blaming_a_peer, nproc=2)
+    assert str(caught.value) == "rank 1 failed (exit code 1): ZeroDivisionError: the reason"
+
+
+def test_an_exception_without_a_message_is_named_by_its_class():
+    with pytest.raises(PeerError) as caught:
+        launch(raising_nothing_to_say, nproc=1)
+    assert str(caught.value) == "rank 0 failed (exit code 1): KeyError"
+
+
+def test_the_launchers_log_stays_out_of_the_way(tmp_path, capfd, caplog):
+    before = logging.getLogger("torch.distributed.elastic").propagate
+    with contextlib.suppress(PeerError):
+        launch(raising_in_the_middle, tmp_path, nproc=2)
+    assert caplog.text == ""
+    assert capfd.readouterr().err == ""
+    assert logging.getLogger("torch.distributed.elastic").propagate == before
+
+
+def test_the_callers_signal_handlers_are_put_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    launch(place_and_threads, "", nproc=1)
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+@pytest.mark.parametrize("nproc", [0, -1])
+def test_no_processes_are_refused(nproc):
+    with pytest.raises(ConfigError, match=rf"nproc={nproc}\): there must be at least 1 process"):
+        launch(exchange, nproc=nproc)
+
+
+def test_a_function_that_cannot_be_sent_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot send .*<lambda> .*top of a module"):
+        launch(lambda: None, nproc=1)
+
+
+def test_arguments_that_cannot_be_sent_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"cannot send the arguments of place_and_threads .*inside the func"
+    ):
+        launch(place_and_threads, (number for number in range(3)), nproc=1)
+
+
+def test_a_result_that_cannot_be_sent_is_the_ranks_error():
+    with pytest.raises(
+        ConfigError, match=r"^rank 0: launch cannot send back what unpicklable_result returned"
+    ):
+        launch(unpicklable_result, nproc=1)
+
+
+# --- under torchrun, and from a script -------------------------------------------------------------------
+
+SCRIPT = """
+    import os, signal, sys
+    from pathlib import Path
+    from evenflow.launcher import launch, rank_environment
+
+    def work(folder):
+        place = rank_environment()
+        (folder / f"{place.rank}.part").write_text(str(os.getpid()))
+        (folder / f"{place.rank}.part").rename(folder / str(place.rank))
+        if sys.argv[2:] == ["wait"]:
+            signal.pause()
+        return place.rank
+
+    if __name__ == "__main__":
+        print("returned", launch(work, Path(sys.argv[1]), nproc=2))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+@pytest.fixture
+def pid_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    return folder
+
+
+def test_a_script_runs_by_itself(script, pid_folder):
+    done = subprocess.run(
+        [sys.executable, script, pid_folder], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "returned [0, 1]\n"
+
+
+def test_the_same_script_runs_under_torchrun(script, pid_folder):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+            pid_folder,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert sorted(done.stdout.splitlines()) == ["returned [0]", "returned [1]"]
+
+
+def test_torchrun_with_another_number_is_refused(monkeypatch):
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"launch\(nproc=2\), but .* \(torchrun\) started 4 ranks"):
+        launch(exchange, nproc=2)
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_script_leaves_nobody_behind(script, pid_folder, number, exit_code):
+    with subprocess.Popen(
+        [sys.executable, script, pid_folder, "wait"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_files(pid_folder, 2)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    assert_all_ended(pid_folder)
+
+
+def wait_for_files(folder, count, within_seconds=60.0):
+    deadline = time.monotonic() + within_seconds
+    while len([path for path in folder.iterdir() if not path.suffix]) < count:
+        assert time.monotonic() < deadline, f"{folder} holds {sorted(folder.iterdir())}"
+        select.select([], [], [], 0.02)

@@ -1,0 +1,79 @@
+"""What is lowered is proven, keeps the schedule's order, and puts transfers where they delay no one."""
+
+import pytest
+from hypothesis import given, settings
+
+from evenflow.errors import ScheduleError
+from evenflow.ir import Backward, Costs, Flow, Forward, Handoff, Placement, Program, Recv, Schedule, Send
+from evenflow.lower import lower
+from evenflow.schedules.gpipe import gpipe
+from evenflow.validate import prove
+from random_pipelines import Pipeline, pipelines
+
+
+def text(program: Program) -> list[str]:
+    return [" ".join(str(op) for op in queue) for queue in program.ranks]
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(pipelines())
+def test_lowered_is_proven(pipeline: Pipeline) -> None:
+    program = lower(pipeline.schedule, pipeline.flow, pipeline.costs)
+    proven = prove(program)
+    assert len(proven.order) == sum(len(queue) for queue in program.ranks)
+
+
+@settings(derandomize=True, deadline=None)
+@given(pipelines())
+def test_computes_keep_the_schedule_s_order(pipeline: Pipeline) -> None:
+    program = lower(pipeline.schedule, pipeline.flow, pipeline.costs)
+    computes = tuple(
+        tuple(op for op in queue if isinstance(op, Forward | Backward)) for queue in program.ranks
+    )
+    assert computes == pipeline.schedule.ranks
+
+
+@settings(derandomize=True, deadline=None)
+@given(pipelines())
+def test_sends_and_handoffs_wait_for_no_later_compute(pipeline: Pipeline) -> None:
+    program = lower(pipeline.schedule, pipeline.flow, pipeline.costs)
+    positive = min(*pipeline.costs.forward_seconds, *pipeline.costs.backward_seconds) > 0
+    for queue in program.ranks if positive else ():
+        for position, op in enumerate(queue):
+            if isinstance(op, Send | Handoff):
+                computes = [other for other in queue[:position] if isinstance(other, Forward | Backward)]
+                last = computes[-1]
+                assert (last.stage, last.microbatch) == (op.source, op.microbatch)
+
+
+def test_a_receive_stands_behind_what_its_rank_has_begun() -> None:
+    # Rank 1 can run 1F0 and 1F1, which need nothing, while rank 0 works ten times as long on its forward.
+    flow = Flow(activations=frozenset({(0, 2)}), gradients=frozenset())
+    placement = Placement((0, 1, 1))
+    ranks = (
+        (Forward(0, 0), Forward(0, 1)),
+        (Forward(1, 0), Forward(1, 1), Forward(2, 0), Forward(2, 1)),
+    )
+    schedule = Schedule("by hand", placement, 2, ranks)
+    slow = lower(schedule, flow, Costs((10.0, 1.0, 1.0), (0.0, 0.0, 0.0)))
+    assert text(slow) == ["0F0 S0>2F0 0F1 S0>2F1", "1F0 1F1 R0>2F0 2F0 R0>2F1 2F1"]
+    fast = lower(schedule, flow, Costs((1.0, 10.0, 1.0), (0.0, 0.0, 0.0)))
+    assert text(fast) == ["0F0 S0>2F0 0F1 S0>2F1", "1F0 R0>2F0 R0>2F1 1F1 2F0 2F1"]
+
+
+def test_stages_of_one_rank_hand_over() -> None:
+    program = lower(gpipe(1, 2, 1), Flow.chain(2))
+    assert text(program) == ["0F0 H0>1F0 1F0 1B0 H1>0B0 0B0"]
+    assert not any(isinstance(op, Send | Recv) for op in program.ranks[0])
+
+
+def test_an_evaluation_sends_no_gradients() -> None:
+    ranks = ((Forward(0, 0),), (Forward(1, 0),))
+    program = lower(Schedule("evaluation", Placement.linear(2), 1, ranks), Flow.chain(2))
+    assert text(program) == ["0F0 S0>1F0", "R0>1F0 1F0"]
+
+
+def test_a_schedule_that_cannot_run_is_refused() -> None:
+    ranks = ((Backward(0, 0), Forward(0, 0)),)
+    with pytest.raises(ScheduleError, match="rank 0 stands before 0B0, which waits for 0F0 on rank 0"):
+        lower(Schedule("upside down", Placement.linear(1), 1, ranks), Flow.chain(1))

@@ -1,0 +1,61 @@
+"""Reports list every fault, and stay readable when there are thousands."""
+
+import pytest
+
+from evenflow.ir import Backward, Flow, Forward, Schedule
+from evenflow.schedules.gpipe import gpipe
+from evenflow.soundness import refusal, schedule_faults
+
+SCHEDULE = gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2)
+
+
+def faults_of(*queues: list[Forward | Backward], flow: Flow | None = None) -> list[str]:
+    return schedule_faults(SCHEDULE, flow or Flow.chain(2), queues)
+
+
+def test_a_complete_schedule_has_none() -> None:
+    assert schedule_faults(SCHEDULE, Flow.chain(2), SCHEDULE.ranks) == []
+
+
+def test_without_any_backward_it_is_an_evaluation() -> None:
+    assert faults_of([Forward(0, 0), Forward(0, 1)], [Forward(1, 0), Forward(1, 1)]) == []
+
+
+def test_every_fault_is_listed() -> None:
+    first = [Forward(0, 0), Forward(0, 0), Forward(0, 1), Forward(1, 0), Forward(0, 2), Forward(5, 0)]
+    assert faults_of(first, [Forward(1, 1), Backward(1, 0)], flow=Flow.chain(3)) == [
+        "flow edge 1>2 names a stage outside 0..1",
+        "flow edge 2>1 names a stage outside 0..1",
+        "1F0 on rank 0: stage 1 lives on rank 1",
+        "0F2 on rank 0: there are only microbatches 0..1",
+        "5F0 on rank 0: there are only stages 0..1",
+        "0F0 stands 2 times: run it once",
+        "0B0 is missing: rank 0 must run it",
+        "0B1 is missing: rank 0 must run it",
+        "1B1 is missing: rank 1 must run it",
+    ]
+
+
+def test_each_rank_needs_a_queue() -> None:
+    assert "1 queues for 2 ranks: give each rank one" in faults_of(list(SCHEDULE.ranks[0]))
+
+
+def test_long_reports_are_cut() -> None:
+    queues = [[Forward(0, microbatch) for microbatch in range(500)]] * 100
+    text = str(refusal("huge", [f"fault {number}" for number in range(1000)], queues, [400] * 100))
+    assert text.startswith("schedule 'huge' has 1000 faults:\n  - fault 0\n")
+    assert "fault 19\n  and 980 more\n" in text
+    assert "rank 0: ... 0F400 0F401" in text
+    assert text.endswith("and 84 more ranks")
+    assert len(text) < 4000
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_drawing_shows_the_whole_of_a_short_queue(start: int) -> None:
+    text = str(refusal("gpipe", ["x"], SCHEDULE.ranks, [start, start]))
+    shown = " ".join(str(op) for op in SCHEDULE.ranks[0][start:])
+    assert f"rank 0: {'... ' if start else ''}{shown}\n" in text
+
+
+def test_a_schedule_is_data() -> None:
+    assert Schedule(**{name: getattr(SCHEDULE, name) for name in Schedule.__slots__}) == SCHEDULE

@@ -1,0 +1,17 @@
+"""Floors 1 to 5 start without torch, and without matplotlib until a picture is drawn."""
+
+import subprocess
+import sys
+
+MODULES = (
+    "evenflow.ir, evenflow.rules, evenflow.soundness, evenflow.schedules, evenflow.schedules.catalog, "
+    "evenflow.simulate, evenflow.lower, evenflow.validate, evenflow.view.text, evenflow.view.picture"
+)
+
+
+def test_planning_imports_neither_torch_nor_matplotlib() -> None:
+    code = f"import {MODULES}, sys; print(sorted({{'torch', 'numpy', 'matplotlib'}} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
