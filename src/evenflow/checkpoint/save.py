@@ -12,7 +12,12 @@ from evenflow.runtime.world import World
 
 
 def save_checkpoint(
-    folder: Path, world: World, *, parameters: Mapping[str, torch.Tensor], optimizers: Mapping[int, Any], step: int
+    folder: Path,
+    world: World,
+    *,
+    parameters: Mapping[str, torch.Tensor],
+    optimizers: Mapping[int, Any],
+    step: int,
 ) -> None:
     """Write `folder`: parameters under the model's own names, optimizer state by stage; collective.
 

@@ -3,6 +3,7 @@
 On a terminal a bar moves; in a file or a pipe there is a line now and then instead.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -106,6 +107,7 @@ class ProgressReport:
             console=console,
             disable=console.quiet or not console.is_terminal,
         )
+        self._next_line = 1
         self._task = self._progress.add_task("train", total=num_steps, numbers="")
 
     def __enter__(self) -> Self:
@@ -123,9 +125,10 @@ class ProgressReport:
         pace = f"{items_per_second:,.0f} {self._units.item}/s  {1000 * step_seconds:.0f} ms/step"
         numbers = f"loss {loss:.3f}  {pace}"
         self._progress.update(self._task, completed=number, numbers=numbers)
-        between_lines = max(1, self._num_steps // _NUM_LINES)
-        if not self._console.is_terminal and (number == 1 or number % between_lines == 0):
+        if not self._console.is_terminal and number >= self._next_line:
             self.line(f"step {number}/{self._num_steps}  {numbers}")
+            lines_done = number * _NUM_LINES // self._num_steps
+            self._next_line = math.ceil((lines_done + 1) * self._num_steps / _NUM_LINES)
 
     def line(self, text: str) -> None:
         """Print a line of its own, above the bar."""

@@ -131,7 +131,9 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
     return Cut(graph, tuple(positions), sections, traffic.flow())
 
 
-def positions_for_owners(graph: Graph, stage_of_parameter: Mapping[str, int], num_stages: int) -> tuple[int, ...]:
+def positions_for_owners(
+    graph: Graph, stage_of_parameter: Mapping[str, int], num_stages: int
+) -> tuple[int, ...]:
     """Cuts of another recording of the same model under which every stage uses only parameters it owns.
 
     `stage_of_parameter` names the parameters that one stage alone uses. Raises `RecordError` when the
@@ -145,8 +147,8 @@ def positions_for_owners(graph: Graph, stage_of_parameter: Mapping[str, int], nu
         if len(stages) > 1 or min(stages) < highest:
             raise RecordError(
                 f"for this batch {node.name} runs after parameters of stage {highest} but owns some of stage "
-                f"{min(stages)}: the program changes the order of its modules with the batch; use fewer stages, or "
-                "split= so that these modules share a stage"
+                f"{min(stages)}: the program changes the order of its modules with the batch; use fewer "
+                "stages, or split= so that these modules share a stage"
             )
         positions += [at] * (min(stages) - highest)
         highest = min(stages)
@@ -216,7 +218,9 @@ def _lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
     """For each value that a chain node makes: the chain positions of its maker and of its last user."""
     at = {node.index: position for position, node in enumerate(graph.chain)}
     lives = {value: (at[node.index], at[node.index]) for node in graph.chain for value in node.makes}
-    uses: Iterator[tuple[int, int]] = ((v, position) for position, node in enumerate(graph.chain) for v in node.inputs)
+    uses: Iterator[tuple[int, int]] = (
+        (v, position) for position, node in enumerate(graph.chain) for v in node.inputs
+    )
     for value, position in itertools.chain(uses, ((v, len(graph.chain)) for v in graph.output.refs)):
         if value in lives:
             lives[value] = (lives[value][0], max(lives[value][1], position))

@@ -16,7 +16,7 @@ from evenflow.graph.tree import Draws, Value
 
 @dataclass(frozen=True, slots=True)
 class ModuleTarget:
-    """Call the model's module at `path`. `draws` names the module calls inside it that draw random numbers."""
+    """Call the model's module at `path`. `draws` names the module calls inside that draw random numbers."""
 
     path: str
     call: int
@@ -56,6 +56,7 @@ class Node:
     flops: int
     grad_enabled: bool
     autocast: tuple[tuple[str, Any], ...]  # (device type, torch.dtype)
+    whole: str | None = None  # why a module was not taken apart, where something forbade it
     glue: bool = False
 
     @property

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
 from evenflow.errors import RecordError
-from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
+from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
+    ARRAYS,
     BatchLeaf,
     BufferSource,
     Call,
@@ -33,7 +34,7 @@ def flatten(
     max_share: float,
     exact: bool = False,
     opened: Collection[str] = (),
-    is_atomic: Callable[[str], bool] = lambda path: False,
+    is_atomic: Callable[[str], bool] = lambda _: False,
 ) -> Graph:
     """The graph of a recorded run.
 
@@ -69,7 +70,12 @@ class _Choice:
     """The rules by which a module call stays whole or is taken apart."""
 
     def __init__(
-        self, tree: CallTree, max_share: float, exact: bool, opened: Collection[str], is_atomic: Callable[[str], bool]
+        self,
+        tree: CallTree,
+        max_share: float,
+        exact: bool,
+        opened: Collection[str],
+        is_atomic: Callable[[str], bool],
     ) -> None:
         self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
         self.limit = max_share * _flops(tree.root)
@@ -106,7 +112,9 @@ class _Choice:
             return False
         if _flops(call) > self.limit or self.has_idle_argument(call):
             return True
-        return any(count > 1 for name, count in _parameter_uses(call, self.values).items() if name in self.shared)
+        return any(
+            count > 1 for name, count in _parameter_uses(call, self.values).items() if name in self.shared
+        )
 
     def has_idle_argument(self, call: ModuleCall) -> bool:
         """Whether a call without parameters is handed a tensor that nothing inside uses.
@@ -143,7 +151,6 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 
     def visit(call: Call, around: tuple[ModuleCall, ...]) -> None:
         if isinstance(call, ModuleCall):
-            assert call.output is not None, "a finished call has a result"
             given[call] = frozenset(call.args.refs)
             changed = (new for c in walk(call) if isinstance(c, FunctionCall) for _, new in c.rebinds)
             shown[call] = frozenset((*call.output.refs, *changed))
@@ -173,54 +180,45 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(call: Call, tree: CallTree) -> Node:
-    names = dict.fromkeys(_parameters(call, tree.values))
+def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
-    common = {
-        "index": -1,  # given once the unused nodes are gone
-        "parameters": tuple(names),
-        "buffers": tuple(source.name for source in sources if isinstance(source, BufferSource)),
-        "changed_buffers": tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers)),
-        "flops": _flops(call),
-    }
     match call:
         case FunctionCall():
             before = {old for old, _ in call.rebinds}
-            results = tuple(r for r in call.output.refs if tree.values[r].born == call.clock and r not in before)
-            return Node(
-                name=f"{call.path}:{call.name}" if call.path else call.name,
-                target=FunctionTarget(call.function, call.draws),
-                args=call.args,
-                output=call.output,
-                results=results,
-                rebinds=call.rebinds,
-                grad_enabled=call.grad_enabled,
-                autocast=call.autocast,
-                **common,
-            )
-        case ModuleCall():
-            assert call.output is not None, "a finished call has a result"
-            return Node(
-                name=call.path or "the model",
-                target=_module_target(call),
-                args=call.args,
-                output=call.output,
-                results=tuple(r for r in call.output.refs if call.start <= tree.values[r].born < call.end),
-                rebinds=_composed(functions, call, tree),
-                grad_enabled=call.grad_enabled,
-                autocast=call.autocast,
-                **common,
-            )
-        case ReadCall():
-            raise AssertionError("reads become guards, not nodes")
+            fresh = (ref for ref in call.output.refs if tree.values[ref].born == call.clock)
+            name = f"{call.path}:{call.name}" if call.path else call.name
+            target: Target = FunctionTarget(call.function, call.draws)
+            results, rebinds = tuple(ref for ref in fresh if ref not in before), call.rebinds
+        case _:
+            name, target = call.path or "the model", _module_target(call)
+            results = tuple(r for r in call.output.refs if call.start <= tree.values[r].born < call.end)
+            rebinds = _composed(functions, call, tree)
+    return Node(
+        index=-1,  # given once the unused nodes are gone
+        name=name,
+        target=target,
+        args=call.args,
+        output=call.output,
+        results=results,
+        rebinds=rebinds,
+        parameters=tuple(dict.fromkeys(_parameters(call, tree.values))),
+        buffers=tuple(source.name for source in sources if isinstance(source, BufferSource)),
+        changed_buffers=tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers)),
+        flops=_flops(call),
+        grad_enabled=call.grad_enabled,
+        autocast=call.autocast,
+        whole=call.whole if isinstance(call, ModuleCall) else None,
+    )
 
 
 def _module_target(call: ModuleCall) -> ModuleTarget:
     drawing = [inner for inner in walk(call) if isinstance(inner, ModuleCall) and inner.num_draws]
     at_entry = all(_draws_first(inner) for inner in drawing)
-    return ModuleTarget(call.path, call.call, tuple(Draws(d.path, d.call, 0, d.num_draws) for d in drawing), at_entry)
+    return ModuleTarget(
+        call.path, call.call, tuple(Draws(d.path, d.call, 0, d.num_draws) for d in drawing), at_entry
+    )
 
 
 def _draws_first(call: ModuleCall) -> bool:
@@ -237,7 +235,8 @@ def _composed(functions: list[FunctionCall], call: ModuleCall, tree: CallTree) -
     """All changes in place inside a call, as (version before the call, version after it)."""
     first: dict[int, int] = {}  # newest version -> the version before the call
     for function in functions:
-        for old, new in function.rebinds:
+        for before, new in function.rebinds:
+            old = before
             while tree.values[old].born >= call.start and old in tree.same_tensor:
                 old = tree.same_tensor[old]
             first[new] = first.pop(old, old)
@@ -259,8 +258,14 @@ def _without_unused(nodes: list[Node], needed: set[int]) -> list[Node]:
 def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
     """Mark what depends on the batch alone: no parameter, no random number, no state, no gradient."""
     changed = {name for node in nodes for name in node.changed_buffers}
-    derived = {value.number for value in values if isinstance(value.source, BatchLeaf) and not value.info.requires_grad}
-    derived |= {v.number for v in values if isinstance(v.source, BufferSource) and v.source.name not in changed}
+    derived = {
+        value.number
+        for value in values
+        if isinstance(value.source, BatchLeaf) and not value.info.requires_grad
+    }
+    derived |= {
+        v.number for v in values if isinstance(v.source, BufferSource) and v.source.name not in changed
+    }
     marked = []
     for node in nodes:
         draws = node.target.draws
@@ -274,17 +279,23 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
 
 
 def _has_shared(node: Node) -> bool:
-    """Whether a node is handed a mutable object, whose copies on other stages would miss what it does to it."""
+    """Whether a node is handed a mutable object, whose copies on other stages miss what it does."""
     return any(isinstance(leaf, Shared) for leaf in node.args.leaves)
 
 
 def _guard(read: ReadCall, nodes: list[Node], values: tuple[Value, ...]) -> Guard:
     made = {value for node in nodes if not node.glue for value in node.makes}
     where = read.path or "the loss function"
+    if read.name in ARRAYS:
+        raise RecordError(
+            f"{where} turns a tensor of the batch into an array ({read.name}), whose further use cannot "
+            "be seen; compute with torch, or do it before the batch is passed"
+        )
     for ref in read.args.refs:
         if ref in made or isinstance(values[ref].source, ParameterSource):
             raise RecordError(
-                f"{where} calls {read.name} on a tensor {values[ref].info} that does not depend on the batch alone, "
-                "so the branch taken may change within a step; keep that code inside one module (atomic=[…])"
+                f"{where} calls {read.name} on a tensor {values[ref].info} that depends on more than the "
+                "batch, so the branch taken may change within a step; keep that code inside one module "
+                "(atomic=[…])"
             )
     return Guard(read.function, read.args, read.result, f"{where}: {read.name}")

@@ -7,6 +7,7 @@ with an environment gives the arguments back. Mutable objects that are neither t
 
 import copy
 import enum
+import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 IMMUTABLE = (
     *(type(None), bool, int, float, complex, str, bytes, slice, range, type, enum.Enum, type(Ellipsis)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.nn.Module),
+    functools.partial,
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
 )
 
@@ -32,13 +34,17 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Stands for a mutable object: a fresh copy of `prototype` for each stage and microbatch."""
+    """Stands for a mutable object: a fresh copy of `prototype` for each stage and microbatch.
+
+    `keep` maps the ids of what is never copied (the model's modules) to itself.
+    """
 
     number: int
     prototype: Any  # any object that the program hands around
+    keep: dict[int, Any]  # as deepcopy's memo
 
     def fresh(self) -> Any:  # as `prototype`
-        return copy.deepcopy(self.prototype)
+        return copy.deepcopy(self.prototype, dict(self.keep))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +70,19 @@ class Template:
         """
         filled = []
         for leaf in self.leaves:
-            if isinstance(leaf, Ref):
-                leaf = values[leaf.value]
-            elif isinstance(leaf, Shared):
-                if leaf.number not in shared:
-                    shared[leaf.number] = leaf.fresh()
-                leaf = shared[leaf.number]
-            filled.append(leaf)
+            match leaf:
+                case Ref(value):
+                    filled.append(values[value])
+                case Shared(number):
+                    if number not in shared:
+                        shared[number] = leaf.fresh()
+                    filled.append(shared[number])
+                case _:
+                    filled.append(leaf)
         return pytree.tree_unflatten(filled, self.spec)
+
+
+NOTHING = Template((), pytree.tree_flatten(())[1])
 
 
 def is_plain(leaf: object) -> bool:

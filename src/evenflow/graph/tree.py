@@ -9,7 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from evenflow.graph.template import Template
+from evenflow.graph.template import NOTHING, Template
+
+# Functions that hand a tensor's memory to something that cannot be observed.
+ARRAYS = frozenset({"numpy", "__array__", "__dlpack__"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,9 @@ class ModuleCall:
     autocast: tuple[tuple[str, Any], ...]
     children: "list[ModuleCall | FunctionCall | ReadCall]" = field(default_factory=list)
     end: int = -1
-    output: Template | None = None
+    output: Template = NOTHING  # until it has returned
     num_draws: int = 0
+    draws_without_grad: bool = False
     whole: str | None = None  # why this call must not be taken apart, where it must not
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, EvenflowError, PeerError
 from evenflow.graph.tree import BatchLeaf
 from evenflow.runtime.recordings import Program, Recording, Recordings, describe, tensors
 from evenflow.runtime.world import World
-from torch.utils import _pytree as pytree
 
 FED = object()  # what `Pipeline.feed` yields where the batch is on the first rank
 _NONE, _BATCH, _ERROR = range(3)
@@ -44,7 +44,7 @@ class Agreed:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """From the first rank to those that passed no batch. `new` holds microbatches that need a new recording."""
+    """From the first rank to those that passed no batch. `new`: microbatches that need a new recording."""
 
     recordings: tuple[int, ...]
     new: dict[int, Any]
@@ -62,7 +62,7 @@ def agree(
 ) -> Agreed:
     """The batch of this step on this rank. `prepare` splits the rank's own batch (None where it has none).
 
-    Raises `ConfigError` where the batches differ between ranks, and `PeerError` where another rank refused its own.
+    Raises `ConfigError` where the batches differ between ranks, `PeerError` where another rank refused it.
     """
     mine, error = _attempt(prepare)
     fingerprint = _fingerprint(mine) if mine is not None and world.size > 1 else [0, 0]
@@ -75,7 +75,9 @@ def agree(
         rank = next(rank for rank, message in enumerate(messages) if message is not None)
         raise PeerError(f"rank {rank} refused its batch: {messages[rank]}")
     if rows[0][0] == _NONE:
-        raise ConfigError("the first rank passed no batch; only the other ranks may leave that to pipe.feed(loader)")
+        raise ConfigError(
+            "the first rank passed no batch; only the other ranks may leave that to pipe.feed(loader)"
+        )
     if any(row[0] == _BATCH and row[1:] != rows[0][1:] for row in rows):
         shapes = world.gather(None if mine is None else _shapes(mine))
         other = next(rank for rank, row in enumerate(rows) if row[0] == _BATCH and row[1:] != rows[0][1:])
@@ -87,7 +89,9 @@ def agree(
     if all(row[0] == _BATCH for row in rows):
         assert mine is not None
         known = tuple(_recording(recordings, program, item, learn) for item in mine.items)
-        return Agreed(tuple(dict(enumerate(tensors(item))) for item in mine.items), known, mine.shares, mine.size)
+        return Agreed(
+            tuple(dict(enumerate(tensors(item))) for item in mine.items), known, mine.shares, mine.size
+        )
     absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
     return _sent(world, recordings, program, mine, learn, absent, device)
 
@@ -145,7 +149,9 @@ def _first_message(recordings: Recordings, program: Program, mine: Prepared) -> 
         number = recordings.find(program, item)
         found.append(-1 if number is None else number)
         if number is None:
-            new[at] = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, item)
+            new[at] = pytree.tree_map(
+                lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, item
+            )
     return _Message(tuple(found), new, mine.shares, mine.size)
 
 
@@ -164,7 +170,7 @@ def _fingerprint(prepared: Prepared) -> list[int]:
         form.update(repr((spec, [describe(leaf) for leaf in leaves])).encode())
         for tensor in tensors(item):
             raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            numbers = zlib.crc32(raw, numbers)
+            numbers = zlib.crc32(raw.data, numbers)
     return [int.from_bytes(form.digest(), "little"), numbers]
 
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
-from evenflow.graph.record import FakeParameters
+from evenflow.graph.fakes import FakeParameters
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.reading import check_loss, check_trainable
+from evenflow.pipe.refuse import refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.process_group import ProcessGroupLink
-from evenflow.runtime.parameters import Accumulators, parameters_by_name
+from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
@@ -26,7 +26,7 @@ from evenflow.schedules import catalog
 from evenflow.schedules.catalog import ScheduleFunction
 
 
-def pipeline(
+def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument)
     model: torch.nn.Module,
     *,
     loss: Program | None = None,
@@ -50,17 +50,17 @@ def pipeline(
     Under `torchrun` or `evenflow.launch` each process runs one stage; else this process runs all of them, on
     the CUDA devices that it finds or on the CPU.
 
-    - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar, metrics);
-      by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
+    - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar,
+      metrics); by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
     - `example`: one full batch, from which shapes are read: any tree of tensors and plain values.
-    - `optimizer` receives a list of (name, parameter): a stage's trainable ones. `scheduler` gets the optimizer.
+    - `optimizer` receives a list of (name, parameter), a stage's trainable ones; `scheduler` the optimizer.
     - `stages`: how many; by default one per process, or per CUDA device, or 1.
     - `schedule`: a name in `evenflow.schedules.catalog`, or a function like those.
     - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per stage.
     - `split`: names of modules before which to cut, in order; by default the cuts balance estimated FLOPs.
     - `split_batch(batch)` returns a list of microbatches, for batches that dim 0 does not split.
-    - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs that
-      one unsplit module may hold (default 1 / (4 * stages)).
+    - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs
+      that one unsplit module may hold (default 1 / (4 * stages)).
     - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
@@ -80,9 +80,7 @@ def pipeline(
     >>> float(second.loss) < float(first.loss)
     True
     """
-    choices.refuse_wrapped(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+    refuse_unfit(model)
     choices.check_split(model, split or ())
     method = catalog.get(schedule) if isinstance(schedule, str) else schedule
     kind = choices.device_kind(device)
@@ -106,9 +104,16 @@ def pipeline(
     cut = recordings.cut_first(graph, choices.positions_of(graph, split, num_stages), list(parameters))
 
     stage_numbers = range(num_stages) if world.size == 1 else (world.rank,)
-    stage_objects = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in stage_numbers}
+    stage_objects = {
+        stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in stage_numbers
+    }
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
+    if world.size > 1:
+        users = stages_of_parameters(cut)
+        _let_go(
+            fakes, parameters, keep={n for n in parameters if world.rank in (owner[n], *users.get(n, ()))}
+        )
     owned: dict[int, dict[str, torch.nn.Parameter]] = {stage: {} for stage in stage_objects}
     for name, parameter in parameters.items():
         if owner[name] in owned:
@@ -139,6 +144,15 @@ def pipeline(
             summaries=_summaries(cut, {name: (owner[name], parameters[name].numel()) for name in parameters}),
         )
     )
+
+
+def _let_go(fakes: FakeParameters, parameters: dict[str, torch.nn.Parameter], *, keep: set[str]) -> None:
+    """Replace the parameters that this process does not use by empty ones, so that their memory is free."""
+    for name in parameters.keys() - keep:
+        empty = torch.empty_like(parameters[name], device="meta")
+        parameters[name] = torch.nn.Parameter(empty, requires_grad=parameters[name].requires_grad)
+    for module, key, fake in fakes.slots:
+        module._parameters[key] = parameters[fakes.names[id(fake)]]
 
 
 def _link(world: World, device: torch.device) -> Link:

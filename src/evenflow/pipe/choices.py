@@ -41,27 +41,17 @@ class Splitter:
         if size == 0:
             raise ConfigError("the batch has no rows")
         num = microbatches.count(
-            size, num_microbatches=self.num_microbatches, microbatch_size=self.microbatch_size, num_stages=self.num_stages
+            size,
+            num_microbatches=self.num_microbatches,
+            microbatch_size=self.microbatch_size,
+            num_stages=self.num_stages,
         )
         items = microbatches.split(batch, num, microbatch_size=self.microbatch_size)
         return Prepared(items, microbatches.shares(items), size)
 
 
-def refuse_wrapped(model: torch.nn.Module) -> None:
-    """Refuse a model that something else already spread out or compiled, naming the line to change."""
-    kind = type(model).__name__
-    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
-        raise ConfigError(f"the model is wrapped in {kind}; remove that line and pass the bare module (model.module)")
-    if kind.startswith("FSDP"):
-        raise ConfigError("the model was sharded by fully_shard(model); remove that line and pass the bare module")
-    if kind == "OptimizedModule":
-        raise ConfigError("the model was compiled; remove the line torch.compile(model) and pass the bare module")
-    if getattr(model, "hf_device_map", None) is not None:
-        raise ConfigError("the model was spread by device_map=; remove that argument of from_pretrained")
-
-
 def device_kind(device: str | torch.device | None) -> str:
-    """"cpu" or "cuda"; raises `ConfigError` where CUDA was asked for and there is none."""
+    """Return "cpu" or "cuda"; raises `ConfigError` where CUDA was asked for and there is none."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(device).type
@@ -76,11 +66,13 @@ def device_kind(device: str | torch.device | None) -> str:
 
 
 def world_of(kind: str) -> World:
-    """The processes of this run: torch.distributed's where it is set up or the elastic launcher started us."""
+    """The processes of this run: torch.distributed's if it is set up or the elastic launcher started us."""
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
         dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+    if dist.is_initialized() and kind == "cuda":
+        torch.cuda.set_device(_cuda_index(dist.get_rank()))
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return SingleProcess()
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", _cuda_index(dist.get_rank()))
@@ -92,12 +84,14 @@ def _cuda_index(number: int) -> int:
 
 
 def stage_count(stages: int | None, split: Sequence[str] | None, world: World, kind: str) -> int:
-    """How many stages; raises `ConfigError` where arguments contradict each other or the processes there are."""
+    """How many stages; `ConfigError` where arguments contradict each other or the number of processes."""
     if stages is not None and stages < 1:
         raise ConfigError(f"stages={stages} must be at least 1")
     if split is not None:
         if stages is not None and stages != len(split) + 1:
-            raise ConfigError(f"split= names {len(split)} cuts, which makes {len(split) + 1} stages, but stages={stages}")
+            raise ConfigError(
+                f"split= names {len(split)} cuts, which makes {len(split) + 1} stages, but stages={stages}"
+            )
         stages = len(split) + 1
     if world.size > 1:
         if stages is not None and stages != world.size:
@@ -122,31 +116,57 @@ def check_split(model: torch.nn.Module, split: Sequence[str]) -> None:
     for name in split:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-            raise ConfigError(f"split= names {name!r}, which is no module of the model; nearest are {', '.join(map(repr, near))}")
+            raise ConfigError(
+                f"split= names {name!r}, which is no module of the model; nearest are "
+                f"{', '.join(map(repr, near))}"
+            )
 
 
 def positions_of(graph: Graph, split: Sequence[str] | None, num_stages: int) -> tuple[int, ...]:
     """Where to cut: before the modules named, or where estimated FLOPs balance."""
     legal = legal_positions(graph)
     if split is None:
-        return partition(node_costs(graph), cut_bytes=crossing_bytes(graph), legal=legal, num_stages=num_stages)
+        costs = node_costs(graph)
+        try:
+            return partition(costs, cut_bytes=crossing_bytes(graph), legal=legal, num_stages=num_stages)
+        except ConfigError as error:
+            heaviest = max(zip(costs, graph.chain, strict=True), key=lambda pair: pair[0])[1]
+            if heaviest.whole is not None:
+                error.add_note(f"{heaviest.name} was not taken apart: {heaviest.whole}")
+            raise
     positions: list[int] = []
     for name in split:
         inside = (name, f"{name}:", f"{name}.")
-        at = next((i for i, node in enumerate(graph.chain) if node.name == name or node.name.startswith(inside[1:])), None)
+        at = next(
+            (
+                i
+                for i, node in enumerate(graph.chain)
+                if node.name == name or node.name.startswith(inside[1:])
+            ),
+            None,
+        )
         if at is None:
-            raise ConfigError(f"split= names {name!r}, but the recorded program runs nothing of it on a stage")
+            raise ConfigError(
+                f"split= names {name!r}, but the recorded program runs nothing of it on a stage"
+            )
         if at == 0 or (positions and at <= positions[-1]):
             before = "the first stage" if at == 0 else f"the cut before {split[len(positions) - 1]!r}"
-            raise ConfigError(f"split= names {name!r}, which leaves nothing for {before}; name modules in the order in which they run")
+            raise ConfigError(
+                f"split= names {name!r}, which leaves nothing for {before}; name modules in the order in "
+                "which they run"
+            )
         if not legal[at]:
-            raise ConfigError(f"split= names {name!r}, but a cut there would part a tensor from one that shares its memory and is changed later")
+            raise ConfigError(
+                f"split= names {name!r}, but a cut there would part a tensor from one that shares its memory "
+                "and is changed later"
+            )
         positions.append(at)
     return tuple(positions)
 
 
 def node_costs(graph: Graph) -> list[float]:
-    """Estimated cost of each node of the chain: FLOPs and memory traffic of its forward (backwards are in proportion)."""
+    """Estimated cost of each node of the chain: FLOPs and memory traffic of its forward."""
     return [
-        node.flops + FLOPS_PER_ELEMENT * sum(math.prod(graph.values[v].info.shape) for v in node.makes) for node in graph.chain
+        node.flops + FLOPS_PER_ELEMENT * sum(math.prod(graph.values[v].info.shape) for v in node.makes)
+        for node in graph.chain
     ]

@@ -110,7 +110,7 @@ class Pipeline:
             return self._run(agreed, forward_only, read_loss)
 
     def predict(self, batch: Any, function: Program | None = None) -> Any:
-        """What `function(model, microbatch)` returns for a batch, in evaluation mode, joined over microbatches.
+        """What `function(model, microbatch)` returns in evaluation mode, joined over a batch's microbatches.
 
         By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). The same on
         every rank. Tensors are concatenated along dim 0.
@@ -120,7 +120,7 @@ class Pipeline:
             return self._run(agreed, forward_only, read_prediction).metrics
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yield the loader's batches for `step`; only the first rank reads it, the others are sent what they need."""
+        """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
         world = self._parts.world
         if world.size == 1:
             yield from loader
@@ -146,11 +146,11 @@ class Pipeline:
     # -- looking inside
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """(name, parameter) of this process's stages, under the model's own names; shared ones once, at their owner."""
+        """(name, parameter) of this process's stages, under the model's names; shared ones at their owner."""
         yield from self._parts.updater.parameters
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(name, gradient) of this process's trainable parameters, summed and normalised as the update uses them.
+        """(name, gradient) of this process's trainable parameters, as the update uses them.
 
         A collective call where stages share parameters. None where nothing reached the parameter.
         """
@@ -170,10 +170,14 @@ class Pipeline:
         return self._times.timelines(self._parts.world)
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint folder: parameters under the model's names, optimizer state; a collective call."""
+        """Write a checkpoint folder: parameters by the model's names, optimizer state; a collective call."""
         updater = self._parts.updater
         save_checkpoint(
-            Path(folder), self._parts.world, parameters=dict(updater.parameters), optimizers=updater.optimizers, step=self._step
+            Path(folder),
+            self._parts.world,
+            parameters=dict(updater.parameters),
+            optimizers=updater.optimizers,
+            step=self._step,
         )
 
     def close(self) -> None:
@@ -204,22 +208,33 @@ class Pipeline:
                 check_trainable(graph)
         return recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
 
-    def _run(self, agreed: Agreed, schedule: ScheduleFunction, reading: Reading, *, share: float = 1.0) -> StepResult:
+    def _run(
+        self, agreed: Agreed, schedule: ScheduleFunction, reading: Reading, *, share: float = 1.0
+    ) -> StepResult:
         parts = self._parts
         entries = [parts.recordings.entries[number] for number in agreed.recordings]
         jobs = [
             Job(batch, number, entry.cut, entry.works, weight * share)
-            for batch, number, entry, weight in zip(agreed.batches, agreed.recordings, entries, agreed.shares, strict=True)
+            for batch, number, entry, weight in zip(
+                agreed.batches, agreed.recordings, entries, agreed.shares, strict=True
+            )
         ]
         proven = self._proven(schedule, jobs)
         executors = {
             rank: Executor(
-                proven, rank, stages=parts.stages, devices=parts.devices, jobs=jobs, link=parts.link, step=self._step, reading=reading
+                proven,
+                rank,
+                stages=parts.stages,
+                devices=parts.devices,
+                jobs=jobs,
+                link=parts.link,
+                step=self._step,
+                reading=reading,
             )
             for rank in parts.stages
         }
         draws = any(work.draws for entry in entries for work in entry.works.values())
-        with generators_restored(parts.devices if draws else ()):
+        with generators_restored(stage.device for stage in parts.stages.values() if draws):
             if parts.world.size == 1:
                 for rank, op in proven.order:
                     executors[rank].execute(op)
@@ -255,10 +270,14 @@ class Pipeline:
             return StepResult(None, world.share(rest, source))
         if results is None:
             ref = graph.output.leaves[0]
-            loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._parts.devices[world.rank])
+            loss = torch.zeros(
+                (), dtype=graph.values[ref.value].info.dtype, device=self._parts.devices[world.rank]
+            )
         else:
             losses = [result.loss for result in results if result.loss is not None]
-            loss = torch.stack([part * share for part, share in zip(losses, agreed.shares, strict=True)]).sum()
+            loss = torch.stack(
+                [part * share for part, share in zip(losses, agreed.shares, strict=True)]
+            ).sum()
         work = world.broadcast(loss, source)
         metrics = world.share(rest, source) if has_metrics(graph) else None
         return StepResult(loss, metrics, None if work is None else work.wait)
@@ -267,7 +286,7 @@ class Pipeline:
         return stage if self._parts.world.size > 1 else 0
 
     def _accumulated_scale(self) -> float | None:
-        """What turns gradients in units of the first accumulated batch into the mean over all; None for one batch."""
+        """What turns gradients in units of the first accumulated batch into the mean over all, if several."""
         return self._rows[0] / sum(self._rows) if len(self._rows) > 1 else None
 
     @contextmanager
@@ -290,11 +309,15 @@ def call_model(model: Any, microbatch: Any) -> Any:
 def model_loss(model: Any, microbatch: Any) -> Any:
     """The loss that the model itself computes, as Hugging Face's models do when given labels."""
     if not isinstance(microbatch, Mapping):
-        raise ConfigError("without loss=, a batch must be a mapping of the model's arguments; give loss=lambda model, batch: …")
+        raise ConfigError(
+            "without loss=, a batch must be a mapping of the model's arguments; "
+            "give loss=lambda model, batch: …"
+        )
     output = model(**microbatch)
     loss = getattr(output, "loss", None)
     if loss is None:
         raise ConfigError(
-            f"{type(model).__name__} returned {type(output).__name__} without a loss; put labels into the batch, or give loss="
+            f"{type(model).__name__} returned {type(output).__name__} without a loss; "
+            "put labels into the batch, or give loss="
         )
     return loss

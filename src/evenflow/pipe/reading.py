@@ -28,10 +28,11 @@ def has_metrics(graph: Graph) -> bool:
 def check_loss(graph: Graph) -> None:
     """Refuse a loss function whose result is no loss; raises `ConfigError` saying what it returned."""
     output = pytree.tree_unflatten(list(graph.output.leaves), graph.output.spec)
-    loss, _ = read_loss(output)
+    loss: Any = read_loss(output)[0]  # a template's leaf stands where the tensor will
     if not isinstance(loss, Ref):
         raise ConfigError(
-            f"the loss function returned {_named(output)}; it must return a scalar tensor, or (scalar tensor, metrics)"
+            f"the loss function returned {_named(output)}; "
+            "it must return a scalar tensor, or (scalar tensor, metrics)"
         )
     info = graph.values[loss.value].info
     if len(info.shape) > 0:
@@ -39,7 +40,9 @@ def check_loss(graph: Graph) -> None:
             f"the loss function returned a tensor {info}, not a scalar; reduce it, for example with .mean()"
         )
     if not info.dtype.is_floating_point:
-        raise ConfigError(f"the loss function returned a tensor {info}, which has no gradient; return a floating one")
+        raise ConfigError(
+            f"the loss function returned a tensor {info}, which has no gradient; return a floating one"
+        )
 
 
 def check_trainable(graph: Graph) -> None:
@@ -47,7 +50,9 @@ def check_trainable(graph: Graph) -> None:
     ref = graph.output.leaves[0]
     assert isinstance(ref, Ref), "checked by check_loss"
     if not graph.values[ref.value].info.requires_grad:
-        raise ConfigError("the loss does not depend on any trainable parameter (was it computed under no_grad, or detached?)")
+        raise ConfigError(
+            "the loss does not depend on any trainable parameter (computed under no_grad, or detached?)"
+        )
 
 
 def _named(output: Any) -> str:

@@ -17,7 +17,9 @@ class StepResult:
     (2.0, {'accuracy': 0.5})
     """
 
-    def __init__(self, loss: torch.Tensor | None, metrics: Any, wait: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, loss: torch.Tensor | None, metrics: Any, wait: Callable[[], Any] | None = None
+    ) -> None:
         self._loss, self._wait = loss, wait
         self.metrics = metrics
 

@@ -42,7 +42,11 @@ class Times:
         start = min(span.start_seconds for span in measured if span.is_compute)
         moved = [Span(s.rank, s.op, s.start_seconds - start, s.end_seconds - start) for s in measured]
         num_ranks = proven.program.schedule.placement.num_ranks
-        predicted = simulate(proven.program.schedule, proven.program.flow, costs) if world.size > 1 else _serial(proven, costs)
+        predicted = (
+            simulate(proven.program.schedule, proven.program.flow, costs)
+            if world.size > 1
+            else _serial(proven, costs)
+        )
         return predicted, Timeline(num_ranks, tuple(moved))
 
     def _costs(self, spans: Sequence[Span]) -> Costs:

@@ -10,11 +10,13 @@ from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.world import World
 
 OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], Any]  # torch's schedulers share no public base with plateau's
+SchedulerFactory = Callable[
+    [torch.optim.Optimizer], Any
+]  # torch's schedulers share no public base with plateau's
 
 
 class Updater:
-    """The optimizers of this process's stages. `owned` maps a stage to the parameters that it owns, by name."""
+    """The optimizers of this process's stages. `owned` maps a stage to its own parameters, by name."""
 
     def __init__(
         self,
@@ -33,7 +35,9 @@ class Updater:
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.schedulers: list[Any] = []
         for stage, parameters in owned.items():
-            trainable = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
+            trainable = [
+                (name, parameter) for name, parameter in parameters.items() if parameter.requires_grad
+            ]
             if optimizer is not None and trainable:
                 self.optimizers[stage] = optimizer(trainable)
                 if scheduler is not None:
@@ -75,7 +79,12 @@ class Updater:
 
     def _gather_shared(self) -> None:
         held = {use: alias for name, _ in self._shared() for use, alias in self.accumulators.aliases(name)}
-        elsewhere = [use for name, uses in self._shared() for use in uses if self.process_of_stage(use.stage) != self._owner(name)]
+        elsewhere = [
+            use
+            for name, uses in self._shared()
+            for use in uses
+            if self.process_of_stage(use.stage) != self._owner(name)
+        ]
         exists: dict[Use, bool] = {}
         if elsewhere:  # which accumulators got a gradient: only the process that holds one knows
             mine = [int(use in held and held[use].grad is not None) for use in elsewhere]
@@ -86,7 +95,9 @@ class Updater:
                 for use in uses:
                     self._gather_one(name, use, held.get(use), exists)
 
-    def _gather_one(self, name: str, use: Use, alias: torch.nn.Parameter | None, exists: Mapping[Use, bool]) -> None:
+    def _gather_one(
+        self, name: str, use: Use, alias: torch.nn.Parameter | None, exists: Mapping[Use, bool]
+    ) -> None:
         owner, holder = self._owner(name), self.process_of_stage(use.stage)
         gradient = None if alias is None else alias.grad
         if holder != owner and exists[use]:

@@ -15,7 +15,9 @@ from evenflow.errors import ConfigError
 TOLERANCE = 0.03  # of the best bottleneck, given up where it saves bytes
 
 
-def partition(costs: Sequence[float], *, cut_bytes: Sequence[float], legal: Sequence[bool], num_stages: int) -> tuple[int, ...]:
+def partition(
+    costs: Sequence[float], *, cut_bytes: Sequence[float], legal: Sequence[bool], num_stages: int
+) -> tuple[int, ...]:
     """Positions of the `num_stages - 1` cuts; a cut at `c` stands before node `c`.
 
     `costs` holds one number per node (any unit), `cut_bytes[c]` and `legal[c]` tell of a cut at `c`
@@ -27,8 +29,8 @@ def partition(costs: Sequence[float], *, cut_bytes: Sequence[float], legal: Sequ
     places = [c for c in range(1, len(costs)) if legal[c]]
     if len(places) < num_stages - 1:
         raise ConfigError(
-            f"{num_stages} stages need {num_stages - 1} cuts, but the recorded program has {len(costs)} nodes and "
-            f"{len(places)} places to cut; ask for at most {len(places) + 1} stages"
+            f"{num_stages} stages need {num_stages - 1} cuts, but the recorded program has {len(costs)} "
+            f"nodes and {len(places)} places to cut; ask for at most {len(places) + 1} stages"
         )
     sums = [0.0, *itertools.accumulate(costs)]
     ends = [*places, len(costs)]  # where a stage may end
@@ -61,7 +63,9 @@ def _fewest_bytes(
 ) -> tuple[int, ...]:
     """Of the cuts whose stages stay within `cap`, those with the fewest bytes in sum (ties: the earliest)."""
     spots = [0, *places, len(sums) - 1]
-    best: list[float] = [0.0] + [float("inf")] * (len(spots) - 1)  # fewest bytes with a stage ending at a spot
+    best: list[float] = [0.0] + [float("inf")] * (
+        len(spots) - 1
+    )  # fewest bytes with a stage ending at a spot
     back: list[list[int]] = []
     for _ in range(num_stages):
         window: deque[int] = deque()  # spots within reach, best increasing

@@ -3,7 +3,8 @@
 A received value enters through `Boundary`, which catches its gradient as autograd hands it over: summed, and
 with its own strides. (A leaf's `.grad` would not do: accumulation copies it into the leaf's layout, and the
 kernels of the stage before may then add in another order.) The boundary's result is also the root at which a
-gradient relayed from a later stage enters, so that it is the first term of the sum, as in the unsplit program.
+gradient relayed from a later stage enters, so that it is the first term of the sum, as in the unsplit
+program.
 """
 
 from typing import Any

@@ -25,9 +25,10 @@ from evenflow.validate import ProvenProgram
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One microbatch: its tensor leaves by place (those that this rank needs), how it was recorded and cut,
+    """One microbatch of a step.
 
-    the works of this rank's stages, and its weight in the step's loss.
+    `batch` holds the tensor leaves that this rank needs, by place; `works` those of this rank's stages;
+    `weight` is the gradient of the step's loss with respect to this microbatch's.
     """
 
     batch: Mapping[int, torch.Tensor]
@@ -126,7 +127,9 @@ class Executor:
 
     def _forward(self, stage: int, microbatch: int) -> None:
         job, flight = self.jobs[microbatch], self._flight(stage, microbatch)
-        self.stages[stage].run_forward(flight, job.batch, step=self.step, microbatch=microbatch, train=self.trains)
+        self.stages[stage].run_forward(
+            flight, job.batch, step=self.step, microbatch=microbatch, train=self.trains
+        )
         if flight.work.section.needs_output:
             loss, rest = self.reading(flight.output)
             self.results[microbatch] = Result(None if loss is None else loss.detach(), rest)
@@ -153,7 +156,9 @@ class Executor:
         (flight.activations if op.payload is Payload.ACTIVATION else flight.gradients)[op.source] = parcel
 
     def _outgoing(self, op: Send | Handoff) -> Parcel:
-        parcel = self.stages[op.source].outgoing(self._flights[op.source, op.microbatch], op.target, op.payload)
+        parcel = self.stages[op.source].outgoing(
+            self._flights[op.source, op.microbatch], op.target, op.payload
+        )
         if isinstance(op, Handoff):
             return tuple(None if tensor is None else tensor.to(self.devices[op.target]) for tensor in parcel)
         return parcel
@@ -161,7 +166,9 @@ class Executor:
     def _manifest(self, op: Send | Recv) -> Manifest:
         job = self.jobs[op.microbatch]
         section = job.cut.sections[op.source]
-        values = (section.sends if op.payload is Payload.ACTIVATION else section.gradient_sends).get(op.target, ())
+        values = (section.sends if op.payload is Payload.ACTIVATION else section.gradient_sends).get(
+            op.target, ()
+        )
         infos = tuple(job.cut.graph.values[value].info for value in values)
         return Manifest((job.recording, op.source, op.target, op.payload), infos, self.devices[op.target])
 

@@ -18,7 +18,9 @@ class InFlight:
     work: Work
     activations: dict[int, Parcel] = field(default_factory=dict)  # arrived, by source stage
     gradients: dict[int, Parcel] = field(default_factory=dict)  # arrived, by source stage
-    roots: dict[int, torch.Tensor] = field(default_factory=dict)  # tensors that get a gradient from later stages
+    roots: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # tensors that get a gradient from later stages
     made: dict[int, torch.Tensor] = field(default_factory=dict)  # activations to send, by value
     owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
     output: Any = None  # what the loss function returned, on the last stage

@@ -1,5 +1,6 @@
 """Microbatches: splitting a batch, and putting what the microbatches returned together again."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ def batch_size(batch: Any) -> int:
             lengths.setdefault(leaf.shape[0], pytree.keystr(path) or "the batch")
     if not lengths:
         raise ConfigError(
-            "the batch holds no tensor with a dimension to split; give split_batch=, or pass evenflow.Microbatches([…])"
+            "the batch holds no tensor with a dimension to split; give split_batch=, or pass "
+            "evenflow.Microbatches([…])"
         )
     if len(lengths) > 1:
         found = ", ".join(f"{name} has {length}" for length, name in lengths.items())
@@ -78,7 +80,7 @@ def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[A
         bounds = [-(-size * i // num) for i in range(num + 1)]
     leaves, spec = pytree.tree_flatten(batch)
     items = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         parts: dict[int, Any] = {}  # one tensor in two places stays one tensor
         for leaf in leaves:
             if id(leaf) not in parts:
@@ -108,7 +110,9 @@ def join(trees: Sequence[Any], parts: Sequence[float]) -> Any:
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
         return list(trees)
-    return pytree.tree_unflatten([_join_leaf(leaves, parts) for leaves in zip(*(f for f, _ in flat), strict=True)], spec)
+    return pytree.tree_unflatten(
+        [_join_leaf(leaves, parts) for leaves in zip(*(f for f, _ in flat), strict=True)], spec
+    )
 
 
 def _join_leaf(leaves: Sequence[Any], parts: Sequence[float]) -> Any:
@@ -118,7 +122,9 @@ def _join_leaf(leaves: Sequence[Any], parts: Sequence[float]) -> Any:
             return torch.cat(list(leaves))
         if first.is_floating_point() or first.is_complex():
             return sum(leaf * share for leaf, share in zip(leaves, parts, strict=True))
-        return torch.stack(list(leaves)).any() if first.dtype == torch.bool else torch.stack(list(leaves)).sum()
+        return (
+            torch.stack(list(leaves)).any() if first.dtype == torch.bool else torch.stack(list(leaves)).sum()
+        )
     if isinstance(first, float):
         return sum(leaf * share for leaf, share in zip(leaves, parts, strict=True))
     if isinstance(first, int) and not isinstance(first, bool):

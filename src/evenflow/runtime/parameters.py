@@ -55,7 +55,7 @@ class Accumulators:
         self.uses: dict[str, list[Use]] = {}
 
     def learn(self, cut: Cut) -> dict[tuple[int, str], Use]:
-        """Take in a recording; for its nodes (by index) that use a shared parameter, which accumulator serves."""
+        """Take in a recording; returns which accumulator serves each (node, shared parameter)."""
         places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)  # name -> (node, stage)
         for section in cut.sections:
             for node in section.nodes:
@@ -67,9 +67,9 @@ class Accumulators:
             if name not in self.owner and len(stages if not self._exact else found) < 2:
                 continue
             self.owner.setdefault(name, min(stages))
-            for ordinal, (node, stage) in enumerate(sorted(found)):
+            for ordinal, (at, stage) in enumerate(sorted(found)):
                 use = Use(name, ordinal if self._exact else stage, stage)
-                serving[node, name] = use
+                serving[at, name] = use
                 known = self.uses.setdefault(name, [])
                 if use not in known:
                     known.append(use)
@@ -77,7 +77,7 @@ class Accumulators:
         return serving
 
     def object_for(self, use: Use) -> torch.nn.Parameter:
-        """The accumulator: the parameter itself for the owner's first use, else another over the same numbers."""
+        """The accumulator: the parameter itself for its first use, else another over the same numbers."""
         parameter = self._parameters[use.name]
         if use == self.uses[use.name][0] and use.stage == self.owner[use.name]:
             return parameter

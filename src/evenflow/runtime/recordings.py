@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
+from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.graph.leaves import flatten
-from evenflow.graph.record import FakeParameters, record
+from evenflow.graph.record import record
 from evenflow.graph.template import is_plain
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
@@ -75,7 +76,9 @@ class Recordings:
         first: dict[int, int] = {}  # one tensor given twice is another program than two tensors
         described = [(first.setdefault(id(leaf), at), describe(leaf)) for at, leaf in enumerate(leaves)]
         training = tuple(module.training for module in self._model.modules())
-        kinds = tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda"))
+        kinds = tuple(
+            torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
+        )
         return program, repr(spec), tuple(described), training, kinds
 
     def find(self, program: Program, microbatch: Any) -> int | None:
@@ -97,9 +100,10 @@ class Recordings:
         )
 
     def cut_first(self, graph: Graph, positions: Sequence[int], names: Sequence[str]) -> Cut:
-        """Cut the recording that decides which stage owns what; `names` are all parameters, in the model's order.
+        """Cut the recording that decides which stage owns what.
 
-        One that the program does not use goes with the one before it.
+        `names` are all parameters in the model's order; one that the program does not use goes with the one
+        before it.
         """
         first = cut(graph, positions)
         stages = stages_of_parameters(first)
@@ -149,7 +153,7 @@ class Recordings:
             device=self._device,
             streams=Streams(0, self._device),
             parameter_of=partial(self._accumulators.parameter_of, {}),
-            places_of=lambda name: [],
+            places_of=lambda _: [],
             keep=watched,
         )
 
@@ -158,7 +162,10 @@ class Recordings:
         if work is None:
             return True
         copies = {leaf: batch[leaf].to(self._device) for leaf, _ in work.section.batch}
-        values: dict[int, Any] = {v: copies[leaf].clone() if v in work.section.cloned else copies[leaf] for leaf, v in work.section.batch}
+        values: dict[int, Any] = {
+            v: copies[leaf].clone() if v in work.section.cloned else copies[leaf]
+            for leaf, v in work.section.batch
+        }
         with torch.no_grad():
             work.run(values)
             for guard in self.entries[index].graph.guards:

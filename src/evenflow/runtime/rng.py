@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenflow.graph.graph import ModuleTarget
-from evenflow.graph.record import draws
+from evenflow.graph.observe import draws
 from evenflow.graph.tree import Draws
 
 _MASK = (1 << 64) - 1
@@ -58,7 +58,9 @@ class Streams:
         """Set the generator for one draw."""
         word = self._paths.get(path)
         if word is None:
-            word = self._paths[path] = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "little")
+            word = self._paths[path] = int.from_bytes(
+                hashlib.blake2b(path.encode(), digest_size=8).digest(), "little"
+            )
         generator_of(self._device).manual_seed(mix(mix(self._base, word), call << 20 | ordinal))
 
     @contextlib.contextmanager
@@ -152,7 +154,7 @@ class _EachDraw(TorchDispatchMode):
     """Seeds before every kernel that draws."""
 
     def __init__(self, streams: Streams) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.streams = streams
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -88,4 +88,3 @@ class Stage(torch.nn.Module):
         if payload is Payload.ACTIVATION:
             return tuple(flight.made[value] for value in section.sends.get(target, ()))
         return tuple(flight.owed.get(value) for value in section.gradient_sends.get(target, ()))
-

@@ -5,6 +5,7 @@ uses, on which device its constants lie, and after which node each value can be 
 """
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from evenflow.runtime.rng import Streams
 ParameterOf = Callable[[str, Node], torch.nn.Parameter]
 # Finds (module, attribute) places of a parameter by its first name.
 PlacesOf = Callable[[str], list[tuple[torch.nn.Module, str]]]
+
+Swaps = tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]  # (module, attribute, stand-in)
 
 
 class Work:
@@ -53,7 +56,7 @@ class Work:
         self._output = prepare.template(graph.output, None) if section.needs_output else None
 
     def run(self, values: dict[int, Any]) -> None:
-        """Run every node; afterwards `values` holds what the section sends and returns. Grad mode as found."""
+        """Run every node; afterwards `values` holds what the section sends and returns."""
         shared: dict[int, Any] = {}
         for (grad_enabled, autocast), calls in self._runs:
             with _mode(grad_enabled and torch.is_grad_enabled(), autocast):
@@ -103,7 +106,7 @@ class _Prepare:
         return template.rewrite(lambda leaf: self.leaf(leaf, node))
 
     def leaf(self, leaf: Any, node: Node | None) -> Any:
-        """Parameters and buffers become the objects themselves; the recording's device becomes the stage's."""
+        """Parameters and buffers become the objects themselves, the recording's device the stage's."""
         if isinstance(leaf, Ref):
             match self.graph.values[leaf.value].source:
                 case ParameterSource(name):
@@ -120,15 +123,26 @@ class _Prepare:
     def call(self, node: Node, drops: tuple[int, ...]) -> "_Call":
         match node.target:
             case ModuleTarget() as target:
-                module = self.model.get_submodule(target.path)
+                module = self.on_device(self.model.get_submodule(target.path), glue=node.glue)
                 self.streams.hook(self.model, (drawn.path for drawn in target.draws))
                 return _Call(
-                    node, self.template(node.args, node), module, drops, self.swaps(node, module), self.streams
+                    node,
+                    self.template(node.args, node),
+                    module,
+                    drops,
+                    self.swaps(node, module),
+                    self.streams,
                 )
             case FunctionTarget(function):
                 return _Call(node, self.template(node.args, node), function, drops, (), self.streams)
 
-    def swaps(self, node: Node, module: torch.nn.Module) -> tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]:
+    def on_device(self, module: torch.nn.Module, *, glue: bool) -> torch.nn.Module:
+        """A leaf's module, its buffers where the stage computes; glue, which other stages use, as a copy."""
+        if all(buffer.device == self.device for buffer in module.buffers()):
+            return module
+        return copy.deepcopy(module).to(self.device) if glue else module.to(self.device)
+
+    def swaps(self, node: Node, module: torch.nn.Module) -> Swaps:
         """Places inside a leaf where this node's own accumulator stands in for a shared parameter."""
         inside = {id(inner) for inner in module.modules()}
         return tuple(
@@ -149,7 +163,18 @@ def _attribute(model: torch.nn.Module, name: str) -> torch.Tensor:
 class _Call:
     """One node, ready to be called."""
 
-    __slots__ = ("args", "draws", "drops", "flat", "function", "node", "rebinds", "results", "streams", "swaps")
+    __slots__ = (
+        "args",
+        "draws",
+        "drops",
+        "flat",
+        "function",
+        "node",
+        "rebinds",
+        "results",
+        "streams",
+        "swaps",
+    )
 
     def __init__(
         self,
@@ -157,7 +182,7 @@ class _Call:
         args: Template,
         function: Callable[..., Any],
         drops: tuple[int, ...],
-        swaps: tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...],
+        swaps: Swaps,
         streams: Streams,
     ) -> None:
         self.node, self.args, self.function, self.drops, self.swaps = node, args, function, drops, swaps
@@ -166,9 +191,12 @@ class _Call:
         self.draws = node.target.draws
         self.flat = _flat(args)
         results = set(node.results)
-        leaves = [leaf.value if isinstance(leaf, Ref) and leaf.value in results else None for leaf in node.output.leaves]
+        leaves = [
+            leaf.value if isinstance(leaf, Ref) and leaf.value in results else None
+            for leaf in node.output.leaves
+        ]
         single = len(leaves) == 1 and pytree.tree_unflatten([0], node.output.spec) == 0
-        self.results: int | None | list[int | None] = leaves[0] if single else leaves
+        self.results: int | list[int | None] | None = leaves[0] if single else leaves
 
     def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
         if self.flat is None:
@@ -180,15 +208,16 @@ class _Call:
                 filled[position] = values[value]
             args = filled[: len(filled) - len(names)]
             kwargs = dict(zip(names, filled[len(args) :], strict=True))
-        for module, key, accumulator in self.swaps:
-            module._parameters[key] = accumulator
-        if self.draws:
-            result = self.drawn(args, kwargs)
+        if self.swaps:
+            with _swapped(self.swaps):
+                result = self.called(args, kwargs)
         else:
-            result = self.function(*args, **kwargs)
+            result = self.called(args, kwargs)
         self.keep(values, result)
 
-    def drawn(self, args: Any, kwargs: Any) -> Any:
+    def called(self, args: Any, kwargs: Any) -> Any:
+        if not self.draws:
+            return self.function(*args, **kwargs)
         match self.node.target:
             case ModuleTarget() as target:
                 with self.streams.module(target):
@@ -208,12 +237,26 @@ class _Call:
                 values[value] = result
             case list() as expected:
                 leaves = pytree.tree_leaves(result)
-                assert len(leaves) == len(expected), f"{self.node.name} returned another tree than when it was recorded"
-                for value, leaf in zip(expected, leaves, strict=True):
-                    if value is not None:
-                        values[value] = leaf
+                assert len(leaves) == len(expected), (
+                    f"{self.node.name} returned another tree than when it was recorded"
+                )
+                pairs = zip(expected, leaves, strict=True)
+                values.update((value, leaf) for value, leaf in pairs if value is not None)
         for value in self.drops:
             values.pop(value, None)
+
+
+@contextlib.contextmanager
+def _swapped(swaps: Swaps) -> Iterator[None]:
+    """Let a leaf use this node's accumulators, and give it its own parameters back."""
+    own = [module._parameters[key] for module, key, _ in swaps]
+    try:
+        for module, key, accumulator in swaps:
+            module._parameters[key] = accumulator
+        yield
+    finally:
+        for (module, key, _), parameter in zip(swaps, own, strict=True):
+            module._parameters[key] = parameter
 
 
 def _flat(args: Template) -> tuple[list[Any], list[tuple[int, int]], list[str]] | None:

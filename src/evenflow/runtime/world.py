@@ -107,7 +107,8 @@ class ProcessGroupWorld(World):
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
         with reported(self.rank, f"waiting for rank {source}"):
-            return dist.broadcast(tensor, source, async_op=True)
+            work: dist.Work | None = dist.broadcast(tensor, source, async_op=True)
+        return work
 
 
 class reported:  # noqa: N801 (a context manager, used like a function)

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory, and how it travels: as one dense block that the receiver lays out the same way.
+"""How a tensor lies in memory, and how it travels: as one dense block, laid out again at the other end.
 
 Kernels may add in another order when strides differ, so boundary tensors and gradients keep theirs.
 """
@@ -58,10 +58,11 @@ def unpack(block: torch.Tensor, layout: Layout) -> torch.Tensor:
         return block.as_strided(layout.shape, layout.stride)
     order = layout.order
     dense = block.view([layout.shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
-    overlaps = [0 if stride == 0 else size for size, stride in zip(layout.shape, layout.stride, strict=True)]
     if 0 in layout.stride:  # an expanded tensor: one element stands for many
-        narrow = dense[tuple(slice(0, 1) if not size else slice(None) for size in overlaps)]
-        kept = tuple(1 if not size else size for size in overlaps)
-        base = torch.empty_strided(kept, [s or 1 for s in layout.stride], dtype=layout.dtype, device=block.device)
+        single = tuple(stride == 0 for stride in layout.stride)
+        narrow = dense[tuple(slice(0, 1) if one else slice(None) for one in single)]
+        base = torch.empty_strided(narrow.shape, layout.stride, dtype=layout.dtype, device=block.device)
         return base.copy_(narrow).expand(layout.shape)
-    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=block.device).copy_(dense)
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=block.device).copy_(
+        dense
+    )

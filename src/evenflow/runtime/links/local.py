@@ -18,7 +18,9 @@ class LocalLink(Link):
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         arrival = Recv(op.source, op.target, op.microbatch, op.payload)
-        moved = (None if tensor is None else tensor.to(manifest.device, non_blocking=True) for tensor in parcel)
+        moved = (
+            None if tensor is None else tensor.to(manifest.device, non_blocking=True) for tensor in parcel
+        )
         self._under_way[arrival] = tuple(moved)
 
     def post(self, op: Recv) -> None:

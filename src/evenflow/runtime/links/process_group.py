@@ -42,7 +42,9 @@ class ProcessGroupLink(Link):
         self._rank = dist.get_rank()
         self._device = device
         self._ahead = AHEAD if dist.get_backend() == "gloo" else 0
-        self._known: dict[tuple[Any, ...], tuple[Layout | None, ...]] = {}  # parcel key -> how its tensors lie
+        self._known: dict[
+            tuple[Any, ...], tuple[Layout | None, ...]
+        ] = {}  # parcel key -> how its tensors lie
         self._expected: deque[tuple[Recv, Manifest]] = deque()  # receives not yet under way, in program order
         self._arriving: dict[Recv, _Arriving] = {}
         self._reached = 0  # receives under way beyond the program's place
@@ -65,7 +67,9 @@ class ProcessGroupLink(Link):
                 if layout is None:
                     assert tensor is None, f"{op}: a gradient exists that did not in the first microbatch"
                     continue
-                self._leave(empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout), op.target)
+                self._leave(
+                    empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout), op.target
+                )
             while self._leaving and self._leaving[0][0].is_completed():
                 self._leaving.popleft()[0].wait()
         except RuntimeError as error:
@@ -91,15 +95,20 @@ class ProcessGroupLink(Link):
         except RuntimeError as error:
             raise self._lost(op, op.source, error) from error
         pairs = zip(arriving.blocks, arriving.layouts, strict=True)
-        return tuple(None if block is None or layout is None else unpack(block, layout) for block, layout in pairs)
+        return tuple(
+            None if block is None or layout is None else unpack(block, layout) for block, layout in pairs
+        )
 
     def finish(self) -> None:
-        assert not self._arriving and not self._expected, "a receive was never taken"
+        assert not self._arriving, "a receive was never taken"
+        assert not self._expected, "a receive was never posted"
         try:
             while self._leaving:
                 self._leaving.popleft()[0].wait()
         except RuntimeError as error:
-            raise PeerError(f"rank {self._rank}: a peer was lost before it took all that was sent to it: {error}") from error
+            raise PeerError(
+                f"rank {self._rank}: a peer was lost before it took all that was sent to it: {error}"
+            ) from error
 
     def _layouts(self, manifest: Manifest) -> tuple[Layout | None, ...] | None:
         return self._known.get(manifest.key) if manifest.values else ()
@@ -111,7 +120,9 @@ class ProcessGroupLink(Link):
 
     def _look_ahead(self) -> None:
         """Begin receives before their place, as long as what they will look like is known."""
-        while self._expected and self._reached < self._ahead and self._layouts(self._expected[0][1]) is not None:
+        while (
+            self._expected and self._reached < self._ahead and self._layouts(self._expected[0][1]) is not None
+        ):
             op, manifest = self._expected.popleft()
             self._begin(op, manifest, op.source)
             self._reached += 1
@@ -119,7 +130,9 @@ class ProcessGroupLink(Link):
     def _begin(self, op: Recv, manifest: Manifest, source: int) -> None:
         layouts = self._layouts(manifest)
         if layouts is None:
-            header = torch.empty(len(manifest.values) * (2 + 2 * _MAX_DIMS), dtype=torch.int64, device=self._device)
+            header = torch.empty(
+                len(manifest.values) * (2 + 2 * _MAX_DIMS), dtype=torch.int64, device=self._device
+            )
             dist.recv(header, source)
             layouts = self._known[manifest.key] = _decode(header)
         blocks = [None if layout is None else empty(layout, self._device) for layout in layouts]
@@ -134,7 +147,7 @@ class ProcessGroupLink(Link):
 
 
 def _encode(layouts: Sequence[Layout | None], device: torch.device) -> torch.Tensor:
-    """Layouts as whole numbers, equally many for each: type, dimensions, shape, strides; type -1: no tensor."""
+    """Layouts as whole numbers, equally many for each: type (-1: no tensor), dims, shape, strides."""
     rows = []
     for layout in layouts:
         row = [-1] * (2 + 2 * _MAX_DIMS)

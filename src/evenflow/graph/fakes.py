@@ -1,0 +1,76 @@
+"""Fake parameters: stand-ins with shape and type but no memory, on which a program is recorded."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class FakeParameters:
+    """One fake stand-in per distinct parameter: the same shape, dtype and strides, no memory.
+
+    Two parameters that share storage and layout are one (*tied*), under the first name. Made once per model,
+    so that it can be recorded again after a rank has let go of the stages that it does not own.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        by_storage: dict[tuple[Any, ...], torch.nn.Parameter] = {}
+        self.names: dict[int, str] = {}  # id(fake) -> first name
+        self.slots: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self.tied: dict[str, str] = {}  # every name -> first name
+        for path, module in model.named_modules(remove_duplicate=True):
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                name = f"{path}.{key}" if path else key
+                at = (storage_of(parameter), parameter.storage_offset(), parameter.shape, parameter.stride())
+                fake = by_storage.get(at)
+                if fake is None:
+                    with mode:
+                        data = torch.empty_strided(
+                            parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device
+                        )
+                        fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    by_storage[at] = fake
+                    self.names[id(fake)] = name
+                self.slots.append((module, key, fake))
+                self.tied[name] = self.names[id(fake)]
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put the stand-ins into the model, and the real parameters back afterwards."""
+        real = [module._parameters[key] for module, key, _ in self.slots]
+        try:
+            for module, key, fake in self.slots:
+                module._parameters[key] = fake
+            yield
+        finally:
+            for (module, key, _), parameter in zip(self.slots, real, strict=True):
+                module._parameters[key] = parameter
+
+
+@contextlib.contextmanager
+def buffers_copied(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a run work on copies of the buffers, on its device, and put the real ones back afterwards."""
+    slots = [(m, k, b) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    copies: dict[int, torch.Tensor] = {}  # one buffer in two modules stays one
+    try:
+        for module, key, buffer in slots:
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.detach().to(device, copy=True)
+            module._buffers[key] = copies[id(buffer)]
+        yield
+    finally:
+        for module, key, buffer in slots:
+            module._buffers[key] = buffer
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number for the memory behind a tensor: equal for aliases, fake ones too."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, batched and other tensors without a storage
+        return -id(tensor)

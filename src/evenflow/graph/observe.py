@@ -1,0 +1,108 @@
+"""What observes a recording: every module call, every torch function, every kernel below them."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from evenflow.errors import RecordError
+
+_PATCH = threading.Lock()  # Module.__call__ is one per process
+
+
+class Observer(Protocol):
+    """What is told of each call, and makes it."""
+
+    paths: dict[int, str]  # id(module) -> its path in the model
+    pending_draws: int
+    pending_flops: int
+
+    def module(
+        self,
+        module: torch.nn.Module,
+        path: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Make and note the call of a module of the model."""
+
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make and note the call of a torch function."""
+
+
+@contextlib.contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Tell the observer of everything that happens meanwhile."""
+    with _modules_observed(observer), _Functions(observer), _Kernels(observer):
+        yield
+
+
+@contextlib.contextmanager
+def _modules_observed(observer: Observer) -> Iterator[None]:
+    forward = torch.nn.Module.__call__
+
+    def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
+        path = observer.paths.get(id(module))
+        if path is not None:
+            return observer.module(module, path, forward, args, kwargs)
+        if any(True for _ in module.parameters()):
+            raise RecordError(
+                f"{type(module).__name__} is called by the loss function but is not part of the model; "
+                "put both into one nn.ModuleDict and pass that as the model"
+            )
+        return forward(module, *args, **kwargs)
+
+    with _PATCH:
+        torch.nn.Module.__call__ = observed  # type: ignore[method-assign]  # the patch is the point
+        try:
+            yield
+        finally:
+            torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.observer.function(func, args, kwargs or {})
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts draws and FLOPs of the function that is running."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.observer = observer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if draws(func, args, kwargs):
+            self.observer.pending_draws += 1
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.observer.pending_flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
+            self.observer.pending_flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        return result
+
+
+def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload
+    """Whether this call of a kernel draws random numbers: by its tag, unless its dropout is zero."""
+    if torch.Tag.nondeterministic_seeded not in kernel.tags:
+        return False
+    for position, argument in enumerate(kernel._schema.arguments):
+        if argument.name == "dropout_p":
+            given = kwargs.get(
+                "dropout_p", args[position] if position < len(args) else argument.default_value
+            )
+            return bool(given)
+    return True

@@ -1,0 +1,39 @@
+"""Models that are refused: wrapped, sharded or compiled already, or with nothing to train."""
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from evenflow.errors import ConfigError
+
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def refuse_unfit(model: torch.nn.Module) -> None:
+    """Raise `ConfigError`, naming the line to change, for a model that is not plain or cannot be trained."""
+    for path, module in model.named_modules():
+        _refuse_wrapped(f"the model's module {path}" if path else "the model", module)
+    if getattr(model, "hf_device_map", None) is not None:
+        raise ConfigError("the model was spread by device_map=; remove that argument of from_pretrained")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ConfigError(f"the parameter {name} is a DTensor; remove the line parallelize_module(…)")
+        if parameter.is_meta:
+            raise ConfigError(
+                f"the parameter {name} has no memory (device 'meta'); build the model on the CPU, not under "
+                "torch.device('meta')"
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+
+
+def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
+    kind = type(module).__name__
+    if kind in WRAPPERS:
+        raise ConfigError(
+            f"{what} is wrapped: remove the line {kind}(…) and pass the bare module (model.module)"
+        )
+    if isinstance(module, FSDPModule):
+        raise ConfigError(f"{what} was sharded: remove the line fully_shard(…) and pass the bare module")
+    if kind == "OptimizedModule":
+        raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")

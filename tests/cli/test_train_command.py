@@ -1,0 +1,236 @@
+"""`evenflow train`: what its flags mean, every refusal's text, and that a refusal starts and writes nothing."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from evenflow.cli import train as train_module
+from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, TextData
+from evenflow.cli.main import main
+from evenflow.cli.train import Flags, make_job
+from evenflow.errors import PeerError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "examples" / "train_gpt.toml")
+GPT = f"{ROOT / 'examples' / 'gpt.py'}:build"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def with_two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The jobs that would have been started."""
+    jobs = []
+    monkeypatch.setattr(train_module, "launch", lambda fn, job, nproc: jobs.append((job, nproc)))
+    return jobs
+
+
+def refused(capsys, *arguments):
+    """The error text of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as exited:
+        main(["train", *map(str, arguments)])
+    assert exited.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+# --- what the flags mean ---------------------------------------------------------------------------------
+
+
+def test_the_config_of_make_train_makes_two_processes_on_a_cpu(without_cuda):
+    job = make_job(Flags(source=CONFIG))
+    assert (job.device, job.num_stages, job.out) == ("cpu", 2, Path("runs/train_gpt"))
+
+
+def test_with_gpus_there_is_one_stage_for_each(with_two_gpus):
+    job = make_job(Flags(source=CONFIG))
+    assert (job.device, job.num_stages) == ("cuda", 2)
+
+
+def test_flags_win_over_the_file(without_cuda, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"to be or not to be " * 50)
+    job = make_job(
+        Flags(
+            source=CONFIG,
+            data=[text],
+            steps=3,
+            batch_size=4,
+            length=16,
+            learning_rate=0.5,
+            seed=7,
+            stages=3,
+            schedule="gpipe",
+            num_microbatches=2,
+            out=Path("here"),
+            device="cpu",
+        )
+    )
+    assert job.config.data == TextData(paths=(text,), batch_size=4, length=16)
+    training = job.config.training
+    assert (training.steps, training.learning_rate, training.seed) == (3, 0.5, 7)
+    assert (job.config.pipeline.schedule, job.config.pipeline.num_microbatches) == ("gpipe", 2)
+    assert (job.num_stages, job.out) == (3, Path("here"))
+
+
+def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
+    arguments = (
+        "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 3 --schedule gpipe "
+        "--microbatches 2 --out here --device cpu"
+    )
+    main_returns(["train", CONFIG, *arguments.split()])
+    ((job, nproc),) = started
+    assert nproc == 3
+    flags = Flags(
+        source=CONFIG,
+        steps=3,
+        batch_size=4,
+        length=16,
+        learning_rate=0.5,
+        seed=7,
+        stages=3,
+        schedule="gpipe",
+        num_microbatches=2,
+        out=Path("here"),
+        device="cpu",
+    )
+    assert job == make_job(flags)
+    assert dataclasses.replace(flags, steps=4) != flags
+
+
+def main_returns(arguments):
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 0
+
+
+def test_a_function_alone_learns_its_example(without_cuda):
+    job = make_job(Flags(source=GPT))
+    assert job.config.model == FunctionModel(GPT)
+    assert job.config.data == ExampleData()
+    assert job.out == Path("runs/build")
+
+
+def test_data_turns_a_function_into_a_reader_of_text(without_cuda, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"x" * 10_000)
+    job = make_job(Flags(source=GPT, data=[text], batch_size=3))
+    assert job.config.data == TextData(paths=(text,), batch_size=3)
+
+
+@pytest.mark.parametrize("source", [None, CONFIG])
+def test_a_folder_takes_the_place_of_the_model(without_cuda, tmp_path, source):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    job = make_job(Flags(source=source, model=folder))
+    assert job.config.model == FolderModel(folder)
+    assert isinstance(job.config.data, TextData)
+    assert job.out == Path("runs/llama" if source is None else "runs/train_gpt")
+
+
+def test_the_version_is_printed(capsys):
+    main_returns(["--version"])
+    assert capsys.readouterr().out == "evenflow 0.1.0\n"
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER"),
+        (["none.toml"], "cannot read the configuration none.toml: No such file or directory"),
+        (["gpt"], "'gpt' names no model: give a CONFIG.toml, MODULE:FUNCTION or FILE.py:FUNCTION"),
+        (["none.py:build"], "there is no file none.py to take a model from"),
+        ([GPT, "--model", "llama"], "two models are given"),
+        ([CONFIG, "--model", "llama"], "llama is no Hugging Face model folder: it holds no config.json"),
+        (["--model", "llama"], "llama is no Hugging Face model folder: it holds no config.json"),
+        ([CONFIG, "--schedule", "gpip"], "no schedule 'gpip'; did you mean 'gpipe'?"),
+        ([CONFIG, "--schedule", "gpip"], "There are: sequential, gpipe, 1f1b"),
+        ([CONFIG, "--steps", "0"], "training.steps = 0 must be at least 1"),
+        ([CONFIG, "--stages", "0"], "pipeline.stages = 0 must be at least 1"),
+        ([CONFIG, "--device", "tpu"], "--device tpu: there are cpu and cuda"),
+        ([CONFIG, "--data", "none.txt"], "data path none.txt does not exist"),
+        ([GPT, "--data", "none.txt"], "data path none.txt does not exist"),
+        ([GPT, "--batch-size", "3"], "--batch-size shapes batches of text, and this run has none"),
+        ([CONFIG, "--length", "100000"], "the text is too short: the held-out part of its"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_words(capsys, started, arguments, message, in_an_empty_folder):
+    assert message in refused(capsys, *arguments)
+    assert started == []
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_cuda_where_there_is_none_is_refused(capsys, started, without_cuda, in_an_empty_folder):
+    assert f"--device cuda: torch {torch.__version__} " in refused(capsys, CONFIG, "--device", "cuda")
+    assert started == []
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_more_stages_than_gpus_are_refused(capsys, started, with_two_gpus):
+    error = refused(capsys, CONFIG, "--stages", "3")
+    assert "3 stages on CUDA need as many devices, and this machine has 2: lower --stages" in error
+    assert started == []
+
+
+def test_an_empty_file_is_refused(capsys, started, in_an_empty_folder):
+    (in_an_empty_folder / "empty.txt").touch()
+    assert "the data is empty: there is no text in empty.txt" in refused(
+        capsys, CONFIG, "--data", "empty.txt"
+    )
+    assert started == []
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/run"])
+def test_an_out_that_is_a_file_is_refused(capsys, started, in_an_empty_folder, out):
+    (in_an_empty_folder / "taken").write_text("mine")
+    error = refused(capsys, CONFIG, "--out", out)
+    assert f"cannot write the run to {out}: taken is a file, not a folder" in error
+    assert (in_an_empty_folder / "taken").read_text() == "mine"
+
+
+def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch):
+    def fail(*arguments, **keywords):
+        error = PeerError("rank 1 failed: list[int] [/red]")
+        error.add_note("On rank 1: [bold]Traceback")
+        raise error
+
+    monkeypatch.setattr(train_module, "launch", fail)
+    with pytest.raises(SystemExit) as exited:
+        main(["train", GPT])
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "error: rank 1 failed: list[int] [/red]\nOn rank 1: [bold]Traceback\n"
+
+
+def test_ctrl_c_ends_quietly(capsys, monkeypatch):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "launch", interrupt)
+    with pytest.raises(SystemExit) as exited:
+        main(["train", GPT])
+    assert exited.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""The whole command, as a user starts it: real processes, real text, real files."""
+
+import json
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "examples" / "train_gpt.toml"
+GPT = f"{ROOT / 'examples' / 'gpt.py'}:build"
+DONE = re.compile(
+    r"^done: train loss ([\d.]+) -> ([\d.]+), validation ([\d.]+) nats/byte, (\d+) tok/s, "
+    r"step ([\d.]+) ms, bubble ([\d.]+) %$"
+)
+
+TINY = """
+[model]
+function = "{gpt}"
+arguments = {{ num_layers = 2, width = 32, length = 32, dropout = 0.1 }}
+[data]
+batch_size = 8
+length = 32
+[training]
+steps = 12
+learning_rate = 1e-2
+warmup_steps = 2
+validate_every = 5
+[pipeline]
+num_microbatches = 4
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(gpt=GPT))
+    return path
+
+
+def evenflow(*arguments, cwd, before=()):
+    command = [sys.executable, *before, "-m", "evenflow", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    "before", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")], ids=["own", "torchrun"]
+)
+def test_a_run_shows_its_cut_its_progress_and_its_end(tiny, tmp_path, before):
+    done = evenflow("train", tiny, cwd=tmp_path, before=before)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert done.stdout.count("The model, cut into stages") == 1
+    first, last, validation, _, step, bubble = map(float, DONE.match(lines[-1]).groups())
+    assert abs(first - math.log(256)) < 0.3
+    assert last < first
+    assert validation < first
+    assert step > 0
+    assert 0 <= bubble <= 100
+    (before_training,) = re.findall(r"before training: validation ([\d.]+) nats/byte", done.stdout)
+    assert abs(float(before_training) - math.log(256)) < 0.3
+    assert re.findall(r"^step (\d+): validation", done.stdout, re.MULTILINE) == ["5", "10"]
+    assert (tmp_path / "runs/tiny/timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert any((tmp_path / "runs/tiny/checkpoint").iterdir())
+    assert done.stderr == "" or before  # torchrun speaks of OMP_NUM_THREADS
+
+
+def test_the_number_of_stages_and_the_schedule_change_no_loss(tiny, tmp_path):
+    """The same run in one process and in three, under two schedules: the same line but for its times."""
+    results = set()
+    for stages, schedule in ((1, "sequential"), (3, "gpipe")):
+        done = evenflow(
+            "train", tiny, "--stages", stages, "--schedule", schedule, "--out", f"out{stages}", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        results.add(DONE.match(done.stdout.splitlines()[-1]).groups()[:3])
+    assert len(results) == 1
+
+
+def test_a_second_run_takes_the_place_of_the_first(tiny, tmp_path):
+    for steps in (2, 3):
+        done = evenflow("train", tiny, "--steps", steps, "--stages", 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_function_alone_learns_its_example_by_heart(tmp_path):
+    done = evenflow("train", GPT, "--steps", 3, "--stages", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.match(r"done: .* validation [\d.]+ loss \(on the same batch\), \d+ samples/s", last)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("num_microbatches = 4", "num_microbatches = 9"), "a batch of 8 rows cannot make num_microbatches=9"),
+        (("[pipeline]", "[pipeline]\nsplit = ['layrs.1']"), "layers.1"),
+        (("length = 32\n[tr", "length = 64\n[tr"), "64 positions, but this GPT has max_length=32"),
+        (("width = 32", "widht = 32"), "cannot be called with"),
+    ],
+)
+def test_what_only_the_ranks_can_know_is_said_once_and_nothing_is_written(tiny, tmp_path, change, message):
+    tiny.write_text(tiny.read_text().replace(*change))
+    done = evenflow("train", tiny, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(message) >= 1
+    assert done.stderr.count("error: ") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_stages_than_nodes_are_refused_with_the_number(tiny, tmp_path):
+    done = evenflow("train", tiny, "--stages", 1, "--stages", 60, "--microbatches", 1, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "60" in done.stderr
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ranks_of(pid):
+    """The processes of the ranks, by the order in which they were started."""
+    return [
+        child
+        for child in children_of(pid)
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+def test_a_rank_killed_in_mid_step_ends_the_command_and_is_named(tiny, tmp_path):
+    command = [sys.executable, "-m", "evenflow", "train", tiny, "--steps", "100000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        ranks = ranks_of(process.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, error = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 2
+    assert "rank 1 was killed by signal 9 (SIGKILL)" in error
+    assert "Traceback" not in error
+    assert all(has_ended(pid) for pid in ranks)
+    assert not (tmp_path / "runs").exists()
+
+
+def has_ended(pid, within_seconds=10.0):
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], within_seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def test_a_hugging_face_folder_trains_with_its_tokenizer(tmp_path):
+    folder = tiny_llama(tmp_path / "tiny-llama")
+    done = evenflow(
+        "train", "--model", folder, "--steps", 3, "--batch-size", 4, "--length", 16, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    first, _, validation, *_ = map(float, DONE.match(done.stdout.splitlines()[-1]).groups())
+    # Nats per byte are fewer than nats per token: a token of this tokenizer is several bytes.
+    assert validation < first / 2
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def tiny_llama(folder):
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[UNK]": 0, "the": 1, "a": 2, "of": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    transformers.LlamaConfig(
+        vocab_size=4,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    ).save_pretrained(folder)
+    return folder
