@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from evenflow.cli.config import FolderModel, FunctionModel
-from evenflow.cli.source import build, check_source, find_function
+from evenflow.cli.source import build, find_function
 from evenflow.errors import ConfigError
 
 GPT = f"{Path(__file__).parents[2] / 'examples' / 'gpt.py'}:build"
@@ -132,14 +132,14 @@ def test_a_type_error_inside_the_function_is_its_own(write):
 
 def test_a_folder_that_holds_no_model_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"is no Hugging Face model folder: it holds no config\.json"):
-        check_source(FolderModel(tmp_path))
+        build(FolderModel(tmp_path), seed=0)
 
 
 def test_without_transformers_a_folder_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'evenflow\[hf\]'"):
-        check_source(FolderModel(tmp_path))
+        build(FolderModel(tmp_path), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = {word: number for number, word in enumerate(["[UNK]", "to", "be", "or", "not"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(
+        folder
+    )
     transformers.LlamaConfig(
         vocab_size=5,
         hidden_size=16,
@@ -165,7 +167,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_without_weights_is_built_from_its_config(tiny_llama):
-    check_source(FolderModel(tiny_llama))
     source = build(FolderModel(tiny_llama), seed=0)
     assert source.tokenize(b"to be or not to be").tolist() == [1, 2, 3, 4, 1, 2]
     assert source.tokenize(b"to be\xff").tolist() == [1, 2]

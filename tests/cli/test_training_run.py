@@ -51,7 +51,9 @@ def evenflow(*arguments, cwd, before=()):
 
 
 @pytest.mark.parametrize(
-    "before", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")], ids=["own", "torchrun"]
+    "before",
+    [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")],
+    ids=["own", "torchrun"],
 )
 def test_a_run_shows_its_cut_its_progress_and_its_end(tiny, tmp_path, before):
     done = evenflow("train", tiny, cwd=tmp_path, before=before)
@@ -100,7 +102,10 @@ def test_a_function_alone_learns_its_example_by_heart(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("num_microbatches = 4", "num_microbatches = 9"), "a batch of 8 rows cannot make num_microbatches=9"),
+        (
+            ("num_microbatches = 4", "num_microbatches = 9"),
+            "a batch of 8 rows cannot make num_microbatches=9",
+        ),
         (("[pipeline]", "[pipeline]\nsplit = ['layrs.1']"), "layers.1"),
         (("length = 32\n[tr", "length = 64\n[tr"), "64 positions, but this GPT has max_length=32"),
         (("width = 32", "widht = 32"), "cannot be called with"),
@@ -128,9 +133,7 @@ def children_of(pid):
 def ranks_of(pid):
     """The processes of the ranks, by the order in which they were started."""
     return [
-        child
-        for child in children_of(pid)
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        child for child in children_of(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
 
 
@@ -168,9 +171,7 @@ def has_ended(pid, within_seconds=10.0):
 
 def test_a_hugging_face_folder_trains_with_its_tokenizer(tmp_path):
     folder = tiny_llama(tmp_path / "tiny-llama")
-    done = evenflow(
-        "train", "--model", folder, "--steps", 3, "--batch-size", 4, "--length", 16, cwd=tmp_path
-    )
+    done = evenflow("train", "--model", folder, "--steps", 3, "--batch-size", 4, "--length", 16, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, _, validation, *_ = map(float, DONE.match(done.stdout.splitlines()[-1]).groups())
     # Nats per byte are fewer than nats per token: a token of this tokenizer is several bytes.
@@ -185,7 +186,9 @@ def tiny_llama(folder):
     words = {"[UNK]": 0, "the": 1, "a": 2, "of": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(
+        folder
+    )
     transformers.LlamaConfig(
         vocab_size=4,
         hidden_size=16,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from evenflow.runtime.world import World
 
@@ -32,7 +32,7 @@ def save_checkpoint(
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     world.gather(None)  # nobody writes before the old remains are gone
-    dcp.save(state, checkpoint_id=partial, no_dist=world.size == 1)
+    save(state, checkpoint_id=partial, no_dist=world.size == 1)
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

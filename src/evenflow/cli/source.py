@@ -104,21 +104,6 @@ def _import_module(name: str) -> ModuleType:
         raise ConfigError(f"importing {name} failed: {type(error).__name__}: {error}") from error
 
 
-def check_source(choice: ModelChoice) -> None:
-    """Refuse, before any process starts, a model that cannot be found; nothing is built yet.
-
-    Example:
-        >>> check_source(FunctionModel("math:sqrt"))
-    """
-    match choice:
-        case FunctionModel(reference=reference):
-            find_function(reference)
-        case FolderModel(folder=folder):
-            if not (folder / "config.json").is_file():
-                raise ConfigError(f"{folder} is no Hugging Face model folder: it holds no config.json")
-            _import_transformers()
-
-
 def build(choice: ModelChoice, *, seed: int) -> ModelSource:
     """Build the model: the same weights on every rank that passes the same `seed`.
 
@@ -173,6 +158,8 @@ def _import_transformers() -> ModuleType:
 
 def _build_from_folder(folder: Path) -> ModelSource:
     """The folder's model: with its weights where it holds them, else with fresh ones."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no Hugging Face model folder: it holds no config.json")
     transformers = _import_transformers()
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     try:

@@ -20,11 +20,9 @@ from evenflow.cli.config import (
     TextData,
     read_config,
 )
-from evenflow.cli.source import check_source
-from evenflow.cli.text import bytes_as_tokens, make_corpus, read_text
-from evenflow.cli.training import Job, run_rank
+from evenflow.cli.training import Job, check, run_rank
 from evenflow.errors import ConfigError
-from evenflow.launcher import launch
+from evenflow.launcher import launch, rank_environment
 from evenflow.schedules import catalog
 
 _NUM_CPU_STAGES = 2
@@ -56,16 +54,20 @@ def train(flags: Flags) -> None:
         EvenflowError: Whatever stops the run; before the ranks start wherever it can be known by then.
     """
     job = make_job(flags)
-    ranks = f"{job.num_stages} process{'es' if job.num_stages > 1 else ''} × 1 thread"
-    Console().print(f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False)
+    if rank_environment() is None:
+        check(job)
+        ranks = f"{job.num_stages} process{'es' if job.num_stages > 1 else ''} × 1 thread"
+        Console().print(
+            f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False
+        )
     launch(run_rank, job, nproc=job.num_stages)
 
 
 def make_job(flags: Flags) -> Job:
-    """Merge flags and configuration, fill in what depends on the machine, and check the result.
+    """Merge flags and configuration, and fill in what depends on the machine.
 
     Raises:
-        ConfigError: The first thing found that cannot work.
+        ConfigError: The first thing found that cannot work, of what needs no model to be known.
     """
     config = _overridden(_config(flags), flags)
     catalog.get(config.pipeline.schedule)  # an unknown one is refused here, with the list
@@ -80,8 +82,6 @@ def make_job(flags: Flags) -> Job:
         )
     out = flags.out or Path("runs") / config.name
     _check_out(out)
-    _check_data(config)
-    check_source(config.model)
     return Job(config=config, num_stages=num_stages, device=device, out=out)
 
 
@@ -181,15 +181,3 @@ def _check_out(out: Path) -> None:
             return
         if place.exists():
             raise ConfigError(f"cannot write the run to {out}: {place} is a file, not a folder")
-
-
-def _check_data(config: RunConfig) -> None:
-    match config.data, config.model:
-        case TextData() as data, FunctionModel():
-            make_corpus(
-                read_text(data.paths), tokenize=bytes_as_tokens, held_out=data.held_out, length=data.length
-            )
-        case TextData() as data, FolderModel():
-            read_text(data.paths)  # how many tokens it has is known once the tokenizer is there
-        case _:
-            pass

@@ -7,6 +7,7 @@ rank's console speaks.
 import itertools
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from evenflow.cli.config import DataChoice, ExampleData, RunConfig, TextData, Tr
 from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
+from evenflow.errors import ConfigError, EvenflowError
 from evenflow.view.picture import draw_timelines
 
 # Reading a loss waits for the device, so it is read only now and then.
@@ -57,6 +59,34 @@ def run_rank(job: Job) -> None:
     Raises:
         EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
     """
+    pipe, feed = _prepare(job, device=job.device)
+    try:
+        _train(pipe, feed, job)
+    finally:
+        pipe.close()
+
+
+def check(job: Job) -> None:
+    """Do all that the ranks do before their first step, in this process and on the CPU.
+
+    What is wrong with the model, the data or the cut is then said once, before any process starts.
+
+    Raises:
+        EvenflowError: What is wrong. An exception of the model's own code comes as a `ConfigError` whose
+            note is its traceback.
+    """
+    try:
+        pipe, _ = _prepare(job, device="cpu")
+    except EvenflowError:
+        raise
+    except Exception as error:
+        refusal = ConfigError(f"the model cannot be built and run: {type(error).__name__}: {error}")
+        refusal.add_note("".join(traceback.format_exception(error)).rstrip())
+        raise refusal from error
+    pipe.close()
+
+
+def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
     config = job.config
     source = build(config.model, seed=config.training.seed)
     feed = _make_feed(config.data, source, config.training)
@@ -75,15 +105,12 @@ def run_rank(job: Job) -> None:
         schedule=config.pipeline.schedule,
         microbatch_size=config.pipeline.microbatch_size,
         num_microbatches=config.pipeline.num_microbatches,
-        split=list(config.pipeline.split) or None,
+        split=config.pipeline.split or None,
         exact=config.pipeline.exact,
         seed=config.training.seed,
-        device=job.device,
+        device=device,
     )
-    try:
-        _train(pipe, feed, job)
-    finally:
-        pipe.close()
+    return pipe, feed
 
 
 def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:

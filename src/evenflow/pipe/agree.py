@@ -64,8 +64,7 @@ def agree(
 
     Raises `ConfigError` where the batches differ between ranks, `PeerError` where another rank refused it.
     """
-    mine, error = _attempt(prepare)
-    fingerprint = _fingerprint(mine) if mine is not None and world.size > 1 else [0, 0]
+    mine, fingerprint, error = _attempt(prepare, compared=world.size > 1)
     kind = _ERROR if error is not None else _NONE if mine is None else _BATCH
     rows = world.gather_numbers([kind, *fingerprint])
     if any(row[0] == _ERROR for row in rows):
@@ -96,11 +95,15 @@ def agree(
     return _sent(world, recordings, program, mine, learn, absent, device)
 
 
-def _attempt(prepare: Callable[[], Prepared | None]) -> tuple[Prepared | None, EvenflowError | None]:
+def _attempt(
+    prepare: Callable[[], Prepared | None], *, compared: bool
+) -> tuple[Prepared | None, list[int], EvenflowError | None]:
+    """The rank's own batch and its fingerprint, or why it cannot work: the other ranks must hear of that first."""
     try:
-        return prepare(), None
+        mine = prepare()
+        return mine, _fingerprint(mine) if mine is not None and compared else [0, 0], None
     except EvenflowError as error:
-        return None, error
+        return None, [0, 0], error
 
 
 def _recording(recordings: Recordings, program: Program, item: Any, learn: Callable[[Any], int]) -> int:

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
+TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def world_of(kind: str) -> World:
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+        dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=TIMEOUT)
     if dist.is_initialized() and kind == "cuda":
         torch.cuda.set_device(_cuda_index(dist.get_rank()))
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from evenflow.checkpoint.save import save_checkpoint
 from evenflow.errors import ConfigError, PeerError
@@ -266,6 +267,8 @@ class Pipeline:
         """The outcome on every rank; `results` are there on the last stage's process."""
         world, source = self._parts.world, self._process_of_stage(len(self._parts.devices) - 1)
         rest = None if results is None else join([result.rest for result in results], agreed.shares)
+        if world.size > 1:  # pickled for the other ranks
+            rest = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rest)
         if reading is read_prediction:
             return StepResult(None, world.share(rest, source))
         if results is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
+from torch.utils import _pytree as pytree
 
 from evenflow.errors import EvenflowError
 from evenflow.graph.cut import Cut
@@ -132,7 +133,7 @@ class Executor:
         )
         if flight.work.section.needs_output:
             loss, rest = self.reading(flight.output)
-            self.results[microbatch] = Result(None if loss is None else loss.detach(), rest)
+            self.results[microbatch] = Result(None if loss is None else loss.detach(), without_graph(rest))
             self._losses[microbatch] = loss
             flight.output = None
 
@@ -171,6 +172,11 @@ class Executor:
         )
         infos = tuple(job.cut.graph.values[value].info for value in values)
         return Manifest((job.recording, op.source, op.target, op.payload), infos, self.devices[op.target])
+
+
+def without_graph(tree: Any) -> Any:
+    """A tree with its tensors detached: what a metric was computed from must not outlive the step."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def _flights_of(op: Op) -> Iterator[tuple[int, int]]:

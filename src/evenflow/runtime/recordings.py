@@ -8,6 +8,7 @@ module's training flag, autocast. Where the program looked at numbers of the bat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
 Cutter = Callable[[Graph], Sequence[int]]
 
@@ -79,7 +81,7 @@ class Recordings:
         kinds = tuple(
             torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
         )
-        return program, repr(spec), tuple(described), training, kinds
+        return _identity(program), repr(spec), tuple(described), training, kinds
 
     def find(self, program: Program, microbatch: Any) -> int | None:
         """The recording that fits this microbatch."""
@@ -173,6 +175,28 @@ class Recordings:
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
         return True
+
+
+class _Same:
+    """Equal only to itself, and kept alive, so that its id is not used again."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+def _identity(program: Program) -> Any:
+    """What makes two functions the same program: a lambda made anew in a loop is, over the same things."""
+    if not isinstance(program, FunctionType):
+        return _Same(program)
+    enclosed = [cell.cell_contents for cell in program.__closure__ or ()]
+    around = (*enclosed, *(program.__defaults__ or ()), *(program.__kwdefaults__ or {}).values())
+    return program.__code__, tuple(repr(each) if isinstance(each, PLAIN) else _Same(each) for each in around)
 
 
 def tensors(microbatch: Any) -> list[torch.Tensor]:

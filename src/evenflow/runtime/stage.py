@@ -1,6 +1,7 @@
 """A stage: owns the parameters of its nodes and runs them. Knows no rank and no link."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from evenflow.ir.op import Payload
 from evenflow.runtime.backward import receive
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.rng import Streams
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one, for code that says `cuda` without a number."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Stage(torch.nn.Module):
@@ -44,7 +50,7 @@ class Stage(torch.nn.Module):
                 values[value] = self._enter(flight, value, arrived, train)
         if work.draws:
             self.streams.begin(step, microbatch)
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(train), on(self.device):
             work.run(values)
         if train:
             awaited = (value for group in section.gradient_receives.values() for value in group)

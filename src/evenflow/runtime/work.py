@@ -78,8 +78,11 @@ def _mode(grad_enabled: bool, autocast: tuple[tuple[str, Any], ...]) -> Iterator
     with contextlib.ExitStack() as stack:
         if grad_enabled != torch.is_grad_enabled():
             stack.enter_context(torch.set_grad_enabled(grad_enabled))
-        for kind, dtype in autocast:
-            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        wanted = dict(autocast)
+        for kind in ("cpu", "cuda"):
+            now = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            if now != wanted.get(kind):
+                stack.enter_context(torch.autocast(kind, dtype=wanted.get(kind), enabled=kind in wanted))
         yield
 
 
@@ -118,6 +121,8 @@ class _Prepare:
                     return leaf
         if isinstance(leaf, torch.device) and leaf.type == self.graph.device.type:
             return self.device
+        if leaf in ("cuda", str(self.graph.device)) and self.device.type == "cuda":
+            return self.device  # `x.to("cuda")`
         return leaf
 
     def call(self, node: Node, drops: tuple[int, ...]) -> "_Call":
