@@ -117,7 +117,8 @@ def launch(fn: Callable[..., T], *args: object, nproc: int, num_threads: int = 1
                 f"{place.num_ranks} ranks: give both the same number"
             )
         torch.set_num_threads(num_threads)
-        return [fn(*args)]
+        with _process_group_closed():
+            return [fn(*args)]
     _check_can_be_sent(fn, args)
     with (
         tempfile.TemporaryDirectory(prefix="evenflow_launch_", ignore_cleanup_errors=True) as folder,
@@ -158,15 +159,15 @@ def _check_can_be_sent(fn: Callable[..., T], args: tuple[object, ...]) -> None:
         pickle.dumps(fn)
     except Exception as error:
         raise ConfigError(
-            f"launch cannot send {_name(fn)} to other processes ({error}): give it a function that stands at the "
-            "top of a module, not a lambda or one defined inside another function"
+            f"launch cannot send {_name(fn)} to other processes ({error}): give it a function that stands "
+            "at the top of a module, not a lambda or one defined inside another function"
         ) from error
     try:
         pickle.dumps(args)
     except Exception as error:
         raise ConfigError(
-            f"launch cannot send the arguments of {_name(fn)} to other processes ({error}): pass plain data, and "
-            "build loaders, models and locks inside the function"
+            f"launch cannot send the arguments of {_name(fn)} to other processes ({error}): pass plain data, "
+            "and build loaders, models and locks inside the function"
         ) from error
 
 
@@ -185,16 +186,25 @@ def _run_rank(fn: Callable[..., object], args: tuple[object, ...], num_threads: 
     # OMP_NUM_THREADS would come too late: torch was imported to receive `fn`.
     torch.set_num_threads(num_threads)
     try:
-        returned = _pickled_result(fn, fn(*args))
+        with _process_group_closed():
+            return _pickled_result(fn, fn(*args))
     except Exception as error:
         _write_report(error, folder)
         if _blames_a_peer(error):
             time.sleep(_PEER_GRACE_SECONDS)
         raise
-    # Only after success: to take a group apart whose other side is gone may wait for ever.
-    if dist.is_initialized():
+
+
+@contextlib.contextmanager
+def _process_group_closed() -> Iterator[None]:
+    """Close the process group that was opened inside: a process that ends with one may crash doing so.
+
+    Only after success, because to take a group apart whose other side is gone may wait for ever.
+    """
+    was_open = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not was_open:
         dist.destroy_process_group()
-    return returned
 
 
 def _pickled_result(fn: Callable[..., object], returned: object) -> bytes:

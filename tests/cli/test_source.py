@@ -187,7 +187,7 @@ def test_a_folder_with_weights_gives_them(tiny_llama, tmp_path):
 
 def test_text_that_is_no_text_is_refused_where_a_tokenizer_reads_it(tiny_llama):
     source = build(FolderModel(tiny_llama), seed=0)
-    with pytest.raises(ConfigError, match="the text is not UTF-8, which the tokenizer of .* needs"):
+    with pytest.raises(ConfigError, match=r"the text is not UTF-8, which the tokenizer of .* needs"):
         source.tokenize(bytes(range(128, 256)) * 4)
 
 

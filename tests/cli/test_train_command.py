@@ -1,4 +1,4 @@
-"""`evenflow train`: what its flags mean, every refusal's text, and that a refusal starts and writes nothing."""
+"""`evenflow train`: what its flags mean, and that every refusal is in words and starts and writes nothing."""
 
 import dataclasses
 from pathlib import Path
@@ -49,9 +49,10 @@ def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as exited:
         main(["train", *map(str, arguments)])
     assert exited.value.code == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return captured.err
+    message, _, note = capsys.readouterr().err.partition("Traceback")
+    # A traceback follows only where the model's own code failed.
+    assert not note or "the model cannot be built and run" in message
+    return message
 
 
 # --- what the flags mean ---------------------------------------------------------------------------------
@@ -180,6 +181,56 @@ def test_the_version_is_printed(capsys):
 )
 def test_a_wrong_command_is_refused_in_words(capsys, started, arguments, message, in_an_empty_folder):
     assert message in refused(capsys, *arguments)
+    assert started == []
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("num_microbatches = 8", "num_microbatches = 9"),
+            "a batch of 8 rows cannot make num_microbatches=9",
+        ),
+        (('schedule = "1f1b"', 'split = ["layrs.1"]'), "layers.1"),
+        (('schedule = "1f1b"', "stages = 1000"), "1000 stages need 999 cuts, but the recorded program has"),
+        (("length = 128\n", "length = 256\n"), "ValueError: 256 positions, but this GPT has max_length=128"),
+        (
+            ("width = 192", "widht = 192"),
+            "cannot be called with {'num_layers': 4, 'widht': 192, 'length': 128}",
+        ),
+        (
+            ("[training]", "[training]\nstpes = 3"),
+            "unknown key 'training.stpes'; did you mean 'training.steps'?",
+        ),
+    ],
+)
+def test_a_wrong_config_is_refused_in_words(capsys, started, in_an_empty_folder, tmp_path, change, message):
+    text = Path(CONFIG).read_text()
+    assert change[0] in text
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace(*change).replace("gpt.py:build", GPT))
+    assert message in refused(capsys, path)
+    assert started == []
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("nn.Linear(4, 1), lambda model, x: model(x), torch.ones(8, 4)", "not a scalar"),
+        ("nn.Linear(4, 1), lambda model, x: None, torch.ones(8, 4)", "it must return a scalar tensor"),
+        (
+            "torch.compile(nn.Linear(4, 1)), lambda model, x: model(x).sum(), torch.ones(8, 4)",
+            "torch.compile",
+        ),
+        ("nn.Linear(4, 1), lambda model, x: model(x).sum(), 3", "no tensor with a dimension to split"),
+    ],
+)
+def test_a_wrong_function_is_refused_in_words(capsys, started, in_an_empty_folder, tmp_path, body, message):
+    path = tmp_path / "wrong_source.py"
+    path.write_text(f"import torch\nfrom torch import nn\ndef make(): return {body}\n")
+    assert message in refused(capsys, f"{path}:make")
     assert started == []
     assert list(in_an_empty_folder.iterdir()) == []
 

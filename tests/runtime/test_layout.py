@@ -81,3 +81,13 @@ def test_a_dense_block_is_not_copied(tensor):
     layout = Layout.of(tensor)
     assert layout.is_dense
     assert pack(tensor, layout).untyped_storage()._cdata == tensor.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("lazy", [lambda c: c.conj(), lambda c: c.conj().imag], ids=["conjugate", "negative"])
+def test_a_tensor_that_is_lazily_changed_is_sent_as_its_numbers(lazy):
+    """`conj` only sets a mark on the same memory; over a wire the mark would be lost."""
+    tensor = lazy(torch.complex(torch.arange(3.0), torch.arange(3.0)))
+    block = pack(tensor, Layout.of(tensor))
+    assert not block.is_conj()
+    assert not block.is_neg()
+    assert torch.equal(block, tensor)

@@ -98,7 +98,7 @@ def agree(
 def _attempt(
     prepare: Callable[[], Prepared | None], *, compared: bool
 ) -> tuple[Prepared | None, list[int], EvenflowError | None]:
-    """The rank's own batch and its fingerprint, or why it cannot work: the other ranks must hear of that first."""
+    """The rank's own batch and its fingerprint, or why it cannot work, of which the others must hear."""
     try:
         mine = prepare()
         return mine, _fingerprint(mine) if mine is not None and compared else [0, 0], None

@@ -42,6 +42,7 @@ class Layout:
 
 def pack(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The tensor's elements as a flat block in the order of `layout` (without a copy where it is dense)."""
+    tensor = tensor.resolve_conj().resolve_neg()
     if Layout.of(tensor) == layout and layout.is_dense:
         return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return tensor.permute(layout.order).contiguous().view(-1)

@@ -54,7 +54,12 @@ class ProcessGroupLink(Link):
         self._expected = deque(receives)
         self._arriving.clear()
         self._reached = 0
-        self._look_ahead()
+        if self._expected:
+            first = self._expected[0][0]
+            try:
+                self._look_ahead()
+            except RuntimeError as error:
+                raise self._lost(first, first.source, error) from error
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         try:
