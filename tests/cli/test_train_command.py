@@ -68,6 +68,12 @@ def test_with_gpus_there_is_one_stage_for_each(with_two_gpus):
     assert (job.device, job.num_stages) == ("cuda", 2)
 
 
+def test_a_split_by_hand_says_how_many_stages_there_are(without_cuda, tmp_path):
+    path = tmp_path / "split.toml"
+    path.write_text(f"[model]\nfunction = '{GPT}'\n[pipeline]\nsplit = ['layers.1', 'layers.3']")
+    assert make_job(Flags(source=str(path))).num_stages == 3
+
+
 def test_flags_win_over_the_file(without_cuda, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"to be or not to be " * 50)

@@ -83,7 +83,10 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Pipelining:
-    """How the model is cut and fed. `stages=None`: one per GPU, or two on a machine without."""
+    """How the model is cut and fed.
+
+    `stages=None`: as many as `split` makes, or one per GPU, or two on a machine without.
+    """
 
     stages: int | None = None
     schedule: str = "1f1b"

@@ -72,9 +72,7 @@ def make_job(flags: Flags) -> Job:
     config = _overridden(_config(flags), flags)
     catalog.get(config.pipeline.schedule)  # an unknown one is refused here, with the list
     device = _device(flags.device)
-    num_stages = config.pipeline.stages or (
-        torch.cuda.device_count() if device == "cuda" else _NUM_CPU_STAGES
-    )
+    num_stages = _num_stages(config.pipeline, device)
     if device == "cuda" and num_stages > torch.cuda.device_count():
         raise ConfigError(
             f"{num_stages} stages on CUDA need as many devices, and this machine has "
@@ -173,6 +171,14 @@ def _device(asked: str | None) -> str:
             )
         case _:
             raise ConfigError(f"--device {asked}: there are cpu and cuda")
+
+
+def _num_stages(pipeline: Pipelining, device: str) -> int:
+    if pipeline.stages is not None:
+        return pipeline.stages
+    if pipeline.split:
+        return len(pipeline.split) + 1
+    return torch.cuda.device_count() if device == "cuda" else _NUM_CPU_STAGES
 
 
 def _check_out(out: Path) -> None:

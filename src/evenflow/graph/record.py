@@ -11,9 +11,11 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 `torch.from_numpy`) marks the module call that used it as `whole`: it will run as the module's own code.
 """
 
+import contextlib
 import copy
+import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -195,7 +197,7 @@ class _Recorder:
     def run(self, program: Callable[[Any, Any], Any], microbatch: Any, device: torch.device) -> CallTree:
         root = self.stack[0]
         try:
-            with observed_by(self):
+            with observed_by(self), _quiet():
                 result = program(self.model, microbatch)
         except RecordError:
             raise
@@ -340,6 +342,18 @@ class _Recorder:
             raise _checkpointed(path)  # the reentrant kind hides its results and runs without gradients
         self.restore_names(mark, result)
         return result
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing its own page about an error in the user's model, which is raised anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stride(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """`evenflow.pipeline`: from a model and an example batch to a `Pipeline`."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
 from evenflow.graph.fakes import FakeParameters
 from evenflow.pipe import choices
@@ -92,6 +94,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     item = splitter(example).items[0]
 
     own_device = devices[world.rank]
+    _share_buffers(model, world, own_device)
     fakes = FakeParameters(model, own_device)
     parameters = parameters_by_name(model, fakes.tied)
     accumulators = Accumulators(parameters, devices, exact=exact)
@@ -102,25 +105,18 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_loss(graph)
     check_trainable(graph)
     cut = recordings.cut_first(graph, choices.positions_of(graph, split, num_stages), list(parameters))
-
-    stage_numbers = range(num_stages) if world.size == 1 else (world.rank,)
-    stage_objects = {
-        stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in stage_numbers
-    }
+    _check_alike(cut, world)
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
+
+    own = range(num_stages) if world.size == 1 else (world.rank,)
+    stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
     if world.size > 1:
-        users = stages_of_parameters(cut)
-        _let_go(
-            fakes, parameters, keep={n for n in parameters if world.rank in (owner[n], *users.get(n, ()))}
-        )
-    owned: dict[int, dict[str, torch.nn.Parameter]] = {stage: {} for stage in stage_objects}
-    for name, parameter in parameters.items():
-        if owner[name] in owned:
-            owned[owner[name]][name] = parameter
+        _let_go(fakes, parameters, keep=_used_on(cut, owner, world.rank), device=own_device)
+    owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
-        stage_objects[stage].own(held)
-    recordings.add(program, item, cut, stage_objects)
+        stages_here[stage].own(held)
+    recordings.add(program, item, cut, stages_here)
     updater = Updater(
         world,
         accumulators,
@@ -129,13 +125,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         optimizer=optimizer,
         scheduler=scheduler,
     )
+    updater.spread()  # processes may have initialised a shared parameter differently: the owner's numbers hold
     return Pipeline(
         Parts(
             model=model,
             loss=program,
             world=world,
             link=_link(world, own_device),
-            stages=stage_objects,
+            stages=stages_here,
             devices=devices,
             recordings=recordings,
             updater=updater,
@@ -146,11 +143,45 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     )
 
 
-def _let_go(fakes: FakeParameters, parameters: dict[str, torch.nn.Parameter], *, keep: set[str]) -> None:
-    """Replace the parameters that this process does not use by empty ones, so that their memory is free."""
-    for name in parameters.keys() - keep:
-        empty = torch.empty_like(parameters[name], device="meta")
-        parameters[name] = torch.nn.Parameter(empty, requires_grad=parameters[name].requires_grad)
+def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -> None:
+    """Give every process the first one's buffers, which masks and tables are computed from on all of them."""
+    for buffer in model.buffers() if world.size > 1 else ():
+        moved = buffer.detach().to(device)
+        work = world.broadcast(moved, 0)
+        if work is not None:
+            work.wait()
+        buffer.detach().copy_(moved)
+
+
+def _check_alike(cut: Cut, world: World) -> None:
+    """Refuse examples under which the processes recorded different programs: their stages would not fit."""
+    what = repr(([node.name for node in cut.graph.chain], cut.positions, [s.batch for s in cut.sections]))
+    mine = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")
+    found = [row[0] for row in world.gather_numbers([mine])]
+    if len(set(found)) > 1:
+        other = next(rank for rank, number in enumerate(found) if number != found[0])
+        raise ConfigError(
+            f"ranks 0 and {other} recorded different programs (this rank: {len(cut.graph.chain)} nodes, cut at "
+            f"{cut.positions}): build the same model and pass an example of the same shapes on every rank"
+        )
+
+
+def _used_on(cut: Cut, owner: Mapping[str, int], stage: int) -> set[str]:
+    """Parameters that a stage owns or uses."""
+    users = stages_of_parameters(cut)
+    return {name for name, home in owner.items() if stage in (home, *users.get(name, ()))}
+
+
+def _let_go(
+    fakes: FakeParameters, parameters: dict[str, torch.nn.Parameter], *, keep: set[str], device: torch.device
+) -> None:
+    """Keep `keep` on this process's device; put empty parameters in the place of all others."""
+    for name, parameter in list(parameters.items()):
+        if name in keep:
+            parameter.data = parameter.data.to(device)
+        else:
+            empty = torch.empty_like(parameter, device="meta")
+            parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for module, key, fake in fakes.slots:
         module._parameters[key] = parameters[fakes.names[id(fake)]]
 

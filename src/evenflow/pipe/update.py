@@ -68,6 +68,10 @@ class Updater:
             optimizer.step()
         for scheduler in self.schedulers:
             scheduler.step()
+        self.spread()
+
+    def spread(self) -> None:
+        """Give the owner's numbers of every shared parameter to all that use it; collective."""
         for name, uses in self._shared():
             self._spread(name, uses)
 
