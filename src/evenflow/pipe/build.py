@@ -125,7 +125,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         optimizer=optimizer,
         scheduler=scheduler,
     )
-    updater.spread()  # processes may have initialised a shared parameter differently: the owner's numbers hold
+    updater.spread()  # processes may have initialised them differently: the owner holds
     return Pipeline(
         Parts(
             model=model,
@@ -161,7 +161,7 @@ def _check_alike(cut: Cut, world: World) -> None:
     if len(set(found)) > 1:
         other = next(rank for rank, number in enumerate(found) if number != found[0])
         raise ConfigError(
-            f"ranks 0 and {other} recorded different programs (this rank: {len(cut.graph.chain)} nodes, cut at "
+            f"ranks 0 and {other} recorded different programs (here {len(cut.graph.chain)} nodes, cut at "
             f"{cut.positions}): build the same model and pass an example of the same shapes on every rank"
         )
 
