@@ -76,12 +76,14 @@ def refusing_specially():
     raise Special("of a class that launch does not know")
 
 
-def blaming_a_peer():
-    """Rank 0 complains of rank 1, which fails for a reason of its own."""
+def blaming_a_peer(folder):
+    """Rank 0 complains of rank 1, which a second later fails for a reason of its own."""
     dist.init_process_group("gloo")
+    note_pid(folder)
     dist.barrier()
     if dist.get_rank() == 0:
         raise PeerError("rank 1 did not answer")
+    has_ended(int((folder / "0").read_text()), within_seconds=1.0)
     raise ZeroDivisionError("the reason")
 
 
@@ -175,9 +177,10 @@ def test_an_unknown_class_of_ours_comes_back_as_the_base():
     assert type(caught.value) is EvenflowError
 
 
-def test_the_cause_is_reported_and_not_who_suffered_from_it():
+def test_the_cause_is_reported_and_not_who_suffered_from_it(tmp_path):
     with pytest.raises(PeerError) as caught:
-        launch(blaming_a_peer, nproc=2)
+        launch(blaming_a_peer, tmp_path, nproc=2)
+    assert_all_ended(tmp_path)
     assert str(caught.value) == "rank 1 failed (exit code 1): ZeroDivisionError: the reason"
 
 
@@ -230,16 +233,19 @@ def test_a_result_that_cannot_be_sent_is_the_ranks_error():
 # --- under torchrun, and from a script -------------------------------------------------------------------
 
 SCRIPT = """
-    import os, signal, sys
+    import os, sys
     from pathlib import Path
+    import torch
+    import torch.distributed as dist
     from evenflow.launcher import launch, rank_environment
 
     def work(folder):
         place = rank_environment()
         (folder / f"{place.rank}.part").write_text(str(os.getpid()))
         (folder / f"{place.rank}.part").rename(folder / str(place.rank))
-        if sys.argv[2:] == ["wait"]:
-            signal.pause()
+        if sys.argv[2:] == ["wait"]:  # inside torch, where no signal handler of Python's runs
+            dist.init_process_group("gloo")
+            dist.recv(torch.zeros(1), src=1 - place.rank)
         return place.rank
 
     if __name__ == "__main__":

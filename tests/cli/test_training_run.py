@@ -38,9 +38,11 @@ num_microbatches = 4
 """
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.toml"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def write_tiny(folder):
+    path = folder / "tiny.toml"
     path.write_text(TINY.format(gpt=GPT))
     return path
 
@@ -50,17 +52,31 @@ def evenflow(*arguments, cwd, before=()):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize(
-    "before",
-    [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")],
-    ids=["own", "torchrun"],
-)
-def test_a_run_shows_its_cut_its_progress_and_its_end(tiny, tmp_path, before):
-    done = evenflow("train", tiny, cwd=tmp_path, before=before)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path):
+    """The same training in two processes, in two under torchrun, and in one by another schedule.
+
+    Each takes the place of the one before in the run's folder.
+    """
+    tiny = write_tiny(folder)
+    return {
+        "two": evenflow("train", tiny, cwd=folder),
+        "torchrun": evenflow("train", tiny, cwd=folder, before=TORCHRUN),
+        "one": evenflow("train", tiny, "--stages", 1, "--schedule", "sequential", cwd=folder),
+    }
+
+
+@pytest.mark.parametrize("way", ["two", "torchrun", "one"])
+def test_a_run_shows_its_cut_its_progress_and_its_end(runs, way):
+    done = runs[way]
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
     assert done.stdout.count("The model, cut into stages") == 1
-    first, last, validation, _, step, bubble = map(float, DONE.match(lines[-1]).groups())
+    first, last, validation, _, step, bubble = map(float, DONE.match(done.stdout.splitlines()[-1]).groups())
     assert abs(first - math.log(256)) < 0.3
     assert last < first
     assert validation < first
@@ -69,22 +85,19 @@ def test_a_run_shows_its_cut_its_progress_and_its_end(tiny, tmp_path, before):
     (before_training,) = re.findall(r"before training: validation ([\d.]+) nats/byte", done.stdout)
     assert abs(float(before_training) - math.log(256)) < 0.3
     assert re.findall(r"^step (\d+): validation", done.stdout, re.MULTILINE) == ["5", "10"]
-    assert (tmp_path / "runs/tiny/timeline.png").read_bytes().startswith(b"\x89PNG")
-    assert any((tmp_path / "runs/tiny/checkpoint").iterdir())
-    assert done.stderr == "" or before  # torchrun speaks of OMP_NUM_THREADS
+    assert done.stderr == "" or way == "torchrun"  # which speaks of OMP_NUM_THREADS
 
 
-def test_the_number_of_stages_and_the_schedule_change_no_loss(tiny, tmp_path):
-    """The same run in one process and in three, under two schedules: the same line but for its times.
+def test_the_way_to_run_it_changes_no_loss(runs):
+    assert len({DONE.match(done.stdout.splitlines()[-1]).groups()[:3] for done in runs.values()}) == 1
 
-    The second one takes the place of the first in the run's folder.
-    """
-    results = set()
-    for stages, schedule in ((1, "sequential"), (3, "gpipe")):
-        done = evenflow("train", tiny, "--stages", stages, "--schedule", schedule, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        results.add(DONE.match(done.stdout.splitlines()[-1]).groups()[:3])
-    assert len(results) == 1
+
+@pytest.mark.usefixtures("runs")
+def test_a_run_leaves_a_checkpoint_and_a_picture(folder):
+    written = folder / "runs" / "tiny"
+    assert (written / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert any((written / "checkpoint").iterdir())
+    assert sorted(path.name for path in written.iterdir()) == ["checkpoint", "timeline.png"]
 
 
 def test_a_function_alone_learns_its_example_by_heart(tmp_path):
@@ -105,8 +118,8 @@ def ranks_of(pid):
     ]
 
 
-def test_a_rank_killed_in_mid_step_ends_the_command_and_is_named(tiny, tmp_path):
-    command = [sys.executable, "-m", "evenflow", "train", tiny, "--steps", "100000"]
+def test_a_rank_killed_in_mid_step_ends_the_command_and_is_named(tmp_path):
+    command = [sys.executable, "-m", "evenflow", "train", write_tiny(tmp_path), "--steps", "100000"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -455,24 +455,99 @@ def test_running_statistics_end_as_unsplit():
 
 
 class Counting(nn.Module):
-    """A buffer that glue changes, and others that are only used."""
+    """A buffer that functions in the container change, and tensors that they only use."""
 
-    def __init__(self):
+    def __init__(self, kept):
         super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 1)
-        self.register_buffer("calls", torch.zeros(()))
+        self.kept = kept
+        self.layers = mlp(WIDTH, WIDTH, WIDTH, 1)
+        self.register_buffer("calls", torch.zeros(1))
         self.register_buffer("scale", torch.full((WIDTH,), 0.5))
         self.shift = torch.full((WIDTH,), 0.25)  # a tensor that is not registered
 
     def forward(self, x):
         self.calls += 1
-        h = self.layer(x * self.scale) + self.shift
-        return self.head(h * self.scale) + self.calls
+        kept = self.kept(self.calls)
+        x = x * self.scale + self.shift
+        for layer in self.layers:
+            x = layer(x)
+        return x + kept + self.scale[0] + self.shift[0]
 
 
-def test_buffers_used_and_changed():
-    assert_splits(seeded(Counting), features(), loss=mean_square, num_microbatches=4)
+@pytest.mark.parametrize(
+    "kept", [lambda buffer: buffer * 2, lambda buffer: buffer.clone(), lambda buffer: buffer.view(1, 1)]
+)
+def test_buffers_used_and_changed(kept):
+    """What is kept of the buffer is this microbatch's, though the next one changes it before it is used."""
+    assert_splits(seeded(lambda: Counting(kept)), features(), loss=mean_square, num_microbatches=4)
+
+
+class OwnNorm(nn.Module):
+    """Running statistics through the function instead of torch's module."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.variance, training=True, momentum=0.3)
+
+
+class NormsTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(WIDTH, WIDTH, WIDTH, 1)
+        self.norm = OwnNorm()
+
+    def forward(self, x):
+        h = self.norm(self.layers[1](self.layers[0](x)))
+        h = self.norm(self.layers[3](self.layers[2](h)))
+        return self.layers[4](h)
+
+
+def test_running_statistics_of_a_norm_used_twice():
+    """Its two uses must not be parted: each would run ahead with its own statistics."""
+    assert_splits(seeded(NormsTwice), features(), loss=mean_square, num_microbatches=4, stages=(2,))
+
+
+class Averaging(nn.Module):
+    """Keeps a running average of its activations, and uses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("average", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        h = self.layer(x)
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(h.mean(0), alpha=0.1)
+        return h - self.average
+
+
+def test_running_averages_of_activations():
+    build = seeded(lambda: nn.Sequential(Averaging(), nn.Tanh(), Averaging(), nn.Linear(WIDTH, 1)))
+    assert_splits(build, features(), loss=mean_square, num_microbatches=4)
+
+
+class Replacing(nn.Module):
+    """A buffer that is replaced instead of changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("average", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        h = self.layer(x)
+        self.average = 0.9 * self.average + 0.1 * h.detach().mean(0)
+        return h - self.average
+
+
+def test_a_buffer_that_is_replaced():
+    build = seeded(lambda: nn.Sequential(Replacing(), nn.Tanh(), Replacing(), nn.Linear(WIDTH, 1)))
+    assert_splits(build, features(), loss=mean_square, num_microbatches=4)
 
 
 class Square(torch.autograd.Function):
@@ -511,6 +586,14 @@ class WithFunctions(nn.Module):
 
 def test_a_custom_function_keeps_its_own_gradient():
     assert_splits(seeded(WithFunctions), features(), loss=mean_square)
+
+
+def test_a_custom_function_in_the_loss_keeps_its_own_gradient():
+    assert_splits(
+        layers_that(lambda self, x: self.head(self.c(self.b(self.a(x))))),
+        features(),
+        loss=lambda model, batch: Square.apply(mean_square(model, batch)) + Square.apply(batch["y"]).mean(),
+    )
 
 
 class Mapped(nn.Module):

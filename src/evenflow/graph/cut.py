@@ -25,7 +25,8 @@ class Section:
 
     Each of the four traffic maps takes the other stage to the values that travel, in one fixed order.
     `relayed` are received values whose gradient also arrives from a later stage, `cloned` are received or
-    batch values that the section changes in place.
+    batch values that the section changes in place, `live` values that leave while their memory is that of a
+    buffer which the next microbatch will change.
     """
 
     stage: int
@@ -37,6 +38,7 @@ class Section:
     gradient_sends: Mapping[int, tuple[int, ...]]
     relayed: frozenset[int]
     cloned: frozenset[int]
+    live: frozenset[int]
     needs_output: bool  # the last stage hands back what the loss function returned
 
 
@@ -124,6 +126,9 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
             gradient_sends=dict(traffic.gradient_sends[stage]),
             relayed=frozenset(traffic.relayed[stage]),
             cloned=_changed(graph, need),
+            live=_live(
+                graph, (*graph.output.refs, *(v for sent in traffic.sends[stage].values() for v in sent))
+            ),
             needs_output=stage == num_stages - 1,
         )
         for stage, need in enumerate(needs)
@@ -168,6 +173,7 @@ def glue_section(graph: Graph, values: Sequence[int]) -> Section:
         gradient_sends={},
         relayed=frozenset(),
         cloned=_changed(graph, need),
+        live=frozenset(),
         needs_output=False,
     )
 
@@ -212,6 +218,15 @@ def _changed(graph: Graph, need: _Need) -> frozenset[int]:
     """Values from outside that the section changes in place: it must work on a copy."""
     storages = {graph.values[old].storage for node in need.nodes for old, _ in node.rebinds}
     return frozenset(value for value in need.values if graph.values[value].storage in storages)
+
+
+def _live(graph: Graph, leaving: Sequence[int]) -> frozenset[int]:
+    changed = {name for node in graph.nodes for name in node.changed_buffers}
+    sources = ((value.source, value.storage) for value in graph.values)
+    storages = {
+        storage for source, storage in sources if isinstance(source, BufferSource) and source.name in changed
+    }
+    return frozenset(value for value in leaving if graph.values[value].storage in storages)
 
 
 def _lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:

@@ -57,6 +57,7 @@ class Node:
     grad_enabled: bool
     autocast: tuple[tuple[str, Any], ...]  # (device type, torch.dtype)
     whole: str | None = None  # why a module was not taken apart, where something forbade it
+    stateful: bool = False  # it keeps Python state, so it must run once per microbatch, on its owner
     glue: bool = False
 
     @property

@@ -15,6 +15,7 @@ from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Nod
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
     ARRAYS,
+    SHAPE,
     BatchLeaf,
     BufferSource,
     Call,
@@ -92,6 +93,8 @@ class _Choice:
 
     def choose(self, call: ModuleCall) -> list[Call]:
         hidden = self.hides.get(call)
+        if hidden is None and call.whole is not None and _has_dynamic_shape(call):
+            hidden = "a shape inside it depends on the batch's numbers"
         if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
             return [call]
         if call.whole is not None:
@@ -110,7 +113,12 @@ class _Choice:
             return True
         if self.is_atomic(call.path):
             return False
-        if _flops(call) > self.limit or self.has_idle_argument(call):
+        if (
+            self.limit == 0
+            or _flops(call) > self.limit
+            or self.has_idle_argument(call)
+            or _has_dynamic_shape(call)
+        ):
             return True
         return any(
             count > 1 for name, count in _parameter_uses(call, self.values).items() if name in self.shared
@@ -124,6 +132,11 @@ class _Choice:
         inner = [c for c in walk(call) if isinstance(c, FunctionCall)]
         used = {ref for function in inner for ref in function.args.refs}
         return not any(_parameters(call, self.values)) and any(ref not in used for ref in call.args.refs)
+
+
+def _has_dynamic_shape(call: Call) -> bool:
+    """Whether a shape inside depends on numbers: it must be seen, so that another is another recording."""
+    return any(isinstance(inner, ReadCall) and inner.name == SHAPE for inner in walk(call))
 
 
 def _flops(call: Call) -> int:
@@ -203,14 +216,23 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         output=call.output,
         results=results,
         rebinds=rebinds,
-        parameters=tuple(dict.fromkeys(_parameters(call, tree.values))),
+        parameters=tuple(dict.fromkeys((*_parameters(call, tree.values), *_unseen_parameters(call, tree)))),
         buffers=tuple(source.name for source in sources if isinstance(source, BufferSource)),
         changed_buffers=tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers)),
         flops=_flops(call),
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         whole=call.whole if isinstance(call, ModuleCall) else None,
+        stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
     )
+
+
+def _unseen_parameters(call: Call, tree: CallTree) -> Iterator[str]:
+    """Parameters that may have been used where nobody could see: all those of the module that did it."""
+    for inner in walk(call):
+        if isinstance(inner, ModuleCall) and inner.unseen:
+            inside = f"{inner.path}." if inner.path else ""
+            yield from (first for name, first in tree.parameter_names.items() if name.startswith(inside))
 
 
 def _module_target(call: ModuleCall) -> ModuleTarget:
@@ -269,7 +291,9 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
     marked = []
     for node in nodes:
         draws = node.target.draws
-        stateless = not draws and not node.parameters and not changed.intersection(node.buffers)
+        stateless = (
+            not draws and not node.stateful and not node.parameters and not changed.intersection(node.buffers)
+        )
         glue = stateless and derived.issuperset(node.inputs) and not _has_shared(node)
         glue = glue and not any(values[value].info.requires_grad for value in node.makes)
         if glue:

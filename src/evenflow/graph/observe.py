@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -19,8 +20,10 @@ class Observer(Protocol):
     """What is told of each call, and makes it."""
 
     paths: dict[int, str]  # id(module) -> its path in the model
+    blind: bool  # inside a custom autograd function, whose own steps are not the program's
     pending_draws: int
     pending_flops: int
+    pending_dynamic: bool  # a kernel's result had a shape that depends on numbers
 
     def module(
         self,
@@ -35,11 +38,19 @@ class Observer(Protocol):
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a torch function."""
 
+    def custom_function(self, apply: types.MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make and note the call of a custom autograd function's `apply`, blind to what is inside."""
+
 
 @contextlib.contextmanager
 def observed_by(observer: Observer) -> Iterator[None]:
     """Tell the observer of everything that happens meanwhile."""
-    with _modules_observed(observer), _Functions(observer), _Kernels(observer):
+    with (
+        _modules_observed(observer),
+        _custom_functions_observed(observer),
+        _Functions(observer),
+        _Kernels(observer),
+    ):
         yield
 
 
@@ -49,9 +60,9 @@ def _modules_observed(observer: Observer) -> Iterator[None]:
 
     def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
         path = observer.paths.get(id(module))
-        if path is not None:
+        if path is not None and not observer.blind:
             return observer.module(module, path, forward, args, kwargs)
-        if any(True for _ in module.parameters()):
+        if path is None and any(True for _ in module.parameters()):
             raise RecordError(
                 f"{type(module).__name__} is called by the loss function but is not part of the model; "
                 "put both into one nn.ModuleDict and pass that as the model"
@@ -66,12 +77,28 @@ def _modules_observed(observer: Observer) -> Iterator[None]:
             torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _custom_functions_observed(observer: Observer) -> Iterator[None]:
+    """Custom autograd functions bypass `__torch_function__`: each `apply` is shown as one torch function."""
+    own = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:  # as Function.apply
+        bound = types.MethodType(own.__func__, cls)
+        return bound(*args, **kwargs) if observer.blind else observer.custom_function(bound, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]  # the patch is the point
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = own  # type: ignore[method-assign]
+
+
 class _Functions(TorchFunctionMode):
     def __init__(self, observer: Observer) -> None:
         super().__init__()
         self.observer = observer
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.observer.function(func, args, kwargs or {})
 
 
@@ -87,12 +114,21 @@ class _Kernels(TorchDispatchMode):
         result = func(*args, **kwargs)
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
+        if torch.Tag.dynamic_output_shape in func.tags and _is_dynamic(func, args):
+            self.observer.pending_dynamic = True
         packet = func.overloadpacket
         if packet in flop_registry:
             self.observer.pending_flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
             self.observer.pending_flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
         return result
+
+
+def _is_dynamic(kernel: Any, args: tuple[Any, ...]) -> bool:  # kernel: an OpOverload
+    """Whether a result's shape depends on numbers; an index carries that tag but means it for masks only."""
+    if kernel is not torch.ops.aten.index.Tensor:
+        return True
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
 def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload

@@ -14,8 +14,10 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 import contextlib
 import copy
 import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,9 +31,10 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import RecordError
 from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
 from evenflow.graph.observe import observed_by
-from evenflow.graph.template import NOTHING, Ref, Shared, Template, is_plain
+from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
+    SHAPE,
     BatchLeaf,
     BufferSource,
     CallSource,
@@ -63,6 +66,8 @@ _METADATA = {
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
 IMPURE = frozenset(_METADATA | _HOOKS | {"manual_seed", "set_rng_state", "__setstate__"})
 
+_ABSENT = object()
+
 
 def record(
     program: Callable[[Any, Any], Any],
@@ -78,7 +83,7 @@ def record(
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
     at the outermost level; the program's own errors come with a note of where they arose.
     """
-    leaves, spec = pytree.tree_flatten(microbatch)
+    leaves, spec = flatten_tree(microbatch)
     copies = {id(leaf): _copied(leaf, device) for leaf in leaves if is_tensor(leaf)}  # one tensor stays one
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
@@ -120,13 +125,19 @@ class _Recorder:
         for _, _, fake in fakes.slots:
             if id(fake) not in self.number_of:
                 self.new_value(fake, ParameterSource(fakes.names[id(fake)]))
+        self.parameter_names = fakes.tied
         for name, buffer in model.named_buffers():
             self.new_value(buffer, BufferSource(name))
         root = ModuleCall("", 0, 0, NOTHING, True, _autocast())
         self.stack: list[ModuleCall] = [root]
         self.pending_draws = 0
         self.pending_flops = 0
+        self.pending_dynamic = False
         self.failed_in = ""  # the innermost module that raised
+        self.blind = False
+        self.undo: list[
+            tuple[torch.nn.Module, str, Any]
+        ] = []  # attributes that the run changed, as they were
 
     # -- values
 
@@ -156,19 +167,29 @@ class _Recorder:
             for key, attribute in vars(module).items():
                 if attribute is tensor:
                     return self.new_value(tensor, BufferSource(f"{path}.{key}" if path else key))
+        return self.unseen(tensor, used_by)
+
+    def unseen(self, tensor: torch.Tensor, used_by: str) -> int:
+        """A value from nowhere: the current call stays whole, and may have used any parameter inside it."""
         shape = list(tensor.shape)
         self.keep_whole(
             f"a {tensor.dtype} tensor of shape {shape}, used by {used_by}, came from an operation that "
             "cannot be recorded"
         )
-        return self.new_value(tensor, CallSource())
+        self.stack[-1].unseen = True
+        self.clock += 1
+        number = self.new_value(tensor, CallSource())
+        output = Template((Ref(number),), NOTHING.spec)
+        call = FunctionCall(_never, "an unseen operation", self.stack[-1].path, self.clock, NOTHING, output)
+        self.stack[-1].children.append(call)
+        return number
 
     def keep_whole(self, reason: str) -> None:
         if self.stack[-1].whole is None:
             self.stack[-1].whole = reason
 
     def encode(self, tree: Any, used_by: str) -> Template:
-        leaves, spec = pytree.tree_flatten(tree)
+        leaves, spec = flatten_tree(tree)
         return Template(tuple(self.encode_leaf(leaf, used_by) for leaf in leaves), spec)
 
     def encode_leaf(self, leaf: Any, used_by: str) -> Any:
@@ -199,30 +220,43 @@ class _Recorder:
         try:
             with observed_by(self), _quiet():
                 result = program(self.model, microbatch)
+            output = self.encode(result, "the result of the loss function")
         except RecordError:
             raise
         except Exception as error:
             error.add_note(f"evenflow: while recording {self.failed_in or 'the loss function'}")
             raise
-        output = self.encode(result, "the result of the loss function")
+        finally:
+            for module, key, value in reversed(self.undo):
+                _set_attribute(module, key, value)
         root.output, root.end = output, self.clock
         if root.whole is not None:
             raise RecordError(
                 f"the loss function itself cannot be recorded: {root.whole}; move that into a module"
             )
         same = {after: before for _, before, after in self.renamed}
-        return CallTree(root, tuple(self.values), output, same, device)
+        return CallTree(root, tuple(self.values), output, same, self.parameter_names, device)
 
-    def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = getattr(function, "__name__", repr(function))
+    def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = f"{getattr(apply.__self__, '__name__', 'Function')}.apply"
+        if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            self.keep_whole(f"it hands a function to {name}")
+            self.stack[-1].unseen = True
+        return self.function(apply, args, kwargs, name=name)
+
+    def function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
+    ) -> Any:
+        name = name or getattr(function, "__name__", repr(function))
         inputs = self.encode((args, kwargs), name)
         changed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_tensor(leaf)]
         versions = [tensor._version for tensor in changed]
         self.clock += 1
         self.pending_draws = self.pending_flops = 0
+        self.pending_dynamic = False
         grad_enabled = torch.is_grad_enabled()
         result = self.call(function, name, args, kwargs)
-        self.note_draws(grad_enabled)
+        self.note_draws(grad_enabled, name)
         changed = [t for t, version in zip(changed, versions, strict=True) if t._version != version]
         call, path = self.stack[-1], self.stack[-1].path
         if name in IMPURE:
@@ -240,6 +274,10 @@ class _Recorder:
             state = (rebinds, changed_buffers, draws, self.pending_flops, grad_enabled, _autocast())
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
+        if self.pending_dynamic and made:
+            self.clock += 1
+            shapes = self.encode((tuple(made), {}), name)
+            call.children.append(ReadCall(shapes_of, SHAPE, path, self.clock, shapes, shapes_of(*made)))
         return result
 
     def result(self, tensor: torch.Tensor, changed: list[torch.Tensor]) -> None:
@@ -269,25 +307,34 @@ class _Recorder:
         if name in READS and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
             raise self.needs_numbers(name)
         try:
-            return function(*args, **kwargs)
+            if not isinstance(function, MethodType):
+                return function(*args, **kwargs)
+            self.blind = True
+            with torch._C.DisableTorchFunction():  # (what a custom function does inside is its own)
+                return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
+        finally:
+            self.blind = False
 
     def needs_numbers(self, name: str) -> RecordError:
         where = self.stack[-1].path or "the loss function"
         return RecordError(
             f"{where} calls {name} on numbers that depend on the parameters, which do not exist while "
-            "recording; a branch or a shape that depends on them cannot be split"
+            "recording; a branch or a shape that depends on them cannot be split (nor can, yet, a boolean "
+            "index into them: multiply by the mask, or use where, or ignore_index of the loss)"
         )
 
-    def note_draws(self, grad_enabled: bool) -> None:
+    def note_draws(self, grad_enabled: bool, name: str) -> None:
         """Refuse draws in a checkpointed region: its recomputation would draw again, with another key."""
         if not self.pending_draws:
             return
         call = self.stack[-1]
-        call.draws_without_grad |= not grad_enabled
         # Non-reentrant checkpoints work through these hooks; torch has no public way to ask for them.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # noqa: SLF001
+        if (
+            name == "CheckpointFunction.apply"
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ):
             raise _checkpointed(call.path)
 
     def rebind(self, changed: list[torch.Tensor]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
@@ -325,6 +372,8 @@ class _Recorder:
         state, mark = _python_state(module), len(self.renamed)
         try:
             result = forward(module, *args, **kwargs)
+            # An unknown tensor among the results is this call's own doing, so the call must still be open.
+            call.output = self.encode(result, f"the result of {path}")
         except Exception:
             self.failed_in = self.failed_in or path
             raise
@@ -335,23 +384,32 @@ class _Recorder:
         changed = _changed_attributes(state, _python_state(module))
         if changed:
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
-        self.stack.append(call)  # an unknown tensor among the results is this call's own doing
-        call.output = self.encode(result, f"the result of {path}")
-        self.stack.pop()
-        if call.whole is not None and call.grad_enabled and _drew_without_grad(call):
-            raise _checkpointed(path)  # the reentrant kind hides its results and runs without gradients
+            call.stateful = True
+            self.undo.extend((module, key, state.get(key, _ABSENT)) for key in changed)
         self.restore_names(mark, result)
         return result
 
 
+def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    """The shapes of tensors: what a program reads of them without calling anything."""
+    return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("an operation that was not seen cannot be repeated: its module stays whole")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from printing its own page about an error in the user's model, which is raised anyway."""
+    """Keep torch from talking about what fake tensors do: a page about each error, which is raised anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Fake tensors ask real ones for their `.grad`.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
     finally:
         logger.setLevel(level)
 
@@ -364,12 +422,6 @@ def _checkpointed(path: str) -> RecordError:
     return RecordError(
         f"{path or 'the loss function'} draws random numbers (dropout?) inside a checkpointed region, where "
         "they cannot yet be keyed for the recomputation: switch off gradient checkpointing, or the dropout"
-    )
-
-
-def _drew_without_grad(call: ModuleCall) -> bool:
-    return call.draws_without_grad or any(
-        _drew_without_grad(child) for child in call.children if isinstance(child, ModuleCall)
     )
 
 
@@ -395,9 +447,18 @@ def _python_state(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _changed_attributes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    absent = object()
-
     def same(old: Any, new: Any) -> bool:
         return old is new or (is_plain(old) and is_plain(new) and type(old) is type(new) and old == new)
 
-    return [key for key in before | after if not same(before.get(key, absent), after.get(key, absent))]
+    return [key for key in before | after if not same(before.get(key, _ABSENT), after.get(key, _ABSENT))]
+
+
+def _set_attribute(module: torch.nn.Module, key: str, value: Any) -> None:
+    """Put an attribute back as it was before the run; buffers are put back by `buffers_copied`."""
+    if key.startswith("_buffers."):
+        if value is _ABSENT:
+            del module._buffers[key.removeprefix("_buffers.")]
+    elif value is _ABSENT:
+        del vars(module)[key]
+    else:
+        vars(module)[key] = value

@@ -6,10 +6,11 @@ with an environment gives the arguments back. Mutable objects that are neither t
 """
 
 import copy
+import dataclasses
 import enum
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,35 @@ class Template:
                 case _:
                     filled.append(leaf)
         return pytree.tree_unflatten(filled, self.spec)
+
+
+def flatten_tree(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:  # any tree
+    """Leaves and structure of a tree; dataclasses on the way become part of the structure for good."""
+    leaves, spec = pytree.tree_flatten(tree)
+    unknown = {
+        type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, IMMUTABLE)
+    }
+    for kind in unknown:
+        _register(kind)
+    return flatten_tree(tree) if unknown else (leaves, spec)
+
+
+def _register(kind: type[Any]) -> None:
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def unflatten(values: Iterable[Any], _: Any) -> Any:
+        made = object.__new__(kind)  # not kind(…): what its __init__ would do was done when it was made
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(made, name, value)
+        return made
+
+    pytree.register_pytree_node(
+        kind,
+        lambda made: ([getattr(made, name) for name in names], None),
+        unflatten,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=lambda made: ([(pytree.GetAttrKey(n), getattr(made, n)) for n in names], None),
+    )
 
 
 NOTHING = Template((), pytree.tree_flatten(())[1])

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 from evenflow.graph.template import NOTHING, Template
 
+# The read of a shape that depends on a tensor's numbers (`nonzero`, a boolean index).
+SHAPE = "a shape that depends on numbers"
 # Functions that hand a tensor's memory to something that cannot be observed.
 ARRAYS = frozenset({"numpy", "__array__", "__dlpack__"})
 
@@ -88,12 +90,12 @@ class FunctionCall:
     clock: int
     args: Template
     output: Template
-    rebinds: tuple[tuple[int, int], ...]
-    changed_buffers: tuple[str, ...]
-    draws: Draws | None
-    flops: int
-    grad_enabled: bool
-    autocast: tuple[tuple[str, Any], ...]  # (device type, dtype) of every active autocast
+    rebinds: tuple[tuple[int, int], ...] = ()
+    changed_buffers: tuple[str, ...] = ()
+    draws: Draws | None = None
+    flops: int = 0
+    grad_enabled: bool = True
+    autocast: tuple[tuple[str, Any], ...] = ()  # (device type, dtype) of every active autocast
 
 
 @dataclass(slots=True, eq=False)
@@ -122,8 +124,9 @@ class ModuleCall:
     end: int = -1
     output: Template = NOTHING  # until it has returned
     num_draws: int = 0
-    draws_without_grad: bool = False
     whole: str | None = None  # why this call must not be taken apart, where it must not
+    unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
+    stateful: bool = False  # it changed its own attributes
 
 
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
@@ -137,4 +140,5 @@ class CallTree:
     values: tuple[Value, ...]
     output: Template
     same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
+    parameter_names: dict[str, str]  # every name of a parameter -> its first
     device: Any  # torch.device on which it was recorded

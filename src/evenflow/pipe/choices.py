@@ -13,6 +13,7 @@ import torch.distributed as dist
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph
+from evenflow.graph.template import flatten_tree
 from evenflow.pipe.agree import Prepared
 from evenflow.plan.partition import partition
 from evenflow.runtime import microbatch as microbatches
@@ -39,6 +40,7 @@ class Splitter:
             if not items:
                 raise ConfigError("the batch was split into no microbatch at all")
             return Prepared(items, [1 / len(items)] * len(items), len(items))
+        flatten_tree(batch)  # teaches torch the dataclasses in it
         size = microbatches.batch_size(batch)
         if size == 0:
             raise ConfigError("the batch has no rows")

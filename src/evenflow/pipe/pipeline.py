@@ -319,7 +319,7 @@ def model_loss(model: Any, microbatch: Any) -> Any:
     output = model(**microbatch)
     loss = getattr(output, "loss", None)
     if loss is None:
-        kind = "a tensor" if isinstance(output, torch.Tensor) else type(output).__name__
+        kind = "Tensor" if isinstance(output, torch.Tensor) else type(output).__name__
         raise ConfigError(
             f"{type(model).__name__} returned {kind} without a loss; put labels into the batch, or give loss="
         )

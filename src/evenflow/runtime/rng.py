@@ -23,8 +23,12 @@ _MASK = (1 << 64) - 1
 
 
 def mix(state: int, word: int) -> int:
-    """One round of SplitMix64 (Steele, Lea & Flood 2014): spreads a word over 64 bits of state."""
-    z = (state ^ word) + 0x9E3779B97F4A7C15 & _MASK
+    """Stir a word into 64 bits of state: a linear step (so that order matters), then SplitMix64's finaliser.
+
+    Sources: Steele, Lea & Flood, "Fast splittable pseudorandom number generators" (2014); the multiplier is
+    from Steele & Vigna, "Computationally easy, spectrally good multipliers" (2022).
+    """
+    z = (state * 0xD1342543DE82EF95 + word + 0x9E3779B97F4A7C15) & _MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
     return z ^ z >> 31
@@ -111,13 +115,13 @@ class Streams:
 
     def enter(self, path: str) -> None:
         if self._active:
-            call = self._calls[path]
+            call = self._calls.get(path, 0)  # one that draws in another recording only is seeded for nothing
             self._calls[path] = call + 1
             self._stack.append([path, call, 0])
             self.seed(path, call, 0)
 
     def leave(self) -> None:
-        if self._active:
+        if self._stack:  # an error may have emptied it already
             self._stack.pop()
 
     def next_draw(self) -> None:

@@ -52,6 +52,7 @@ class Stage(torch.nn.Module):
             self.streams.begin(step, microbatch)
         with torch.set_grad_enabled(train), on(self.device):
             work.run(values)
+        values.update((value, values[value].clone()) for value in section.live if value in values)
         if train:
             awaited = (value for group in section.gradient_receives.values() for value in group)
             flight.roots |= {value: values[value] for value in awaited if value not in flight.roots}

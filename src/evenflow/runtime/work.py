@@ -66,7 +66,8 @@ class Work:
     def output(self, values: Mapping[int, Any]) -> Any:
         """What the program returned, in its own shape; for the section that `needs_output`."""
         assert self._output is not None
-        return self._output.fill(values, {})
+        output = self._output.rewrite(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+        return output.fill(values, {})  # (a buffer that is returned may change with the next microbatch)
 
 
 def _modes(node: Node) -> tuple[bool, tuple[tuple[str, Any], ...]]:

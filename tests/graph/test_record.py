@@ -1,0 +1,388 @@
+"""The recorder: what the call tree, the leaves and the graph say of a program."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from evenflow.errors import RecordError
+from evenflow.graph.fakes import FakeParameters
+from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget
+from evenflow.graph.leaves import flatten, walk
+from evenflow.graph.record import record
+from evenflow.graph.tree import BatchLeaf, BufferSource, CallTree, ModuleCall, ParameterSource
+from unsplit import mean_square, mlp, regression
+
+CPU = torch.device("cpu")
+WIDTH = 4
+
+
+def tree_of(model: nn.Module, program=mean_square, batch=None) -> CallTree:
+    fakes = FakeParameters(model, CPU)
+    return record(program, model, regression(4) if batch is None else batch, device=CPU, fakes=fakes)
+
+
+def graph_of(
+    model: nn.Module, program=mean_square, batch=None, *, max_share: float = 0.0, **options
+) -> Graph:
+    return flatten(tree_of(model, program, batch), max_share=max_share, **options)
+
+
+def names(graph: Graph) -> list[str]:
+    return [node.name for node in graph.nodes]
+
+
+def chain(graph: Graph) -> list[str]:
+    return [node.name for node in graph.chain]
+
+
+def output(graph: Graph) -> int:
+    (value,) = graph.output.refs
+    return value
+
+
+# -- what is written down
+
+
+def test_nodes_stand_in_program_order_with_their_parameters():
+    graph = graph_of(mlp(4, 8, 1))
+    assert names(graph) == ["0", "1", "2", "mse_loss"]
+    assert [node.index for node in graph.nodes] == [0, 1, 2, 3]
+    assert graph.nodes[0].parameters == ("0.weight", "0.bias")
+    assert graph.nodes[1].parameters == ()
+    assert isinstance(graph.nodes[0].target, ModuleTarget)
+    assert isinstance(graph.nodes[3].target, FunctionTarget)
+    assert graph.maker[output(graph)] is graph.nodes[3]
+
+
+def test_values_know_shape_stride_type_and_source():
+    graph = graph_of(mlp(4, 8, 1))
+    sources = {type(value.source) for value in graph.values}
+    assert {BatchLeaf, ParameterSource} <= sources
+    x = next(value for value in graph.values if value.source == BatchLeaf(0))
+    assert (x.info.shape, x.info.stride, x.info.dtype, x.info.requires_grad) == (
+        (4, 4),
+        (4, 1),
+        torch.float32,
+        False,
+    )
+    weight = next(value for value in graph.values if value.source == ParameterSource("0.weight"))
+    assert weight.info.requires_grad
+    assert str(weight.info) == "float32[8, 4]"
+
+
+def test_flops_are_those_of_the_matrix_products():
+    graph = graph_of(mlp(4, 8, 1))
+    assert [node.flops for node in graph.nodes] == [2 * 4 * 4 * 8, 0, 2 * 4 * 8 * 1, 0]
+
+
+def test_parameters_are_never_allocated_nor_read():
+    """Recording works on shapes alone: a model that could not fit may be recorded from stand-ins."""
+    model = mlp(4, 8, 1).to("meta")
+    assert names(graph_of(model)) == ["0", "1", "2", "mse_loss"]
+
+
+def test_the_program_runs_once():
+    calls = []
+
+    def program(model, batch):
+        calls.append(torch.is_grad_enabled())
+        return mean_square(model, batch)
+
+    graph_of(mlp(4, 1), program)
+    assert calls == [True]
+
+
+def test_the_batch_is_real_and_a_copy():
+    batch = regression(4)
+    seen = []
+
+    def program(model, items):
+        seen.append(items["x"].tolist())
+        items["x"].add_(1)
+        return mean_square(model, items)
+
+    before = batch["x"].clone()
+    graph_of(mlp(4, 1), program, batch)
+    assert seen == [before.tolist()]
+    assert torch.equal(batch["x"], before)
+
+
+def test_buffers_are_put_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    buffers = dict(model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    graph = graph_of(model)
+    assert all(dict(model.named_buffers())[name] is buffer for name, buffer in buffers.items())
+    assert all(torch.equal(buffers[name], tensor) for name, tensor in before.items())
+    (norm,) = (node for node in graph.nodes if node.name == "1")
+    assert set(norm.changed_buffers) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_tied_parameters_have_one_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    model[1].weight = model[0].weight
+    graph = graph_of(model)
+    assert graph.nodes[1].parameters == ("0.weight", "1.bias")
+
+
+def test_parameters_are_tied_by_storage():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    assert FakeParameters(model, CPU).tied["1.weight"] == "0.weight"
+
+
+def test_changes_in_place_make_new_versions():
+    def program(model, batch):
+        h = model(batch["x"]) * 1.0
+        view = h[0]
+        h.add_(1.0)
+        return view.sum() + h.sum()
+
+    graph = graph_of(nn.Linear(4, 1), program)
+    (added,) = (node for node in graph.nodes if node.name == "add_")
+    assert len(added.rebinds) == 2, "the tensor and its view"
+    old, new = zip(*added.rebinds, strict=True)
+    assert not set(old) & set(new)
+    sums = [node.args.refs[0] for node in graph.nodes if node.name == "sum"]
+    assert set(sums) == set(new), "what follows uses the new versions"
+
+
+def test_a_read_of_the_batch_becomes_a_guard():
+    def program(model, batch):
+        return mean_square(model, batch) * (2 if (batch["x"] > 0).all() else 3)
+
+    graph = graph_of(mlp(4, 1), program)
+    (guard,) = graph.guards
+    assert guard.result is False
+    assert guard.name == "the loss function: __bool__"
+
+
+# -- glue
+
+
+def test_what_depends_on_the_batch_alone_is_glue():
+    def program(model, batch):
+        mask = (batch["x"] > 0).float()
+        positions = torch.arange(4)[:, None]
+        h = model(batch["x"])
+        return (h * mask + positions).mean()
+
+    graph = graph_of(nn.Linear(4, 1), program)
+    assert {node.name for node in graph.nodes if node.glue} == {"gt", "float", "arange", "__getitem__"}
+    assert "mul" in chain(graph)
+
+
+def test_random_and_stateful_functions_are_no_glue():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            noise = torch.rand(1)
+            return self.layer(x) + noise + self.calls * 2
+
+    assert {"rand", "add_"} <= {name.rpartition(":")[2] for name in chain(graph_of(Model()))}
+
+
+def test_functions_without_use_are_dropped():
+    def program(model, batch):
+        h = model(batch["x"])
+        h.exp()
+        _ = batch["x"] * 2
+        return h.mean()
+
+    assert names(graph_of(nn.Linear(4, 1), program)) == ["the model", "mean"]
+
+
+# -- leaves
+
+
+class Block(nn.Module):
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.a = nn.Linear(width, width)
+        self.b = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+def blocks(num: int) -> nn.Sequential:
+    return nn.Sequential(*(Block() for _ in range(num)), nn.Linear(WIDTH, 1))
+
+
+def test_a_large_share_keeps_blocks_whole_and_a_small_one_does_not():
+    assert names(graph_of(blocks(4), max_share=0.5)) == ["0", "1", "2", "3", "4", "mse_loss"]
+    assert names(graph_of(blocks(2), max_share=0.0))[:4] == ["0.a", "0:relu", "0.b", "0:add"]
+
+
+@pytest.mark.parametrize("max_share", [0.0, 0.1, 0.2, 0.5, 1.0])
+def test_no_node_is_heavier_than_its_share_unless_it_must_be(max_share):
+    graph = graph_of(blocks(4), max_share=max_share)
+    total = sum(node.flops for node in graph.nodes)
+    for node in graph.nodes:
+        assert node.flops <= max_share * total or node.name.endswith((".a", ".b", "4"))
+
+
+def test_the_flops_do_not_depend_on_the_leaves():
+    totals = {sum(n.flops for n in graph_of(blocks(3), max_share=s).nodes) for s in (0.0, 0.1, 0.3, 1.0)}
+    assert len(totals) == 1
+
+
+def test_atomic_modules_are_not_taken_apart():
+    model = blocks(2)
+    found = names(
+        graph_of(model, is_atomic=lambda path: isinstance(model.get_submodule(path), Block), max_share=0.0)
+    )
+    assert found == ["0", "1", "2", "mse_loss"]
+
+
+def test_opened_modules_are():
+    assert "1.a" in names(graph_of(blocks(4), opened=["1.b"], max_share=0.5))
+
+
+def test_exact_parts_the_uses_of_a_shared_parameter():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Block()
+            self.inner.b = self.inner.a
+
+        def forward(self, x):
+            return self.inner(x).mean(1, keepdim=True)
+
+    uses = [n for n in graph_of(nn.Sequential(Shared()), max_share=1.0, exact=True).nodes if n.parameters]
+    assert [node.parameters for node in uses] == [("0.inner.a.weight", "0.inner.a.bias")] * 2
+
+
+@pytest.mark.parametrize("kind", ["forward hook", "pre-hook", "backward hook"])
+def test_modules_with_hooks_stay_whole(kind):
+    model = blocks(2)
+    match kind:
+        case "forward hook":
+            model[0].register_forward_hook(lambda *_: None)
+        case "pre-hook":
+            model[0].register_forward_pre_hook(lambda *_: None)
+        case _:
+            model[0].register_full_backward_hook(lambda *_: None)
+    graph = graph_of(model)
+    assert names(graph)[0] == "0"
+    assert graph.nodes[0].whole == "it carries hooks"
+    assert "1.a" in names(graph)
+
+
+def test_modules_that_change_themselves_stay_whole():
+    class Counting(Block):
+        def forward(self, x):
+            self.num_calls = getattr(self, "num_calls", 0) + 1
+            return super().forward(x)
+
+    graph = graph_of(nn.Sequential(Counting(), Block(), nn.Linear(WIDTH, 1)))
+    assert names(graph)[0] == "0"
+    assert graph.nodes[0].whole == "it changes its own attributes while it runs: num_calls"
+
+
+def test_a_value_kept_on_a_module_takes_its_reader_and_writer_apart():
+    class Writer(Block):
+        def forward(self, x):
+            self.notes["kept"] = h = super().forward(x)
+            return h * 2
+
+    class Reader(Block):
+        def forward(self, x):
+            return super().forward(x) + self.notes["kept"]
+
+    writer, reader = Writer(), Reader()
+    writer.notes = reader.notes = {}
+    graph = graph_of(nn.Sequential(writer, reader, Block(), nn.Linear(WIDTH, 1)), max_share=0.5)
+    assert "2" in names(graph), "it is small enough to stay whole"
+    assert "0:mul" in names(graph)
+    assert "1:add" in names(graph)
+
+
+class KeepingWriter(Block):
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return x * 2
+
+
+def test_a_value_that_is_hidden_keeps_all_whole_that_it_goes_through():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.writer, self.last = KeepingWriter(), nn.Linear(WIDTH, 1)
+
+        def forward(self, x):
+            return self.last(self.writer(x) + self.writer.kept)
+
+    assert names(graph_of(Model())) == ["the model", "mse_loss"]
+
+
+def test_a_hidden_value_that_reaches_the_loss_function_is_refused():
+    def program(model, batch):
+        return model(batch["x"]).mean() + model.kept.mean()
+
+    with pytest.raises(RecordError) as caught:
+        graph_of(KeepingWriter(), program)
+    assert str(caught.value) == (
+        "the model cannot be taken apart (it changes its own attributes while it runs: kept), nor can it "
+        "stay whole (mean uses a tensor float32[4, 4] made inside it that is not in its result)"
+    )
+
+
+# -- the tree
+
+
+def test_the_tree_holds_every_call_with_its_place():
+    tree = tree_of(blocks(2))
+    calls = [call for call in walk(tree.root) if isinstance(call, ModuleCall)]
+    assert [call.path for call in calls] == ["", "", "0", "0.a", "0.b", "1", "1.a", "1.b", "2"]
+    assert all(call.start <= call.end for call in calls)
+
+
+def test_calls_of_one_module_are_counted():
+    def program(model, batch):
+        return mean_square(lambda x: model[2](model[0](model[0](x))), batch)
+
+    calls = [c for c in walk(tree_of(blocks(2), program).root) if isinstance(c, ModuleCall) and c.path == "0"]
+    assert [call.call for call in calls] == [0, 1]
+
+
+def test_buffers_and_tensor_attributes_are_found_by_name():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+            self.register_buffer("scale", torch.ones(4))
+            self.shift = torch.ones(4)
+
+        def forward(self, x):
+            return self.layer(x * self.scale + self.shift)
+
+    sources = {value.source for value in graph_of(Model()).values if isinstance(value.source, BufferSource)}
+    assert sources == {BufferSource("scale"), BufferSource("shift")}
+
+
+@pytest.mark.parametrize("num_draws", [0, 1, 2])
+def test_draws_are_counted_by_module(num_draws):
+    def program(model, batch):
+        h = model(batch["x"])
+        for _ in range(num_draws):
+            h = F.dropout(h, 0.5)
+        return h.mean()
+
+    graph = graph_of(nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.5)), program)
+    firsts = [n.target.draws.first for n in graph.nodes if n.name == "dropout"]
+    assert firsts == list(range(num_draws))
+    (module,) = (n.target for n in graph.nodes if n.name == "1")
+    assert [(d.path, d.call, d.count) for d in module.draws] == [("1", 0, 1)]
+    assert module.keyed_at_entry
+
+
+def test_dropout_that_is_off_draws_nothing():
+    graph = graph_of(nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.5)).eval())
+    assert all(not node.target.draws for node in graph.nodes)
