@@ -85,7 +85,8 @@ def test_a_run_shows_its_cut_its_progress_and_its_end(runs, way):
     (before_training,) = re.findall(r"before training: validation ([\d.]+) nats/byte", done.stdout)
     assert abs(float(before_training) - math.log(256)) < 0.3
     assert re.findall(r"^step (\d+): validation", done.stdout, re.MULTILINE) == ["5", "10"]
-    assert done.stderr == "" or way == "torchrun"  # which speaks of OMP_NUM_THREADS
+    if way == "two":  # torchrun speaks of OMP_NUM_THREADS, and torch of saving from a single process
+        assert done.stderr == ""
 
 
 def test_the_way_to_run_it_changes_no_loss(runs):

@@ -75,7 +75,7 @@ def test_a_straight_chain_sends_one_value_to_the_next():
     graph = graph_of(straight)
     made = cut(graph, [1, 2, 3])
     for stage, section in enumerate(made.sections):
-        assert [node.name for node in section.nodes][0] == "abcd"[stage]
+        assert section.nodes[0].name == "abcd"[stage]
         assert {target: len(values) for target, values in section.sends.items()} == (
             {stage + 1: 1} if stage < 3 else {}
         )
@@ -88,7 +88,7 @@ def test_a_value_goes_straight_to_its_users_and_its_gradient_is_relayed_back():
     graph = graph_of(skipping)
     made = cut(graph, [at(graph, "b"), at(graph, "c"), at(graph, "d")])
     (h,) = graph.chain[0].results
-    assert [section.sends.get(1, ()) for section in made.sections][0] == (h,)
+    assert made.sections[0].sends[1] == (h,)
     assert h in made.sections[0].sends[3]
     assert made.flow.activations == {(0, 1), (0, 3), (1, 2), (2, 3)}
     assert made.flow.gradients == {(3, 1), (1, 0), (2, 1), (3, 2)}
@@ -239,7 +239,5 @@ def test_a_stage_that_a_recording_does_not_use_stays_empty():
 
 def test_an_order_that_no_cut_follows_is_refused():
     graph = graph_of(lambda model, batch: model["a"](model["b"](batch["x"])).mean())
-    with pytest.raises(
-        RecordError, match=r"^for this batch a runs after parameters of stage 1 but owns some of"
-    ):
+    with pytest.raises(RecordError, match=r"^for this batch a runs after parameters of stage 1 but owns"):
         positions_for_owners(graph, {"a.weight": 0, "a.bias": 0, "b.weight": 1, "b.bias": 1}, 2)

@@ -15,16 +15,16 @@ def save_checkpoint(
     folder: Path,
     world: World,
     *,
-    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     optimizers: Mapping[int, Any],
     step: int,
 ) -> None:
-    """Write `folder`: parameters under the model's own names, optimizer state by stage; collective.
+    """Write `folder`: tensors under the model's own names, optimizer state by stage; collective.
 
     Every rank gives what it owns. An existing folder is replaced once the new one is complete.
     """
     state = {
-        "model": {name: parameter.detach() for name, parameter in parameters.items()},
+        "model": {name: tensor.detach() for name, tensor in tensors.items()},
         "optimizer": {f"stage{stage}": optimizer.state_dict() for stage, optimizer in optimizers.items()},
         "step": step,
     }

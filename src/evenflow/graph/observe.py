@@ -1,8 +1,10 @@
 """What observes a recording: every module call, every torch function, every kernel below them."""
 
 import contextlib
+import logging
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,6 +15,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from evenflow.errors import RecordError
 
+# Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
+_BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 _PATCH = threading.Lock()  # Module.__call__ is one per process
 
 
@@ -24,6 +28,7 @@ class Observer(Protocol):
     pending_draws: int
     pending_flops: int
     pending_dynamic: bool  # a kernel's result had a shape that depends on numbers
+    pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
 
     def module(
         self,
@@ -40,6 +45,26 @@ class Observer(Protocol):
 
     def custom_function(self, apply: types.MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a custom autograd function's `apply`, blind to what is inside."""
+
+
+def unwatched() -> contextlib.AbstractContextManager[None]:
+    """For the observer's own looks at tensors: torch functions called meanwhile are not the program's."""
+    return torch._C.DisableTorchFunction()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from talking about what fake tensors do: a page about each error, which is raised anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # Fake tensors ask real ones for their `.grad`.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -117,6 +142,8 @@ class _Kernels(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape in func.tags and _is_dynamic(func, args):
             self.observer.pending_dynamic = True
         packet = func.overloadpacket
+        if packet.__name__ in _BATCH_NORMS and args[5]:
+            self.observer.pending_changed.update(id(statistic) for statistic in args[3:5])
         if packet in flop_registry:
             self.observer.pending_flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":

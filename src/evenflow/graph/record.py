@@ -11,12 +11,10 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 `torch.from_numpy`) marks the module call that used it as `whole`: it will run as the module's own code.
 """
 
-import contextlib
 import copy
-import logging
-import warnings
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -30,7 +28,14 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
 from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
-from evenflow.graph.observe import observed_by
+from evenflow.graph.modules import (
+    ABSENT,
+    changed_attributes,
+    python_state,
+    reason_to_stay_whole,
+    set_attribute,
+)
+from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
@@ -65,8 +70,6 @@ _METADATA = {
 }
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
 IMPURE = frozenset(_METADATA | _HOOKS | {"manual_seed", "set_rng_state", "__setstate__"})
-
-_ABSENT = object()
 
 
 def record(
@@ -133,6 +136,7 @@ class _Recorder:
         self.pending_draws = 0
         self.pending_flops = 0
         self.pending_dynamic = False
+        self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
         self.undo: list[
@@ -218,7 +222,7 @@ class _Recorder:
     def run(self, program: Callable[[Any, Any], Any], microbatch: Any, device: torch.device) -> CallTree:
         root = self.stack[0]
         try:
-            with observed_by(self), _quiet():
+            with observed_by(self), quiet():
                 result = program(self.model, microbatch)
             output = self.encode(result, "the result of the loss function")
         except RecordError:
@@ -228,7 +232,7 @@ class _Recorder:
             raise
         finally:
             for module, key, value in reversed(self.undo):
-                _set_attribute(module, key, value)
+                set_attribute(module, key, value)
         root.output, root.end = output, self.clock
         if root.whole is not None:
             raise RecordError(
@@ -239,10 +243,11 @@ class _Recorder:
 
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = f"{getattr(apply.__self__, '__name__', 'Function')}.apply"
-        if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
-            self.keep_whole(f"it hands a function to {name}")
-            self.stack[-1].unseen = True
-        return self.function(apply, args, kwargs, name=name)
+        with unwatched():
+            if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+                self.keep_whole(f"it hands a function to {name}")
+                self.stack[-1].unseen = True
+            return self.function(apply, args, kwargs, name=name)
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
@@ -254,10 +259,15 @@ class _Recorder:
         self.clock += 1
         self.pending_draws = self.pending_flops = 0
         self.pending_dynamic = False
+        self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
         result = self.call(function, name, args, kwargs)
         self.note_draws(grad_enabled, name)
-        changed = [t for t, version in zip(changed, versions, strict=True) if t._version != version]
+        changed = [
+            tensor
+            for tensor, version in zip(changed, versions, strict=True)
+            if tensor._version != version or id(tensor) in self.pending_changed
+        ]
         call, path = self.stack[-1], self.stack[-1].path
         if name in IMPURE:
             self.keep_whole(f"it calls {name}")
@@ -309,9 +319,8 @@ class _Recorder:
         try:
             if not isinstance(function, MethodType):
                 return function(*args, **kwargs)
-            self.blind = True
-            with torch._C.DisableTorchFunction():  # (what a custom function does inside is its own)
-                return function(*args, **kwargs)
+            self.blind = True  # what a custom function does inside is its own
+            return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
         finally:
@@ -362,18 +371,17 @@ class _Recorder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        inputs = self.encode((args, kwargs), path)
-        self.clock += 1
-        call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
-        call.whole = _reason_to_stay_whole(module)
-        self.calls[path] += 1
-        self.stack[-1].children.append(call)
-        self.stack.append(call)
-        state, mark = _python_state(module), len(self.renamed)
+        with unwatched():
+            call = self.open_call(module, path, args, kwargs)
+        state, mark = python_state(module), len(self.renamed)
         try:
             result = forward(module, *args, **kwargs)
-            # An unknown tensor among the results is this call's own doing, so the call must still be open.
-            call.output = self.encode(result, f"the result of {path}")
+            with (
+                unwatched()
+            ):  # an unknown tensor among the results is this call's own doing: it is still open
+                call.output = self.encode(result, f"the result of {path}")
+                if call.unseen:
+                    self.assume_gradients(call)
         except Exception:
             self.failed_in = self.failed_in or path
             raise
@@ -381,13 +389,37 @@ class _Recorder:
             self.stack.pop()
             self.clock += 1
         call.end = self.clock
-        changed = _changed_attributes(state, _python_state(module))
+        changed = changed_attributes(state, python_state(module))
         if changed:
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
             call.stateful = True
-            self.undo.extend((module, key, state.get(key, _ABSENT)) for key in changed)
+            self.undo.extend((module, key, state.get(key, ABSENT)) for key in changed)
         self.restore_names(mark, result)
         return result
+
+    def open_call(
+        self, module: torch.nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ModuleCall:
+        inputs = self.encode((args, kwargs), path)
+        self.clock += 1
+        call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
+        call.whole = reason_to_stay_whole(module)
+        self.calls[path] += 1
+        self.stack[-1].children.append(call)
+        self.stack.append(call)
+        return call
+
+    def assume_gradients(self, call: ModuleCall) -> None:
+        """Let results of unseen operations require a gradient, which fakes do not carry through all of them."""
+        for number in call.output.refs if call.grad_enabled else ():
+            value, tensor = self.values[number], self.tensor_of(number)
+            if value.born >= call.start and tensor.is_floating_point() and not tensor.requires_grad:
+                tensor.requires_grad_()
+                info = dataclasses.replace(value.info, requires_grad=True)
+                self.values[number] = dataclasses.replace(value, info=info)
+
+    def tensor_of(self, number: int) -> torch.Tensor:
+        return next(tensor for tensor in self.kept if self.number_of[id(tensor)] == number)
 
 
 def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
@@ -399,21 +431,6 @@ def _never(*_: Any) -> Any:
     raise AssertionError("an operation that was not seen cannot be repeated: its module stays whole")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from talking about what fake tensors do: a page about each error, which is raised anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            # Fake tensors ask real ones for their `.grad`.
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout == torch.strided else ()
 
@@ -423,42 +440,3 @@ def _checkpointed(path: str) -> RecordError:
         f"{path or 'the loss function'} draws random numbers (dropout?) inside a checkpointed region, where "
         "they cannot yet be keyed for the recomputation: switch off gradient checkpointing, or the dropout"
     )
-
-
-def _reason_to_stay_whole(module: torch.nn.Module) -> str | None:
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if any(not getattr(hook, "evenflow", False) for table in hooks for hook in table.values()):
-        return "it carries hooks"
-    if type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-        module, torch.nn.Sequential | torch.nn.ModuleList
-    ):
-        return "it is one of torch's own layers"
-    return None
-
-
-def _python_state(module: torch.nn.Module) -> dict[str, Any]:
-    own = {key: value for key, value in vars(module).items() if not key.startswith("_") or key == "_buffers"}
-    return own | {f"_buffers.{key}": value for key, value in own.pop("_buffers", {}).items()}
-
-
-def _changed_attributes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    def same(old: Any, new: Any) -> bool:
-        return old is new or (is_plain(old) and is_plain(new) and type(old) is type(new) and old == new)
-
-    return [key for key in before | after if not same(before.get(key, _ABSENT), after.get(key, _ABSENT))]
-
-
-def _set_attribute(module: torch.nn.Module, key: str, value: Any) -> None:
-    """Put an attribute back as it was before the run; buffers are put back by `buffers_copied`."""
-    if key.startswith("_buffers."):
-        if value is _ABSENT:
-            del module._buffers[key.removeprefix("_buffers.")]
-    elif value is _ABSENT:
-        del vars(module)[key]
-    else:
-        vars(module)[key] = value

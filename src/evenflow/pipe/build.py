@@ -138,6 +138,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             updater=updater,
             schedule=method,
             splitter=splitter,
+            buffers=_true_buffers(model, cut, world),
             summaries=_summaries(cut, {name: (owner[name], parameters[name].numel()) for name in parameters}),
         )
     )
@@ -164,6 +165,14 @@ def _check_alike(cut: Cut, world: World) -> None:
             f"ranks 0 and {other} recorded different programs (here {len(cut.graph.chain)} nodes, cut at "
             f"{cut.positions}): build the same model and pass an example of the same shapes on every rank"
         )
+
+
+def _true_buffers(model: torch.nn.Module, cut: Cut, world: World) -> frozenset[str]:
+    """Persistent buffers that this process speaks for: those its stage changes, and on the first, the rest."""
+    homes = {name: s.stage for s in cut.sections for node in s.nodes for name in node.changed_buffers}
+    kept = set(model.state_dict())
+    names = (name for name, _ in model.named_buffers() if name in kept)
+    return frozenset(name for name in names if world.size == 1 or homes.get(name, 0) == world.rank)
 
 
 def _used_on(cut: Cut, owner: Mapping[str, int], stage: int) -> set[str]:

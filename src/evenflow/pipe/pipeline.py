@@ -60,6 +60,7 @@ class Parts:
     updater: Updater
     schedule: ScheduleFunction
     splitter: Callable[[Any], Prepared]
+    buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
 
 
@@ -171,12 +172,12 @@ class Pipeline:
         return self._times.timelines(self._parts.world)
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint folder: parameters by the model's names, optimizer state; a collective call."""
-        updater = self._parts.updater
+        """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""
+        updater, buffers = self._parts.updater, self._parts.model.named_buffers()
         save_checkpoint(
             Path(folder),
             self._parts.world,
-            parameters=dict(updater.parameters),
+            tensors={**dict(updater.parameters), **{n: b for n, b in buffers if n in self._parts.buffers}},
             optimizers=updater.optimizers,
             step=self._step,
         )

@@ -78,7 +78,8 @@ class Stage(torch.nn.Module):
         roots, gradients = [], []
         for source, expected in flight.work.section.gradient_receives.items():
             for value, gradient in zip(expected, flight.gradients.pop(source), strict=True):
-                if gradient is not None:
+                # What came out of an unseen operation only may have a graph.
+                if gradient is not None and flight.roots[value].requires_grad:
                     roots.append(flight.roots[value])
                     gradients.append(gradient)
         if loss is not None and loss.requires_grad:
