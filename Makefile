@@ -2,7 +2,7 @@
 #
 # TORCH replaces the torch that constraints.txt pins, for a CUDA build or another version:
 #     make train TORCH="torch==2.13.0+cu130"
-# (pip's own PIP_EXTRA_INDEX_URL says where to find such a build.)
+# (pip's own PIP_EXTRA_INDEX_URL says where to find such a build; `export TORCH=...` holds for every target.)
 # PYTHON is the interpreter that makes the virtual environment: 3.11 or newer.
 
 TORCH ?=

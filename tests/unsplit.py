@@ -2,13 +2,16 @@
 
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed import checkpoint
 from torch.utils import _pytree as pytree
 
 import evenflow
@@ -158,6 +161,14 @@ def regression(rows: int = 8, width: int = 4) -> dict[str, torch.Tensor]:
         "x": torch.randn(rows, width, generator=generator),
         "y": torch.randn(rows, 1, generator=generator),
     }
+
+
+def load_checkpoint(state: dict[str, Any], folder: Path) -> None:
+    """Fill `state` from a checkpoint folder, with torch's own means."""
+    with warnings.catch_warnings():
+        # Said to everyone who loads in a process that belongs to no group.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        checkpoint.load(state, checkpoint_id=folder, no_dist=True)
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

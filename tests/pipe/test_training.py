@@ -5,13 +5,22 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.distributed import checkpoint
 from torch.nn import functional as F
 
 import evenflow
 from evenflow.runtime.microbatch import Microbatches, split
 from small_models import load_example
-from unsplit import assert_same_step, mean_square, mlp, pipeline_step, plain_step, regression, seeded, sgd
+from unsplit import (
+    assert_same_step,
+    load_checkpoint,
+    mean_square,
+    mlp,
+    pipeline_step,
+    plain_step,
+    regression,
+    seeded,
+    sgd,
+)
 
 
 def make(model=None, **options):
@@ -417,7 +426,7 @@ def test_save_writes_a_folder_that_torch_loads(tmp_path):
     for parameter in twin.parameters():
         nn.init.zeros_(parameter)
     state = {"model": dict(twin.named_parameters()), "step": 0}
-    checkpoint.load(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    load_checkpoint(state, tmp_path / "checkpoint")
     assert all(torch.equal(*pair) for pair in zip(twin.parameters(), model.parameters(), strict=True))
     assert state["step"] == 2
 

@@ -410,11 +410,18 @@ class _Recorder:
         return call
 
     def assume_gradients(self, call: ModuleCall) -> None:
-        """Let results of unseen operations require a gradient, which fakes do not carry through all of them."""
-        for number in call.output.refs if call.grad_enabled else ():
+        """Let results of unseen operations require a gradient, which fakes do not carry through all.
+
+        Nothing is lost by that: where the real result requires none, its backward has no root.
+        """
+        inside = f"{call.path}." if call.path else ""
+        trains = any(name.startswith(inside) for name in self.parameter_names)
+        trains |= any(self.values[ref].info.requires_grad for ref in call.args.refs)
+        for number in call.output.refs if call.grad_enabled and trains else ():
             value, tensor = self.values[number], self.tensor_of(number)
-            if value.born >= call.start and tensor.is_floating_point() and not tensor.requires_grad:
-                tensor.requires_grad_()
+            if value.born >= call.start and tensor.is_floating_point():
+                if not tensor.requires_grad:
+                    tensor.requires_grad_()
                 info = dataclasses.replace(value.info, requires_grad=True)
                 self.values[number] = dataclasses.replace(value, info=info)
 

@@ -168,7 +168,7 @@ def _check_alike(cut: Cut, world: World) -> None:
 
 
 def _true_buffers(model: torch.nn.Module, cut: Cut, world: World) -> frozenset[str]:
-    """Persistent buffers that this process speaks for: those its stage changes, and on the first, the rest."""
+    """Persistent buffers that this process speaks for: what its stage changes; the first, the rest."""
     homes = {name: s.stage for s in cut.sections for node in s.nodes for name in node.changed_buffers}
     kept = set(model.state_dict())
     names = (name for name, _ in model.named_buffers() if name in kept)
