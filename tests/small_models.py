@@ -132,9 +132,16 @@ def outcome(pipe: evenflow.Pipeline, losses: list[float]) -> Outcome:
     )
 
 
-def train(name: str, *, dropout: float = 0.0, optimizer: Callable[[Any], Any] = adamw, **options) -> Outcome:
+def train(
+    name: str,
+    *,
+    dropout: float = 0.0,
+    optimizer: Callable[[Any], Any] = adamw,
+    num_steps: int = NUM_STEPS,
+    **options: Any,
+) -> Outcome:
     """Train a model in a pipeline of this process."""
-    model, data = build(name, dropout), batches()
+    model, data = build(name, dropout), batches()[:num_steps]
     pipe = evenflow.pipeline(
         model, example=data[0], optimizer=optimizer, **{"num_microbatches": NUM_MICROBATCHES, **options}
     )
@@ -145,12 +152,14 @@ def train(name: str, *, dropout: float = 0.0, optimizer: Callable[[Any], Any] = 
     return found
 
 
-def train_plainly(name: str, *, optimizer: Callable[[Any], Any] = adamw) -> Outcome:
+def train_plainly(
+    name: str, *, optimizer: Callable[[Any], Any] = adamw, num_steps: int = NUM_STEPS
+) -> Outcome:
     """Train the untouched model in a plain loop over the same microbatches."""
     model = build(name)
     updates = optimizer(model.parameters())
     losses, rows = [], ROWS // NUM_MICROBATCHES
-    for batch in batches():
+    for batch in batches()[:num_steps]:
         updates.zero_grad()
         parts = []
         for start in range(0, ROWS, rows):
@@ -174,10 +183,13 @@ def assert_same_bits(found: Outcome, expected: Outcome) -> None:
 
 
 def assert_close(found: Outcome, expected: Outcome, tolerance: float) -> None:
-    """Fail where a number is off by more than `tolerance` of the largest in its tensor."""
+    """Fail where a number is off by more than `tolerance` of the largest in its tensor.
+
+    Gradients only after a single step: those of later steps answer to weights that differ already.
+    """
     for loss, wanted in zip(found.losses, expected.losses, strict=True):
         assert abs(loss - wanted) <= tolerance * abs(wanted)
-    for kind in ("gradients", "weights"):
+    for kind in ("weights", "gradients") if len(expected.losses) == 1 else ("weights",):
         ours, theirs = getattr(found, kind), getattr(expected, kind)
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():

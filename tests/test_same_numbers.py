@@ -93,11 +93,12 @@ def random_positions(chance: random.Random, graph, stages: int) -> tuple[int, ..
     return tuple(sorted(chance.sample(places, stages - 1)))
 
 
+@pytest.mark.parametrize("num_steps", [1, NUM_STEPS])
 @pytest.mark.parametrize("name", TIED)
-def test_shared_parameters_without_exact_agree_closely(name):
+def test_shared_parameters_without_exact_agree_closely(name, num_steps):
     # Plain SGD: Adam divides by the gradient's own size, so that where a gradient is nearly zero its last
     # bits alone decide about a whole step of the learning rate.
-    options = {"dropout": DROPOUT, "optimizer": sgd}
+    options = {"dropout": DROPOUT, "optimizer": sgd, "num_steps": num_steps}
     reference = train(name, stages=1, **options)
     for stages in (2, 4):
         for schedule in SCHEDULES:
@@ -112,11 +113,12 @@ def test_one_stage_is_plain_pytorch_to_the_last_bit(name):
     assert_same_bits(train(name, stages=1), train_plainly(name))
 
 
+@pytest.mark.parametrize("num_steps", [1, NUM_STEPS])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", TIED)
-def test_one_stage_of_a_tied_model_is_close_to_plain_pytorch(name, exact):
-    found = train(name, stages=1, optimizer=sgd, exact=exact)
-    assert_close(found, train_plainly(name, optimizer=sgd), 1e-6)
+def test_one_stage_of_a_tied_model_is_close_to_plain_pytorch(name, exact, num_steps):
+    found = train(name, stages=1, optimizer=sgd, exact=exact, num_steps=num_steps)
+    assert_close(found, train_plainly(name, optimizer=sgd, num_steps=num_steps), 1e-6)
 
 
 # -- several processes

@@ -311,3 +311,31 @@ def test_the_model_is_as_before_when_recording_fails():
     assert all(mine is before for mine, before in zip(model.parameters(), parameters, strict=True))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert nn.Module.__call__ is forward
+
+
+class Nested(nn.Module):
+    """Looks a second time only where the first look allows it: elsewhere that look would fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        h = self.first(x)
+        if (x > 0).all():
+            table = torch.arange(8.0)
+            if table[(x[:, 0] * 4).long()].sum() > 3:
+                h = h.tanh()
+        return self.last(h)
+
+
+def test_a_second_look_that_the_first_protects():
+    build = seeded(Nested)
+    model = build()
+    near, far = batch_of(1, 1), batch_of(-1, -1)
+    for item in far.items:
+        item["x"] *= 100  # out of the table
+    pipe = evenflow.pipeline(model, loss=mean_square, example=near, stages=2, max_leaf_share=0.0)
+    for batch in (far, near, Microbatches([near.items[0], far.items[1]])):
+        expected = plain_step(build(), mean_square, list(batch.items))
+        assert_same_step(pipeline_step(pipe, model, batch), expected)
