@@ -91,7 +91,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     devices = choices.devices_of(kind, num_stages)
     splitter = Splitter(num_stages, num_microbatches, microbatch_size, split_batch)
     program = loss if loss is not None else model_loss
-    item = splitter(example).items[0]
+    items = splitter(example).items
+    item = items[0]
+    if not method(num_ranks=num_stages, stages_per_rank=1, num_microbatches=len(items)).trains:
+        raise ConfigError(
+            f"schedule={schedule!r} runs no backward: it evaluates and cannot train; use '1f1b'"
+        )
 
     own_device = devices[world.rank]
     _share_buffers(model, world, own_device)

@@ -1,5 +1,6 @@
 """The choices that `pipeline` makes or checks: devices, processes, number of stages, where to cut."""
 
+import atexit
 import difflib
 import math
 from collections.abc import Callable, Sequence
@@ -75,12 +76,18 @@ def world_of(kind: str) -> World:
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
         dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=TIMEOUT)
+        atexit.register(_leave)  # a group that nobody closes can abort the interpreter as it ends
     if dist.is_initialized() and kind == "cuda":
         torch.cuda.set_device(_cuda_index(dist.get_rank()))
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return SingleProcess()
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", _cuda_index(dist.get_rank()))
     return ProcessGroupWorld(device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _cuda_index(number: int) -> int:

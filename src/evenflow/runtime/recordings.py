@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.graph import Graph
+from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
 from evenflow.graph.record import record
 from evenflow.graph.template import is_plain
@@ -67,7 +67,7 @@ class Recordings:
         self._model, self._fakes, self._device, self._leaves = model, fakes, device, leaves
         self._accumulators = accumulators
         self._by_key: dict[Any, list[int]] = {}
-        self._guards: list[Work | None] = []
+        self._guards: list[list[tuple[Guard, Work]]] = []  # by recording, in program order
         self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
         for module, key, fake in fakes.slots:
             self._places.setdefault(fakes.names[id(fake)], []).append((module, key))
@@ -140,37 +140,35 @@ class Recordings:
             for stage in stages.values()
         }
         self._by_key.setdefault(self.key(program, microbatch), []).append(len(self.entries))
-        self._guards.append(self._guard_work(made.graph))
+        self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
 
-    def _guard_work(self, graph: Graph) -> Work | None:
-        if not graph.guards:
-            return None
-        watched = [ref for guard in graph.guards for ref in guard.args.refs]
+    def _guard_work(self, graph: Graph, guard: Guard) -> Work:
+        """What computes the tensors that a guard looks at."""
         return Work(
-            glue_section(graph, watched),
+            glue_section(graph, guard.args.refs),
             graph,
             self._model,
             device=self._device,
             streams=Streams(0, self._device),
             parameter_of=partial(self._accumulators.parameter_of, {}),
             places_of=lambda _: [],
-            keep=watched,
+            keep=guard.args.refs,
         )
 
     def _guards_hold(self, index: int, batch: Sequence[torch.Tensor]) -> bool:
-        work = self._guards[index]
-        if work is None:
-            return True
-        copies = {leaf: batch[leaf].to(self._device) for leaf, _ in work.section.batch}
-        values: dict[int, Any] = {
-            v: copies[leaf].clone() if v in work.section.cloned else copies[leaf]
-            for leaf, v in work.section.batch
-        }
-        with torch.no_grad():
-            work.run(values)
-            for guard in self.entries[index].graph.guards:
+        """Whether the program would look and find the same.
+
+        One guard after the other: what a later one computes may make sense only where the earlier ones hold.
+        """
+        for guard, work in self._guards[index]:
+            values: dict[int, Any] = {}
+            for leaf, value in work.section.batch:
+                tensor = batch[leaf].to(self._device)
+                values[value] = tensor.clone() if value in work.section.cloned else tensor
+            with torch.no_grad():
+                work.run(values)
                 args, kwargs = guard.args.fill(values, {})
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
