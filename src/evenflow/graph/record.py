@@ -12,7 +12,6 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 """
 
 import copy
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from types import MethodType
@@ -27,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
-from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
+from evenflow.graph.fakes import FakeParameters, buffers_copied
 from evenflow.graph.modules import (
     ABSENT,
     changed_attributes,
@@ -49,10 +48,8 @@ from evenflow.graph.tree import (
     ModuleCall,
     ParameterSource,
     ReadCall,
-    Source,
-    TensorInfo,
-    Value,
 )
+from evenflow.graph.values import Values
 
 # Functions through which Python learns the numbers inside a tensor.
 _NUMBERS = {"item", "tolist", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__"}
@@ -112,25 +109,20 @@ class _Recorder:
     """The state of one recording; becomes a `CallTree`."""
 
     def __init__(self, model: torch.nn.Module, fakes: FakeParameters, batch: list[torch.Tensor]) -> None:
-        self.values: list[Value] = []
-        self.number_of: dict[int, int] = {}  # id(tensor) -> current value
-        self.version_of: dict[int, int] = {}  # id(tensor) -> its version when last seen
-        self.kept: list[torch.Tensor] = []  # holding a tensor keeps its id from being used again
-        self.aliases: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
-        self.renamed: list[tuple[int, int, int]] = []  # (id(tensor), value before, value after)
+        self.values = Values()
         self.shared: dict[int, tuple[object, Shared]] = {}
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.clock = 0
         self.model = model
         self.paths = {id(module): path for path, module in model.named_modules()}
         for index, tensor in enumerate(batch):
-            self.new_value(tensor, BatchLeaf(index))
+            self.values.add(tensor, BatchLeaf(index))
         for _, _, fake in fakes.slots:
-            if id(fake) not in self.number_of:
-                self.new_value(fake, ParameterSource(fakes.names[id(fake)]))
+            if self.values.find(fake) is None:
+                self.values.add(fake, ParameterSource(fakes.names[id(fake)]))
         self.parameter_names = fakes.tied
         for name, buffer in model.named_buffers():
-            self.new_value(buffer, BufferSource(name))
+            self.values.add(buffer, BufferSource(name))
         root = ModuleCall("", 0, 0, NOTHING, True, _autocast())
         self.stack: list[ModuleCall] = [root]
         self.pending_draws = 0
@@ -139,38 +131,23 @@ class _Recorder:
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
-        self.undo: list[
-            tuple[torch.nn.Module, str, Any]
-        ] = []  # attributes that the run changed, as they were
+        self.undo: list[tuple[torch.nn.Module, str, Any]] = []  # changed attributes, as they were
 
     # -- values
 
-    def new_value(self, tensor: torch.Tensor, source: Source) -> int:
-        number = len(self.values)
-        info = TensorInfo(tuple(tensor.shape), _stride(tensor), tensor.dtype, tensor.requires_grad)
-        born = self.clock if isinstance(source, CallSource) else -1
-        self.values.append(Value(number, info, source, storage_of(tensor), born))
-        if id(tensor) not in self.number_of:
-            self.kept.append(tensor)
-            self.aliases[storage_of(tensor)].append(tensor)
-        self.number_of[id(tensor)] = number
-        self.version_of[id(tensor)] = tensor._version
-        return number
-
     def number(self, tensor: torch.Tensor, used_by: str) -> int:
         """The value that this tensor holds now; one of unseen origin marks the current call as whole."""
-        known = self.number_of.get(id(tensor))
+        known = self.values.find(tensor)
         if known is not None:
-            if tensor._version != self.version_of[id(tensor)]:
+            if self.values.changed_unseen(tensor):
                 self.keep_whole(
                     f"a tensor was changed in place, before {used_by}, by something that cannot be recorded"
                 )
-                self.version_of[id(tensor)] = tensor._version
             return known
         for path, module in self.model.named_modules():
             for key, attribute in vars(module).items():
                 if attribute is tensor:
-                    return self.new_value(tensor, BufferSource(f"{path}.{key}" if path else key))
+                    return self.values.add(tensor, BufferSource(f"{path}.{key}" if path else key))
         return self.unseen(tensor, used_by)
 
     def unseen(self, tensor: torch.Tensor, used_by: str) -> int:
@@ -182,7 +159,7 @@ class _Recorder:
         )
         self.stack[-1].unseen = True
         self.clock += 1
-        number = self.new_value(tensor, CallSource())
+        number = self.values.add(tensor, CallSource(), self.clock)
         output = Template((Ref(number),), NOTHING.spec)
         call = FunctionCall(_never, "an unseen operation", self.stack[-1].path, self.clock, NOTHING, output)
         self.stack[-1].children.append(call)
@@ -238,8 +215,9 @@ class _Recorder:
             raise RecordError(
                 f"the loss function itself cannot be recorded: {root.whole}; move that into a module"
             )
-        same = {after: before for _, before, after in self.renamed}
-        return CallTree(root, tuple(self.values), output, same, self.parameter_names, device)
+        return CallTree(
+            root, tuple(self.values.all), output, self.values.same_tensor, self.parameter_names, device
+        )
 
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = f"{getattr(apply.__self__, '__name__', 'Function')}.apply"
@@ -274,14 +252,16 @@ class _Recorder:
         if name in READS:
             call.children.append(ReadCall(function, name, path, self.clock, inputs, result))
             return result
-        rebinds, changed_buffers = self.rebind(changed)
+        changes = self.values.change(changed, self.clock)
+        for parameter in changes.parameters:
+            self.keep_whole(f"it changes the parameter {parameter} in place")
         made = [leaf for leaf in pytree.tree_leaves(result) if is_tensor(leaf)]
         for tensor in made:
-            self.result(tensor, changed)
-        if made or rebinds or changed_buffers:
+            self.values.result(tensor, self.clock, changed=any(tensor is other for other in changed))
+        if made or changes.rebinds or changes.buffers:
             draws = Draws(path, call.call, call.num_draws, self.pending_draws) if self.pending_draws else None
             output = self.encode(result, name)
-            state = (rebinds, changed_buffers, draws, self.pending_flops, grad_enabled, _autocast())
+            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, grad_enabled, _autocast())
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made:
@@ -289,27 +269,6 @@ class _Recorder:
             shapes = self.encode((tuple(made), {}), name)
             call.children.append(ReadCall(shapes_of, SHAPE, path, self.clock, shapes, shapes_of(*made)))
         return result
-
-    def result(self, tensor: torch.Tensor, changed: list[torch.Tensor]) -> None:
-        """Number a function's result.
-
-        One that is the very input (`contiguous`, `to`) gets a new number too: on real parameters the same
-        call may return a copy, and what follows must use that.
-        """
-        known = self.number_of.get(id(tensor))
-        if known is None:
-            self.new_value(tensor, CallSource())
-        elif isinstance(self.values[known].source, CallSource) and not any(
-            tensor is other for other in changed
-        ):
-            self.renamed.append((id(tensor), known, self.new_value(tensor, CallSource())))
-
-    def restore_names(self, mark: int, result: Any) -> None:
-        """Leaving a module: what it did not return or change has again the number that it came with."""
-        returned = {id(leaf) for leaf in pytree.tree_leaves(result) if is_tensor(leaf)}
-        for key, before, after in reversed(self.renamed[mark:]):
-            if key not in returned and self.number_of[key] == after:
-                self.number_of[key] = before
 
     def call(
         self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -346,23 +305,6 @@ class _Recorder:
         ):
             raise _checkpointed(call.path)
 
-    def rebind(self, changed: list[torch.Tensor]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-        """New versions for all that shares storage with what a call changed; and the buffers among it."""
-        pairs: list[tuple[int, int]] = []
-        buffers: list[str] = []
-        for storage in {storage_of(tensor) for tensor in changed}:
-            for tensor in self.aliases[storage]:
-                old = self.number_of[id(tensor)]
-                self.version_of[id(tensor)] = tensor._version
-                match self.values[old].source:
-                    case ParameterSource(name):
-                        self.keep_whole(f"it changes the parameter {name} in place")
-                    case BufferSource(name):
-                        buffers.append(name)  # one object for the whole run: its owner changes it in place
-                    case _:
-                        pairs.append((old, self.new_value(tensor, CallSource())))
-        return tuple(pairs), tuple(buffers)
-
     def module(
         self,
         module: torch.nn.Module,
@@ -373,7 +315,7 @@ class _Recorder:
     ) -> Any:
         with unwatched():
             call = self.open_call(module, path, args, kwargs)
-        state, mark = python_state(module), len(self.renamed)
+        state, mark = python_state(module), self.values.mark()
         try:
             result = forward(module, *args, **kwargs)
             with (
@@ -394,7 +336,7 @@ class _Recorder:
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
             call.stateful = True
             self.undo.extend((module, key, state.get(key, ABSENT)) for key in changed)
-        self.restore_names(mark, result)
+        self.values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))
         return result
 
     def open_call(
@@ -416,17 +358,10 @@ class _Recorder:
         """
         inside = f"{call.path}." if call.path else ""
         trains = any(name.startswith(inside) for name in self.parameter_names)
-        trains |= any(self.values[ref].info.requires_grad for ref in call.args.refs)
+        trains |= any(self.values.all[ref].info.requires_grad for ref in call.args.refs)
         for number in call.output.refs if call.grad_enabled and trains else ():
-            value, tensor = self.values[number], self.tensor_of(number)
-            if value.born >= call.start and tensor.is_floating_point():
-                if not tensor.requires_grad:
-                    tensor.requires_grad_()
-                info = dataclasses.replace(value.info, requires_grad=True)
-                self.values[number] = dataclasses.replace(value, info=info)
-
-    def tensor_of(self, number: int) -> torch.Tensor:
-        return next(tensor for tensor in self.kept if self.number_of[id(tensor)] == number)
+            if self.values.all[number].born >= call.start:
+                self.values.require_grad(number)
 
 
 def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
@@ -436,10 +371,6 @@ def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 def _never(*_: Any) -> Any:
     raise AssertionError("an operation that was not seen cannot be repeated: its module stays whole")
-
-
-def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.stride()) if tensor.layout == torch.strided else ()
 
 
 def _checkpointed(path: str) -> RecordError:

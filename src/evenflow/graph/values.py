@@ -1,0 +1,114 @@
+"""Which value every tensor of a recorded run holds: identity, versions and aliases.
+
+Tensors are known by `id`, so each is kept until the recording ends. A change in place gives a new value to
+every tensor that shares the storage.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from evenflow.graph.fakes import storage_of
+from evenflow.graph.tree import BufferSource, CallSource, ParameterSource, Source, TensorInfo, Value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Changes:
+    """What a change in place did: (old value, new value) pairs, and the buffers and parameters it met."""
+
+    rebinds: tuple[tuple[int, int], ...]
+    buffers: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+class Values:
+    """The values of one run, in order of their numbers in `all`."""
+
+    def __init__(self) -> None:
+        self.all: list[Value] = []
+        self._number_of: dict[int, int] = {}  # id(tensor) -> its current value
+        self._version_of: dict[int, int] = {}  # id(tensor) -> its version when last seen
+        self._tensors: list[torch.Tensor] = []  # holding a tensor keeps its id from being used again
+        self._aliases: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._renamed: list[tuple[int, int, int]] = []  # (id(tensor), value before, value after)
+
+    def add(self, tensor: torch.Tensor, source: Source, clock: int = -1) -> int:
+        """Number the tensor as it is now; `clock` is that of the call that made it."""
+        number = len(self.all)
+        stride = tuple(tensor.stride()) if tensor.layout == torch.strided else ()
+        info = TensorInfo(tuple(tensor.shape), stride, tensor.dtype, tensor.requires_grad)
+        self.all.append(Value(number, info, source, storage_of(tensor), clock))
+        if id(tensor) not in self._number_of:
+            self._tensors.append(tensor)
+            self._aliases[storage_of(tensor)].append(tensor)
+        self._number_of[id(tensor)] = number
+        self._version_of[id(tensor)] = tensor._version
+        return number
+
+    def find(self, tensor: torch.Tensor) -> int | None:
+        """The value that a tensor holds, if it was ever seen."""
+        return self._number_of.get(id(tensor))
+
+    def changed_unseen(self, tensor: torch.Tensor) -> bool:
+        """Whether a known tensor was changed since it was last seen; asks only once."""
+        changed = tensor._version != self._version_of[id(tensor)]
+        self._version_of[id(tensor)] = tensor._version
+        return changed
+
+    def change(self, tensors: Iterable[torch.Tensor], clock: int) -> Changes:
+        """New versions for all that shares storage with tensors that a call changed."""
+        pairs: list[tuple[int, int]] = []
+        buffers: list[str] = []
+        parameters: list[str] = []
+        for storage in {storage_of(tensor) for tensor in tensors}:
+            for tensor in self._aliases[storage]:
+                old = self._number_of[id(tensor)]
+                self._version_of[id(tensor)] = tensor._version
+                match self.all[old].source:
+                    case ParameterSource(name):
+                        parameters.append(name)
+                    case BufferSource(name):
+                        buffers.append(name)  # one object for the whole run: its owner changes it in place
+                    case _:
+                        pairs.append((old, self.add(tensor, CallSource(), clock)))
+        return Changes(tuple(pairs), tuple(buffers), tuple(parameters))
+
+    def result(self, tensor: torch.Tensor, clock: int, *, changed: bool) -> None:
+        """Number a function's result.
+
+        One that is the very input (`contiguous`, `to`) gets a new number too: on real parameters the same
+        call may return a copy, and what follows must use that.
+        """
+        known = self.find(tensor)
+        if known is None:
+            self.add(tensor, CallSource(), clock)
+        elif isinstance(self.all[known].source, CallSource) and not changed:
+            self._renamed.append((id(tensor), known, self.add(tensor, CallSource(), clock)))
+
+    def mark(self) -> int:
+        """A moment to which `restore` can go back."""
+        return len(self._renamed)
+
+    def restore(self, mark: int, returned: Iterable[torch.Tensor]) -> None:
+        """Leaving a module: what it did not return or change has again the number that it came with."""
+        kept = {id(tensor) for tensor in returned}
+        for key, before, after in reversed(self._renamed[mark:]):
+            if key not in kept and self._number_of[key] == after:
+                self._number_of[key] = before
+
+    def require_grad(self, number: int) -> None:
+        """Let a value require a gradient, and the tensor that holds it now."""
+        tensor = next(tensor for tensor in self._tensors if self._number_of[id(tensor)] == number)
+        if tensor.is_floating_point():
+            if not tensor.requires_grad:
+                tensor.requires_grad_()
+            value = self.all[number]
+            info = dataclasses.replace(value.info, requires_grad=True)
+            self.all[number] = dataclasses.replace(value, info=info)
+
+    @property
+    def same_tensor(self) -> dict[int, int]:
+        """A value -> the earlier value of which it was the very same tensor."""
+        return {after: before for _, before, after in self._renamed}
