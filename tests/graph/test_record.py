@@ -386,3 +386,22 @@ def test_draws_are_counted_by_module(num_draws):
 def test_dropout_that_is_off_draws_nothing():
     graph = graph_of(nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.5)).eval())
     assert all(not node.target.draws for node in graph.nodes)
+
+
+def test_a_change_of_a_batch_tensor_that_overlaps_another_is_refused():
+    rows = torch.ones(4, 6)
+    model = torch.nn.Linear(5, 1)
+
+    def changing(model, batch):
+        batch["x"].add_(1)
+        return (model(batch["x"]) - batch["y"]).mean()
+
+    def looking(model, batch):
+        return (model(batch["x"].view(-1, 5)) - batch["y"]).mean()
+
+    for program, overlapping in ((changing, False), (looking, True)):
+        batch = {"x": rows[:, :-1], "y": rows[:, 1:] if overlapping else torch.ones(4, 5)}
+        record(program, model, batch, device=CPU, fakes=FakeParameters(model, CPU))
+    batch = {"x": rows[:, :-1], "y": rows[:, 1:]}
+    with pytest.raises(RecordError, match="shares its memory with another one; clone one of them"):
+        record(changing, model, batch, device=CPU, fakes=FakeParameters(model, CPU))

@@ -12,7 +12,7 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 """
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
-from evenflow.graph.fakes import FakeParameters, buffers_copied
+from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
 from evenflow.graph.modules import (
     ABSENT,
     changed_attributes,
@@ -84,11 +84,26 @@ def record(
     at the outermost level; the program's own errors come with a note of where they arose.
     """
     leaves, spec = flatten_tree(microbatch)
+    given = [leaf for leaf in leaves if is_tensor(leaf)]
     copies = {id(leaf): _copied(leaf, device) for leaf in leaves if is_tensor(leaf)}  # one tensor stays one
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
         recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)])
-        return recorder.run(program, pytree.tree_unflatten(leaves, spec), device)
+        tree = recorder.run(program, pytree.tree_unflatten(leaves, spec), device)
+    changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
+    _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
+    return tree
+
+
+def _refuse_overlaps(given: list[torch.Tensor], changed: list[int]) -> None:
+    """Refuse a change in place of a batch tensor that shares memory with another: copies of them do not."""
+    sharing = Counter(storage_of(tensor) for tensor in {id(tensor): tensor for tensor in given}.values())
+    for index in changed:
+        if sharing[storage_of(given[index])] > 1:
+            raise RecordError(
+                f"the program changes the batch's tensor number {index} (shape {list(given[index].shape)}) "
+                "in place, and it shares its memory with another one; clone one of them before it is passed"
+            )
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Values:
 
     def __init__(self) -> None:
         self.all: list[Value] = []
+        self.changed_storages: set[int] = set()  # whatever was changed in place
         self._number_of: dict[int, int] = {}  # id(tensor) -> its current value
         self._version_of: dict[int, int] = {}  # id(tensor) -> its version when last seen
         self._tensors: list[torch.Tensor] = []  # holding a tensor keeps its id from being used again
@@ -62,7 +63,9 @@ class Values:
         pairs: list[tuple[int, int]] = []
         buffers: list[str] = []
         parameters: list[str] = []
-        for storage in {storage_of(tensor) for tensor in tensors}:
+        storages = {storage_of(tensor) for tensor in tensors}
+        self.changed_storages |= storages
+        for storage in storages:
             for tensor in self._aliases[storage]:
                 old = self._number_of[id(tensor)]
                 self._version_of[id(tensor)] = tensor._version
