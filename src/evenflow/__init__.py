@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
     from evenflow.pipe.pipeline import Pipeline
@@ -11,10 +12,24 @@ if TYPE_CHECKING:
     from evenflow.runtime.microbatch import Microbatches
 
 __version__ = "0.1.0"
-__all__ = ["Microbatches", "Pipeline", "StepResult", "launch", "pipeline"]
+__all__ = [
+    "ConfigError",
+    "EvenflowError",
+    "Microbatches",
+    "PeerError",
+    "Pipeline",
+    "RecordError",
+    "ScheduleError",
+    "StepResult",
+    "launch",
+    "pipeline",
+]
 
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
+    **dict.fromkeys(
+        ("ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"), "evenflow.errors"
+    ),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
     "StepResult": "evenflow.pipe.result",

@@ -323,7 +323,8 @@ def test_a_batch_only_elsewhere(found):
 def test_a_refused_batch(found):
     (theirs, first), (own, second) = found
     text = (
-        "a batch of 1 rows cannot make num_microbatches=2; use a larger batch, or num_microbatches=1 at most"
+        "a batch of 1 rows cannot make num_microbatches=2; use a larger batch, or num_microbatches=1 at most "
+        "(with microbatch_size= a last batch may be shorter)"
     )
     assert own == ("ConfigError", text)
     assert theirs == ("PeerError", f"rank 1 refused its batch: {text}")

@@ -14,7 +14,7 @@ from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.reading import check_loss, check_trainable
-from evenflow.pipe.refuse import refuse_unfit
+from evenflow.pipe.refuse import check_callable, check_whole, refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.links.local import LocalLink
@@ -83,6 +83,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     True
     """
     refuse_unfit(model)
+    check_whole(stages=stages, microbatch_size=microbatch_size, num_microbatches=num_microbatches, seed=seed)
+    check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler, split_batch=split_batch)
+    if isinstance(split, str):
+        raise ConfigError(f"split={split!r} is one string; give a list of module names: split=[{split!r}]")
+    if max_leaf_share is not None and not 0 <= max_leaf_share <= 1:
+        raise ConfigError(f"max_leaf_share={max_leaf_share} must lie between 0 and 1")
+    if not isinstance(schedule, str):
+        check_callable(schedule=schedule, needed=True)
     choices.check_split(model, split or ())
     method = catalog.get(schedule) if isinstance(schedule, str) else schedule
     kind = choices.device_kind(device)

@@ -59,7 +59,10 @@ def device_kind(device: str | torch.device | None) -> str:
     """Return "cpu" or "cuda"; raises `ConfigError` where CUDA was asked for and there is none."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no device that torch knows; use 'cpu' or 'cuda'") from error
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device={str(device)!r} is not supported; use 'cpu' or 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():

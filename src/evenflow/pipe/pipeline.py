@@ -87,8 +87,9 @@ class Pipeline:
 
         With `update=False` gradients accumulate: the next update uses their mean over all rows seen since the
         last one. Gradients stay readable until the next step. Every rank calls this, with the same batch or
-        with what `feed` yields. Raises `ConfigError` for a batch that cannot work, before anything has run;
-        `PeerError` when another rank is lost.
+        with what `feed` yields. Raises `ConfigError` for a batch that cannot work, before anything has run,
+        and `PeerError` when another rank is lost. An error in mid-step drops all gradients since the last
+        update.
         """
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
@@ -97,7 +98,12 @@ class Pipeline:
             self._updated = False
         self._rows.append(agreed.size)
         share = 1.0 if len(self._rows) == 1 else agreed.size / self._rows[0]
-        result = self._run(agreed, self._parts.schedule, read_loss, share=share)
+        try:
+            result = self._run(agreed, self._parts.schedule, read_loss, share=share)
+        except Exception:
+            self._parts.updater.clear()  # part of a step's gradients is no gradient
+            self._rows.clear()
+            raise
         self._step += 1
         if update:
             self._parts.updater.combine(self._accumulated_scale())
@@ -195,10 +201,14 @@ class Pipeline:
             parts.world,
             parts.recordings,
             program,
-            prepare=lambda: None if batch is FED or batch is None else parts.splitter(batch),
+            prepare=lambda: self._prepared(batch),
             learn=partial(self._learn, program, training),
             device=next(iter(parts.stages.values())).device,
         )
+
+    def _prepared(self, batch: Any) -> Prepared | None:
+        self._parts.updater.check_frozen()
+        return None if batch is FED or batch is None else self._parts.splitter(batch)
 
     def _learn(self, program: Program, training: bool, microbatch: Any) -> int:
         """Record a microbatch of a new kind and cut it for the owners that are."""

@@ -1,4 +1,6 @@
-"""Models that are refused: wrapped, sharded or compiled already, or with nothing to train."""
+"""What is refused: models that are wrapped, compiled or untrainable, and arguments of the wrong kind."""
+
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -37,3 +39,17 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(f"{what} was sharded: remove the line fully_shard(…) and pass the bare module")
     if kind == "OptimizedModule":
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
+
+
+def check_whole(**arguments: Any) -> None:  # whatever the caller was given
+    """Raise `ConfigError` naming the first argument that is given and no whole number."""
+    for name, value in arguments.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{name}={value!r} must be a whole number")
+
+
+def check_callable(*, needed: bool = False, **arguments: Any) -> None:  # whatever the caller was given
+    """Raise `ConfigError` naming the first argument that is given (or `needed`) and cannot be called."""
+    for name, value in arguments.items():
+        if (needed or value is not None) and not callable(value):
+            raise ConfigError(f"{name}= must be a function, not a {type(value).__name__}")

@@ -10,9 +10,7 @@ from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.world import World
 
 OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
-SchedulerFactory = Callable[
-    [torch.optim.Optimizer], Any
-]  # torch's schedulers share no public base with plateau's
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 class Updater:
@@ -33,19 +31,29 @@ class Updater:
         self.world, self.accumulators, self.owned = world, accumulators, owned
         self.process_of_stage = process_of_stage
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
-        self.schedulers: list[Any] = []
+        self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
         for stage, parameters in owned.items():
             trainable = [
                 (name, parameter) for name, parameter in parameters.items() if parameter.requires_grad
             ]
             if optimizer is not None and trainable:
-                self.optimizers[stage] = optimizer(trainable)
+                self.optimizers[stage] = _checked(optimizer(trainable))
                 if scheduler is not None:
-                    self.schedulers.append(scheduler(self.optimizers[stage]))
+                    self.schedulers.append(_checked_scheduler(scheduler(self.optimizers[stage])))
+        self._frozen = [(name, p) for name, p in self.parameters if not p.requires_grad]
 
     @property
     def parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, parameter) for stage in self.owned.values() for name, parameter in stage.items())
+
+    def check_frozen(self) -> None:
+        """Refuse to go on where a parameter that was frozen at first is to be trained now."""
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ConfigError(
+                    f"the parameter {name} was frozen when the pipeline was built and is to be trained now, "
+                    "which neither recording nor optimizer knows: build the pipeline anew"
+                )
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -129,3 +137,21 @@ class Updater:
                 kept = self.accumulators.parameter(name).data
                 kept.copy_(self.world.receive(kept, owner))
         self.accumulators.publish(name)
+
+
+def _checked(made: Any) -> torch.optim.Optimizer:  # whatever the user's function returned
+    kind = type(made).__name__
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer= returned a {kind}; it must return a torch.optim.Optimizer")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ConfigError(f"optimizer= returned {kind}, which runs the model itself; use one that does not")
+    return made
+
+
+def _checked_scheduler(made: Any) -> torch.optim.lr_scheduler.LRScheduler:  # as above
+    kind = type(made).__name__
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(f"scheduler= returned {kind}, which must be told a loss; use one that counts steps")
+    if not isinstance(made, torch.optim.lr_scheduler.LRScheduler):
+        raise ConfigError(f"scheduler= returned a {kind}; it must return a torch LRScheduler")
+    return made

@@ -63,7 +63,8 @@ def count(size: int, *, num_microbatches: int | None, microbatch_size: int | Non
     if size < num_microbatches:
         raise ConfigError(
             f"a batch of {size} rows cannot make num_microbatches={num_microbatches}; "
-            f"use a larger batch, or num_microbatches={size} at most"
+            f"use a larger batch, or num_microbatches={size} at most "
+            "(with microbatch_size= a last batch may be shorter)"
         )
     return num_microbatches
 

@@ -14,7 +14,7 @@ class LocalLink(Link):
         self._under_way: dict[Recv, Parcel] = {}
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
-        pass
+        self._under_way.clear()  # what a step that failed left behind
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         arrival = Recv(op.source, op.target, op.microbatch, op.payload)
