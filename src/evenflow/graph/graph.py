@@ -89,6 +89,7 @@ class Graph:
     values: tuple[Value, ...]
     output: Template
     guards: tuple[Guard, ...]
+    apart: tuple[str, ...]  # paths of the modules that were taken apart
     same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
     device: Any  # torch.device of the recording; arguments that name it are moved to the stage's own
 

@@ -43,8 +43,9 @@ def flatten(
     names modules that a cut must be able to reach, `is_atomic` says which module paths never to take apart.
     Raises `RecordError` naming the call that can be neither kept whole nor taken apart.
     """
+    choice = _Choice(tree, max_share, exact, opened, is_atomic)
     try:
-        calls = _Choice(tree, max_share, exact, opened, is_atomic).inside(tree.root)
+        calls = choice.inside(tree.root)
     except _Stuck as stuck:
         raise RecordError(str(stuck)) from None
     reads = [call for call in calls if isinstance(call, ReadCall)]
@@ -52,7 +53,9 @@ def flatten(
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed), tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
-    return Graph(tuple(nodes), tree.values, tree.output, guards, tree.same_tensor, tree.device)
+    return Graph(
+        tuple(nodes), tree.values, tree.output, guards, tuple(choice.apart), tree.same_tensor, tree.device
+    )
 
 
 def walk(call: Call) -> Iterator[Call]:
@@ -80,12 +83,14 @@ class _Choice:
     ) -> None:
         self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
         self.limit = max_share * _flops(tree.root)
+        self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
         self.hides = _hidden_values(tree)
         counts = _parameter_uses(tree.root, tree.values)
         self.shared = frozenset(name for name, count in counts.items() if exact and count > 1)
 
     def inside(self, call: ModuleCall) -> list[Call]:
         """The calls that stand for this one once it is taken apart."""
+        self.apart[call.path] = None
         found: list[Call] = []
         for child in call.children:
             found.extend(self.choose(child) if isinstance(child, ModuleCall) else [child])

@@ -1,12 +1,14 @@
 """What a module brings along and leaves behind: hooks, attributes that its forward changes."""
 
+import copy
+from collections import deque
 from typing import Any
 
 import torch
 
-from evenflow.graph.template import is_plain
+from evenflow.graph.outside import frozen
 
-ABSENT = object()  # stands for an attribute that was not there
+_CONTAINERS = (list, dict, set, deque)
 
 
 def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
@@ -26,27 +28,63 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
     return None
 
 
-def python_state(module: torch.nn.Module) -> dict[str, Any]:
+class Attribute:
+    """An attribute as it was: the object, what it stood for, and the contents of a plain container."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.frozen = value, frozen(_without_tensors(value))
+        self.contents = copy.copy(value) if type(value) in _CONTAINERS else None
+
+    def restored(self) -> Any:
+        """The object with its contents as they were."""
+        match self.value:
+            case list() | deque() if self.contents is not None:
+                self.value.clear()
+                self.value.extend(self.contents)
+            case dict() | set() if self.contents is not None:
+                self.value.clear()
+                self.value.update(self.contents)
+        return self.value
+
+
+def _without_tensors(value: Any) -> Any:
+    """A mapping without its tensors: where those come from and go to is seen, so keeping one is no state."""
+    if type(value) is not dict:
+        return value
+    return {key: each for key, each in value.items() if not isinstance(each, torch.Tensor)}
+
+
+def python_state(module: torch.nn.Module) -> dict[str, Attribute]:
     """A module's own attributes, and its buffers under `_buffers.NAME`."""
-    own = {key: value for key, value in vars(module).items() if not key.startswith("_") or key == "_buffers"}
-    return own | {f"_buffers.{key}": value for key, value in own.pop("_buffers", {}).items()}
+    public = {key: Attribute(value) for key, value in vars(module).items() if not key.startswith("_")}
+    return public | {f"_buffers.{key}": Attribute(buffer) for key, buffer in module._buffers.items()}
 
 
-def changed_attributes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def changed_attributes(before: dict[str, Attribute], after: dict[str, Attribute]) -> list[str]:
     """Names of the attributes that differ between two states."""
-
-    def same(old: Any, new: Any) -> bool:
-        return old is new or (is_plain(old) and is_plain(new) and type(old) is type(new) and old == new)
-
-    return [key for key in before | after if not same(before.get(key, ABSENT), after.get(key, ABSENT))]
+    names = before | after
+    return [n for n in names if n not in before or n not in after or before[n].frozen != after[n].frozen]
 
 
-def set_attribute(module: torch.nn.Module, key: str, value: Any) -> None:
+def touched_containers(before: dict[str, Attribute]) -> list[str]:
+    """Names of containers whose contents are not those that they had."""
+
+    def items(container: Any) -> list[int]:
+        inside = (
+            (each for pair in container.items() for each in pair) if type(container) is dict else container
+        )
+        return [id(each) for each in inside]
+
+    full = {key: each for key, each in before.items() if each.contents is not None}
+    return [key for key, each in full.items() if items(each.value) != items(each.contents)]
+
+
+def set_attribute(module: torch.nn.Module, key: str, before: Attribute | None) -> None:
     """Put an attribute back as it was before the run; buffers are put back by `buffers_copied`."""
     if key.startswith("_buffers."):
-        if value is ABSENT:
+        if before is None:
             del module._buffers[key.removeprefix("_buffers.")]
-    elif value is ABSENT:
+    elif before is None:
         del vars(module)[key]
     else:
-        vars(module)[key] = value
+        vars(module)[key] = before.restored()

@@ -28,11 +28,12 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import RecordError
 from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
 from evenflow.graph.modules import (
-    ABSENT,
+    Attribute,
     changed_attributes,
     python_state,
     reason_to_stay_whole,
     set_attribute,
+    touched_containers,
 )
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
@@ -146,7 +147,7 @@ class _Recorder:
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
-        self.undo: list[tuple[torch.nn.Module, str, Any]] = []  # changed attributes, as they were
+        self.undo: list[tuple[torch.nn.Module, str, Attribute | None]] = []  # as they were
 
     # -- values
 
@@ -350,7 +351,8 @@ class _Recorder:
         if changed:
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
             call.stateful = True
-            self.undo.extend((module, key, state.get(key, ABSENT)) for key in changed)
+        touched = dict.fromkeys((*changed, *touched_containers(state)))
+        self.undo.extend((module, key, state.get(key)) for key in touched)
         self.values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))
         return result
 

@@ -64,7 +64,7 @@ def agree(
 
     Raises `ConfigError` where the batches differ between ranks, `PeerError` where another rank refused it.
     """
-    mine, fingerprint, error = _attempt(prepare, compared=world.size > 1)
+    mine, fingerprint, error = _attempt(prepare, recordings, program, compared=world.size > 1)
     kind = _ERROR if error is not None else _NONE if mine is None else _BATCH
     rows = world.gather_numbers([kind, *fingerprint])
     if any(row[0] == _ERROR for row in rows):
@@ -82,7 +82,7 @@ def agree(
         other = next(rank for rank, row in enumerate(rows) if row[0] == _BATCH and row[1:] != rows[0][1:])
         raise ConfigError(
             f"your loaders differ per rank: rank 0 has {shapes[0]}, rank {other} has {shapes[other]}"
-            f"{' with other numbers' if shapes[0] == shapes[other] else ''}; "
+            f"{' with other numbers (or other Python values)' if shapes[0] == shapes[other] else ''}; "
             "seed them alike, or read on the first rank alone: for batch in pipe.feed(loader)"
         )
     if all(row[0] == _BATCH for row in rows):
@@ -96,14 +96,17 @@ def agree(
 
 
 def _attempt(
-    prepare: Callable[[], Prepared | None], *, compared: bool
+    prepare: Callable[[], Prepared | None], recordings: Recordings, program: Program, *, compared: bool
 ) -> tuple[Prepared | None, list[int], EvenflowError | None]:
     """The rank's own batch and its fingerprint, or why it cannot work, of which the others must hear."""
     try:
         mine = prepare()
-        return mine, _fingerprint(mine) if mine is not None and compared else [0, 0], None
+        if mine is None or not compared:
+            return mine, [0, 0, 0], None
+        found = repr([recordings.find(program, item) for item in mine.items])
+        return mine, [*_fingerprint(mine), zlib.crc32(found.encode())], None
     except EvenflowError as error:
-        return None, [0, 0], error
+        return None, [0, 0, 0], error
 
 
 def _recording(recordings: Recordings, program: Program, item: Any, learn: Callable[[Any], int]) -> int:

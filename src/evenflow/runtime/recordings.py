@@ -5,20 +5,22 @@ module's training flag, autocast. Where the program looked at numbers of the bat
 *guard* is computed from each microbatch, and another answer means another recording.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
+from evenflow.graph.outside import around_function, around_modules
 from evenflow.graph.record import record
 from evenflow.graph.template import is_plain
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
@@ -26,7 +28,6 @@ from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
 Cutter = Callable[[Graph], Sequence[int]]
 
@@ -67,6 +68,7 @@ class Recordings:
         self._model, self._fakes, self._device, self._leaves = model, fakes, device, leaves
         self._accumulators = accumulators
         self._by_key: dict[Any, list[int]] = {}
+        self._states: list[Any] = []  # by recording: what the modules that were taken apart were made of
         self._guards: list[list[tuple[Guard, Work]]] = []  # by recording, in program order
         self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
         for module, key, fake in fakes.slots:
@@ -81,18 +83,35 @@ class Recordings:
         kinds = tuple(
             torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
         )
-        return _identity(program), repr(spec), tuple(described), training, kinds
+        return around_function(program), repr(spec), tuple(described), training, kinds
 
     def find(self, program: Program, microbatch: Any) -> int | None:
         """The recording that fits this microbatch."""
         for index in self._by_key.get(self.key(program, microbatch), ()):
-            if self._guards_hold(index, tensors(microbatch)):
+            unchanged = self._states[index] == self._state(self.entries[index].graph)
+            if unchanged and self._guards_hold(index, tensors(microbatch)):
                 return index
         return None
 
     def trace(self, program: Program, microbatch: Any) -> Graph:
-        """Record the program on one microbatch."""
+        """Record the program on one microbatch.
+
+        Raises `RecordError` where the run changes what the recording depends on: the next would differ.
+        """
+        before, host = around_function(program), (random.getstate(), np.random.get_state())
         tree = record(program, self._model, microbatch, device=self._device, fakes=self._fakes)
+        if around_function(program) != before:
+            raise RecordError(
+                "the loss function changes Python values that it also reads (a counter, a list), "
+                "so that no two calls are the same; count outside of it, or pass the number in the batch"
+            )
+        if random.getstate() != host[0] or repr(np.random.get_state()) != repr(host[1]):
+            random.setstate(host[0])
+            np.random.set_state(host[1])
+            raise RecordError(
+                "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
+                "torch, or pass the number in the batch"
+            )
         return flatten(
             tree,
             max_share=self._leaves.max_share,
@@ -139,10 +158,14 @@ class Recordings:
             )
             for stage in stages.values()
         }
+        self._states.append(self._state(made.graph))
         self._by_key.setdefault(self.key(program, microbatch), []).append(len(self.entries))
         self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
+
+    def _state(self, graph: Graph) -> Any:
+        return around_modules(self._model.get_submodule(path) for path in graph.apart)
 
     def _guard_work(self, graph: Graph, guard: Guard) -> Work:
         """What computes the tensors that a guard looks at."""
@@ -173,28 +196,6 @@ class Recordings:
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
         return True
-
-
-class _Same:
-    """Equal only to itself, and kept alive, so that its id is not used again."""
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.thing is self.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
-
-
-def _identity(program: Program) -> Any:
-    """What makes two functions the same program: a lambda made anew in a loop is, over the same things."""
-    if not isinstance(program, FunctionType):
-        return _Same(program)
-    enclosed = [cell.cell_contents for cell in program.__closure__ or ()]
-    around = (*enclosed, *(program.__defaults__ or ()), *(program.__kwdefaults__ or {}).values())
-    return program.__code__, tuple(repr(each) if isinstance(each, PLAIN) else _Same(each) for each in around)
 
 
 def tensors(microbatch: Any) -> list[torch.Tensor]:
