@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -192,7 +193,20 @@ def _run_rank(fn: Callable[..., object], args: tuple[object, ...], num_threads: 
         _write_report(error, folder)
         if _blames_a_peer(error):
             time.sleep(_PEER_GRACE_SECONDS)
+        _end_at_once(1)
         raise
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int) and stopped.code != 0:
+            _end_at_once(stopped.code)
+        raise
+
+
+def _end_at_once(exit_code: int) -> None:
+    """End a failed rank whose process group is open: taking that apart may crash or wait for ever."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
+LEAVE_SECONDS = 10.0
 TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
 
@@ -90,7 +92,9 @@ def world_of(kind: str) -> World:
 
 def _leave() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(LEAVE_SECONDS)  # with a peer gone it may wait for ever
 
 
 def _cuda_index(number: int) -> int:
