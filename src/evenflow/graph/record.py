@@ -256,7 +256,7 @@ class _Recorder:
         self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
         result = self.call(function, name, args, kwargs)
-        self.note_draws(grad_enabled, name)
+        self.note_draws(name)
         changed = [
             tensor
             for tensor, version in zip(changed, versions, strict=True)
@@ -292,9 +292,7 @@ class _Recorder:
         if name in READS and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
             raise self.needs_numbers(name)
         try:
-            if not isinstance(function, MethodType):
-                return function(*args, **kwargs)
-            self.blind = True  # what a custom function does inside is its own
+            self.blind = isinstance(function, MethodType)  # what a custom function does inside is its own
             return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
@@ -309,7 +307,7 @@ class _Recorder:
             "index into them: multiply by the mask, or use where, or ignore_index of the loss)"
         )
 
-    def note_draws(self, grad_enabled: bool, name: str) -> None:
+    def note_draws(self, name: str) -> None:
         """Refuse draws in a checkpointed region: its recomputation would draw again, with another key."""
         if not self.pending_draws:
             return

@@ -15,8 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, EvenflowError, PeerError
-from evenflow.graph.tree import BatchLeaf
-from evenflow.runtime.recordings import Program, Recording, Recordings, describe, tensors
+from evenflow.runtime.recordings import Program, Recordings, describe, tensors
 from evenflow.runtime.world import World
 
 FED = object()  # what `Pipeline.feed` yields where the batch is on the first rank
@@ -138,7 +137,7 @@ def _sent(
     for at, number in enumerate(numbers):
         entry = recordings.entries[number]
         for rank in absent:
-            for leaf, value in _needed(entry, rank):
+            for leaf, value in entry.cut.sections[rank].batch:  # (rank r runs stage r)
                 if world.rank == 0:
                     world.send(batches[at][leaf].to(device), rank)
                 elif world.rank == rank:
@@ -159,12 +158,6 @@ def _first_message(recordings: Recordings, program: Program, mine: Prepared) -> 
                 lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, item
             )
     return _Message(tuple(found), new, mine.shares, mine.size)
-
-
-def _needed(entry: Recording, rank: int) -> list[tuple[int, int]]:
-    """(tensor leaf, value) pairs of the microbatch that a rank's stage needs. Rank r runs stage r."""
-    sources = {value.number for value in entry.graph.values if isinstance(value.source, BatchLeaf)}
-    return [(leaf, value) for leaf, value in entry.cut.sections[rank].batch if value in sources]
 
 
 def _fingerprint(prepared: Prepared) -> list[int]:

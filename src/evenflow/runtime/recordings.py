@@ -29,7 +29,6 @@ from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
 
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
-Cutter = Callable[[Graph], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
