@@ -63,7 +63,7 @@ def agree(
 
     Raises `ConfigError` where the batches differ between ranks, `PeerError` where another rank refused it.
     """
-    mine, fingerprint, error = _attempt(prepare, recordings, program, compared=world.size > 1)
+    mine, found, fingerprint, error = _attempt(prepare, recordings, program, compared=world.size > 1)
     kind = _ERROR if error is not None else _NONE if mine is None else _BATCH
     rows = world.gather_numbers([kind, *fingerprint])
     if any(row[0] == _ERROR for row in rows):
@@ -86,26 +86,30 @@ def agree(
         )
     if all(row[0] == _BATCH for row in rows):
         assert mine is not None
-        known = tuple(_recording(recordings, program, item, learn) for item in mine.items)
+        known = tuple(
+            _recording(recordings, program, item, learn) if number is None else number
+            for number, item in zip(found, mine.items, strict=True)
+        )
         return Agreed(
             tuple(dict(enumerate(tensors(item))) for item in mine.items), known, mine.shares, mine.size
         )
     absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
-    return _sent(world, recordings, program, mine, learn, absent, device)
+    message = _first_message(mine, found) if mine is not None else None
+    return _sent(world, recordings, program, mine, message, learn, absent, device)
 
 
 def _attempt(
     prepare: Callable[[], Prepared | None], recordings: Recordings, program: Program, *, compared: bool
-) -> tuple[Prepared | None, list[int], EvenflowError | None]:
-    """The rank's own batch and its fingerprint, or why it cannot work, of which the others must hear."""
+) -> tuple[Prepared | None, list[int | None], list[int], EvenflowError | None]:
+    """The rank's own batch, its known recordings and fingerprint; or why it cannot work, for all to hear."""
     try:
         mine = prepare()
+        found = [] if mine is None else [recordings.find(program, item) for item in mine.items]
         if mine is None or not compared:
-            return mine, [0, 0, 0], None
-        found = repr([recordings.find(program, item) for item in mine.items])
-        return mine, [*_fingerprint(mine), zlib.crc32(found.encode())], None
+            return mine, found, [0, 0, 0], None
+        return mine, found, [*_fingerprint(mine), zlib.crc32(repr(found).encode())], None
     except EvenflowError as error:
-        return None, [0, 0, 0], error
+        return None, [], [0, 0, 0], error
 
 
 def _recording(recordings: Recordings, program: Program, item: Any, learn: Callable[[Any], int]) -> int:
@@ -118,15 +122,13 @@ def _sent(
     recordings: Recordings,
     program: Program,
     mine: Prepared | None,
+    message: _Message | None,
     learn: Callable[[Any], int],
     absent: Sequence[int],
     device: torch.device,
 ) -> Agreed:
-    message = None
-    if world.rank == 0:
-        assert mine is not None
-        message = _first_message(recordings, program, mine)
     message = world.share(message, source=0)
+    assert message is not None, "the first rank has a batch"
     numbers = list(message.recordings)
     for at, item in message.new.items():
         numbers[at] = _recording(recordings, program, item, learn)
@@ -147,17 +149,15 @@ def _sent(
     return Agreed(batches, tuple(numbers), message.shares, message.size)
 
 
-def _first_message(recordings: Recordings, program: Program, mine: Prepared) -> _Message:
-    found: list[int] = []
-    new: dict[int, Any] = {}
-    for at, item in enumerate(mine.items):
-        number = recordings.find(program, item)
-        found.append(-1 if number is None else number)
-        if number is None:
-            new[at] = pytree.tree_map(
-                lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, item
-            )
-    return _Message(tuple(found), new, mine.shares, mine.size)
+def _first_message(mine: Prepared, found: Sequence[int | None]) -> _Message:
+    """Microbatches without a recording travel whole (as copies: a slice would take its whole batch along)."""
+
+    def copied(leaf: Any) -> Any:  # any leaf of a batch
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    pairs = enumerate(zip(found, mine.items, strict=True))
+    new = {at: pytree.tree_map(copied, item) for at, (number, item) in pairs if number is None}
+    return _Message(tuple(-1 if n is None else n for n in found), new, mine.shares, mine.size)
 
 
 def _fingerprint(prepared: Prepared) -> list[int]:
