@@ -4,8 +4,24 @@ import pytest
 from hypothesis import given, settings
 
 from evenflow.errors import ScheduleError
-from evenflow.ir import Backward, Costs, Flow, Forward, Handoff, Placement, Program, Recv, Schedule, Send
+from evenflow.ir import (
+    Backward,
+    ComputeOp,
+    Costs,
+    Flow,
+    Forward,
+    Handoff,
+    InputGrad,
+    Payload,
+    Placement,
+    Program,
+    Recv,
+    ReduceGrads,
+    Schedule,
+    Send,
+)
 from evenflow.lower import lower
+from evenflow.rules import results
 from evenflow.schedules.gpipe import gpipe
 from evenflow.validate import prove
 from random_pipelines import Pipeline, pipelines
@@ -27,9 +43,7 @@ def test_lowered_is_proven(pipeline: Pipeline) -> None:
 @given(pipelines())
 def test_computes_keep_the_schedule_s_order(pipeline: Pipeline) -> None:
     program = lower(pipeline.schedule, pipeline.flow, pipeline.costs)
-    computes = tuple(
-        tuple(op for op in queue if isinstance(op, Forward | Backward)) for queue in program.ranks
-    )
+    computes = tuple(tuple(op for op in queue if isinstance(op, ComputeOp)) for queue in program.ranks)
     assert computes == pipeline.schedule.ranks
 
 
@@ -37,13 +51,23 @@ def test_computes_keep_the_schedule_s_order(pipeline: Pipeline) -> None:
 @given(pipelines())
 def test_sends_and_handoffs_wait_for_no_later_compute(pipeline: Pipeline) -> None:
     program = lower(pipeline.schedule, pipeline.flow, pipeline.costs)
-    positive = min(*pipeline.costs.forward_seconds, *pipeline.costs.backward_seconds) > 0
+    costs = pipeline.costs
+    positive = min(*costs.forward_seconds, *costs.input_grad_seconds, *costs.weight_grad_seconds) > 0
     for queue in program.ranks if positive else ():
         for position, op in enumerate(queue):
             if isinstance(op, Send | Handoff):
-                computes = [other for other in queue[:position] if isinstance(other, Forward | Backward)]
-                last = computes[-1]
-                assert (last.stage, last.microbatch) == (op.source, op.microbatch)
+                last = [other for other in queue[:position] if isinstance(other, ComputeOp)][-1]
+                made = Forward if op.payload is Payload.ACTIVATION else InputGrad
+                assert made(op.source, op.microbatch) in results(last)
+
+
+@settings(derandomize=True, deadline=None)
+@given(pipelines())
+def test_reductions_stand_behind_the_last_weight_gradient(pipeline: Pipeline) -> None:
+    program = lower(pipeline.schedule, pipeline.flow, pipeline.costs, reduce_grads=True)
+    prove(program)
+    reductions = [op for queue in program.ranks for op in queue if isinstance(op, ReduceGrads)]
+    assert len(reductions) == (pipeline.schedule.placement.num_stages if pipeline.schedule.trains else 0)
 
 
 def test_a_receive_stands_behind_what_its_rank_has_begun() -> None:
@@ -55,9 +79,9 @@ def test_a_receive_stands_behind_what_its_rank_has_begun() -> None:
         (Forward(1, 0), Forward(1, 1), Forward(2, 0), Forward(2, 1)),
     )
     schedule = Schedule("by hand", placement, 2, ranks)
-    slow = lower(schedule, flow, Costs((10.0, 1.0, 1.0), (0.0, 0.0, 0.0)))
+    slow = lower(schedule, flow, Costs((10.0, 1.0, 1.0), (0.0,) * 3, (0.0,) * 3))
     assert text(slow) == ["0F0 S0>2F0 0F1 S0>2F1", "1F0 1F1 R0>2F0 2F0 R0>2F1 2F1"]
-    fast = lower(schedule, flow, Costs((1.0, 10.0, 1.0), (0.0, 0.0, 0.0)))
+    fast = lower(schedule, flow, Costs((1.0, 10.0, 1.0), (0.0,) * 3, (0.0,) * 3))
     assert text(fast) == ["0F0 S0>2F0 0F1 S0>2F1", "1F0 R0>2F0 R0>2F1 1F1 2F0 2F1"]
 
 

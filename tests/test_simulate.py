@@ -1,50 +1,94 @@
 """The simulator respects every rule, prices transfers, and stands still for no one silently."""
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import brute_force
 from evenflow.errors import ConfigError, ScheduleError
-from evenflow.ir import Backward, Costs, Flow, Forward, Placement, Schedule
-from evenflow.rules import dependencies
+from evenflow.ir import (
+    Backward,
+    Costs,
+    Flow,
+    Forward,
+    InputGrad,
+    Link,
+    Overlap,
+    Placement,
+    Schedule,
+    WeightGrad,
+)
 from evenflow.schedules.gpipe import gpipe
 from evenflow.simulate import simulate
 from random_pipelines import Pipeline, pipelines
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, deadline=None, max_examples=200)
 @given(pipelines())
-def test_every_op_starts_as_early_as_the_rules_allow(pipeline: Pipeline) -> None:
+def test_it_agrees_with_brute_force_in_exact_fractions(pipeline: Pipeline) -> None:
     schedule, flow, costs = pipeline.schedule, pipeline.flow, pipeline.costs
     timeline = simulate(schedule, flow, costs)
-    spans = {span.op: span for span in timeline.spans}
-    assert len(spans) == sum(len(queue) for queue in schedule.ranks)
-    for rank, queue in enumerate(schedule.ranks):
-        free = 0.0
-        for op in queue:
-            arrivals = [
-                spans[needed].end_seconds + (costs.transfer_seconds if spans[needed].rank != rank else 0.0)
-                for needed in dependencies(op, flow)
-            ]
-            assert spans[op].rank == rank
-            assert spans[op].start_seconds == max([free, *arrivals])
-            assert spans[op].end_seconds == spans[op].start_seconds + costs.seconds(op)
-            free = spans[op].end_seconds
+    exact = brute_force.times(schedule, flow, costs)
+    assert exact is not None
+    assert [lane.ops for lane in timeline.lanes] == list(schedule.ranks)
+    for lane, times in zip(timeline.lanes, exact, strict=True):
+        assert lane.start_seconds == pytest.approx([float(start) for start, _ in times])
+        assert lane.end_seconds == pytest.approx([float(end) for _, end in times])
 
 
-@settings(derandomize=True, deadline=None)
-@given(pipelines())
-def test_spans_are_in_an_order_that_meets_every_dependency(pipeline: Pipeline) -> None:
-    timeline = simulate(pipeline.schedule, pipeline.flow, pipeline.costs)
-    starts = [span.start_seconds for span in timeline.spans]
-    assert starts == sorted(starts)
-    seen = set()
-    for span in timeline.spans:
-        assert set(dependencies(span.op, pipeline.flow)) <= seen
-        seen.add(span.op)
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(pipelines(), st.integers(0, 2**32))
+def test_it_refuses_what_brute_force_cannot_run(pipeline: Pipeline, seed: int) -> None:
+    schedule, flow = pipeline.schedule, pipeline.flow
+    chance = random.Random(seed)
+    ranks = [list(queue) for queue in schedule.ranks]
+    queue = chance.choice(ranks)
+    match chance.choice(("drop", "double", "swap")):
+        case "drop":
+            queue.pop(chance.randrange(len(queue)))
+        case "double":
+            queue.insert(chance.randrange(len(queue)), chance.choice(queue))
+        case "swap":
+            one, other = chance.randrange(len(queue)), chance.randrange(len(queue))
+            queue[one], queue[other] = queue[other], queue[one]
+    mutant = replace(schedule, ranks=tuple(map(tuple, ranks)))
+    runs = brute_force.is_complete(mutant) and brute_force.times(mutant, flow, pipeline.costs) is not None
+    try:
+        simulate(mutant, flow, pipeline.costs)
+    except ScheduleError:
+        assert not runs
+    else:
+        assert runs
+
+
+def test_a_link_carries_one_transfer_at_a_time() -> None:
+    # Two values of 6 bytes at 2 bytes a second: the second waits for the first, and latency adds to both.
+    costs = replace(
+        Costs.uniform(2, 1.0), link=Link(latency_seconds=0.5, bytes_per_second=2.0), sent_bytes={(0, 1): 6.0}
+    )
+    ranks = ((Forward(0, 0), Forward(0, 1)), (Forward(1, 0), Forward(1, 1)))
+    timeline = simulate(Schedule("by hand", Placement.linear(2), 2, ranks), Flow.chain(2), costs)
+    assert timeline.lanes[1].start_seconds == [4.5, 7.5]
+
+
+def test_an_overlap_takes_its_share_and_ends_as_one() -> None:
+    costs = replace(Costs.uniform(1, 1.0, 2.0, 1.0), overlap_share=0.75)
+    ranks = ((Forward(0, 0), Overlap(Forward(0, 1), Backward(0, 0)), Backward(0, 1)),)
+    timeline = simulate(Schedule("by hand", Placement.linear(1), 2, ranks), Flow.chain(1), costs)
+    assert timeline.lanes[0].end_seconds == [1.0, 4.0, 7.0]
+
+
+def test_a_weight_gradient_waits_for_its_input_gradient() -> None:
+    ranks = ((Forward(0, 0), WeightGrad(0, 0), InputGrad(0, 0)),)
+    with pytest.raises(ScheduleError, match="rank 0 stands before 0W0, which waits for 0I0 on rank 0"):
+        simulate(Schedule("by hand", Placement.linear(1), 1, ranks), Flow.chain(1), Costs.uniform(1))
 
 
 def test_a_transfer_delays_other_ranks_only() -> None:
-    costs = Costs.uniform(4, forward_seconds=1.0, transfer_seconds=10.0)
+    costs = Costs.uniform(4, forward_seconds=1.0, latency_seconds=10.0)
     schedule = Schedule(
         "by hand",
         Placement((0, 0, 1, 1)),
@@ -62,7 +106,7 @@ def test_a_standstill_names_the_op_before_which_each_rank_stands() -> None:
     )
     with pytest.raises(ScheduleError) as caught:
         simulate(Schedule("crossed", Placement.linear(2), 2, ranks), Flow.chain(2), Costs.uniform(2))
-    assert "standstill: rank 0 stands before 0B0, which waits for 1B0 on rank 1" in str(caught.value)
+    assert "standstill: rank 0 stands before 0B0, which waits for 1I0 on rank 1" in str(caught.value)
     assert "standstill: rank 1 stands before 1F1, which waits for 0F1 on rank 0" in str(caught.value)
     assert "rank 1: 1F1 1F0 1B0 1B1" in str(caught.value)
 

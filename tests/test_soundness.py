@@ -2,14 +2,14 @@
 
 import pytest
 
-from evenflow.ir import Backward, Flow, Forward, Schedule
+from evenflow.ir import Backward, ComputeOp, Flow, Forward, InputGrad, Overlap, Schedule, WeightGrad
 from evenflow.schedules.gpipe import gpipe
 from evenflow.soundness import refusal, schedule_faults
 
 SCHEDULE = gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2)
 
 
-def faults_of(*queues: list[Forward | Backward], flow: Flow | None = None) -> list[str]:
+def faults_of(*queues: list[ComputeOp], flow: Flow | None = None) -> list[str]:
     return schedule_faults(SCHEDULE, flow or Flow.chain(2), queues)
 
 
@@ -33,6 +33,26 @@ def test_every_fault_is_listed() -> None:
         "0B0 is missing: rank 0 must run it",
         "0B1 is missing: rank 0 must run it",
         "1B1 is missing: rank 1 must run it",
+    ]
+
+
+def test_a_result_is_made_once_whoever_makes_it() -> None:
+    first = [Forward(0, 0), Forward(0, 1), Backward(0, 0), Backward(0, 1), WeightGrad(0, 1)]
+    second = [Forward(1, 0), Forward(1, 1), InputGrad(1, 0), WeightGrad(1, 0), InputGrad(1, 1)]
+    assert faults_of(first, second) == [
+        "0B1 and 0W1 do the same work: keep one of them",
+        "1W1 is missing: rank 1 must run it",
+    ]
+
+
+def test_an_overlap_counts_as_its_two_ops_and_cannot_wait_for_itself() -> None:
+    second = [
+        Overlap(Forward(1, 0), Forward(1, 1)),
+        Overlap(InputGrad(1, 0), WeightGrad(1, 0)),
+        Backward(1, 1),
+    ]
+    assert faults_of(list(SCHEDULE.ranks[0]), second) == [
+        "1I0&1W0: 1W0 and 1I0 wait for each other's results; run one after the other"
     ]
 
 

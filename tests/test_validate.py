@@ -13,23 +13,28 @@ from hypothesis import strategies as st
 from evenflow.errors import ScheduleError
 from evenflow.ir import (
     Backward,
+    ComputeOp,
+    Costs,
     Flow,
     Forward,
     Handoff,
+    InputGrad,
     Op,
     Placement,
     Program,
     Recv,
+    ReduceGrads,
     Schedule,
     Send,
+    WeightGrad,
     parse_op,
 )
 from evenflow.lower import lower
-from evenflow.rules import dependencies
+from evenflow.rules import dependencies, results
 from evenflow.schedules.catalog import get
 from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram, prove
-from random_pipelines import Pipeline, pipelines
+from random_pipelines import Pipeline, pipelines, split_backwards
 
 RELAY = Flow(
     activations=frozenset({(0, 1), (1, 2), (2, 3), (0, 3)}),
@@ -40,6 +45,8 @@ GOOD = [
     pytest.param(lower(get("1f1b")(4, 1, 4), RELAY), id="1f1b-relay"),
     pytest.param(lower(get("sequential")(2, 2, 2), RELAY), id="sequential-looped"),
     pytest.param(lower(get("forward-only")(2, 2, 2), RELAY), id="forward-only-looped"),
+    pytest.param(lower(split_backwards(get("1f1b")(3, 1, 3)), Flow.chain(3)), id="1f1b-split"),
+    pytest.param(lower(get("gpipe")(2, 1, 2), Flow.chain(2), reduce_grads=True), id="gpipe-reduced"),
 ]
 every_program = pytest.mark.parametrize("program", GOOD)
 
@@ -47,7 +54,7 @@ every_program = pytest.mark.parametrize("program", GOOD)
 def program_of(*rows: str, num_microbatches: int, rank_of: tuple[int, ...], flow: Flow) -> Program:
     """A program by hand, whose schedule is what it computes."""
     ranks = tuple(tuple(parse_op(word) for word in row.split()) for row in rows)
-    computes = tuple(tuple(op for op in queue if isinstance(op, Forward | Backward)) for queue in ranks)
+    computes = tuple(tuple(op for op in queue if isinstance(op, ComputeOp)) for queue in ranks)
     return Program(Schedule("by hand", Placement(rank_of), num_microbatches, computes), flow, ranks)
 
 
@@ -93,14 +100,97 @@ def test_swapping_any_two_neighbours_that_depend_is_refused_by_name(program: Pro
 
 def waits_for(second: Op, first: Op, flow: Flow) -> bool:
     match first, second:
-        case (Forward() | Backward(), Forward() | Backward()):
-            return first.stage == second.stage and first in dependencies(second, flow)
-        case (Forward() | Backward(), Send() | Handoff()):
-            return str(first) == f"{second.source}{second.payload.value}{second.microbatch}"
-        case (Recv() | Handoff(), Forward() | Backward()):
-            return str(second) == f"{first.target}{first.payload.value}{first.microbatch}"
+        case (Forward() | Backward() | InputGrad() | WeightGrad(), _) if isinstance(second, ComputeOp):
+            return first.stage == second.stage and not set(results(first)).isdisjoint(
+                dependencies(second, flow)
+            )
+        case (Forward() | Backward() | InputGrad(), Send() | Handoff()):
+            kinds = "F" if isinstance(first, Forward) else "B"
+            return (kinds, first.stage, first.microbatch) == (
+                second.payload.value,
+                second.source,
+                second.microbatch,
+            )
+        case (Recv() | Handoff(), Forward() | Backward() | InputGrad()):
+            kinds = "F" if isinstance(second, Forward) else "B"
+            return (kinds, second.stage, second.microbatch) == (
+                first.payload.value,
+                first.target,
+                first.microbatch,
+            )
+        case (Backward() | WeightGrad(), ReduceGrads()):
+            return first.stage == second.stage
         case _:
             return False
+
+
+def test_an_exchange_saves_two_ranks_that_send_to_each_other() -> None:
+    # The deadlock below, mended on one of its two ranks: rank 0 sends and receives as one group.
+    program = program_of(
+        "0F0 S0>1F0 0F1 S0>1F1&R1>0B0 0B0 R1>0B1 0B1",
+        "R0>1F0 1F0 1B0 S1>0B0 R0>1F1 1F1 1B1 S1>0B1",
+        num_microbatches=2,
+        rank_of=(0, 1),
+        flow=Flow.chain(2),
+    )
+    proven = prove(program)
+    steps = [f"{rank}:{op}" for rank, op in proven.order]
+    assert steps.index("1:S1>0B0") + 1 == steps.index("0:R1>0B0")
+    assert steps.index("0:S0>1F1") + 1 == steps.index("1:R0>1F1")
+
+
+def test_an_exchange_comes_after_what_it_sends_and_before_what_needs_it() -> None:
+    program = program_of(
+        "S0>1F0&R1>0B0 0F0 0B0",
+        "R0>1F0 1F0 1B0 S1>0B0",
+        num_microbatches=1,
+        rank_of=(0, 1),
+        flow=Flow.chain(2),
+    )
+    assert "S0>1F0 stands before 0F0 on rank 0, and needs it" in faults(program)
+    program = program_of(
+        "0F0 0B0 S0>1F0&R1>0B0",
+        "R0>1F0 1F0 1B0 S1>0B0",
+        num_microbatches=1,
+        rank_of=(0, 1),
+        flow=Flow.chain(2),
+    )
+    assert "0B0 stands before S0>1F0&R1>0B0 on rank 0, and needs it" in faults(program)
+
+
+def test_a_rank_in_an_exchange_that_no_one_ends_is_told() -> None:
+    program = program_of(
+        "0F0 S0>1F0&R1>0B0 0B0",
+        "1F0 R0>1F0 1B0 S1>0B0",
+        num_microbatches=1,
+        rank_of=(0, 1),
+        flow=Flow(frozenset({(0, 1)}), frozenset({(1, 0)})),
+    )
+    assert "1F0 stands before R0>1F0 on rank 1, and needs it" in faults(program)
+
+
+def test_over_filling_a_rank_is_refused_naming_the_op() -> None:
+    program = lower(get("gpipe")(2, 1, 3), Flow.chain(2))
+    assert prove(program, replace(Costs.uniform(2), memory_caps=(3.0, 3.0)))
+    with pytest.raises(ScheduleError) as caught:
+        prove(program, replace(Costs.uniform(2), memory_caps=(3.0, 2.0)))
+    assert "- rank 1 holds 3 in 1F2, over its cap of 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("0F0 0B0 G0 G0", "G0 stands 2 times on rank 0: run it once"),
+        ("0F0 0B0 G0 G1", "G1 on rank 0: stage 1 lives on rank 1"),
+        ("0F0 0B0 G0 G7", "G7 on rank 0: there are only stages 0..1"),
+        ("0F0 0B0", "G0 is missing: rank 0 must run it, as other stages are reduced"),
+        ("0F0 G0 0B0", "G0 stands before 0B0 on rank 0, and needs it"),
+    ],
+)
+def test_reductions_stand_once_behind_all_weight_gradients(row: str, fault: str) -> None:
+    flow = Flow(frozenset(), frozenset())
+    program = program_of(row, "1F0 1B0 G1", num_microbatches=1, rank_of=(0, 1), flow=flow)
+    assert fault in faults(program)
 
 
 def test_mis_paired_transfers_are_refused_naming_both() -> None:
@@ -203,9 +293,9 @@ def test_the_witness_is_a_run_of_the_program(pipeline: Pipeline) -> None:
     done = set()
     for step, (_, op) in enumerate(proven.order):
         match op:
-            case Forward() | Backward():
+            case _ if isinstance(op, ComputeOp):
                 assert set(dependencies(op, pipeline.flow)) <= done
-                done.add(op)
+                done |= set(results(op))
             case Send():
                 received = Recv(op.source, op.target, op.microbatch, op.payload)
                 assert proven.order[step + 1] == (rank_of[op.target], received)
@@ -223,7 +313,7 @@ def test_what_validates_simulates(pipeline: Pipeline, seed: int) -> None:
             place = generator.randrange(len(queue) - 1)
             queue[place], queue[place + 1] = queue[place + 1], queue[place]
         ranks.append(tuple(queue))
-    computes = tuple(tuple(op for op in queue if isinstance(op, Forward | Backward)) for queue in ranks)
+    computes = tuple(tuple(op for op in queue if isinstance(op, ComputeOp)) for queue in ranks)
     schedule = replace(pipeline.schedule, ranks=computes)
     try:
         prove(Program(schedule, pipeline.flow, tuple(ranks)))

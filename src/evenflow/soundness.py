@@ -5,14 +5,33 @@ share them. Faults are collected and never raised one by one: a user who mends t
 all three.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from evenflow.errors import ScheduleError
 from evenflow.ir.flow import Flow
-from evenflow.ir.op import Backward, ComputeOp, Forward, Op
+from evenflow.ir.op import (
+    Backward,
+    ComputeOp,
+    Forward,
+    InputGrad,
+    Op,
+    Overlap,
+    SimpleOp,
+    WeightGrad,
+    parts,
+)
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
+from evenflow.rules import Result, dependencies, results
+
+# The results of a stage and microbatch by number: outputs, input gradients, weight gradients.
+_F_I_W = (0, 1, 2)
+_KINDS: dict[type[SimpleOp], tuple[int, ...]] = {
+    Forward: (0,),
+    Backward: (1, 2),
+    InputGrad: (1,),
+    WeightGrad: (2,),
+}
 
 # One missing op can have thousands of consequences; beyond these bounds a report is no longer read.
 _MAX_FAULTS = 20
@@ -23,8 +42,9 @@ _MAX_COLUMNS = 100
 def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[ComputeOp]]) -> list[str]:
     """Return what is wrong with the compute ops in `queues` (one a rank) as a form of `schedule`.
 
-    Checked: as many queues as ranks; the flow names stages that exist; every op exists, stands on the rank
-    that the placement says, and stands once; no forward is missing, and no backward unless all are.
+    Checked: as many queues as ranks; the flow names stages that exist; every op exists and stands on the rank
+    that the placement says; no result is made twice, by a whole backward and one in parts, say; no overlap
+    waits for itself; no forward is missing, and no backward unless all are.
 
     >>> from evenflow.schedules.gpipe import gpipe
     >>> schedule = gpipe(num_ranks=1, stages_per_rank=1, num_microbatches=1)
@@ -35,17 +55,77 @@ def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[Co
     faults = flow_faults(flow, placement.num_stages)
     if len(queues) != placement.num_ranks:
         faults.append(f"{len(queues)} queues for {placement.num_ranks} ranks: give each rank one")
+    census = Census(schedule)
     for rank, queue in enumerate(queues):
-        faults += _misplaced(rank, queue, placement, schedule.num_microbatches)
-    counts = Counter(op for queue in queues for op in queue)
-    faults += [f"{op} stands {count} times: run it once" for op, count in counts.items() if count > 1]
-    trains = any(isinstance(op, Backward) for op in counts)
+        faults += census.count(rank, queue)
     faults += [
-        f"{op} is missing: rank {placement.rank_of[op.stage]} must run it"
-        for op in complete_ops(schedule, trains=trains)
-        if op not in counts
+        f"{op}: {op.second} and {op.first} wait for each other's results; run one after the other"
+        for queue in queues
+        for op in queue
+        if isinstance(op, Overlap) and _waits_within(op, flow)
     ]
-    return faults
+    return [*faults, *census.repeated(queues), *census.missing()]
+
+
+class Census:
+    """How often each result is made. Numbers and no sets, as schedules of 64 ranks hold 400,000 results."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._placement, self._num_microbatches = schedule.placement, schedule.num_microbatches
+        # By kind of result (F, I, W), then stage, then microbatch; counts end at 2, which means repeated.
+        self._counts = bytearray(3 * self._placement.num_stages * self._num_microbatches)
+
+    def count(self, rank: int, queue: Sequence[ComputeOp]) -> list[str]:
+        """Count what one rank's queue makes; return a fault for each op that can't stand there."""
+        rank_of, num_microbatches, counts = self._placement.rank_of, self._num_microbatches, self._counts
+        num_stages = len(rank_of)
+        kind_size = num_stages * num_microbatches
+        faults = []
+        for op in queue:
+            for part in parts(op) if isinstance(op, Overlap) else (op,):
+                stage, microbatch = part.stage, part.microbatch
+                exists = 0 <= stage < num_stages and 0 <= microbatch < num_microbatches
+                if not exists or rank_of[stage] != rank:
+                    faults.append(_misplaced(part, rank, self._placement, num_microbatches))
+                if exists:
+                    at = stage * num_microbatches + microbatch
+                    for kind in _KINDS[type(part)]:
+                        if counts[kind * kind_size + at] < 2:
+                            counts[kind * kind_size + at] += 1
+        return faults
+
+    def repeated(self, queues: Sequence[Sequence[ComputeOp]]) -> Iterator[str]:
+        """Yield a fault for each result that is made more than once, naming the ops that make it."""
+        if 2 not in self._counts:
+            return
+        makers: dict[Result, list[ComputeOp]] = {}
+        for queue in queues:
+            for op in queue:
+                for result in results(op):
+                    makers.setdefault(result, []).append(op)
+        told: set[tuple[ComputeOp, ...]] = set()
+        for ops in makers.values():
+            if len(ops) > 1 and tuple(ops) not in told:
+                told.add(tuple(ops))
+                if len(set(ops)) == 1:
+                    yield f"{ops[0]} stands {len(ops)} times: run it once"
+                else:
+                    yield f"{' and '.join(str(op) for op in ops)} do the same work: keep one of them"
+
+    def missing(self) -> Iterator[str]:
+        """Yield a fault for each op that a complete schedule holds and this one does not."""
+        num_microbatches = self._num_microbatches
+        kind_size = self._placement.num_stages * num_microbatches
+        trains = any(self._counts[kind_size:])
+        if 0 not in (self._counts if trains else self._counts[:kind_size]):
+            return
+        for stage, rank in enumerate(self._placement.rank_of):
+            for microbatch in range(num_microbatches):
+                made = [
+                    self._counts[kind * kind_size + stage * num_microbatches + microbatch] for kind in _F_I_W
+                ]
+                for op in _lacking(stage, microbatch, made, trains=trains):
+                    yield f"{op} is missing: rank {rank} must run it"
 
 
 def refusal(
@@ -88,30 +168,28 @@ def flow_faults(flow: Flow, num_stages: int) -> list[str]:
     ]
 
 
-def complete_ops(schedule: Schedule, *, trains: bool) -> Iterator[ComputeOp]:
-    """Yield every compute op that a complete schedule of these sizes holds, with backwards if it trains.
-
-    >>> from evenflow.schedules.gpipe import gpipe
-    >>> print(*complete_ops(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=1), trains=True))
-    0F0 0B0 1F0 1B0
-    """
-    for stage in range(schedule.placement.num_stages):
-        for microbatch in range(schedule.num_microbatches):
-            yield Forward(stage, microbatch)
-            if trains:
-                yield Backward(stage, microbatch)
+def _lacking(stage: int, microbatch: int, made: Sequence[int], *, trains: bool) -> Iterator[ComputeOp]:
+    forward, input_grad, weight_grad = made
+    if not forward:
+        yield Forward(stage, microbatch)
+    if trains and not input_grad and not weight_grad:
+        yield Backward(stage, microbatch)
+    elif trains and not input_grad:
+        yield InputGrad(stage, microbatch)
+    elif trains and not weight_grad:
+        yield WeightGrad(stage, microbatch)
 
 
-def _misplaced(
-    rank: int, queue: Sequence[ComputeOp], placement: Placement, num_microbatches: int
-) -> Iterator[str]:
-    for op in queue:
-        if not 0 <= op.stage < placement.num_stages:
-            yield f"{op} on rank {rank}: there are only stages 0..{placement.num_stages - 1}"
-        elif not 0 <= op.microbatch < num_microbatches:
-            yield f"{op} on rank {rank}: there are only microbatches 0..{num_microbatches - 1}"
-        elif placement.rank_of[op.stage] != rank:
-            yield f"{op} on rank {rank}: stage {op.stage} lives on rank {placement.rank_of[op.stage]}"
+def _waits_within(op: Overlap, flow: Flow) -> bool:
+    return not set(results(op)).isdisjoint(dependencies(op, flow))
+
+
+def _misplaced(op: SimpleOp, rank: int, placement: Placement, num_microbatches: int) -> str:
+    if not 0 <= op.stage < placement.num_stages:
+        return f"{op} on rank {rank}: there are only stages 0..{placement.num_stages - 1}"
+    if not 0 <= op.microbatch < num_microbatches:
+        return f"{op} on rank {rank}: there are only microbatches 0..{num_microbatches - 1}"
+    return f"{op} on rank {rank}: stage {op.stage} lives on rank {placement.rank_of[op.stage]}"
 
 
 def _excerpt(queue: Sequence[Op], start: int) -> str:

@@ -16,11 +16,29 @@ from dataclasses import InitVar, dataclass
 from itertools import zip_longest
 from typing import assert_never
 
-from evenflow.ir.op import Backward, ComputeOp, Forward, Handoff, Op, Recv, Send, TransferOp
+from evenflow.ir.costs import Costs
+from evenflow.ir.flow import Flow
+from evenflow.ir.op import (
+    Backward,
+    ComputeOp,
+    Exchange,
+    Forward,
+    Handoff,
+    InputGrad,
+    Op,
+    Overlap,
+    Recv,
+    ReduceGrads,
+    Send,
+    TransferOp,
+    WeightGrad,
+    parts,
+)
 from evenflow.ir.program import Program
 from evenflow.ir.schedule import Schedule
-from evenflow.rules import carriers, dependencies
-from evenflow.soundness import complete_ops, flow_faults, refusal, schedule_faults
+from evenflow.memory import memory_faults
+from evenflow.rules import Result, carriers, dependencies, reduced, results
+from evenflow.soundness import flow_faults, refusal, schedule_faults
 
 _MADE_BY_PROVE = object()
 
@@ -30,7 +48,8 @@ class ProvenProgram:
     """A program that `prove` has passed; nothing else can make one, and the executor takes nothing else.
 
     `order` is the witness: the `(rank, op)` steps of all ranks in the order in which the weakest machine
-    performed them. A `Send` and its `Recv` are neighbours in it, the send first.
+    performed them. A `Send` and its `Recv` are neighbours in it, the send first; an `Exchange` stands there
+    as its single transfers.
 
     >>> from evenflow.ir.flow import Flow
     >>> from evenflow.lower import lower
@@ -49,13 +68,14 @@ class ProvenProgram:
             raise TypeError("a ProvenProgram is made by evenflow.validate.prove(program), which checks it")
 
 
-def prove(program: Program) -> ProvenProgram:
+def prove(program: Program, costs: Costs | None = None) -> ProvenProgram:
     """Return the program with the proof that it can run, or raise `ScheduleError` listing all its faults.
 
     Checked: the compute ops are the schedule's, complete, once each and on their ranks; each dependency is
     met, by a transfer that stands once on each side, behind the producer and before the consumer; there is no
-    other transfer; and the weakest machine comes to the end. That last check is made once the others pass,
-    because with an op too few or too many the machine stands still for that reason alone.
+    other transfer; no rank holds more than its cap, where `costs` are given and have caps; and the weakest
+    machine comes to the end. That last check is made once the others pass, because with an op too few or too
+    many the machine stands still for that reason alone.
 
     >>> from evenflow.ir.flow import Flow
     >>> from evenflow.lower import lower
@@ -71,12 +91,14 @@ def prove(program: Program) -> ProvenProgram:
       rank 1: R0>1F0 1F0 1B0 S1>0B0
     """
     schedule = program.schedule
-    computes = [[op for op in queue if isinstance(op, Forward | Backward)] for queue in program.ranks]
+    computes = [[op for op in queue if isinstance(op, ComputeOp)] for queue in program.ranks]
     faults = schedule_faults(schedule, program.flow, computes)
     if not faults:
         faults += _reordered(schedule, computes)
     if not flow_faults(program.flow, schedule.placement.num_stages):
-        faults += _transfer_faults(program)
+        faults += _order_faults(program)
+    if costs is not None:
+        faults += memory_faults(schedule, costs)
     if faults:
         raise refusal(schedule.name, faults, program.ranks, [0] * len(program.ranks))
     machine = _WeakestMachine(program)
@@ -97,64 +119,114 @@ def _reordered(schedule: Schedule, computes: Sequence[Sequence[ComputeOp]]) -> I
 
 
 class _Places:
-    """Where each op stands: the positions of an op in the queue of a rank."""
+    """Where each result is made and each transfer stands: a rank's places, and the op that stands there."""
 
     def __init__(self, ranks: Sequence[Sequence[Op]]) -> None:
-        self.positions: dict[tuple[int, Op], list[int]] = {}
+        self.ranks = ranks
+        self.of: dict[tuple[int, Result | TransferOp | ReduceGrads], list[int]] = {}
         for rank, queue in enumerate(ranks):
-            for position, op in enumerate(queue):
-                self.positions.setdefault((rank, op), []).append(position)
+            for place, op in enumerate(queue):
+                for piece in _pieces(op):
+                    self.of.setdefault((rank, piece), []).append(place)
 
-    def wrong_order(self, rank: int, op: Op, needed: Op) -> Iterator[str]:
-        """Yield a fault if `op` stands before `needed`; what is missing or doubled is told elsewhere."""
-        own = self.positions.get((rank, op), [])
-        other = self.positions.get((rank, needed), [])
-        if len(own) == len(other) == 1 and own[0] < other[0]:
-            yield f"{op} stands before {needed} on rank {rank}, and needs it"
+    def wrong_order(
+        self, rank: int, place: int, needed: Result | TransferOp, name: str | None = None
+    ) -> Iterator[str]:
+        """Yield a fault if an op stands before what it needs; what is missing or doubled is told elsewhere.
+
+        The op that stands at `place` is called by `name`, or by its own.
+        """
+        other = self.of.get((rank, needed), [])
+        if len(other) == 1 and place < other[0]:
+            queue = self.ranks[rank]
+            yield f"{name or queue[place]} stands before {queue[other[0]]} on rank {rank}, and needs it"
 
 
-def _transfer_faults(program: Program) -> Iterator[str]:
-    """Yield what is wrong with the transfers, and with the order of the ops of one rank."""
+def _pieces(op: Op) -> tuple[Result | TransferOp | ReduceGrads, ...]:
+    match op:
+        case Exchange(transfers):
+            return transfers
+        case Send() | Recv() | Handoff() | ReduceGrads():
+            return (op,)
+        case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap():
+            return results(op)
+        case _:
+            assert_never(op)
+
+
+def _order_faults(program: Program) -> Iterator[str]:
+    """Yield what is wrong with the transfers and reductions, and with the order of the ops of one rank."""
     schedule, places = program.schedule, _Places(program.ranks)
-    trains = any(isinstance(op, Backward) for _, op in places.positions)
     rank_of = schedule.placement.rank_of
-    wanted: list[tuple[int, TransferOp]] = []
-    for consumer in complete_ops(schedule, trains=trains):
-        for producer in dependencies(consumer, program.flow):
-            source, target = rank_of[producer.stage], rank_of[consumer.stage]
-            match carriers(producer, consumer, schedule.placement):
-                case ():
-                    yield from places.wrong_order(target, consumer, producer)
-                case (handoff,):
-                    wanted.append((source, handoff))
-                    yield from places.wrong_order(source, handoff, producer)
-                    yield from places.wrong_order(target, consumer, handoff)
-                case (send, recv):
-                    wanted += [(source, send), (target, recv)]
-                    yield from places.wrong_order(source, send, producer)
-                    yield from places.wrong_order(target, consumer, recv)
-                case never:
-                    assert_never(never)
+    for rank, queue in enumerate(program.ranks):
+        for place, op in enumerate(queue):
+            if isinstance(op, ComputeOp):
+                for part in parts(op):
+                    if not 0 <= part.stage < len(rank_of):
+                        continue  # told elsewhere
+                    for result in dependencies(part, program.flow):
+                        # The last of what brings the result; it stands on the consumer's rank.
+                        carrier = carriers(result, part.stage, schedule.placement)
+                        yield from places.wrong_order(rank, place, carrier[-1] if carrier else result)
+            elif isinstance(op, ReduceGrads):
+                for result in reduced(op, schedule.num_microbatches):
+                    yield from places.wrong_order(rank, place, result)
+    wanted: set[tuple[int, TransferOp]] = set()
+    for result, target in _edges(schedule, program.flow):
+        source_rank, target_rank = rank_of[result.stage], rank_of[target]
+        match carriers(result, target, schedule.placement):
+            case ():
+                continue
+            case (leaving,):
+                wanted.add((source_rank, leaving))
+            case (leaving, recv):
+                wanted |= {(source_rank, leaving), (target_rank, recv)}
+            case never:
+                assert_never(never)
+        for place in places.of.get((source_rank, leaving), []):
+            yield from places.wrong_order(source_rank, place, result, str(leaving))
     yield from _miscounted(places, wanted)
+    yield from _misreduced(places, schedule)
 
 
-def _miscounted(places: _Places, wanted: Sequence[tuple[int, TransferOp]]) -> Iterator[str]:
-    for rank, op in wanted:
-        if (rank, op) not in places.positions:
+def _edges(schedule: Schedule, flow: Flow) -> Iterator[tuple[Result, int]]:
+    """Every result that must go to another stage, with that stage."""
+    for stage in range(schedule.placement.num_stages):
+        for microbatch in range(schedule.num_microbatches):
+            ends = (Forward(stage, microbatch), InputGrad(stage, microbatch))
+            for op in ends if schedule.trains else ends[:1]:
+                for result in dependencies(op, flow):
+                    if result.stage != stage:
+                        yield result, stage
+
+
+def _miscounted(places: _Places, wanted: set[tuple[int, TransferOp]]) -> Iterator[str]:
+    for rank, op in sorted(wanted, key=str):
+        if (rank, op) not in places.of:
             consumer = f"{op.target}{op.payload.value}{op.microbatch}"
             yield f"{op} is missing on rank {rank}: {consumer} needs it"
-    known = frozenset(wanted)
-    for (rank, placed), positions in places.positions.items():
-        match placed:
-            case Forward() | Backward():
-                pass
-            case Send() | Recv() | Handoff():
-                if (rank, placed) not in known:
-                    yield f"{placed} on rank {rank} is asked for by no edge of the flow: leave it out"
-                elif len(positions) > 1:
-                    yield f"{placed} stands {len(positions)} times on rank {rank}: run it once"
-            case _:
-                assert_never(placed)
+    for (rank, placed), found in places.of.items():
+        if isinstance(placed, TransferOp):
+            if (rank, placed) not in wanted:
+                yield f"{placed} on rank {rank} is asked for by no edge of the flow: leave it out"
+            elif len(found) > 1:
+                yield f"{placed} stands {len(found)} times on rank {rank}: run it once"
+
+
+def _misreduced(places: _Places, schedule: Schedule) -> Iterator[str]:
+    """Reductions of gradients stand for every stage or for none, once, on the stage's rank."""
+    found = {(rank, op): at for (rank, op), at in places.of.items() if isinstance(op, ReduceGrads)}
+    rank_of = schedule.placement.rank_of
+    for (rank, op), at in found.items():
+        if not 0 <= op.stage < len(rank_of):
+            yield f"{op} on rank {rank}: there are only stages 0..{len(rank_of) - 1}"
+        elif rank_of[op.stage] != rank:
+            yield f"{op} on rank {rank}: stage {op.stage} lives on rank {rank_of[op.stage]}"
+        elif len(at) > 1:
+            yield f"{op} stands {len(at)} times on rank {rank}: run it once"
+    for stage, rank in enumerate(rank_of):
+        if found and (rank, ReduceGrads(stage)) not in found:
+            yield f"{ReduceGrads(stage)} is missing: rank {rank} must run it, as other stages are reduced"
 
 
 class _WeakestMachine:
@@ -166,56 +238,70 @@ class _WeakestMachine:
         self.heads = [0] * len(program.ranks)
         self.order: list[tuple[int, Op]] = []
         self.faults: list[str] = []
-        # Ranks take turns, so that the witness interleaves them as a machine would. A rank that found its
-        # peer elsewhere has no turn until the peer comes.
+        # Ranks take turns, so that the witness interleaves them as a machine would. A rank that stands in
+        # transfers has no turn until the last of them has met its other side.
         self.turns = deque(range(len(program.ranks)))
-        self.waiting: set[int] = set()
+        self.standing: dict[int, list[Send | Recv]] = {}
 
     def run(self) -> None:
         """Let the ranks take turns until nothing can happen any more."""
         while self.turns:
             rank = self.turns.popleft()
-            match self.head(rank):
-                case None:
-                    pass
-                case Forward() | Backward() | Handoff() as op:
-                    self.step(rank, op)
+            if self.heads[rank] == len(self.ranks[rank]):
+                continue
+            match self.ranks[rank][self.heads[rank]]:
                 case Send() | Recv() as op:
-                    self.meet(rank, op)
+                    self.stand(rank, (op,))
+                case Exchange(transfers):
+                    self.stand(rank, transfers)
+                case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap() | Handoff() as op:
+                    self.order.append((rank, op))
+                    self.go_on(rank)
+                # The same rank of every replica takes part, and replicas run the same program: each comes to
+                # its reductions in the same order, so that one replica's run stands for all.
+                case ReduceGrads() as op:
+                    self.order.append((rank, op))
+                    self.go_on(rank)
                 case never:
                     assert_never(never)
         self.faults += self.standstill()
 
-    def head(self, rank: int) -> Op | None:
-        """Return the op before which a rank stands, or None if it has reached the end of its queue."""
-        queue = self.ranks[rank]
-        return queue[self.heads[rank]] if self.heads[rank] < len(queue) else None
-
-    def step(self, rank: int, op: Op) -> None:
-        """Perform one op, and give the rank its next turn."""
-        self.order.append((rank, op))
+    def go_on(self, rank: int) -> None:
+        """Move a rank to its next op."""
         self.heads[rank] += 1
         self.turns.append(rank)
 
-    def meet(self, rank: int, op: Send | Recv) -> None:
-        """Pass a value if the peer waits in the opposite transfer with this rank; else wait for the peer."""
-        peer = self.peer(op)
-        # A peer that has its turn still to come will find this rank waiting: none ever has two turns.
-        match op, self.head(peer) if peer in self.waiting else None:
-            case (Send() as send, Recv() as recv) if self.peer(recv) == rank:
-                self.pair(rank, send, peer, recv)
-            case (Recv() as recv, Send() as send) if self.peer(send) == rank:
-                self.pair(peer, send, rank, recv)
-            case _:
-                self.waiting.add(rank)
+    def stand(self, rank: int, transfers: Sequence[Send | Recv]) -> None:
+        """Let a rank stand in transfers, and pass what can be passed; it goes on when none is left."""
+        self.standing[rank] = list(transfers)
+        for op in transfers:
+            peer = self.peer(op)
+            mine = self.first(rank, peer, type(op))
+            other = self.first(peer, rank, Recv if isinstance(op, Send) else Send)
+            # (A rank that sends to itself never goes on: lowering writes a handoff there.)
+            match mine, other:
+                case (Send() as send, Recv() as recv):
+                    self.pair(rank, send, peer, recv)
+                case (Recv() as recv, Send() as send):
+                    self.pair(peer, send, rank, recv)
+
+    def first(self, rank: int, peer: int, kind: type[Send] | type[Recv]) -> Send | Recv | None:
+        """Return the first transfer of a kind with `peer` in which `rank` stands: they match by order."""
+        return next(
+            (op for op in self.standing.get(rank, ()) if isinstance(op, kind) and self.peer(op) == peer), None
+        )
 
     def pair(self, source: int, send: Send, target: int, recv: Recv) -> None:
         """Let a send meet a receive: they match by order, so even the wrong value arrives."""
         if Recv(send.source, send.target, send.microbatch, send.payload) != recv:
             self.faults.append(f"mis-pairing: {send} on rank {source} meets {recv} on rank {target}")
-        self.waiting -= {source, target}
-        self.step(source, send)
-        self.step(target, recv)
+        self.order += [(source, send), (target, recv)]
+        for rank, op in ((source, send), (target, recv)):
+            self.standing[rank].remove(op)
+        for rank in (source, target):
+            if not self.standing[rank]:
+                del self.standing[rank]
+                self.go_on(rank)
 
     def peer(self, op: Send | Recv) -> int:
         """Return the rank at the other side of a transfer."""
@@ -229,8 +315,9 @@ class _WeakestMachine:
 
     def standstill(self) -> Iterator[str]:
         """Yield a fault for each circle of ranks that wait for one another, and for each rank behind one."""
-        ops = {rank: self.ranks[rank][self.heads[rank]] for rank in sorted(self.waiting)}
-        waits_for = {rank: self.peer(op) for rank, op in ops.items() if isinstance(op, Send | Recv)}
+        ops = {rank: self.ranks[rank][self.heads[rank]] for rank in sorted(self.standing)}
+        # A rank goes on when its last transfer has met, so any one that has not will do to find a circle.
+        waits_for = {rank: self.peer(self.standing[rank][0]) for rank in ops}
         stances = {
             rank: f"rank {rank} stands before {ops[rank]} and waits for rank {peer}"
             for rank, peer in waits_for.items()

@@ -5,16 +5,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenflow.errors import ConfigError
-from evenflow.ir import Backward, Forward, Handoff, Op, Payload, Recv, Send, parse_op
+from evenflow.ir import (
+    Backward,
+    Exchange,
+    Forward,
+    Handoff,
+    InputGrad,
+    Op,
+    Overlap,
+    Payload,
+    Recv,
+    ReduceGrads,
+    Send,
+    WeightGrad,
+    parse_op,
+)
 
 numbers = st.integers(0, 10**6)
 transfer = (numbers, numbers, numbers, st.sampled_from(Payload))
+simple = st.one_of(
+    *(st.builds(kind, numbers, numbers) for kind in (Forward, Backward, InputGrad, WeightGrad))
+)
+pair = st.one_of(st.builds(Send, *transfer), st.builds(Recv, *transfer))
 ops = st.one_of(
-    st.builds(Forward, numbers, numbers),
-    st.builds(Backward, numbers, numbers),
-    st.builds(Send, *transfer),
-    st.builds(Recv, *transfer),
+    simple,
+    st.builds(Overlap, simple, simple),
+    pair,
     st.builds(Handoff, *transfer),
+    st.builds(Exchange, st.lists(pair, min_size=2, max_size=4).map(tuple)),
+    st.builds(ReduceGrads, numbers),
 )
 
 
@@ -25,6 +44,14 @@ ops = st.one_of(
         ("2B10", Backward(2, 10)),
         ("S0>1F3", Send(0, 1, 3, Payload.ACTIVATION)),
         ("R1>0B3", Recv(1, 0, 3, Payload.GRADIENT)),
+        ("2I10", InputGrad(2, 10)),
+        ("2W10", WeightGrad(2, 10)),
+        ("2F3&5B1", Overlap(Forward(2, 3), Backward(5, 1))),
+        (
+            "S0>1F3&R1>0B1",
+            Exchange((Send(0, 1, 3, Payload.ACTIVATION), Recv(1, 0, 1, Payload.GRADIENT))),
+        ),
+        ("G2", ReduceGrads(2)),
         ("H0>12F3", Handoff(0, 12, 3, Payload.ACTIVATION)),
     ],
 )
@@ -40,7 +67,7 @@ def test_parse_is_the_inverse_of_format(op: Op) -> None:
 
 
 @settings(derandomize=True)
-@given(st.from_regex(r"[SRH]?[0-9]{1,2}>?[FB]?[0-9]?[FB]?[0-9]{1,2}", fullmatch=True))
+@given(st.from_regex(r"[SRHG]?[0-9]{1,2}>?[FBIW]?[0-9]?[FB]?[0-9]{1,2}(&[0-9]F[0-9])?", fullmatch=True))
 def test_each_op_has_one_spelling(text: str) -> None:
     try:
         op = parse_op(text)
@@ -50,9 +77,13 @@ def test_each_op_has_one_spelling(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "F0", "2F", "2X0", "-1F0", "02F0", "2F0 ", "2F0\n", "S0F1", "S0>1F", "٢F0"]
+    "text",
+    [
+        *("", "F0", "2F", "2X0", "-1F0", "02F0", "2F0 ", "2F0\\n", "S0F1", "S0>1F", "٢F0"),
+        *("2F0&", "2F0&3B1&1F2", "2F0&S0>1F0", "G2&G3", "H0>1F0&H0>1F1", "2F0,3B1", "S0>1I0", "G02"),
+    ],
 )
 def test_other_text_is_refused_with_the_form(text: str) -> None:
-    with pytest.raises(ConfigError, match="stage, F or B, microbatch") as caught:
+    with pytest.raises(ConfigError, match="stage, one of F, B, I and W, microbatch") as caught:
         parse_op(text)
     assert repr(text) in str(caught.value)

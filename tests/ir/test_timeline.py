@@ -5,7 +5,7 @@ import pytest
 from evenflow.errors import ConfigError
 from evenflow.ir import Backward, Forward, Payload, Recv, Span, Timeline
 
-TIMELINE = Timeline(
+TIMELINE = Timeline.of(
     2,
     (
         Span(0, Forward(0, 0), 1.0, 2.0),
@@ -20,7 +20,7 @@ TIMELINE = Timeline(
 def test_makespan_is_of_all_ranks_and_span_of_the_longest() -> None:
     assert TIMELINE.makespan_seconds == 8.0
     assert TIMELINE.span_seconds == 8.0
-    later = Timeline(2, (Span(0, Forward(0, 0), 0.0, 1.0), Span(1, Forward(1, 0), 1.0, 3.0)))
+    later = Timeline.of(2, (Span(0, Forward(0, 0), 0.0, 1.0), Span(1, Forward(1, 0), 1.0, 3.0)))
     assert (later.makespan_seconds, later.span_seconds) == (3.0, 2.0)
 
 
@@ -30,7 +30,7 @@ def test_only_compute_is_busy() -> None:
 
 
 def test_an_empty_timeline_idles_not() -> None:
-    assert (Timeline(1, ()).makespan_seconds, Timeline(1, ()).bubble) == (0.0, 0.0)
+    assert (Timeline.of(1, ()).makespan_seconds, Timeline.of(1, ()).bubble) == (0.0, 0.0)
 
 
 def test_median_is_of_one_kind_and_stage() -> None:

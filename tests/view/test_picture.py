@@ -16,7 +16,7 @@ from evenflow.view import picture
 
 
 def timeline_of(name: str, num_ranks: int, num_microbatches: int, seconds: float = 0.004) -> Timeline:
-    costs = Costs.uniform(num_ranks, seconds, 2 * seconds)
+    costs = Costs.uniform(num_ranks, seconds, seconds, seconds)
     return simulate(get(name)(num_ranks, 1, num_microbatches), Flow.chain(num_ranks), costs)
 
 
@@ -43,7 +43,7 @@ def test_a_panel_shows_the_spans_from_their_first_start() -> None:
     spans = timeline_of("gpipe", 2, 2).spans
     later = [Span(s.rank, s.op, s.start_seconds + 99, s.end_seconds + 99) for s in spans]
     axes = Figure().subplots()
-    picture._draw_panel(axes, Timeline(2, tuple(later)), "Measured")
+    picture._draw_panel(axes, Timeline.of(2, tuple(later)), "Measured")
     bars = [bar for bar in axes.collections if isinstance(bar, PolyCollection)]
     boxes = [path.get_extents() for bar in bars for path in bar.get_paths()]
     # Each rank: the grey lane first, then its ops in order; a forward takes 4 ms and a backward 8.

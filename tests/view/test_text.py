@@ -26,7 +26,7 @@ def test_the_table_holds_every_op_once_and_is_aligned(
 
 
 def test_a_timeline_is_drawn_to_scale() -> None:
-    timeline = Timeline(
+    timeline = Timeline.of(
         2,
         (
             Span(0, Forward(0, 7), 5.0, 5.001),
@@ -55,7 +55,7 @@ def test_even_the_shortest_op_is_visible() -> None:
         Span(0, Backward(0, 0), 11.0, 11.001),
         Span(0, Forward(0, 1), 14.0, 20.0),
     )
-    assert draw_timeline(Timeline(1, spans), width=10).count("<") == 1
+    assert draw_timeline(Timeline.of(1, spans), width=10).count("<") == 1
 
 
 def test_no_time_at_all_is_drawn() -> None:
@@ -63,9 +63,9 @@ def test_no_time_at_all_is_drawn() -> None:
         simulate(get("gpipe")(2, 1, 3), Flow.chain(2), Costs.uniform(2, 0.0, 0.0)), width=10
     )
     assert lanes.count("|") == 4
-    assert draw_timeline(Timeline(1, ()), width=10).startswith("rank 0 |          |")
+    assert draw_timeline(Timeline.of(1, ()), width=10).startswith("rank 0 |          |")
 
 
 def test_too_narrow_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 10 characters, got 9"):
-        draw_timeline(Timeline(1, ()), width=9)
+        draw_timeline(Timeline.of(1, ()), width=9)

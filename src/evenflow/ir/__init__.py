@@ -4,19 +4,26 @@ Everything here is frozen data without behaviour of its own, so that a plan can 
 simulated on a laptop that has no torch. Read `op` first.
 """
 
-from evenflow.ir.costs import Costs
+from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import (
     Backward,
     ComputeOp,
+    Exchange,
     Forward,
     Handoff,
+    InputGrad,
     Op,
+    Overlap,
     Payload,
     Recv,
+    ReduceGrads,
     Send,
+    SimpleOp,
     TransferOp,
+    WeightGrad,
     parse_op,
+    parts,
 )
 from evenflow.ir.placement import Placement
 from evenflow.ir.program import Program
@@ -27,18 +34,26 @@ __all__ = [
     "Backward",
     "ComputeOp",
     "Costs",
+    "Exchange",
     "Flow",
     "Forward",
     "Handoff",
+    "InputGrad",
+    "Link",
     "Op",
+    "Overlap",
     "Payload",
     "Placement",
     "Program",
     "Recv",
+    "ReduceGrads",
     "Schedule",
     "Send",
+    "SimpleOp",
     "Span",
     "Timeline",
     "TransferOp",
+    "WeightGrad",
     "parse_op",
+    "parts",
 ]

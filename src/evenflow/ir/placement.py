@@ -69,3 +69,16 @@ class Placement:
         if stages_per_rank < 1:
             raise ConfigError(f"stages_per_rank must be at least 1, got {stages_per_rank}")
         return Placement(tuple(range(num_ranks)) * stages_per_rank)
+
+    @staticmethod
+    def v_shape(num_ranks: int) -> "Placement":
+        """Place two stages on each rank, down the ranks and back up; `ConfigError` for `num_ranks < 1`.
+
+        The first rank so holds the first stage and the last one, and the middle two need no transfer. Source:
+        Qi et al., "Pipeline Parallelism with Controllable Memory", NeurIPS 2024, arXiv:2405.15362.
+
+        >>> Placement.v_shape(3).rank_of
+        (0, 1, 2, 2, 1, 0)
+        """
+        down = Placement.linear(num_ranks).rank_of
+        return Placement(down + down[::-1])

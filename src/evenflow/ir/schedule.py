@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from evenflow.errors import ConfigError
-from evenflow.ir.op import Backward, ComputeOp
+from evenflow.ir.op import ComputeOp, Forward, parts
 from evenflow.ir.placement import Placement
 
 
@@ -35,4 +35,6 @@ class Schedule:
     @property
     def trains(self) -> bool:
         """Whether any backward is scheduled; without one it is an evaluation."""
-        return any(isinstance(op, Backward) for queue in self.ranks for op in queue)
+        return any(
+            not isinstance(part, Forward) for queue in self.ranks for op in queue for part in parts(op)
+        )

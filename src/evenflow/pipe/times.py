@@ -47,7 +47,7 @@ class Times:
             if world.size > 1
             else _serial(proven, costs)
         )
-        return predicted, Timeline(num_ranks, tuple(moved))
+        return predicted, Timeline.of(num_ranks, moved)
 
     def _costs(self, spans: Sequence[Span]) -> Costs:
         def median(kind: type[Forward] | type[Backward], stage: int) -> float:
@@ -55,7 +55,9 @@ class Times:
             return statistics.median(found) if found else 0.0
 
         stages = range(self._num_stages)
-        return Costs(tuple(median(Forward, s) for s in stages), tuple(median(Backward, s) for s in stages))
+        # Every backward is whole here: where its seconds are counted changes nothing.
+        backwards = tuple(median(Backward, s) for s in stages)
+        return Costs(tuple(median(Forward, s) for s in stages), backwards, (0.0,) * self._num_stages)
 
 
 def _serial(proven: ProvenProgram, costs: Costs) -> Timeline:
@@ -65,4 +67,4 @@ def _serial(proven: ProvenProgram, costs: Costs) -> Timeline:
         if isinstance(op, Forward | Backward):
             spans.append(Span(rank, op, now, now + costs.seconds(op)))
             now = spans[-1].end_seconds
-    return Timeline(proven.program.schedule.placement.num_ranks, tuple(spans))
+    return Timeline.of(proven.program.schedule.placement.num_ranks, spans)

@@ -13,9 +13,22 @@ from typing import Any, assert_never
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.errors import EvenflowError
+from evenflow.errors import ConfigError, EvenflowError
 from evenflow.graph.cut import Cut
-from evenflow.ir.op import Backward, Forward, Handoff, Op, Payload, Recv, Send
+from evenflow.ir.op import (
+    Backward,
+    Exchange,
+    Forward,
+    Handoff,
+    InputGrad,
+    Op,
+    Overlap,
+    Payload,
+    Recv,
+    ReduceGrads,
+    Send,
+    WeightGrad,
+)
 from evenflow.ir.timeline import Span
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
@@ -123,6 +136,8 @@ class Executor:
                 self._posted.setdefault((target, microbatch, payload), []).append(op)
             case Handoff():
                 self._arrive(op, self._outgoing(op))
+            case InputGrad() | WeightGrad() | Overlap() | Exchange() | ReduceGrads():
+                raise _not_run_yet(op)
             case _:
                 assert_never(op)
 
@@ -191,5 +206,11 @@ def _flights_of(op: Op) -> Iterator[tuple[int, int]]:
         case Handoff():
             yield op.source, op.microbatch
             yield op.target, op.microbatch
+        case InputGrad() | WeightGrad() | Overlap() | Exchange() | ReduceGrads():
+            raise _not_run_yet(op)
         case _:
             assert_never(op)
+
+
+def _not_run_yet(op: Op) -> ConfigError:
+    return ConfigError(f"{op}: only whole backwards and single transfers are run so far; use schedule='1f1b'")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
-from evenflow.ir.op import Backward, ComputeOp, Forward
+from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad, parts
 from evenflow.ir.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _Colour: TypeAlias = tuple[float, float, float]
 # Design", 2008. Each family runs from light to dark as the microbatches go on.
 _FORWARD_LIGHT, _FORWARD_DARK = (0.70, 0.85, 0.96), (0.03, 0.32, 0.61)
 _BACKWARD_LIGHT, _BACKWARD_DARK = (1.00, 0.85, 0.60), (0.76, 0.32, 0.00)
+_INPUT_GRAD_LIGHT, _INPUT_GRAD_DARK = (0.98, 0.86, 0.93), (0.63, 0.29, 0.48)
+_WEIGHT_GRAD_LIGHT, _WEIGHT_GRAD_DARK = (0.74, 0.92, 0.85), (0.00, 0.42, 0.31)
 _IDLE = (0.91, 0.91, 0.91)
 _INK = (0.13, 0.13, 0.13)
 
@@ -46,7 +48,7 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
     >>> from evenflow.ir import Costs, Flow
     >>> from evenflow.schedules.gpipe import gpipe
     >>> from evenflow.simulate import simulate
-    >>> timeline = simulate(gpipe(2, 1, 4), Flow.chain(2), Costs.uniform(2, 0.001, 0.002))
+    >>> timeline = simulate(gpipe(2, 1, 4), Flow.chain(2), Costs.uniform(2, 0.001, 0.001, 0.001))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "step.png"
     ...     draw_timelines(path, predicted=timeline, measured=timeline, title="GPipe")
@@ -85,7 +87,7 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
 @dataclass(frozen=True, slots=True)
 class _Box:
     rank: int
-    op: ComputeOp
+    op: SimpleOp
     start_ms: float
     width_ms: float
 
@@ -93,11 +95,17 @@ class _Box:
 def _boxes(timeline: Timeline) -> list[_Box]:
     computes = [span for span in timeline.spans if span.is_compute]
     origin = min((span.start_seconds for span in computes), default=0.0)
-    return [
-        _Box(span.rank, span.op, (span.start_seconds - origin) * 1e3, span.seconds * 1e3)
-        for span in computes
-        if isinstance(span.op, Forward | Backward)
-    ]
+    boxes = []
+    for span in computes:
+        assert isinstance(span.op, ComputeOp), "these spans compute"
+        # An overlap is drawn as its two ops, half of the time each.
+        both = parts(span.op)
+        width = span.seconds / len(both)
+        boxes += [
+            _Box(span.rank, op, (span.start_seconds + at * width - origin) * 1e3, width * 1e3)
+            for at, op in enumerate(both)
+        ]
+    return boxes
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, name: str) -> None:
@@ -180,13 +188,17 @@ def _draw_legend(figure: Figure) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=10)
 
 
-def _colour(op: ComputeOp, num_microbatches: int) -> _Colour:
+def _colour(op: SimpleOp, num_microbatches: int) -> _Colour:
     share = op.microbatch / max(1, num_microbatches - 1)
     match op:
         case Forward():
             return _blend(_FORWARD_LIGHT, _FORWARD_DARK, share)
         case Backward():
             return _blend(_BACKWARD_LIGHT, _BACKWARD_DARK, share)
+        case InputGrad():
+            return _blend(_INPUT_GRAD_LIGHT, _INPUT_GRAD_DARK, share)
+        case WeightGrad():
+            return _blend(_WEIGHT_GRAD_LIGHT, _WEIGHT_GRAD_DARK, share)
         case _:
             assert_never(op)
 

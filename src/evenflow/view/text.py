@@ -3,7 +3,7 @@
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
-from evenflow.ir.op import Backward, ComputeOp, Forward
+from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, Overlap, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.simulate import simulate
@@ -12,9 +12,9 @@ from evenflow.simulate import simulate
 def draw_schedule(schedule: Schedule) -> str:
     """Return a table of the schedule: a row for each rank, and a column for the time of one forward.
 
-    It is drawn as if the stages were an equal chain, a backward took two forwards, and transfers took
-    nothing. A dash continues a backward, a dot is an idle slot. Raises `ScheduleError` for a schedule that
-    can't be executed.
+    It is drawn as if the stages were an equal chain, a backward took two forwards and each of its halves one,
+    and transfers took nothing. A dash continues an op, a dot is an idle slot. Raises `ScheduleError` for a
+    schedule that can't be executed.
 
     >>> from evenflow.schedules.gpipe import gpipe
     >>> print(draw_schedule(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2)))
@@ -25,7 +25,8 @@ def draw_schedule(schedule: Schedule) -> str:
     num_stages = schedule.placement.num_stages
     timeline = simulate(schedule, Flow.chain(num_stages), Costs.uniform(num_stages))
     num_slots = round(timeline.makespan_seconds)
-    width = max(len(str(num_slots - 1)), *(len(str(span.op)) for span in timeline.spans))
+    longest = max(len(str(op)) for queue in schedule.ranks for op in queue)
+    width = max(len(str(num_slots - 1)), longest)
     head = max(len("time"), len(f"rank {timeline.num_ranks - 1}"))
     rows = [["time".ljust(head), *(str(slot).ljust(width) for slot in range(num_slots))]]
     for rank in range(timeline.num_ranks):
@@ -40,12 +41,13 @@ def draw_schedule(schedule: Schedule) -> str:
 def draw_timeline(timeline: Timeline, width: int = 100) -> str:
     """Return the compute spans of a timeline to scale, a lane for each rank, in `width` characters of time.
 
-    A forward is drawn with `>` and a backward with `<`, named by its op, or by its microbatch where that is
-    all that fits; blanks are idle. Beside each lane stands how much of the makespan the rank was busy;
+    A forward is drawn with `>`, a backward with `<`, an input gradient alone with `-`, a weight gradient with
+    `=` and an overlap with `x`, named by its op, or by its microbatch where that is all that fits; blanks are
+    idle. Beside each lane stands how much of the makespan the rank was busy;
     beneath all, the makespan in milliseconds and the bubble. Raises `ConfigError` for a width below 10.
 
     >>> from evenflow.schedules.gpipe import gpipe
-    >>> timeline = simulate(gpipe(2, 1, 2), Flow.chain(2), Costs.uniform(2, 0.001, 0.002))
+    >>> timeline = simulate(gpipe(2, 1, 2), Flow.chain(2), Costs.uniform(2, 0.001, 0.001, 0.001))
     >>> print(draw_timeline(timeline, width=54))
     rank 0 |0F0>>>0F1>>>                  0B0<<<<<<<<<0B1<<<<<<<<<|  67% busy
     rank 1 |      1F0>>>1F1>>>1B0<<<<<<<<<1B1<<<<<<<<<            |  67% busy
@@ -69,7 +71,7 @@ def draw_timeline(timeline: Timeline, width: int = 100) -> str:
 def _lane(spans: list[Span], origin: float, columns_per_second: float, width: int) -> str:
     boxes: list[tuple[ComputeOp, int, int]] = []
     for span in spans:
-        if isinstance(span.op, Forward | Backward):
+        if isinstance(span.op, ComputeOp):
             # Both ends are rounded alike, so that spans that touch neither overlap nor part. Even the
             # shortest gets a column.
             start = min(round((span.start_seconds - origin) * columns_per_second), width - 1)
@@ -78,12 +80,20 @@ def _lane(spans: list[Span], origin: float, columns_per_second: float, width: in
     # One form of name for all boxes of a kind, or the eye takes the difference for a meaning.
     roomy = {
         kind: all(len(str(op)) < end - start for op, start, end in boxes if isinstance(op, kind))
-        for kind in (Forward, Backward)
+        for kind in _FILLS
     }
     lane = [" "] * width
     for op, start, end in boxes:
-        name = str(op) if roomy[type(op)] else str(op.microbatch)
-        fill = ">" if isinstance(op, Forward) else "<"
+        name = str(op) if roomy[type(op)] else "&".join(str(part.microbatch) for part in parts(op))
         # A name leaves a column to its fill, which tells the kind and parts neighbours.
-        lane[start:end] = (name if len(name) < end - start else "").ljust(end - start, fill)
+        lane[start:end] = (name if len(name) < end - start else "").ljust(end - start, _FILLS[type(op)])
     return "".join(lane)
+
+
+_FILLS: dict[type[ComputeOp], str] = {
+    Forward: ">",
+    Backward: "<",
+    InputGrad: "-",
+    WeightGrad: "=",
+    Overlap: "x",
+}
