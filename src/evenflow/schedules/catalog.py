@@ -1,16 +1,22 @@
 """The catalog: every schedule by its name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 from evenflow.errors import ConfigError
+from evenflow.ir.costs import Costs
+from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.schedules.forward_only import forward_only
 from evenflow.schedules.gpipe import gpipe
+from evenflow.schedules.interleaved_1f1b import interleaved_1f1b
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from evenflow.schedules.sequential import sequential
+from evenflow.schedules.zb_auto import zb_auto
+from evenflow.schedules.zb_h1 import zb_h1
+from evenflow.schedules.zb_h2 import zb_h2
 
 
 class ScheduleFunction(Protocol):
@@ -31,9 +37,16 @@ SCHEDULES: Mapping[str, ScheduleFunction] = MappingProxyType(
         "sequential": sequential,
         "gpipe": gpipe,
         "1f1b": one_f_one_b,
+        "interleaved-1f1b": interleaved_1f1b,
+        "zb-h1": zb_h1,
+        "zb-h2": zb_h2,
+        "zb-auto": zb_auto,
         "forward-only": forward_only,
     }
 )
+
+# What a method is at its best with, or takes alone; 1 for the others.
+_STAGES_PER_RANK: Mapping[str, int] = MappingProxyType({"interleaved-1f1b": 2})
 
 
 def get(name: str) -> ScheduleFunction:
@@ -45,10 +58,48 @@ def get(name: str) -> ScheduleFunction:
     Traceback (most recent call last):
       ...
     evenflow.errors.ConfigError: no schedule 'gpip'; did you mean 'gpipe'?
-    There are: sequential, gpipe, 1f1b, forward-only
+    There are: sequential, gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-h2, zb-auto, forward-only
     """
     if name in SCHEDULES:
         return SCHEDULES[name]
     # A cutoff of 0 always yields the nearest name, however far it is.
     nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)[0]
     raise ConfigError(f"no schedule {name!r}; did you mean {nearest!r}?\nThere are: {', '.join(SCHEDULES)}")
+
+
+def default_stages_per_rank(name: str) -> int:
+    """Return how many stages a rank gets with the schedule of that name, where nobody says.
+
+    >>> default_stages_per_rank("interleaved-1f1b"), default_stages_per_rank("1f1b")
+    (2, 1)
+    """
+    return _STAGES_PER_RANK.get(name, 1)
+
+
+def make(
+    name: str,
+    *,
+    num_ranks: int,
+    stages_per_rank: int,
+    num_microbatches: int,
+    costs_on: Callable[[Placement], Costs],
+) -> Schedule:
+    """Return the schedule of that name and these sizes, fitted to the costs where the method can be.
+
+    `costs_on` says what the stages cost where they are placed so. Raises `ConfigError` for an unknown name,
+    and for sizes or costs that the method can't serve.
+
+    >>> make(
+    ...     "zb-auto",
+    ...     num_ranks=2,
+    ...     stages_per_rank=1,
+    ...     num_microbatches=4,
+    ...     costs_on=lambda placement: Costs.of_ranks(placement, (1, 2), (1, 2), (1, 2), memory_caps=(2, 2)),
+    ... ).num_microbatches
+    4
+    """
+    method = get(name)
+    if method is zb_auto:
+        costs = costs_on(Placement.linear(num_ranks)) if num_ranks > 0 else None
+        return zb_auto(num_ranks, stages_per_rank, num_microbatches, costs)
+    return method(num_ranks, stages_per_rank, num_microbatches)

@@ -1,0 +1,50 @@
+"""What the zero-bubble schedules share: a 1F1B whose weight gradients are held back to fill idle time.
+
+Source: Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", ICLR 2024, arXiv:2401.10241, section 2. No
+other rank waits for a weight gradient, so it can run whenever its rank would idle.
+"""
+
+from evenflow.errors import ConfigError
+from evenflow.ir.op import ComputeOp, Forward, InputGrad, WeightGrad
+from evenflow.ir.placement import Placement
+
+
+def one_stage_a_rank(name: str, num_ranks: int, stages_per_rank: int) -> Placement:
+    """Return the linear placement, or raise `ConfigError` in that schedule's name for several stages a rank.
+
+    >>> one_stage_a_rank("zb-h1", num_ranks=2, stages_per_rank=3)
+    Traceback (most recent call last):
+      ...
+    evenflow.errors.ConfigError: schedule 'zb-h1' needs as many stages as ranks, got 6 stages on 2 ranks: \
+the nearest count is 2 stages, with stages_per_rank=1
+    """
+    placement = Placement.looped(num_ranks, stages_per_rank)
+    if stages_per_rank > 1:
+        raise ConfigError(
+            f"schedule {name!r} needs as many stages as ranks, got {placement.num_stages} stages on "
+            f"{num_ranks} ranks: the nearest count is {num_ranks} stages, with stages_per_rank=1"
+        )
+    return placement
+
+
+def split_queue(
+    stage: int, num_microbatches: int, num_warmup: int, num_deferred: int
+) -> tuple[ComputeOp, ...]:
+    """Return one stage's ops: `num_warmup` forwards, then a forward, an input and a weight gradient in turn.
+
+    A weight gradient runs `num_deferred` rounds after the input gradient of its microbatch; those that are
+    left when the rounds end follow at once. So at most `num_warmup + num_deferred + 1` microbatches are held.
+
+    >>> print(*split_queue(stage=0, num_microbatches=3, num_warmup=1, num_deferred=1))
+    0F0 0F1 0I0 0F2 0I1 0W0 0I2 0W1 0W2
+    """
+    warmup = range(min(num_warmup, num_microbatches))
+    queue: list[ComputeOp] = [Forward(stage, microbatch) for microbatch in warmup]
+    for microbatch in range(num_microbatches):
+        if microbatch + num_warmup < num_microbatches:
+            queue.append(Forward(stage, microbatch + num_warmup))
+        queue.append(InputGrad(stage, microbatch))
+        if microbatch >= num_deferred:
+            queue.append(WeightGrad(stage, microbatch - num_deferred))
+    left = range(max(0, num_microbatches - num_deferred), num_microbatches)
+    return (*queue, *(WeightGrad(stage, microbatch) for microbatch in left))
