@@ -6,10 +6,9 @@ with one synchronous update a step, "PipeDream-Flush", in "Memory-Efficient Pipe
 r holds the activations of at most p - r microbatches instead of all m.
 """
 
-from evenflow.errors import ConfigError
 from evenflow.ir.op import Backward, ComputeOp, Forward
-from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
+from evenflow.schedules.sizes import one_stage_a_rank
 
 
 def one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
@@ -24,13 +23,7 @@ def one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> 
     rank 0 0F0 0F1  .   .  0B0 --- 0F2 0B1 ---  .  0B2 ---
     rank 1  .  1F0 1B0 --- 1F1 1B1 --- 1F2 1B2 ---  .   .
     """
-    placement = Placement.looped(num_ranks, stages_per_rank)
-    if stages_per_rank > 1:
-        raise ConfigError(
-            f"schedule '1f1b' needs as many stages as ranks, got {placement.num_stages} stages on "
-            f"{num_ranks} ranks: several stages a rank need an interleaved schedule; "
-            "use stages_per_rank=1, or 'gpipe'"
-        )
+    placement = one_stage_a_rank("1f1b", num_ranks, stages_per_rank)
     ranks = tuple(_queue(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
     return Schedule("1f1b", placement, num_microbatches, ranks)
 

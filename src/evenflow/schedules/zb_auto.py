@@ -23,9 +23,10 @@ from evenflow.ir.op import ComputeOp, Forward, InputGrad, WeightGrad
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.memory import memory_faults
+from evenflow.schedules.sizes import one_stage_a_rank
 from evenflow.schedules.zb_h1 import zb_h1
 from evenflow.schedules.zb_h2 import zb_h2
-from evenflow.schedules.zero_bubble import one_stage_a_rank, split_queue
+from evenflow.schedules.zero_bubble import split_queue
 from evenflow.simulate import simulate
 
 # Sums of the same seconds or bytes in another order differ by less than this share of them.

@@ -7,7 +7,8 @@ longest busy window idles (p - 1) (F + I - W), where 1F1B's idles (p - 1) (F + I
 """
 
 from evenflow.ir.schedule import Schedule
-from evenflow.schedules.zero_bubble import one_stage_a_rank, split_queue
+from evenflow.schedules.sizes import one_stage_a_rank
+from evenflow.schedules.zero_bubble import split_queue
 
 
 def zb_h1(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:

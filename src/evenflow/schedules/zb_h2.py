@@ -9,7 +9,8 @@ microbatch: the next step fills it if no barrier parts the steps, as the paper's
 """
 
 from evenflow.ir.schedule import Schedule
-from evenflow.schedules.zero_bubble import one_stage_a_rank, split_queue
+from evenflow.schedules.sizes import one_stage_a_rank
+from evenflow.schedules.zero_bubble import split_queue
 
 
 def zb_h2(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:

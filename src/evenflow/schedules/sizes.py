@@ -1,0 +1,22 @@
+"""Sizes that a method can serve, and how others are refused."""
+
+from evenflow.errors import ConfigError
+from evenflow.ir.placement import Placement
+
+
+def one_stage_a_rank(name: str, num_ranks: int, stages_per_rank: int) -> Placement:
+    """Return the linear placement, or raise `ConfigError` in that schedule's name for several stages a rank.
+
+    >>> one_stage_a_rank("zb-h1", num_ranks=2, stages_per_rank=3)
+    Traceback (most recent call last):
+      ...
+    evenflow.errors.ConfigError: schedule 'zb-h1' needs as many stages as ranks, got 6 stages on 2 ranks: \
+the nearest count is 2 stages, with stages_per_rank=1
+    """
+    placement = Placement.looped(num_ranks, stages_per_rank)
+    if stages_per_rank > 1:
+        raise ConfigError(
+            f"schedule {name!r} needs as many stages as ranks, got {placement.num_stages} stages on "
+            f"{num_ranks} ranks: the nearest count is {num_ranks} stages, with stages_per_rank=1"
+        )
+    return placement
