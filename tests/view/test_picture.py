@@ -13,6 +13,8 @@ from evenflow.ir import Backward, Costs, Flow, Forward, Span, Timeline
 from evenflow.schedules.catalog import get
 from evenflow.simulate import simulate
 from evenflow.view import picture
+from evenflow.view.lanes import write_names
+from evenflow.view.palette import colour_of
 
 
 def timeline_of(name: str, num_ranks: int, num_microbatches: int, seconds: float = 0.004) -> Timeline:
@@ -61,13 +63,13 @@ def test_names_are_written_where_there_is_room(num_microbatches: int, are_named:
     axes.set_xlim(0.0, timeline.makespan_seconds * 1e3)
     picture._draw_panel(axes, timeline, "Predicted")
     num_texts = len(axes.texts)
-    picture._write_names(axes, timeline)
+    write_names(axes, timeline, picture._MS)
     assert len(axes.texts) - num_texts == (len(timeline.spans) if are_named else 0)
 
 
 def test_families_differ_and_darken() -> None:
-    forwards = [picture._colour(Forward(0, microbatch), 4) for microbatch in range(4)]
-    backwards = [picture._colour(Backward(0, microbatch), 4) for microbatch in range(4)]
+    forwards = [colour_of(Forward(0, microbatch), 4) for microbatch in range(4)]
+    backwards = [colour_of(Backward(0, microbatch), 4) for microbatch in range(4)]
     assert all(colour[2] > colour[0] for colour in forwards)
     assert all(colour[0] > colour[2] for colour in backwards)
     for family in (forwards, backwards):

@@ -143,16 +143,12 @@ class RankBounds:
         """Return when the last forward of stage `stages[level]` can end, for want of memory.
 
         A microbatch between its forward and its input gradient of this stage holds the memory of this stage
-        and of all below. (If a lowest stage frees nothing at its input gradient: until its weight
-        gradient ends.) So at most k are there at a time: the (k + i)-th forward waits for the i-th to leave,
-        and the i-th leaves at least one life after the i-th forward.
+        and of all below. (A lowest stage that frees nothing at its input gradient: until its weight gradient
+        ends.) So at most k are there at a time: the (k + i)-th forward waits for the i-th to leave, and the
+        i-th leaves at least one life after the i-th forward.
         """
-        instance, stage, num_microbatches = (
-            self._instance,
-            self.stages[level],
-            self._instance.num_microbatches,
-        )
-        forward = instance.forward_seconds[stage]
+        instance, stage = self._instance, self.stages[level]
+        num_microbatches, forward = instance.num_microbatches, instance.forward_seconds[stage]
         life = self._chain.turn(stage, stage) + instance.input_grad_seconds[stage]
         if level == 0 and instance.kept_memory[stage] == instance.held_memory[stage]:
             life += instance.weight_grad_seconds[stage]

@@ -19,8 +19,20 @@ def forward_only(num_ranks: int, stages_per_rank: int, num_microbatches: int) ->
     rank 0 0F0 0F1 0F2 2F0 2F1 2F2  .
     rank 1  .  1F0 1F1 1F2 3F0 3F1 3F2
     """
-    placement = Placement.looped(num_ranks, stages_per_rank)
-    ranks = tuple(_queue(placement.stages_on(rank), num_microbatches) for rank in range(num_ranks))
+    return forward_only_on(Placement.looped(num_ranks, stages_per_rank), num_microbatches)
+
+
+def forward_only_on(placement: Placement, num_microbatches: int) -> Schedule:
+    """Return the forward-only schedule on a placement of any form; `ConfigError` for no microbatch.
+
+    >>> from evenflow.view.text import draw_schedule
+    >>> print(draw_schedule(forward_only_on(Placement.v_shape(2), num_microbatches=3)))
+    time   0   1   2   3   4   5   6   7
+    rank 0 0F0 0F1 0F2  .   .  3F0 3F1 3F2
+    rank 1  .  1F0 1F1 1F2 2F0 2F1 2F2  .
+    """
+    stages = (placement.stages_on(rank) for rank in range(placement.num_ranks))
+    ranks = tuple(_queue(held, num_microbatches) for held in stages)
     return Schedule("forward-only", placement, num_microbatches, ranks)
 
 

@@ -1,0 +1,144 @@
+"""`evenflow schedule`: draw a schedule, price it, hold it against the best possible. No model, no torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from evenflow.bounds_of import bounds_of
+from evenflow.cli.schedule_flags import Flags, Prices, Sizes, check, read_prices, read_sizes
+from evenflow.cli.schedule_report import Report, print_comparison, print_report
+from evenflow.cost_table import rank_activations
+from evenflow.critical_path import critical_path
+from evenflow.errors import ConfigError, EvenflowError, ScheduleError
+from evenflow.ir.costs import Costs
+from evenflow.ir.flow import Flow
+from evenflow.ir.schedule import Schedule
+from evenflow.memory import memory_faults, peak_bytes
+from evenflow.schedule_file import format_schedule, parse_schedule
+from evenflow.schedules import catalog
+from evenflow.simulate import simulate
+from evenflow.soundness import refusal
+from evenflow.transfers import count_transfers
+from evenflow.view.schedule_picture import MICROBATCHES, draw_schedule_picture
+from evenflow.view.units import Unit, byte_unit
+
+# Of output that goes to no terminal, so that it is the same everywhere.
+PLAIN_WIDTH = 100
+
+
+def schedule(flags: Flags, console: Console | None = None) -> None:
+    """Draw, price, save or compare, as the flags say.
+
+    Raises `ConfigError` for flags, sizes, costs or files that cannot work, before anything is written, and
+    `ScheduleError` for a schedule that cannot be executed or holds more than the cap.
+
+    >>> schedule(Flags("gpipe", num_ranks=2, num_microbatches=2))  # doctest: +SKIP
+    gpipe: 2 stages on 2 ranks, 2 microbatches
+    """
+    check(flags)
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=PLAIN_WIDTH, no_color=True)
+    own = _read_schedule(flags.file) if flags.file else None
+    prices = read_prices(flags)
+    sizes = read_sizes(flags, own, prices)
+    if flags.compare:
+        _compare(console, sizes, own, prices)
+    else:
+        _show(console, flags, own or _make(flags.name or "", sizes, prices), prices)
+
+
+def _make(name: str, sizes: Sizes, prices: Prices) -> Schedule:
+    """Return a method's schedule, fitted to the costs where the method can be."""
+    return catalog.make(
+        name,
+        num_ranks=sizes.num_ranks,
+        stages_per_rank=sizes.stages_per_rank or catalog.default_stages_per_rank(name),
+        num_microbatches=sizes.num_microbatches,
+        costs_on=prices.costs_on,
+    )
+
+
+def _read_schedule(path: Path) -> Schedule:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the schedule {path}: {reason}") from None
+    try:
+        return parse_schedule(text, name=path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"cannot read the schedule {path}: {error}") from None
+
+
+def _report(made: Schedule, costs: Costs) -> Report:
+    """Price a schedule whose stages are a chain; `ScheduleError` if it cannot be executed."""
+    flow = Flow.chain(made.placement.num_stages)
+    timeline = simulate(made, flow, costs)
+    # An evaluation keeps no activations, so that no cap is too low for it.
+    faults = memory_faults(made, costs) if made.trains else []
+    return Report(
+        schedule=made,
+        timeline=timeline,
+        costs=costs,
+        # Where a rank can't hold one microbatch there is nothing to be bound.
+        bounds=None if faults else bounds_of(made, costs),
+        peaks=peak_bytes(made, costs),
+        activations=rank_activations(costs, made.placement),
+        memory_faults=tuple(faults),
+        transfers=count_transfers(made, flow, costs),
+        path=critical_path(timeline, made, flow, costs),
+    )
+
+
+def _show(console: Console, flags: Flags, made: Schedule, prices: Prices) -> None:
+    report = _report(made, prices.costs_on(made.placement))
+    if report.memory_faults:
+        raise _over_the_cap(report)
+    unit = _memory_unit(prices, report)
+    print_report(console, report, unit)
+    if flags.save:
+        _write(flags.save, lambda path: path.write_text(format_schedule(made), encoding="utf-8"))
+        console.print(f"saved to {flags.save}", soft_wrap=True, highlight=False, markup=False)
+    if flags.draw:
+        _write(
+            flags.draw,
+            lambda path: draw_schedule_picture(path, made, report.timeline, report.costs, memory_unit=unit),
+        )
+        console.print(f"drawn to {flags.draw}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _over_the_cap(report: Report) -> ScheduleError:
+    queues = report.schedule.ranks
+    error = refusal(report.schedule.name, report.memory_faults, queues, [0] * len(queues))
+    error.add_note("Raise --cap, or name a method that holds less: evenflow schedule --compare tells which.")
+    return error
+
+
+def _memory_unit(prices: Prices, report: Report) -> Unit:
+    if prices.table is None or prices.table.activation is None:
+        return MICROBATCHES
+    return byte_unit(max(report.peaks)) if prices.table.in_bytes else Unit("in the unit of the costs", 1.0)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Prices) -> None:
+    reports = [] if own is None else [_report(own, prices.costs_on(own.placement))]
+    left_out = {}
+    for name in catalog.SCHEDULES:
+        try:
+            made = _make(name, sizes, prices)
+            if made.trains:
+                reports.append(_report(made, prices.costs_on(made.placement)))
+            else:
+                left_out[name] = "it evaluates, and does not train"
+        except EvenflowError as error:
+            left_out[name] = str(error).splitlines()[0]
+    print_comparison(console, sizes, reports, left_out)

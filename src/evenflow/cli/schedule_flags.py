@@ -1,0 +1,207 @@
+"""What `evenflow schedule` was asked for, checked before anything starts."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from evenflow.cost_table import CostTable, RankTimes, capped, price, read_cost_table
+from evenflow.errors import ConfigError
+from evenflow.ir.costs import Costs
+from evenflow.ir.placement import Placement
+from evenflow.ir.schedule import Schedule
+from evenflow.schedules import catalog
+from evenflow.view.schedule_picture import picture_format
+
+# Some minutes of work; beyond, a slip of the finger is likelier than a wish.
+_MAX_OPS = 5_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the command line said; None where it said nothing."""
+
+    name: str | None = None
+    num_ranks: int | None = None
+    num_microbatches: int | None = None
+    stages_per_rank: int | None = None
+    costs: str | None = None
+    latency_seconds: float | None = None
+    cap: float | None = None
+    file: Path | None = None
+    draw: Path | None = None
+    save: Path | None = None
+    compare: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much there is to schedule; without `stages_per_rank`, each method has its own."""
+
+    num_ranks: int
+    stages_per_rank: int | None
+    num_microbatches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What the costs are to be made from: a table, or the same forward, input and weight gradient a rank."""
+
+    table: CostTable | None
+    each: tuple[float, float, float]
+    latency_seconds: float
+    cap: float | None
+
+    def costs_on(self, placement: Placement) -> Costs:
+        """Return the costs of each stage of a placement; `ConfigError` if they do not fit it."""
+        table = self.table
+        if table is None:
+            forward, input_grad, weight_grad = ((seconds,) * placement.num_ranks for seconds in self.each)
+            table = RankTimes(forward, input_grad, weight_grad)
+        costs = price(table, placement, latency_seconds=self.latency_seconds)
+        return costs if self.cap is None else capped(costs, placement, self.cap)
+
+
+def check(flags: Flags) -> None:
+    """Raise `ConfigError` with all that is wrong with the flags themselves."""
+    faults = [*_wrong_choice(flags), *_wrong_numbers(flags), *_unwritable(flags)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    if flags.name:
+        catalog.get(flags.name)  # an unknown one is refused here, with the nearest
+
+
+def _wrong_choice(flags: Flags) -> Iterator[str]:
+    if flags.compare:
+        given = {f"the name {flags.name!r}": flags.name, "--draw": flags.draw, "--save": flags.save}
+        for option, value in given.items():
+            if value:
+                yield f"--compare tabulates all methods, and {option} is for one: leave one of them out"
+    elif flags.name and flags.file:
+        yield f"two schedules are given, {flags.name!r} and --file {flags.file}: leave one out"
+    elif not flags.name and not flags.file:
+        names = ", ".join(catalog.SCHEDULES)
+        yield f"no schedule is given: name one ({names}), or give --file S.csv, or --compare"
+
+
+def _wrong_numbers(flags: Flags) -> Iterator[str]:
+    sizes = {
+        "--ranks": flags.num_ranks,
+        "--microbatches": flags.num_microbatches,
+        "--stages-per-rank": flags.stages_per_rank,
+    }
+    for option, value in sizes.items():
+        if value is None:
+            continue
+        if value < 1:
+            yield f"{option} {value} must be at least 1"
+        # Beside a file, the methods that it is compared with may have any number of stages a rank.
+        if flags.file and not (flags.compare and option == "--stages-per-rank"):
+            yield f"{option} is what --file {flags.file} says: leave {option} out"
+    if flags.latency_seconds is not None and not _is_amount(flags.latency_seconds):
+        yield f"--latency {flags.latency_seconds:g} must be finite and at least 0 seconds"
+    if flags.cap is not None and not (_is_amount(flags.cap) and flags.cap > 0):
+        yield f"--cap {flags.cap:g} must be finite and above 0: it counts microbatches"
+
+
+def _unwritable(flags: Flags) -> Iterator[str]:
+    if flags.draw:
+        try:
+            picture_format(flags.draw)
+        except ConfigError as error:
+            yield f"--draw: {error}"
+    for option, path in (("--draw", flags.draw), ("--save", flags.save)):
+        if path is None:
+            continue
+        if path.is_dir():
+            yield f"{option} {path} is a folder: name a file in it"
+        elif not path.parent.is_dir():
+            yield f"{option} {path}: there is no folder {path.parent}; make it first"
+        elif path.exists() and option == "--save":
+            yield f"--save {path}: it exists, perhaps edited by hand; name another file, or remove it first"
+        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+            yield f"{option} {path}: you may not write there; name another file"
+    if flags.draw and flags.save and flags.draw.absolute() == flags.save.absolute():
+        yield f"--draw and --save both name {flags.draw}: give each its own file"
+
+
+def _is_amount(number: float) -> bool:
+    return math.isfinite(number) and number >= 0
+
+
+def read_prices(flags: Flags) -> Prices:
+    """Return what `--costs`, `--latency` and `--cap` say; by default all ops of a rank take a second.
+
+    Raises `ConfigError` for costs that can't be read, and for options that contradict one another.
+
+    >>> read_prices(Flags(costs="1,2,0.5,0.1")).latency_seconds
+    0.1
+    """
+    if flags.costs is None:
+        return Prices(None, (1.0, 1.0, 1.0), flags.latency_seconds or 0.0, flags.cap)
+    if Path(flags.costs).is_file() or flags.costs.lower().endswith(".csv"):
+        table = read_cost_table(Path(flags.costs))
+        if flags.cap is not None and isinstance(table, RankTimes) and table.caps is not None:
+            raise ConfigError(f"--cap {flags.cap:g} and the column cap of {flags.costs} contradict: drop one")
+        return Prices(table, (0.0, 0.0, 0.0), flags.latency_seconds or 0.0, flags.cap)
+    numbers = _numbers(flags.costs)
+    if len(numbers) > 3 and flags.latency_seconds is not None:
+        raise ConfigError(
+            f"--latency {flags.latency_seconds:g} and the fourth number of --costs {flags.costs} are the "
+            "same thing: leave one out"
+        )
+    latency = numbers[3] if len(numbers) > 3 else flags.latency_seconds or 0.0
+    return Prices(None, (numbers[0], numbers[1], numbers[2]), latency, flags.cap)
+
+
+def _numbers(text: str) -> list[float]:
+    how = (
+        "write a rank's seconds for one microbatch, F,I,W or F,I,W,COMM ('1,1,0.5,0.1'), or name a CSV of "
+        "measured times"
+    )
+    words = text.split(",")
+    numbers = []
+    for word in words:
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            what = (
+                f"{word!r} is no number" if len(words) > 1 else "there is no such file, and it is no number"
+            )
+            raise ConfigError(f"--costs {text}: {what}; {how}") from None
+    if wrong := [number for number in numbers if not _is_amount(number)]:
+        raise ConfigError(f"--costs {text}: {wrong[0]:g} must be finite and at least 0")
+    if len(numbers) not in {3, 4}:
+        raise ConfigError(f"--costs {text} has {len(numbers)} numbers: {how}")
+    return numbers
+
+
+def read_sizes(flags: Flags, own: Schedule | None, prices: Prices) -> Sizes:
+    """Return the sizes that the flags, a file's schedule and a table of ranks give.
+
+    Raises `ConfigError` for sizes that are missing, and for more ops than can be priced.
+
+    >>> read_sizes(Flags(num_ranks=4, num_microbatches=8), None, read_prices(Flags()))
+    Sizes(num_ranks=4, stages_per_rank=None, num_microbatches=8)
+    """
+    if own is not None:
+        return Sizes(own.placement.num_ranks, flags.stages_per_rank, own.num_microbatches)
+    num_ranks, num_microbatches = flags.num_ranks, flags.num_microbatches
+    if num_ranks is None and isinstance(prices.table, RankTimes):
+        num_ranks = len(prices.table.forward_seconds)
+    faults = []
+    if num_ranks is None:
+        faults.append("--ranks is missing: say how many ranks there are")
+    if num_microbatches is None:
+        faults.append("--microbatches is missing: say into how many a batch is split")
+    if num_ranks is None or num_microbatches is None:
+        raise ConfigError("\n".join(faults))
+    stages_per_rank = flags.stages_per_rank or 1
+    num_ops = 3 * num_ranks * stages_per_rank * num_microbatches
+    if num_ops > _MAX_OPS:
+        raise ConfigError(
+            f"{num_ranks} ranks × {stages_per_rank} stages × {num_microbatches} microbatches are up to "
+            f"{num_ops:,} ops, more than the {_MAX_OPS:,} that can be priced in minutes: lower one of them"
+        )
+    return Sizes(num_ranks, flags.stages_per_rank, num_microbatches)
