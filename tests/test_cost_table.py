@@ -1,8 +1,5 @@
 """Tables of measured costs: what they mean for a placement, and what is wrong with them."""
 
-# Messages stand here as they are printed, each in one line.
-# ruff: noqa: E501
-
 from pathlib import Path
 
 import pytest
@@ -101,7 +98,10 @@ def test_fewer_layers_than_stages_are_refused() -> None:
         (
             "0,1,1,1\n",
             [
-                "line 1: the first column is '0': write the header 'rank,forward,input_grad,weight_grad', or 'layer"
+                (
+                    "line 1: the first column is '0': write the header "
+                    "'rank,forward,input_grad,weight_grad', or 'layer"
+                )
             ],
         ),
         (

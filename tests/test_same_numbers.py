@@ -1,21 +1,27 @@
 """Law 1: losses, gradients and weights are the same, to the last bit, however a model is cut and run."""
 
+import itertools
 import random
 import threading
+from functools import cache
 
 import pytest
 import torch
 
 import evenflow
 from evenflow.graph.cut import legal_positions
-from evenflow.ir.op import Payload, Send
-from evenflow.pipe import choices
+from evenflow.ir import Exchange, Payload, Program, Recv, Send
+from evenflow.lower import lower
+from evenflow.pipe import choices, programs
+from evenflow.pipe.pipeline import joined_flow
 from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.rendezvous import Meeting
+from evenflow.runtime.split_backward import Walk
 from evenflow.runtime.stage import Stage
 from evenflow.schedules import catalog
+from own_schedules import OWN
 from small_models import (
     MODELS,
     NUM_MICROBATCHES,
@@ -33,24 +39,33 @@ from small_models import (
     train_plainly,
 )
 
-SCHEDULES = ("sequential", "gpipe", "1f1b")
+CATALOG = [name for name in catalog.SCHEDULES if name != "forward-only"]
 SHARES = (None, 0.0)  # the default, and everything taken apart
 DROPOUT = 0.1
+SOME_MODELS = ("gpt", "t5")  # dropout everywhere; skip connections with relays and shared parameters
+MANY = 8  # microbatches: as many as any schedule needs on 4 ranks
 
 
-@pytest.fixture(scope="module")
-def references() -> dict[str, Outcome]:
-    """Each model on one stage, with dropout."""
-    return {name: train(name, dropout=DROPOUT, stages=1, exact=name in TIED) for name in MODELS}
+@cache
+def reference(name: str, *, dropout: float = DROPOUT, num_microbatches: int = NUM_MICROBATCHES) -> Outcome:
+    """A model on one stage."""
+    return train(name, dropout=dropout, stages=1, exact=name in TIED, num_microbatches=num_microbatches)
+
+
+def on_ranks(num_ranks: int, schedule: str) -> dict:
+    """The options of a pipeline with a schedule of the catalog, or one of our own, on so many ranks."""
+    own = OWN.get(schedule)
+    on_each = catalog.default_stages_per_rank(schedule) if own is None else own.stages_per_rank
+    return {"stages": num_ranks * on_each, "stages_per_rank": on_each, "schedule": own or schedule}
 
 
 # -- one process
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_cuts_and_schedules_change_no_bit(references, name, stages, schedule):
+def test_cuts_change_no_bit(name, stages, schedule):
     for share in SHARES:
         found = train(
             name,
@@ -60,30 +75,66 @@ def test_cuts_and_schedules_change_no_bit(references, name, stages, schedule):
             exact=name in TIED,
             max_leaf_share=share,
         )
-        assert_same_bits(found, references[name])
+        assert_same_bits(found, reference(name))
+
+
+@pytest.mark.parametrize("schedule", [*CATALOG, *OWN])
+@pytest.mark.parametrize(("name", "num_ranks"), [*((name, 2) for name in MODELS), ("gpt", 4), ("t5", 4)])
+def test_schedules_change_no_bit(name, num_ranks, schedule):
+    found = train(
+        name,
+        dropout=DROPOUT,
+        exact=name in TIED,
+        num_microbatches=MANY,
+        max_leaf_share=0,
+        **on_ranks(num_ranks, schedule),
+    )
+    assert_same_bits(found, reference(name, num_microbatches=MANY))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_dropout_drops(references, name):
+def test_dropout_drops(name):
     """Else all the tests here would pass without a random number."""
-    assert train(name, stages=1, exact=name in TIED).losses != references[name].losses
+    assert train(name, stages=1, exact=name in TIED).losses != reference(name).losses
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", MODELS)
-def test_random_cuts_change_no_bit(references, monkeypatch, name, seed):
+def test_random_cuts_change_no_bit(monkeypatch, name, seed):
     chance = random.Random(seed)
-    stages = chance.choice([2, 3, 4, 6])
+    options = on_ranks(chance.choice([1, 2, 3]), chance.choice(list(OWN)))
+    stages = options["stages"]
     monkeypatch.setattr(choices, "positions_of", lambda graph, *_: random_positions(chance, graph, stages))
     found = train(
         name,
         dropout=DROPOUT,
-        stages=stages,
-        schedule=chance.choice(SCHEDULES),
         exact=name in TIED,
         max_leaf_share=chance.choice([0.0, 0.0, 0.02]),
+        **options,
     )
-    assert_same_bits(found, references[name])
+    assert_same_bits(found, reference(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_backwards_are_split(monkeypatch, name):
+    """Else all would pass with backwards that are whole."""
+    calls = []
+    for method in ("run_to", "run"):
+        monkeypatch.setattr(Walk, method, counted(calls, method))
+    train(name, num_steps=1, exact=name in TIED, **on_ranks(2, "straight, split"))
+    # Input gradients are needed of the second stage alone; weight gradients of both.
+    assert calls.count("run_to") == NUM_MICROBATCHES
+    assert calls.count("run") == 2 * NUM_MICROBATCHES
+
+
+def counted(calls: list[str], method: str):
+    whole = getattr(Walk, method)
+
+    def counting(*args):
+        calls.append(method)
+        whole(*args)
+
+    return counting
 
 
 def random_positions(chance: random.Random, graph, stages: int) -> tuple[int, ...]:
@@ -99,10 +150,11 @@ def test_shared_parameters_without_exact_agree_closely(name, num_steps):
     # Plain SGD: Adam divides by the gradient's own size, so that where a gradient is nearly zero its last
     # bits alone decide about a whole step of the learning rate.
     options = {"dropout": DROPOUT, "optimizer": sgd, "num_steps": num_steps}
-    reference = train(name, stages=1, **options)
+    whole = train(name, stages=1, **options)
     for stages in (2, 4):
-        for schedule in SCHEDULES:
-            assert_close(train(name, stages=stages, schedule=schedule, **options), reference, 1e-6)
+        for schedule in ("1f1b", "straight, split", "upside down"):
+            ours = options | on_ranks(stages, schedule) | {"stages": stages}
+            assert_close(train(name, **ours), whole, 1e-6)
 
 
 # -- against PyTorch alone
@@ -124,40 +176,59 @@ def test_one_stage_of_a_tied_model_is_close_to_plain_pytorch(name, exact, num_st
 # -- several processes
 
 
-def train_on_ranks(dropout: float) -> dict[tuple[str, str], Outcome]:
-    """What each rank does: all models, all schedules; its own share of every outcome."""
+# By number of processes; many take long to start, and so do less.
+ON_PROCESSES = {
+    2: [
+        *((name, schedule) for name in MODELS for schedule in ("1f1b", "v, mixed, overlapping")),
+        *((name, "upside down") for name in SOME_MODELS),
+        *(("gpt", schedule) for schedule in CATALOG if schedule != "1f1b"),
+        *(("t5", schedule) for schedule in ("zb-h1", "zb-v") if schedule in CATALOG),
+    ],
+    4: [
+        ("gpt", "1f1b"),
+        ("gpt", "v, mixed, overlapping"),
+        ("t5", "v, split"),
+        *((name, "zb-v") for name in SOME_MODELS if "zb-v" in CATALOG),
+    ],
+}
+EACH_ON_PROCESSES = [(number, *which) for number, listed in ON_PROCESSES.items() for which in listed]
+
+
+def train_on_ranks(dropout: float) -> list[Outcome]:
+    """What each rank does: all of `ON_PROCESSES`; its own share of every outcome."""
     import torch.distributed as dist
 
-    found: dict[tuple[str, str], Outcome] = {}
-    for name in MODELS:
-        for number, schedule in enumerate(SCHEDULES):
-            data = batches()
-            pipe = evenflow.pipeline(
-                build(name, dropout),
-                example=data[0],
-                optimizer=adamw,
-                num_microbatches=NUM_MICROBATCHES,
-                schedule=schedule,
-                exact=name in TIED,
-                max_leaf_share=SHARES[number % 2],
-            )
-            # Both ways of giving a batch: on every rank, or on the first alone.
-            fed = data if number == 0 else pipe.feed(data if dist.get_rank() == 0 else [])
-            losses = [float(pipe.step(batch).loss) for batch in fed]
-            found[name, schedule] = outcome(pipe, losses)
-            pipe.close()
+    found: list[Outcome] = []
+    dist.init_process_group("gloo")
+    num_ranks = dist.get_world_size()
+    for number, (name, schedule) in enumerate(ON_PROCESSES[num_ranks]):
+        data = batches()
+        pipe = evenflow.pipeline(
+            build(name, dropout),
+            example=data[0],
+            optimizer=adamw,
+            num_microbatches=MANY,
+            exact=name in TIED,
+            max_leaf_share=SHARES[number % 2],
+            **on_ranks(num_ranks, schedule),
+        )
+        # Both ways of giving a batch: on every rank, or on the first alone.
+        fed = data if number % 3 == 0 else pipe.feed(data if dist.get_rank() == 0 else [])
+        losses = [float(pipe.step(batch).loss) for batch in fed]
+        found.append(outcome(pipe, losses))
+        pipe.close()
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def from_ranks(request) -> list[dict[tuple[str, str], Outcome]]:
-    return evenflow.launch(train_on_ranks, DROPOUT, nproc=request.param)
+@cache
+def from_ranks(num_ranks: int) -> list[list[Outcome]]:
+    return evenflow.launch(train_on_ranks, DROPOUT, nproc=num_ranks)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", MODELS)
-def test_processes_change_no_bit(references, from_ranks, name, schedule):
-    shares = [found[name, schedule] for found in from_ranks]
+@pytest.mark.parametrize(("num_ranks", "name", "schedule"), EACH_ON_PROCESSES)
+def test_processes_change_no_bit(num_ranks, name, schedule):
+    at = ON_PROCESSES[num_ranks].index((name, schedule))
+    shares = [found[at] for found in from_ranks(num_ranks)]
     merged = Outcome(
         shares[0].losses,
         {key: tensor for share in shares for key, tensor in share.gradients.items()},
@@ -166,7 +237,7 @@ def test_processes_change_no_bit(references, from_ranks, name, schedule):
     assert all(share.losses == merged.losses for share in shares), "every rank reports the same losses"
     assert sum(len(share.weights) for share in shares) == len(merged.weights), "owned by one rank each"
     assert all(share.weights for share in shares), "every rank owns something"
-    assert_same_bits(merged, references[name])
+    assert_same_bits(merged, reference(name, num_microbatches=MANY))
 
 
 # -- the worst machine
@@ -175,9 +246,9 @@ def test_processes_change_no_bit(references, from_ranks, name, schedule):
 class OnThreads:
     """A pipeline of this process whose ranks run each in a thread, over rendezvous links."""
 
-    def __init__(self, pipe: evenflow.Pipeline, schedule: str) -> None:
-        self.parts, self.agree, self.proven = pipe._parts, pipe._agree, pipe._proven
-        self.schedule = catalog.get(schedule)
+    def __init__(self, pipe: evenflow.Pipeline) -> None:
+        self.parts, self.agree = pipe._parts, pipe._agree
+        self.placement = self.parts.programs.placement
 
     def step(self, batch) -> float:
         parts = self.parts
@@ -190,23 +261,24 @@ class OnThreads:
                 agreed.batches, agreed.recordings, entries, agreed.shares, strict=True
             )
         ]
-        proven = self.proven(self.schedule, jobs)
-        meeting = Meeting(len(parts.stages), timeout_seconds=30)
+        proven = parts.programs.training(len(jobs), joined_flow(job.cut for job in jobs))
+        meeting = Meeting(self.placement, timeout_seconds=30)
         executors = [
             Executor(
                 proven,
                 rank,
-                stages={rank: parts.stages[rank]},
+                stages={stage: parts.stages[stage] for stage in self.placement.stages_on(rank)},
                 devices=parts.devices,
                 jobs=jobs,
                 link=meeting.link(rank),
                 step=0,
                 reading=read_loss,
             )
-            for rank in parts.stages
+            for rank in range(self.placement.num_ranks)
         ]
         run_on_threads(executors, meeting)
-        losses = [result.loss for _, result in sorted(executors[-1].results.items())]
+        last = executors[self.placement.rank_of[-1]]
+        losses = [result.loss for _, result in sorted(last.results.items())]
         parts.updater.combine(None)
         parts.updater.step()
         return float(
@@ -234,27 +306,62 @@ def run_on_threads(executors: list[Executor], meeting: Meeting) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", MODELS)
-def test_the_worst_machine_changes_no_bit(name, schedule):
+def grouped(program: Program) -> Program:
+    """The program with neighbouring transfers made one group, in which sends and receives stand mixed."""
+    ranks = []
+    for queue in program.ranks:
+        made = []
+        for moves, ops in itertools.groupby(queue, lambda op: isinstance(op, Send | Recv)):
+            transfers = tuple(ops)
+            made += [Exchange(transfers)] if moves and len(transfers) > 1 else transfers
+        ranks.append(tuple(made))
+    return Program(program.schedule, program.flow, tuple(ranks))
+
+
+ON_THREADS = [
+    *((name, schedule) for name in MODELS for schedule in ("1f1b", "straight, split")),
+    *(("gpt", schedule) for schedule in (*CATALOG, *OWN) if schedule not in ("1f1b", "straight, split")),
+    ("t5", "v, mixed, overlapping"),
+]
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize(("name", "schedule"), ON_THREADS)
+def test_the_worst_machine_changes_no_bit(monkeypatch, name, schedule, groups):
+    if groups:
+        monkeypatch.setattr(programs, "lower", lambda *args: grouped(lower(*args)))
     # Without dropout: threads of one process share the generator that dropout draws from.
-    exact = name in TIED
     data = batches()
     pipe = evenflow.pipeline(
         build(name),
         example=data[0],
         optimizer=adamw,
-        num_microbatches=4,
-        stages=3,
-        exact=exact,
+        num_microbatches=MANY,
+        exact=name in TIED,
         max_leaf_share=0,
+        **on_ranks(3, schedule),
     )
-    threaded = OnThreads(pipe, schedule)
+    threaded = OnThreads(pipe)
     losses = [threaded.step(batch) for batch in data]
     pipe._updated = True  # the gradients are combined already
     found = outcome(pipe, losses)
     pipe.close()
-    assert_same_bits(found, train(name, stages=1, exact=exact))
+    assert_same_bits(found, reference(name, dropout=0.0, num_microbatches=MANY))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "v, split"])
+def test_groups_of_transfers_change_no_bit_in_one_process(monkeypatch, schedule):
+    found_groups = []
+
+    def lowered(*args):
+        program = grouped(lower(*args))
+        found_groups.extend(op for queue in program.ranks for op in queue if isinstance(op, Exchange))
+        return program
+
+    monkeypatch.setattr(programs, "lower", lowered)
+    found = train("t5", dropout=DROPOUT, exact=True, max_leaf_share=0, **on_ranks(2, schedule))
+    assert found_groups
+    assert_same_bits(found, reference("t5"))
 
 
 # -- would a fault be seen?
@@ -295,7 +402,7 @@ def nudge_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("where", ["activation", "boundary gradient", "weight gradient"])
 @pytest.mark.parametrize("name", MODELS)
-def test_one_last_bit_would_be_noticed(references, monkeypatch, name, where):
+def test_one_last_bit_would_be_noticed(monkeypatch, name, where):
     match where:
         case "activation":
             nudge_a_parcel(monkeypatch, Payload.ACTIVATION)
@@ -305,4 +412,4 @@ def test_one_last_bit_would_be_noticed(references, monkeypatch, name, where):
             nudge_a_gradient(monkeypatch)
     found = train(name, dropout=DROPOUT, stages=2, exact=name in TIED)
     with pytest.raises(AssertionError):
-        assert_same_bits(found, references[name])
+        assert_same_bits(found, reference(name))

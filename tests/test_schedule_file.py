@@ -1,8 +1,5 @@
 """Schedule files: what is written is read again, and every fault is told with its place."""
 
-# Messages stand here as they are printed, each in one line.
-# ruff: noqa: E501
-
 import pytest
 from hypothesis import given
 
@@ -59,7 +56,8 @@ def test_the_name_and_the_number_of_microbatches_are_found() -> None:
                 "line 1: 'placment' is no key; did you mean '# placement: ...'?",
                 "line 2: '0,x' is no placement: write the rank of each stage, '0,1,1,0'",
                 (
-                    "line 3, column 2: '0C0' is not a compute op: write stage, one of F, B, I and W, microbatch "
+                    "line 3, column 2: '0C0' is not a compute op: write stage, one of F, B, I and "
+                    "W, microbatch "
                     "('2F0'), or two fused ('2F3&5B1')"
                 ),
                 "line 3, column 3: 'S0>1F0' is added by Evenflow, and no part of a schedule: leave it out",
@@ -70,8 +68,9 @@ def test_the_name_and_the_number_of_microbatches_are_found() -> None:
             "# placement: 0,2\n0F0",
             [
                 (
-                    "line 1: rank_of (0, 2) must use every rank from 0 to 2, and no other: number the ranks so that "
-                    "each holds a stage"
+                    "line 1: rank_of (0, 2) must use every rank from 0 to 2, and no other: number "
+                    "the ranks so "
+                    "that each holds a stage"
                 )
             ],
         ),
@@ -79,19 +78,27 @@ def test_the_name_and_the_number_of_microbatches_are_found() -> None:
             "# placement: 0,1\n0F0,1F0\n2F0\n0F0",
             [
                 "the placement of line 1 names 2 ranks, and there are 3 rows: write a row for each rank",
-                "line 2, column 2: 1F0 stands in the row of rank 0, and stage 1 lives on rank 1: move it there",
                 (
-                    "line 3, column 1: 2F0 is of stage 2, and the placement names stages 0..1: add its rank in "
+                    "line 2, column 2: 1F0 stands in the row of rank 0, and stage 1 lives on rank 1: move "
+                    "it there"
+                ),
+                (
+                    "line 3, column 1: 2F0 is of stage 2, and the placement names stages 0..1: add "
+                    "its rank in "
                     "line 1"
                 ),
-                "line 4, column 1: 0F0 stands in the row of rank 2, and stage 0 lives on rank 0: move it there",
+                (
+                    "line 4, column 1: 0F0 stands in the row of rank 2, and stage 0 lives on rank 0: move "
+                    "it there"
+                ),
             ],
         ),
         (
             "0F0,0B0\n1F0,,0F2,3F0",
             [
                 (
-                    "line 2, column 3: 0F2 stands in the row of rank 1, and stage 0 is on rank 0 since line 1, "
+                    "line 2, column 3: 0F2 stands in the row of rank 1, and stage 0 is on rank 0 "
+                    "since line 1, "
                     "column 1: keep a stage in one row"
                 ),
                 "no row holds an op of stage 2, and there is one of stage 3: count stages from 0",
@@ -101,7 +108,8 @@ def test_the_name_and_the_number_of_microbatches_are_found() -> None:
             "0F0,0F2\n1F0,1F5",
             [
                 (
-                    "line 2, column 2: 1F5 is of microbatch 5, and no op is of microbatch 1: count microbatches "
+                    "line 2, column 2: 1F5 is of microbatch 5, and no op is of microbatch 1: count "
+                    "microbatches "
                     "from 0"
                 )
             ],

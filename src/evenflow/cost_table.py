@@ -248,10 +248,8 @@ class _Reader:
             if word == base or (word.startswith(f"{base}_") and unit in units):
                 return _Column(heading, base, units[unit], bool(unit))
         nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-        guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        self.faults.append(
-            f"line {line}: {heading!r} is no column{guess or ';'} There are: {', '.join(known)}"
-        )
+        guess = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+        self.faults.append(f"line {line}: {heading!r} is no column{guess} There are: {', '.join(known)}")
         return None
 
     def _check_columns(self, line: int, columns: Sequence[_Column], kind: str) -> None:

@@ -45,7 +45,7 @@ def test_parts_put_together_are_the_batch(kind, size, num):
 
 @given(st.integers(1, 30), st.integers(1, 12))
 def test_microbatch_size_fills_every_one_but_the_last(size, microbatch_size):
-    num = count(size, num_microbatches=None, microbatch_size=microbatch_size, num_stages=2)
+    num = count(size, num_microbatches=None, microbatch_size=microbatch_size, num_ranks=2)
     sizes = [len(item) for item in split(rows(size), num, microbatch_size=microbatch_size)]
     assert sizes[:-1] == [microbatch_size] * (num - 1)
     assert 1 <= sizes[-1] <= microbatch_size
@@ -60,11 +60,11 @@ def test_shares_are_those_of_the_rows(sizes):
 
 
 @pytest.mark.parametrize(
-    ("size", "num_stages", "expected"),
+    ("size", "num_ranks", "expected"),
     [(16, 1, 4), (16, 2, 8), (16, 4, 16), (7, 2, 7), (11, 2, 1), (1, 4, 1)],
 )
-def test_by_default_up_to_four_for_each_stage(size, num_stages, expected):
-    assert count(size, num_microbatches=None, microbatch_size=None, num_stages=num_stages) == expected
+def test_by_default_up_to_four_for_each_rank(size, num_ranks, expected):
+    assert count(size, num_microbatches=None, microbatch_size=None, num_ranks=num_ranks) == expected
 
 
 def test_one_tensor_in_two_places_stays_one():
@@ -79,10 +79,7 @@ def test_scalars_have_no_rows():
 
 def splitter(**options) -> Splitter:
     return Splitter(
-        **(
-            {"num_stages": 2, "num_microbatches": None, "microbatch_size": None, "split_batch": None}
-            | options
-        )
+        **({"num_ranks": 2, "num_microbatches": None, "microbatch_size": None, "split_batch": None} | options)
     )
 
 

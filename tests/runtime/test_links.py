@@ -16,6 +16,7 @@ from torch import distributed as dist
 from evenflow.errors import PeerError, ScheduleError
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
+from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
 from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout
@@ -215,7 +216,7 @@ def run_on_threads(*functions):
 
 
 def run_on_meeting(name: str) -> Received:
-    meeting = Meeting(2, timeout_seconds=30)
+    meeting = Meeting(Placement.linear(2), timeout_seconds=30)
     steps = SCENARIOS[name]
     ranks = run_on_threads(
         lambda: run_rank(meeting.link(0), 0, steps), lambda: run_rank(meeting.link(1), 1, steps)
@@ -232,7 +233,10 @@ def run_all_on_process() -> dict[str, Received | str]:
     dist.init_process_group("gloo")
     found: dict[str, Received | str] = {}
     for name, steps in SCENARIOS.items():
-        found[name] = run_rank(ProcessGroupLink(CPU), dist.get_rank(), steps)
+        found[name] = run_rank(ProcessGroupLink(CPU, Placement.linear(2)), dist.get_rank(), steps)
+    for name, ranks in GROUPS.items():
+        link = ProcessGroupLink(CPU, Placement.linear(2))
+        found[f"group: {name}"] = run_group_rank(link, dist.get_rank(), ranks[dist.get_rank()])
     return found
 
 
@@ -246,6 +250,127 @@ def run_on_processes(name: str) -> Received:
 
 
 RUNS = {"local": run_locally, "rendezvous": run_on_meeting, "processes": run_on_processes}
+
+
+# -- groups: two ranks that stand in transfers both ways, in orders that would deadlock one after the other
+
+
+def several(microbatches, source: int, target: int) -> list[Transfer]:
+    return [Transfer(source, target, i, (numbers(2, 3) + 100 * i, None)) for i in microbatches]
+
+
+THERE, BACK = several(range(3), 0, 1), several(range(2), 1, 0)
+# A part of a rank's program: the transfers of one group, or a single one.
+GROUPS: dict[str, tuple[list[list[Transfer]], list[list[Transfer]]]] = {
+    "each sends first": ([[THERE[0], BACK[0]]], [[BACK[0], THERE[0]]]),
+    "several each way": ([[*THERE, *BACK]], [[*BACK, *THERE]]),
+    "each receives first": ([[*BACK, *THERE]], [[*THERE, *BACK]]),
+    "a group on one side": ([[*THERE, *BACK]], [[BACK[0]], [THERE[0]], [THERE[1]], [BACK[1]], [THERE[2]]]),
+    "groups of other sizes": ([THERE[:1], [*THERE[1:], *BACK]], [[*THERE[:2], *BACK], THERE[2:]]),
+}
+
+
+def run_group_rank(link: Link, rank: int, parts: list[list[Transfer]]) -> dict[Recv, Parcel]:
+    """One rank's part, in which each group is an exchange, however small."""
+    receives = [t for part in parts for t in part if t.target == rank]
+    link.start([(t.recv, t.manifest) for t in receives])
+    for part in parts:
+        sends = [(t.send, t.parcel, t.manifest) for t in part if t.source == rank]
+        link.exchange(sends, [t.recv for t in part if t.target == rank])
+    arrived = {t.recv: link.take(t.recv) for t in receives}
+    link.finish()
+    return arrived
+
+
+def groups_locally(name: str) -> list[dict[Recv, Parcel]]:
+    """All ranks in one process, which take turns."""
+    link, arrived = LocalLink(), {}
+    link.start([])
+    for rank, parts in enumerate(GROUPS[name]):
+        for part in parts:
+            sends = [(t.send, t.parcel, t.manifest) for t in part if t.source == rank]
+            link.exchange(sends, [t.recv for t in part if t.target == rank])
+    for rank, parts in enumerate(GROUPS[name]):
+        arrived |= {t.recv: link.take(t.recv) for part in parts for t in part if t.target == rank}
+    link.finish()
+    return [arrived]
+
+
+def groups_on_meeting(name: str) -> list[dict[Recv, Parcel]]:
+    meeting = Meeting(Placement.linear(2), timeout_seconds=30)
+    first, second = GROUPS[name]
+    results = run_on_threads(
+        lambda: run_group_rank(meeting.link(0), 0, first), lambda: run_group_rank(meeting.link(1), 1, second)
+    )
+    assert not [result for result in results if isinstance(result, Exception)], results
+    return results
+
+
+def groups_on_processes(name: str) -> list[dict[Recv, Parcel]]:
+    return [results[f"group: {name}"] for results in results_of_processes()]
+
+
+GROUP_RUNS = {"local": groups_locally, "rendezvous": groups_on_meeting, "processes": groups_on_processes}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("link", GROUP_RUNS)
+def test_groups_arrive_whole(link, name):
+    arrived = {op: parcel for part in GROUP_RUNS[link](name) for op, parcel in part.items()}
+    expected = {t.recv: t for parts in GROUPS[name] for part in parts for t in part}
+    assert arrived.keys() == expected.keys()
+    for recv, transfer in expected.items():
+        (found, nothing), (sent, _) = arrived[recv], transfer.parcel
+        assert nothing is None
+        assert torch.equal(found, sent)
+
+
+def test_a_group_that_is_not_met_says_what_is_left():
+    meeting = Meeting(Placement.linear(3), timeout_seconds=0.2)
+    results = run_on_threads(
+        lambda: run_group_rank(meeting.link(0), 0, [[THERE[0], *several([0], 0, 2)]]),
+        lambda: run_group_rank(meeting.link(1), 1, [[THERE[0]]]),
+    )
+    assert [type(result) for result in results] == [PeerError, dict]
+    assert str(results[0]).startswith(
+        "rank 0 in S0>2F0 (activations of microbatch 0, stage 0 to stage 2) wai"
+    )
+
+
+def test_a_group_in_another_order_is_mis_paired():
+    meeting = Meeting(Placement.linear(2), timeout_seconds=30)
+    results = run_on_threads(
+        lambda: run_group_rank(meeting.link(0), 0, [[THERE[0], THERE[1]]]),
+        lambda: run_group_rank(meeting.link(1), 1, [[THERE[1], THERE[0]]]),
+    )
+    assert [type(result) for result in results] == [ScheduleError, ScheduleError]
+    assert {str(result) for result in results} == {"mis-pairing: S0>1F0 on rank 0 meets R0>1F1 on rank 1"}
+
+
+def test_stages_live_where_the_placement_says():
+    """Two stages a rank, the first ones on rank 1."""
+    placement = Placement((1, 0, 0, 1))
+    meeting = Meeting(placement, timeout_seconds=30)
+    there, back = several([0], 0, 1)[0], several([0], 2, 3)[0]
+    there_infos = [(there.recv, there.manifest)], [(back.recv, back.manifest)]
+
+    def first():
+        link = meeting.link(1)
+        link.start(there_infos[1])
+        link.send(there.send, there.parcel, there.manifest)
+        link.post(back.recv)
+        return link.take(back.recv)
+
+    def second():
+        link = meeting.link(0)
+        link.start(there_infos[0])
+        link.post(there.recv)
+        link.send(back.send, back.parcel, back.manifest)
+        return link.take(there.recv)
+
+    found_back, found_there = run_on_threads(first, second)
+    assert torch.equal(found_back[0], back.parcel[0])
+    assert torch.equal(found_there[0], there.parcel[0])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -276,7 +401,7 @@ def test_every_scenario_needs_no_buffer():
 
 def test_a_send_waits_for_its_receive():
     """Each rank would send first: with buffers this passes."""
-    meeting = Meeting(2, timeout_seconds=0.2)
+    meeting = Meeting(Placement.linear(2), timeout_seconds=0.2)
     there, back = Transfer(0, 1, 0, (numbers(2),)), Transfer(1, 0, 0, (numbers(2),))
     first, second = run_on_threads(
         lambda: run_rank(meeting.link(0), 0, [[there, back]]),
@@ -292,7 +417,7 @@ def test_a_send_waits_for_its_receive():
 
 
 def test_one_that_waits_too_long_says_where_the_peer_stands():
-    meeting = Meeting(3, timeout_seconds=0.2)
+    meeting = Meeting(Placement.linear(3), timeout_seconds=0.2)
     first = Transfer(0, 1, 3, (numbers(2),))
     other = Transfer(1, 2, 5, (numbers(2),))
     results = run_on_threads(
@@ -311,7 +436,7 @@ def test_one_that_waits_too_long_says_where_the_peer_stands():
 
 
 def test_one_whose_peer_has_left_says_so_at_once():
-    meeting = Meeting(2, timeout_seconds=100)
+    meeting = Meeting(Placement.linear(2), timeout_seconds=100)
     meeting.leave(1)
     started = time.monotonic()
     with pytest.raises(
@@ -323,7 +448,7 @@ def test_one_whose_peer_has_left_says_so_at_once():
 
 
 def test_transfers_in_another_order_are_mis_paired_and_both_ranks_say_so():
-    meeting = Meeting(2, timeout_seconds=30)
+    meeting = Meeting(Placement.linear(2), timeout_seconds=30)
     one, two = Transfer(0, 1, 0, (numbers(2),)), Transfer(0, 1, 1, (numbers(2),))
     results = run_on_threads(
         lambda: run_rank(meeting.link(0), 0, [[one, two]]), lambda: run_rank(meeting.link(1), 1, [[two, one]])
@@ -334,7 +459,7 @@ def test_transfers_in_another_order_are_mis_paired_and_both_ranks_say_so():
 
 def test_a_parcel_is_the_receivers_own():
     """As over a wire: what the sender does to its tensor later is not seen."""
-    meeting = Meeting(2, timeout_seconds=30)
+    meeting = Meeting(Placement.linear(2), timeout_seconds=30)
     transfer = Transfer(0, 1, 0, (numbers(2, 2).t(),))
     _, received = run_on_threads(
         lambda: run_rank(meeting.link(0), 0, [[transfer]]), lambda: run_rank(meeting.link(1), 1, [[transfer]])
@@ -351,7 +476,7 @@ def lose_a_peer(folder, role: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    link = ProcessGroupLink(CPU)
+    link = ProcessGroupLink(CPU, Placement.linear(2))
     there = [Transfer(0, 1, i, (numbers(4),)) for i in range(3)]
     back = [Transfer(1, 0, i, (numbers(4),)) for i in range(3)]
     run_rank(link, rank, [[there[0], back[0]]])

@@ -5,16 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from evenflow.ir import Backward, Costs, Flow, Forward, Span, Timeline
+from evenflow.ir import Costs, Flow, Span, Timeline
 from evenflow.schedules.catalog import get
 from evenflow.simulate import simulate
 from evenflow.view import picture
-from evenflow.view.lanes import write_names
-from evenflow.view.palette import colour_of
 
 
 def timeline_of(name: str, num_ranks: int, num_microbatches: int, seconds: float = 0.004) -> Timeline:
@@ -52,25 +49,3 @@ def test_a_panel_shows_the_spans_from_their_first_start() -> None:
     assert [round(box.x0) for box in boxes] == [0, 0, 4, 20, 28, 0, 4, 8, 12, 20]
     assert [round(box.x1) for box in boxes] == [36, 4, 8, 28, 36, 36, 8, 12, 20, 28]
     assert axes.get_title(loc="left") == "Measured: makespan 36.00 ms, bubble 33.3%"
-
-
-@pytest.mark.parametrize(("num_microbatches", "are_named"), [(4, True), (400, False)])
-def test_names_are_written_where_there_is_room(num_microbatches: int, are_named: bool) -> None:
-    timeline = timeline_of("gpipe", 2, num_microbatches)
-    figure = Figure(figsize=(12, 3), dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_xlim(0.0, timeline.makespan_seconds * 1e3)
-    picture._draw_panel(axes, timeline, "Predicted")
-    num_texts = len(axes.texts)
-    write_names(axes, timeline, picture._MS)
-    assert len(axes.texts) - num_texts == (len(timeline.spans) if are_named else 0)
-
-
-def test_families_differ_and_darken() -> None:
-    forwards = [colour_of(Forward(0, microbatch), 4) for microbatch in range(4)]
-    backwards = [colour_of(Backward(0, microbatch), 4) for microbatch in range(4)]
-    assert all(colour[2] > colour[0] for colour in forwards)
-    assert all(colour[0] > colour[2] for colour in backwards)
-    for family in (forwards, backwards):
-        assert sorted(family, key=sum, reverse=True) == family

@@ -97,7 +97,7 @@ def _show(console: Console, flags: Flags, made: Schedule, prices: Prices) -> Non
     if report.memory_faults:
         raise _over_the_cap(report)
     unit = _memory_unit(prices, report)
-    print_report(console, report, unit)
+    print_report(console, report, unit, in_bytes=prices.table is not None and prices.table.in_bytes)
     if flags.save:
         _write(flags.save, lambda path: path.write_text(format_schedule(made), encoding="utf-8"))
         console.print(f"saved to {flags.save}", soft_wrap=True, highlight=False, markup=False)

@@ -50,8 +50,8 @@ class Report:
         return tuple(peak / whole if whole > 0 else 0.0 for peak, whole in pairs)
 
 
-def print_report(console: Console, report: Report, memory_unit: Unit) -> None:
-    """Draw a schedule and tell its numbers."""
+def print_report(console: Console, report: Report, memory_unit: Unit, *, in_bytes: bool) -> None:
+    """Draw a schedule and tell its numbers; `in_bytes` tells whether sizes are in bytes or in some unit."""
     made = report.schedule
     sizes = ", ".join(
         (
@@ -71,7 +71,7 @@ def print_report(console: Console, report: Report, memory_unit: Unit) -> None:
         limit = "" if bound is None else f", {_gap(seconds, bound)}"
         _item(console, name, f"{format_seconds(seconds)}, idle {100 * idle:.1f} %{limit}")
     _item(console, "peak held", _peaks(report, memory_unit))
-    _item(console, "transfers", _transfers(report.transfers, in_bytes=memory_unit.name.endswith("B")))
+    _item(console, "transfers", _transfers(report.transfers, in_bytes=in_bytes))
     _item(console, "critical path", _path(report.path, made.placement.num_ranks))
 
 

@@ -229,6 +229,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         autocast=call.autocast,
         whole=call.whole if isinstance(call, ModuleCall) else None,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
+        hooks=any(isinstance(inner, ModuleCall) and inner.hooks for inner in walk(call)),
     )
 
 

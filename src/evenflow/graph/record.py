@@ -265,6 +265,7 @@ class _Recorder:
         call, path = self.stack[-1], self.stack[-1].path
         if name in IMPURE:
             self.keep_whole(f"it calls {name}")
+            call.hooks = call.hooks or name in _HOOKS
         if name in READS:
             call.children.append(ReadCall(function, name, path, self.clock, inputs, result))
             return result

@@ -127,6 +127,7 @@ class ModuleCall:
     whole: str | None = None  # why this call must not be taken apart, where it must not
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
     stateful: bool = False  # it changed its own attributes
+    hooks: bool = False  # it put hooks of its own on the backward
 
 
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall

@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, EvenflowError, PeerError
+from evenflow.ir.placement import Placement
 from evenflow.runtime.recordings import Program, Recordings, describe, tensors
 from evenflow.runtime.world import World
 
@@ -58,6 +59,7 @@ def agree(
     prepare: Callable[[], Prepared | None],
     learn: Callable[[Any], int],
     device: torch.device,
+    placement: Placement,
 ) -> Agreed:
     """The batch of this step on this rank. `prepare` splits the rank's own batch (None where it has none).
 
@@ -95,7 +97,7 @@ def agree(
         )
     absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
     message = _first_message(mine, found) if mine is not None else None
-    return _sent(world, recordings, program, mine, message, learn, absent, device)
+    return _sent(world, recordings, program, mine, message, learn, absent, device, placement)
 
 
 def _attempt(
@@ -126,6 +128,7 @@ def _sent(
     learn: Callable[[Any], int],
     absent: Sequence[int],
     device: torch.device,
+    placement: Placement,
 ) -> Agreed:
     message = world.share(message, source=0)
     assert message is not None, "the first rank has a batch"
@@ -139,7 +142,8 @@ def _sent(
     for at, number in enumerate(numbers):
         entry = recordings.entries[number]
         for rank in absent:
-            for leaf, value in entry.cut.sections[rank].batch:  # (rank r runs stage r)
+            needed = {leaf: v for s in placement.stages_on(rank) for leaf, v in entry.cut.sections[s].batch}
+            for leaf, value in needed.items():
                 if world.rank == 0:
                     world.send(batches[at][leaf].to(device), rank)
                 elif world.rank == rank:

@@ -10,9 +10,11 @@ import torch
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
 from evenflow.graph.fakes import FakeParameters
+from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
+from evenflow.pipe.programs import Programs
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_callable, check_whole, refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
@@ -36,6 +38,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
     stages: int | None = None,
+    stages_per_rank: int | None = None,
     schedule: str | ScheduleFunction = "1f1b",
     microbatch_size: int | None = None,
     num_microbatches: int | None = None,
@@ -49,16 +52,19 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
 ) -> Pipeline:
     """Cut a model into stages and return the pipeline that trains it, its parameters in place.
 
-    Under `torchrun` or `evenflow.launch` each process runs one stage; else this process runs all of them, on
-    the CUDA devices that it finds or on the CPU.
+    Under `torchrun` or `evenflow.launch` each process is one rank and runs its stages; else this process runs
+    all of them, on the CUDA devices that it finds or on the CPU.
 
     - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar,
       metrics); by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
     - `example`: one full batch, from which shapes are read: any tree of tensors and plain values.
     - `optimizer` receives a list of (name, parameter), a stage's trainable ones; `scheduler` the optimizer.
-    - `stages`: how many; by default one per process, or per CUDA device, or 1.
-    - `schedule`: a name in `evenflow.schedules.catalog`, or a function like those.
-    - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per stage.
+    - `stages`: how many in all; by default `stages_per_rank` for each process, or CUDA device, or just those.
+    - `stages_per_rank`: how many each rank holds; by default what suits the schedule: 2 for those that
+      interleave and those in the shape of a V, else 1. Where each stage lives, the schedule says.
+    - `schedule`: a name in `evenflow.schedules.catalog`, or a function like those, called with `num_ranks`,
+      `stages_per_rank` and `num_microbatches`; it must place the stages alike for any number of microbatches.
+    - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per rank.
     - `split`: names of modules before which to cut, in order; by default the cuts balance estimated FLOPs.
     - `split_batch(batch)` returns a list of microbatches, for batches that dim 0 does not split.
     - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs
@@ -83,7 +89,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     True
     """
     refuse_unfit(model)
-    check_whole(stages=stages, microbatch_size=microbatch_size, num_microbatches=num_microbatches, seed=seed)
+    check_whole(stages=stages, stages_per_rank=stages_per_rank, seed=seed)
+    check_whole(microbatch_size=microbatch_size, num_microbatches=num_microbatches)
     check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler, split_batch=split_batch)
     if isinstance(split, str):
         raise ConfigError(f"split={split!r} is one string; give a list of module names: split=[{split!r}]")
@@ -95,18 +102,19 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     method = catalog.get(schedule) if isinstance(schedule, str) else schedule
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
-    num_stages = choices.stage_count(stages, split, world, kind)
-    devices = choices.devices_of(kind, num_stages)
-    splitter = Splitter(num_stages, num_microbatches, microbatch_size, split_batch)
+    on_each = choices.stages_on_each(stages_per_rank, schedule)
+    num_stages = choices.stage_count(stages, split, world, kind, stages_per_rank=on_each)
+    num_ranks = num_stages // on_each
+    splitter = Splitter(num_ranks, num_microbatches, microbatch_size, split_batch)
     program = loss if loss is not None else model_loss
     items = splitter(example).items
     item = items[0]
-    if not method(num_ranks=num_stages, stages_per_rank=1, num_microbatches=len(items)).trains:
-        raise ConfigError(
-            f"schedule={schedule!r} runs no backward: it evaluates and cannot train; use '1f1b'"
-        )
+    programs = Programs(method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=len(items))
+    placement = programs.placement
+    devices = choices.devices_of(kind, placement)
+    own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
-    own_device = devices[world.rank]
+    own_device = devices[own[0]]
     _share_buffers(model, world, own_device)
     fakes = FakeParameters(model, own_device)
     parameters = parameters_by_name(model, fakes.tied)
@@ -118,14 +126,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_loss(graph)
     check_trainable(graph)
     cut = recordings.cut_first(graph, choices.positions_of(graph, split, num_stages), list(parameters))
-    _check_alike(cut, world)
+    _check_alike(cut, programs, world)
+    programs.training(len(items), cut.flow)  # a wrong schedule is refused here, and not at the first step
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
-    own = range(num_stages) if world.size == 1 else (world.rank,)
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
     if world.size > 1:
-        _let_go(fakes, parameters, keep=_used_on(cut, owner, world.rank), device=own_device)
+        _let_go(fakes, parameters, keep=_used_on(cut, owner, own), device=own_device)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
         stages_here[stage].own(held)
@@ -134,7 +142,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         world,
         accumulators,
         owned,
-        process_of_stage=lambda stage: stage if world.size > 1 else 0,
+        process_of_stage=lambda stage: placement.rank_of[stage] if world.size > 1 else 0,
         optimizer=optimizer,
         scheduler=scheduler,
     )
@@ -144,15 +152,17 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             model=model,
             loss=program,
             world=world,
-            link=_link(world, own_device),
+            link=_link(world, own_device, placement),
             stages=stages_here,
             devices=devices,
             recordings=recordings,
             updater=updater,
-            schedule=method,
+            programs=programs,
             splitter=splitter,
-            buffers=_true_buffers(model, cut, world),
-            summaries=_summaries(cut, {name: (owner[name], parameters[name].numel()) for name in parameters}),
+            buffers=_true_buffers(model, cut, world, placement),
+            summaries=_summaries(
+                cut, placement, {name: (owner[name], parameters[name].numel()) for name in parameters}
+            ),
         )
     )
 
@@ -167,31 +177,38 @@ def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -
         buffer.detach().copy_(moved)
 
 
-def _check_alike(cut: Cut, world: World) -> None:
+def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
     """Refuse examples under which the processes recorded different programs: their stages would not fit."""
-    what = repr(([node.name for node in cut.graph.chain], cut.positions, [s.batch for s in cut.sections]))
+    schedule = (programs.placement, programs.example.ranks)
+    what = repr(
+        ([node.name for node in cut.graph.chain], cut.positions, [s.batch for s in cut.sections], schedule)
+    )
     mine = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")
     found = [row[0] for row in world.gather_numbers([mine])]
     if len(set(found)) > 1:
         other = next(rank for rank, number in enumerate(found) if number != found[0])
         raise ConfigError(
             f"ranks 0 and {other} recorded different programs (here {len(cut.graph.chain)} nodes, cut at "
-            f"{cut.positions}): build the same model and pass an example of the same shapes on every rank"
+            f"{cut.positions}): build the same model, pass an example of the same shapes, and name the same "
+            "schedule on every rank"
         )
 
 
-def _true_buffers(model: torch.nn.Module, cut: Cut, world: World) -> frozenset[str]:
-    """Persistent buffers that this process speaks for: what its stage changes; the first, the rest."""
-    homes = {name: s.stage for s in cut.sections for node in s.nodes for name in node.changed_buffers}
+def _true_buffers(model: torch.nn.Module, cut: Cut, world: World, placement: Placement) -> frozenset[str]:
+    """Persistent buffers that this process speaks for: what its stages change; the first, the rest."""
+    rank_of = placement.rank_of
+    homes = {
+        name: rank_of[s.stage] for s in cut.sections for node in s.nodes for name in node.changed_buffers
+    }
     kept = set(model.state_dict())
     names = (name for name, _ in model.named_buffers() if name in kept)
     return frozenset(name for name in names if world.size == 1 or homes.get(name, 0) == world.rank)
 
 
-def _used_on(cut: Cut, owner: Mapping[str, int], stage: int) -> set[str]:
-    """Parameters that a stage owns or uses."""
+def _used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[str]:
+    """Parameters that one of these stages owns or uses."""
     users = stages_of_parameters(cut)
-    return {name for name, home in owner.items() if stage in (home, *users.get(name, ()))}
+    return {name for name, home in owner.items() if not {home, *users.get(name, ())}.isdisjoint(stages)}
 
 
 def _let_go(
@@ -208,18 +225,20 @@ def _let_go(
         module._parameters[key] = parameters[fakes.names[id(fake)]]
 
 
-def _link(world: World, device: torch.device) -> Link:
-    return LocalLink() if world.size == 1 else ProcessGroupLink(device)
+def _link(world: World, device: torch.device, placement: Placement) -> Link:
+    return LocalLink() if world.size == 1 else ProcessGroupLink(device, placement)
 
 
-def _summaries(cut: Cut, parameters: Mapping[str, tuple[int, int]]) -> tuple[StageSummary, ...]:
+def _summaries(
+    cut: Cut, placement: Placement, parameters: Mapping[str, tuple[int, int]]
+) -> tuple[StageSummary, ...]:
     """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
     costs = choices.node_costs(cut.graph)
     edges = (0, *cut.positions, len(cut.graph.chain))
     return tuple(
         StageSummary(
             stage=stage,
-            rank=stage,
+            rank=placement.rank_of[stage],
             num_nodes=end - start,
             first=cut.graph.chain[start].name if end > start else "-",
             last=cut.graph.chain[end - 1].name if end > start else "-",

@@ -16,11 +16,14 @@ from evenflow.errors import ConfigError
 from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.graph.template import flatten_tree
+from evenflow.ir.placement import Placement
 from evenflow.pipe.agree import Prepared
 from evenflow.plan.partition import partition
 from evenflow.runtime import microbatch as microbatches
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
+from evenflow.schedules import catalog
+from evenflow.schedules.catalog import ScheduleFunction
 
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
@@ -32,7 +35,7 @@ TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 class Splitter:
     """Turns a batch into weighted microbatches, always in the same way."""
 
-    num_stages: int
+    num_ranks: int
     num_microbatches: int | None
     microbatch_size: int | None
     split_batch: Callable[[Any], Sequence[Any]] | None
@@ -51,7 +54,7 @@ class Splitter:
             size,
             num_microbatches=self.num_microbatches,
             microbatch_size=self.microbatch_size,
-            num_stages=self.num_stages,
+            num_ranks=self.num_ranks,
         )
         items = microbatches.split(batch, num, microbatch_size=self.microbatch_size)
         return Prepared(items, microbatches.shares(items), size)
@@ -101,7 +104,16 @@ def _cuda_index(number: int) -> int:
     return number % torch.cuda.device_count()
 
 
-def stage_count(stages: int | None, split: Sequence[str] | None, world: World, kind: str) -> int:
+def stages_on_each(stages_per_rank: int | None, schedule: str | ScheduleFunction) -> int:
+    """How many stages each rank holds: what was asked for, or what suits the schedule."""
+    if stages_per_rank is not None and stages_per_rank < 1:
+        raise ConfigError(f"stages_per_rank={stages_per_rank} must be at least 1")
+    return stages_per_rank or (catalog.default_stages_per_rank(schedule) if isinstance(schedule, str) else 1)
+
+
+def stage_count(
+    stages: int | None, split: Sequence[str] | None, world: World, kind: str, *, stages_per_rank: int
+) -> int:
     """How many stages; `ConfigError` where arguments contradict each other or the number of processes."""
     if stages is not None and stages < 1:
         raise ConfigError(f"stages={stages} must be at least 1")
@@ -111,21 +123,31 @@ def stage_count(stages: int | None, split: Sequence[str] | None, world: World, k
                 f"split= names {len(split)} cuts, which makes {len(split) + 1} stages, but stages={stages}"
             )
         stages = len(split) + 1
+    if stages is not None and stages % stages_per_rank:
+        below = stages - stages % stages_per_rank
+        near = [str(number) for number in (below, below + stages_per_rank) if number]
+        raise ConfigError(
+            f"{stages} stages cannot be dealt out {stages_per_rank} to each rank; the nearest that can: "
+            f"{' and '.join(near)} (or give stages_per_rank=)"
+        )
     if world.size > 1:
-        if stages is not None and stages != world.size:
+        if stages is not None and stages != world.size * stages_per_rank:
+            num_ranks = stages // stages_per_rank
+            each = f", {stages_per_rank} on each rank," if stages_per_rank > 1 else ""
             raise ConfigError(
-                f"{stages} stages need {stages} processes, but {world.size} are running; start with "
-                f"torchrun --nproc-per-node {stages}, or ask for stages={world.size}"
+                f"{stages} stages{each} need {num_ranks} processes, but {world.size} are running; start with "
+                f"torchrun --nproc-per-node {num_ranks}, or ask for stages={world.size * stages_per_rank}"
             )
-        return world.size
-    return stages or (max(1, torch.cuda.device_count()) if kind == "cuda" else 1)
+        return world.size * stages_per_rank
+    num_ranks = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    return stages or num_ranks * stages_per_rank
 
 
-def devices_of(kind: str, num_stages: int) -> tuple[torch.device, ...]:
-    """One device for each stage, in turn over those there are."""
+def devices_of(kind: str, placement: Placement) -> tuple[torch.device, ...]:
+    """The device of each stage: its rank's, which take turns over those there are."""
     if kind == "cpu":
-        return (torch.device("cpu"),) * num_stages
-    return tuple(torch.device("cuda", _cuda_index(stage)) for stage in range(num_stages))
+        return (torch.device("cpu"),) * placement.num_stages
+    return tuple(torch.device("cuda", _cuda_index(rank)) for rank in placement.rank_of)
 
 
 def check_split(model: torch.nn.Module, split: Sequence[str]) -> None:

@@ -12,11 +12,12 @@ from torch.utils import _pytree as pytree
 
 from evenflow.checkpoint.save import save_checkpoint
 from evenflow.errors import ConfigError, PeerError
+from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
-from evenflow.lower import lower
 from evenflow.pipe.agree import FED, Agreed, Prepared, agree
+from evenflow.pipe.programs import Programs
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.times import Times
@@ -28,9 +29,7 @@ from evenflow.runtime.recordings import Program, Recordings
 from evenflow.runtime.rng import generators_restored
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.world import World
-from evenflow.schedules.catalog import ScheduleFunction
-from evenflow.schedules.forward_only import forward_only
-from evenflow.validate import ProvenProgram, prove
+from evenflow.validate import ProvenProgram
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Parts:
     devices: Sequence[torch.device]  # of all stages
     recordings: Recordings
     updater: Updater
-    schedule: ScheduleFunction
+    programs: Programs
     splitter: Callable[[Any], Prepared]
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
@@ -74,7 +73,6 @@ class Pipeline:
         self._parts = parts
         self.cut = parts.summaries
         self.is_main = parts.world.rank == 0
-        self._programs: dict[tuple[int, Flow, bool], ProvenProgram] = {}
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
         self._rows: list[int] = []  # rows of the batches accumulated since the last update
@@ -99,7 +97,7 @@ class Pipeline:
         self._rows.append(agreed.size)
         share = 1.0 if len(self._rows) == 1 else agreed.size / self._rows[0]
         try:
-            result = self._run(agreed, self._parts.schedule, read_loss, share=share)
+            result = self._run(agreed, self._parts.programs.training, read_loss, share=share)
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._rows.clear()
@@ -115,7 +113,7 @@ class Pipeline:
         """Loss and metrics of one batch in evaluation mode, without gradients; changes nothing."""
         with self._evaluating():
             agreed = self._agree(self._parts.loss, batch, training=False)
-            return self._run(agreed, forward_only, read_loss)
+            return self._run(agreed, self._parts.programs.evaluation, read_loss)
 
     def predict(self, batch: Any, function: Program | None = None) -> Any:
         """What `function(model, microbatch)` returns in evaluation mode, joined over a batch's microbatches.
@@ -125,7 +123,7 @@ class Pipeline:
         """
         with self._evaluating():
             agreed = self._agree(function or call_model, batch, training=False)
-            return self._run(agreed, forward_only, read_prediction).metrics
+            return self._run(agreed, self._parts.programs.evaluation, read_prediction).metrics
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
@@ -203,7 +201,8 @@ class Pipeline:
             program,
             prepare=lambda: self._prepared(batch),
             learn=partial(self._learn, program, training),
-            device=next(iter(parts.stages.values())).device,
+            device=self._device,
+            placement=parts.programs.placement,
         )
 
     def _prepared(self, batch: Any) -> Prepared | None:
@@ -221,9 +220,15 @@ class Pipeline:
         return recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
 
     def _run(
-        self, agreed: Agreed, schedule: ScheduleFunction, reading: Reading, *, share: float = 1.0
+        self,
+        agreed: Agreed,
+        program: Callable[[int, Flow], ProvenProgram],
+        reading: Reading,
+        *,
+        share: float = 1.0,
     ) -> StepResult:
         parts = self._parts
+        placement = parts.programs.placement
         entries = [parts.recordings.entries[number] for number in agreed.recordings]
         jobs = [
             Job(batch, number, entry.cut, entry.works, weight * share)
@@ -231,19 +236,19 @@ class Pipeline:
                 agreed.batches, agreed.recordings, entries, agreed.shares, strict=True
             )
         ]
-        proven = self._proven(schedule, jobs)
+        proven = program(len(jobs), joined_flow(job.cut for job in jobs))
         executors = {
             rank: Executor(
                 proven,
                 rank,
-                stages=parts.stages,
+                stages={stage: parts.stages[stage] for stage in placement.stages_on(rank)},
                 devices=parts.devices,
                 jobs=jobs,
                 link=parts.link,
                 step=self._step,
                 reading=reading,
             )
-            for rank in parts.stages
+            for rank in (range(placement.num_ranks) if parts.world.size == 1 else (parts.world.rank,))
         }
         draws = any(work.draws for entry in entries for work in entry.works.values())
         with generators_restored(stage.device for stage in parts.stages.values() if draws):
@@ -255,28 +260,26 @@ class Pipeline:
             else:
                 executors[parts.world.rank].run()
         if proven.program.schedule.trains:
-            self._times.note(proven, [span for executor in executors.values() for span in executor.spans])
-        last = executors.get(len(parts.devices) - 1)
+            self._times.note(
+                proven,
+                [span for executor in executors.values() for span in executor.spans],
+                [span for executor in executors.values() for span in executor.parts],
+            )
+        last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
         return self._result(results, agreed, entries[0].graph, reading)
 
-    def _proven(self, schedule: ScheduleFunction, jobs: Sequence[Job]) -> ProvenProgram:
-        flows = {job.cut.flow for job in jobs}
-        flow = Flow(
-            activations=frozenset(edge for one in flows for edge in one.activations),
-            gradients=frozenset(edge for one in flows for edge in one.gradients),
-        )
-        key = (len(jobs), flow, schedule is forward_only)
-        if key not in self._programs:
-            made = schedule(num_ranks=len(self._parts.devices), stages_per_rank=1, num_microbatches=len(jobs))
-            self._programs[key] = prove(lower(made, flow))
-        return self._programs[key]
+    @property
+    def _device(self) -> torch.device:
+        """This process's device (the first stage's, where it holds those of all ranks)."""
+        return next(iter(self._parts.stages.values())).device
 
     def _result(
         self, results: Sequence[Result] | None, agreed: Agreed, graph: Graph, reading: Reading
     ) -> StepResult:
         """The outcome on every rank; `results` are there on the last stage's process."""
-        world, source = self._parts.world, self._process_of_stage(len(self._parts.devices) - 1)
+        world = self._parts.world
+        source = self._parts.programs.placement.rank_of[-1] if world.size > 1 else 0
         rest = None if results is None else join([result.rest for result in results], agreed.shares)
         if world.size > 1:  # pickled for the other ranks
             rest = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rest)
@@ -284,9 +287,7 @@ class Pipeline:
             return StepResult(None, world.share(rest, source))
         if results is None:
             ref = graph.output.leaves[0]
-            loss = torch.zeros(
-                (), dtype=graph.values[ref.value].info.dtype, device=self._parts.devices[world.rank]
-            )
+            loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
         else:
             losses = [result.loss for result in results if result.loss is not None]
             loss = torch.stack(
@@ -295,9 +296,6 @@ class Pipeline:
         work = world.broadcast(loss, source)
         metrics = world.share(rest, source) if has_metrics(graph) else None
         return StepResult(loss, metrics, None if work is None else work.wait)
-
-    def _process_of_stage(self, stage: int) -> int:
-        return stage if self._parts.world.size > 1 else 0
 
     def _accumulated_scale(self) -> float | None:
         """What turns gradients in units of the first accumulated batch into the mean over all, if several."""
@@ -313,6 +311,15 @@ class Pipeline:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def joined_flow(cuts: Iterable[Cut]) -> Flow:
+    """All edges over which any of these microbatches sends."""
+    flows = {cut.flow for cut in cuts}
+    return Flow(
+        activations=frozenset(edge for flow in flows for edge in flow.activations),
+        gradients=frozenset(edge for flow in flows for edge in flow.gradients),
+    )
 
 
 def call_model(model: Any, microbatch: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
-from evenflow.ir.op import Backward, Forward
+from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.runtime.world import World
 from evenflow.simulate import simulate
@@ -20,11 +20,11 @@ class Times:
 
     def __init__(self, num_stages: int) -> None:
         self._num_stages = num_stages
-        self._steps: deque[tuple[ProvenProgram, list[Span]]] = deque(maxlen=KEPT_STEPS)
+        self._steps: deque[tuple[ProvenProgram, list[Span], list[Span]]] = deque(maxlen=KEPT_STEPS)
 
-    def note(self, proven: ProvenProgram, spans: list[Span]) -> None:
-        """Keep a step's spans."""
-        self._steps.append((proven, spans))
+    def note(self, proven: ProvenProgram, spans: list[Span], parts: list[Span]) -> None:
+        """Keep a step's spans; `parts` are those of the simple ops, which overlaps consist of."""
+        self._steps.append((proven, spans, parts))
 
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
         """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
@@ -33,12 +33,11 @@ class Times:
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no timeline to show")
-        proven, spans = self._steps[-1]
+        proven, spans, _ = self._steps[-1]
         before = list(self._steps)[:-1] or [self._steps[-1]]
-        mine = (spans, [span for _, earlier in before for span in earlier if span.is_compute])
-        gathered = world.gather(mine)
+        gathered = world.gather((spans, [span for _, _, earlier in before for span in earlier]))
         measured = [span for last, _ in gathered for span in last]
-        costs = self._costs([span for _, earlier in gathered for span in earlier])
+        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
         start = min(span.start_seconds for span in measured if span.is_compute)
         moved = [Span(s.rank, s.op, s.start_seconds - start, s.end_seconds - start) for s in measured]
         num_ranks = proven.program.schedule.placement.num_ranks
@@ -49,22 +48,51 @@ class Times:
         )
         return predicted, Timeline.of(num_ranks, moved)
 
-    def _costs(self, spans: Sequence[Span]) -> Costs:
-        def median(kind: type[Forward] | type[Backward], stage: int) -> float:
-            found = [s.seconds for s in spans if isinstance(s.op, kind) and s.op.stage == stage]
-            return statistics.median(found) if found else 0.0
 
-        stages = range(self._num_stages)
-        # Every backward is whole here: where its seconds are counted changes nothing.
-        backwards = tuple(median(Backward, s) for s in stages)
-        return Costs(tuple(median(Forward, s) for s in stages), backwards, (0.0,) * self._num_stages)
+def costs_of(num_stages: int, spans: Sequence[Span]) -> Costs:
+    """Return what each stage's simple ops took, by their medians.
+
+    Costs know a whole backward as the sum of its two parts. Where a stage ran both forms, which need not
+    agree, the parts keep their ratio, and are scaled so that all its backwards together take what they took.
+
+    >>> spans = [
+    ...     Span(0, Forward(0, 0), 0, 1),
+    ...     Span(0, InputGrad(0, 0), 1, 2),
+    ...     Span(0, WeightGrad(0, 0), 2, 5),
+    ... ]
+    >>> costs = costs_of(1, [*spans, Span(0, Forward(0, 1), 5, 6), Span(0, Backward(0, 1), 6, 8)])
+    >>> costs.forward_seconds, costs.input_grad_seconds, costs.weight_grad_seconds
+    ((1.0,), (0.75,), (2.25,))
+    """
+    found: dict[tuple[type[SimpleOp], int], list[float]] = {}
+    for span in spans:
+        assert isinstance(span.op, SimpleOp), f"{span.op} is not a simple op"
+        found.setdefault((type(span.op), span.op.stage), []).append(span.seconds)
+
+    def median(kind: type[SimpleOp], stage: int) -> float:
+        return statistics.median(found.get((kind, stage), (0.0,)))
+
+    def backward(stage: int) -> tuple[float, float]:
+        whole, first, second = (median(kind, stage) for kind in (Backward, InputGrad, WeightGrad))
+        num_whole, num_split = (len(found.get((kind, stage), ())) for kind in (Backward, InputGrad))
+        if num_split == 0 or first + second == 0:
+            return whole, 0.0  # where the seconds of whole backwards are counted changes nothing
+        mean = (num_whole * whole + num_split * (first + second)) / (num_whole + num_split)
+        return mean * first / (first + second), mean * second / (first + second)
+
+    backwards = [backward(stage) for stage in range(num_stages)]
+    return Costs(
+        tuple(median(Forward, stage) for stage in range(num_stages)),
+        tuple(first for first, _ in backwards),
+        tuple(second for _, second in backwards),
+    )
 
 
 def _serial(proven: ProvenProgram, costs: Costs) -> Timeline:
     """All ranks in one process: they take turns in the proven order."""
     spans, now = [], 0.0
     for rank, op in proven.order:
-        if isinstance(op, Forward | Backward):
+        if isinstance(op, ComputeOp):
             spans.append(Span(rank, op, now, now + costs.seconds(op)))
             now = spans[-1].end_seconds
     return Timeline.of(proven.program.schedule.placement.num_ranks, spans)

@@ -29,7 +29,15 @@ class Boundary(torch.autograd.Function):
         return None, None, None
 
 
-def receive(tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A received tensor as the start of this stage's graph."""
-    entered: torch.Tensor = Boundary.apply(tensor.detach().requires_grad_(), value, sink)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-    return entered
+def is_boundary(node: Any) -> bool:  # a node of autograd's graph
+    """Whether a stage's graph ends in this node, because a value was received there."""
+    return getattr(node, "_forward_cls", None) is Boundary  # what torch calls the function that made a node
+
+
+def receive(
+    tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A received tensor as the start of this stage's graph, and the leaf in which that graph ends."""
+    leaf = tensor.detach().requires_grad_()
+    entered: torch.Tensor = Boundary.apply(leaf, value, sink)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    return entered, leaf

@@ -8,15 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, TypedDict, assert_never
 
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.errors import ConfigError, EvenflowError
+from evenflow.errors import EvenflowError
 from evenflow.graph.cut import Cut
 from evenflow.ir.op import (
     Backward,
+    ComputeOp,
     Exchange,
     Forward,
     Handoff,
@@ -27,7 +28,9 @@ from evenflow.ir.op import (
     Recv,
     ReduceGrads,
     Send,
+    SimpleOp,
     WeightGrad,
+    parts,
 )
 from evenflow.ir.timeline import Span
 from evenflow.runtime.inflight import InFlight, Parcel
@@ -64,8 +67,18 @@ class Result:
 Reading = Callable[[Any], tuple[torch.Tensor | None, Any]]
 
 
+class _Ends(TypedDict):
+    """Where a backward starts on the last stage: the loss, and the gradient of the step's loss to it."""
+
+    loss: torch.Tensor | None
+    weight: float
+
+
 class Executor:
-    """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs."""
+    """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs.
+
+    `spans` holds one span for each op; `parts` one for each simple op that computed, those of an overlap too.
+    """
 
     def __init__(
         self,
@@ -86,11 +99,13 @@ class Executor:
         self.link, self.reading = link, reading
         self.results: dict[int, Result] = {}
         self.spans: list[Span] = []
+        self.parts: list[Span] = []
         self._flights: dict[tuple[int, int], InFlight] = {}
         self._ops_left = Counter(key for op in self.ops for key in _flights_of(op))
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
         self._posted: dict[tuple[int, int, Payload], list[Recv]] = {}
-        link.start([(op, self._manifest(op)) for op in self.ops if isinstance(op, Recv)])
+        receives = (one for op in self.ops for one in _singles(op) if isinstance(one, Recv))
+        link.start([(op, self._manifest(op)) for op in receives])
 
     def run(self) -> None:
         """Run the rank's whole program."""
@@ -107,9 +122,9 @@ class Executor:
         """Run one op and note its span."""
         start = time.perf_counter()
         try:
-            if isinstance(op, Forward | Backward):
-                payload = Payload.ACTIVATION if isinstance(op, Forward) else Payload.GRADIENT
-                self._take(op.stage, op.microbatch, payload)
+            if isinstance(op, ComputeOp):
+                for part in parts(op):
+                    self._take_for(part)
                 start = time.perf_counter()  # waiting for what it needs is no part of a computation
             self._dispatch(op)
         except EvenflowError:
@@ -125,19 +140,44 @@ class Executor:
 
     def _dispatch(self, op: Op) -> None:
         match op:
+            case Forward() | Backward() | InputGrad() | WeightGrad():
+                start = time.perf_counter()
+                self._compute(op)
+                self.parts.append(Span(self.rank, op, start, time.perf_counter()))
+            case Overlap(first, second):  # one after the other; `lower` keeps their transfers outside
+                self._dispatch(first)
+                self._dispatch(second)
+            case Exchange(transfers):
+                sends = [(one, *self._packed(one)) for one in transfers if isinstance(one, Send)]
+                receives = [one for one in transfers if isinstance(one, Recv)]
+                self.link.exchange(sends, receives)
+                for one in receives:
+                    self._note_posted(one)
+            case Send():
+                self.link.send(op, *self._packed(op))
+            case Recv():
+                self.link.post(op)
+                self._note_posted(op)
+            case Handoff():
+                self._arrive(op, self._outgoing(op))
+            case ReduceGrads():
+                raise AssertionError(f"{op}: there is one replica, so that no program is lowered with it")
+            case _:
+                assert_never(op)
+
+    def _compute(self, op: SimpleOp) -> None:
+        match op:
             case Forward(stage, microbatch):
                 self._forward(stage, microbatch)
             case Backward(stage, microbatch):
-                self._backward(stage, microbatch)
-            case Send():
-                self.link.send(op, self._outgoing(op), self._manifest(op))
-            case Recv(_, target, microbatch, payload):
-                self.link.post(op)
-                self._posted.setdefault((target, microbatch, payload), []).append(op)
-            case Handoff():
-                self._arrive(op, self._outgoing(op))
-            case InputGrad() | WeightGrad() | Overlap() | Exchange() | ReduceGrads():
-                raise _not_run_yet(op)
+                flight = self._flight(stage, microbatch)
+                self.stages[stage].run_backward(flight, **self._ends(flight, microbatch))
+            case InputGrad(stage, microbatch):
+                flight = self._flight(stage, microbatch)
+                before = [one for (owner, _), one in self._flights.items() if owner == stage and one.rest]
+                self.stages[stage].run_input_grad(flight, **self._ends(flight, microbatch), before=before)
+            case WeightGrad(stage, microbatch):
+                self.stages[stage].run_weight_grad(self._flight(stage, microbatch))
             case _:
                 assert_never(op)
 
@@ -152,10 +192,9 @@ class Executor:
             self._losses[microbatch] = loss
             flight.output = None
 
-    def _backward(self, stage: int, microbatch: int) -> None:
-        flight = self._flight(stage, microbatch)
+    def _ends(self, flight: InFlight, microbatch: int) -> _Ends:
         loss = self._losses.pop(microbatch, None) if flight.work.section.needs_output else None
-        self.stages[stage].run_backward(flight, loss=loss, weight=self.jobs[microbatch].weight)
+        return {"loss": loss, "weight": self.jobs[microbatch].weight}
 
     def _flight(self, stage: int, microbatch: int) -> InFlight:
         key = (stage, microbatch)
@@ -163,13 +202,21 @@ class Executor:
             self._flights[key] = InFlight(self.jobs[microbatch].works[stage])
         return self._flights[key]
 
-    def _take(self, stage: int, microbatch: int, payload: Payload) -> None:
-        for op in self._posted.pop((stage, microbatch, payload), ()):
-            self._arrive(op, self.link.take(op))
+    def _note_posted(self, op: Recv) -> None:
+        self._posted.setdefault((op.target, op.microbatch, op.payload), []).append(op)
+
+    def _take_for(self, op: SimpleOp) -> None:
+        """Wait for what an op needs from other ranks."""
+        payload = Payload.ACTIVATION if isinstance(op, Forward) else Payload.GRADIENT
+        for posted in self._posted.pop((op.stage, op.microbatch, payload), ()):
+            self._arrive(posted, self.link.take(posted))
 
     def _arrive(self, op: Recv | Handoff, parcel: Parcel) -> None:
         flight = self._flight(op.target, op.microbatch)
         (flight.activations if op.payload is Payload.ACTIVATION else flight.gradients)[op.source] = parcel
+
+    def _packed(self, op: Send) -> tuple[Parcel, Manifest]:
+        return self._outgoing(op), self._manifest(op)
 
     def _outgoing(self, op: Send | Handoff) -> Parcel:
         parcel = self.stages[op.source].outgoing(
@@ -189,6 +236,10 @@ class Executor:
         return Manifest((job.recording, op.source, op.target, op.payload), infos, self.devices[op.target])
 
 
+def _singles(op: Op) -> tuple[Op, ...]:
+    return op.transfers if isinstance(op, Exchange) else (op,)
+
+
 def without_graph(tree: Any) -> Any:
     """A tree with its tensors detached: what a metric was computed from must not outlive the step."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
@@ -197,8 +248,14 @@ def without_graph(tree: Any) -> Any:
 def _flights_of(op: Op) -> Iterator[tuple[int, int]]:
     """The (stage, microbatch) pairs of this rank that an op touches."""
     match op:
-        case Forward(stage, microbatch) | Backward(stage, microbatch):
-            yield stage, microbatch
+        case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap():
+            for part in parts(op):
+                yield part.stage, part.microbatch
+        case Exchange(transfers):
+            for transfer in transfers:
+                yield from _flights_of(transfer)
+        case ReduceGrads():
+            return
         case Send():
             yield op.source, op.microbatch
         case Recv():
@@ -206,11 +263,5 @@ def _flights_of(op: Op) -> Iterator[tuple[int, int]]:
         case Handoff():
             yield op.source, op.microbatch
             yield op.target, op.microbatch
-        case InputGrad() | WeightGrad() | Overlap() | Exchange() | ReduceGrads():
-            raise _not_run_yet(op)
         case _:
             assert_never(op)
-
-
-def _not_run_yet(op: Op) -> ConfigError:
-    return ConfigError(f"{op}: only whole backwards and single transfers are run so far; use schedule='1f1b'")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from evenflow.runtime.split_backward import Walk
 from evenflow.runtime.work import Work
 
 # What one transfer carries: the edge's values in the section's order; None where a gradient does not exist.
@@ -21,6 +22,10 @@ class InFlight:
     roots: dict[int, torch.Tensor] = field(
         default_factory=dict
     )  # tensors that get a gradient from later stages
+    received: list[torch.Tensor] = field(
+        default_factory=list
+    )  # leaves of autograd's graph, one for each value that came and wants a gradient
     made: dict[int, torch.Tensor] = field(default_factory=dict)  # activations to send, by value
     owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
+    rest: Walk | None = None  # what `InputGrad` left to `WeightGrad`
     output: Any = None  # what the loss function returned, on the last stage

@@ -46,10 +46,10 @@ def batch_size(batch: Any) -> int:
     return next(iter(lengths))
 
 
-def count(size: int, *, num_microbatches: int | None, microbatch_size: int | None, num_stages: int) -> int:
+def count(size: int, *, num_microbatches: int | None, microbatch_size: int | None, num_ranks: int) -> int:
     """How many microbatches a batch of `size` rows makes.
 
-    By default the largest divisor of `size` up to four per stage: enough that the bubble is small.
+    By default the largest divisor of `size` up to four per rank: enough that the bubble is small.
     """
     if num_microbatches is not None and microbatch_size is not None:
         raise ConfigError("num_microbatches and microbatch_size say the same thing twice; give one of them")
@@ -59,7 +59,7 @@ def count(size: int, *, num_microbatches: int | None, microbatch_size: int | Non
     if microbatch_size is not None:
         return math.ceil(size / microbatch_size)
     if num_microbatches is None:
-        return max(n for n in range(1, 4 * num_stages + 1) if size % n == 0)
+        return max(n for n in range(1, 4 * num_ranks + 1) if size % n == 0)
     if size < num_microbatches:
         raise ConfigError(
             f"a batch of {size} rows cannot make num_microbatches={num_microbatches}; "

@@ -1,6 +1,6 @@
 """A stage: owns the parameters of its nodes and runs them. Knows no rank and no link."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from evenflow.ir.op import Payload
 from evenflow.runtime.backward import receive
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.rng import Streams
+from evenflow.runtime.split_backward import Walk, extent
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -65,7 +66,8 @@ class Stage(torch.nn.Module):
         section = flight.work.section
         tensor = arrived
         if train and flight.work.graph.values[value].info.requires_grad:
-            tensor = receive(arrived, value, flight.owed)
+            tensor, leaf = receive(arrived, value, flight.owed)
+            flight.received.append(leaf)
             if value in section.relayed:
                 flight.roots[value] = tensor
         return tensor.clone() if value in section.cloned else tensor
@@ -75,6 +77,38 @@ class Stage(torch.nn.Module):
 
         `weight` is the gradient of the step's loss with respect to this microbatch's.
         """
+        self._walk(flight, loss, weight).run()
+        flight.received = []
+
+    def run_input_grad(
+        self, flight: InFlight, *, loss: torch.Tensor | None, weight: float, before: Iterable[InFlight]
+    ) -> None:
+        """Run the part of `run_backward` that makes gradients for other stages; `flight.rest` is the rest.
+
+        Where the graph must be walked once, that is all of it; the rests of the flights `before` are then run
+        first, so that each weight's gradients add up in the order of microbatches.
+        """
+        walk = self._walk(flight, loss, weight)
+        reach = extent(walk)
+        hooked = any(node.hooks for node in flight.work.section.nodes)
+        if not reach.received:
+            flight.rest = walk
+        elif reach.weights and reach.twice and not hooked:
+            walk.run_to(flight.received)
+            flight.rest = walk
+        else:
+            for earlier in before:
+                self.run_weight_grad(earlier)
+            walk.run()
+        flight.received = []
+
+    def run_weight_grad(self, flight: InFlight) -> None:
+        """Run what `run_input_grad` left of a microbatch's backward."""
+        if flight.rest is not None:
+            flight.rest.run()
+            flight.rest = None
+
+    def _walk(self, flight: InFlight, loss: torch.Tensor | None, weight: float) -> Walk:
         roots, gradients = [], []
         for source, expected in flight.work.section.gradient_receives.items():
             for value, gradient in zip(expected, flight.gradients.pop(source), strict=True):
@@ -87,12 +121,11 @@ class Stage(torch.nn.Module):
             gradients.append(torch.full_like(loss, weight))
         flight.roots = {}
         flight.output = None
-        if roots:
-            torch.autograd.backward(roots, gradients)
+        return Walk(roots, gradients)
 
     def outgoing(self, flight: InFlight, target: int, payload: Payload) -> Parcel:
         """What leaves for another stage."""
         section = flight.work.section
         if payload is Payload.ACTIVATION:
             return tuple(flight.made[value] for value in section.sends.get(target, ()))
-        return tuple(flight.owed.get(value) for value in section.gradient_sends.get(target, ()))
+        return tuple(flight.owed.pop(value, None) for value in section.gradient_sends.get(target, ()))

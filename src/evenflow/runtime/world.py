@@ -1,6 +1,6 @@
 """The processes of a run and the few collective things that they do outside the pipeline's own transfers.
 
-`SingleProcess` holds every stage itself. `ProcessGroupWorld` is torch.distributed: rank r runs stage r, on
+`SingleProcess` holds every stage itself. `ProcessGroupWorld` is torch.distributed, one rank a process, on
 Gloo between CPUs and NCCL between GPUs. Everything here happens in the same order on every rank.
 """
 

@@ -5,6 +5,7 @@ where there is room. Where ops are narrower than two columns, each column shows 
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.text import Text
 
@@ -148,8 +149,8 @@ def _most(shares: dict[type[ComputeOp], float]) -> _Cell | None:
 
 def _styled(cells: list[_Cell | None]) -> Text:
     text = Text()
-    for cell in cells:
-        text.append(" ") if cell is None else text.append(cell.letter, _style(cell.kind, cell.shade))
+    for style, run in groupby(cells, key=lambda cell: "" if cell is None else _style(cell.kind, cell.shade)):
+        text.append("".join(" " if cell is None else cell.letter for cell in run), style)
     return text
 
 

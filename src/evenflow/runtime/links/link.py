@@ -41,6 +41,10 @@ class Link(ABC):
         """The program's place for this receive is reached: have it under way."""
 
     @abstractmethod
+    def exchange(self, sends: Sequence[tuple[Send, Parcel, Manifest]], receives: Sequence[Recv]) -> None:
+        """Send and post all of these as one group: none of them waits for another of them."""
+
+    @abstractmethod
     def take(self, op: Recv) -> Parcel:
         """Wait for a posted receive and hand over the parcel."""
 

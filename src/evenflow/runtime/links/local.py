@@ -26,6 +26,11 @@ class LocalLink(Link):
     def post(self, op: Recv) -> None:
         assert op in self._under_way, f"{op} comes before its send: the order is not the proven one"
 
+    def exchange(self, sends: Sequence[tuple[Send, Parcel, Manifest]], receives: Sequence[Recv]) -> None:
+        for op, parcel, manifest in sends:
+            self.send(op, parcel, manifest)
+        # What is received may be sent by a rank that has its turn after this one: `take` will see.
+
     def take(self, op: Recv) -> Parcel:
         return self._under_way.pop(op)
 

@@ -4,6 +4,10 @@ Matching is by order alone: both ends walk the same proven program, so no tags a
 a parcel lie in memory is told once per kind of parcel, in a header before the first; after that a parcel is
 its tensors and nothing else, and receives can be posted ahead. On Gloo they are, a few at a time; NCCL has
 one queue per pair of ranks, where a receive posted before its place could block a send that the peer needs.
+
+Groups of transfers run on Gloo, where a send waits for nobody. On NCCL they are refused: a group call needs
+the size of everything in it, and those of gradients are learnt from headers, which would have to travel in
+the group themselves. (`lower` writes no groups.)
 """
 
 from collections import deque
@@ -14,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from evenflow.errors import PeerError
+from evenflow.errors import PeerError, ScheduleError
 from evenflow.ir.op import Recv, Send
+from evenflow.ir.placement import Placement
 from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, empty, pack, unpack
 from evenflow.runtime.links.link import Link, Manifest
@@ -36,9 +41,10 @@ class _Arriving:
 
 
 class ProcessGroupLink(Link):
-    """One rank's end. Stage s is on torch.distributed's rank s; `device` is this rank's."""
+    """One rank's end. Ranks are torch.distributed's; `placement` says which holds a stage."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, placement: Placement) -> None:
+        self._rank_of = placement.rank_of
         self._rank = dist.get_rank()
         self._device = device
         self._ahead = AHEAD if dist.get_backend() == "gloo" else 0
@@ -59,7 +65,7 @@ class ProcessGroupLink(Link):
             try:
                 self._look_ahead()
             except RuntimeError as error:
-                raise self._lost(first, first.source, error) from error
+                raise self._lost(first, error) from error
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         try:
@@ -67,18 +73,17 @@ class ProcessGroupLink(Link):
             if layouts is None:
                 layouts = tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel)
                 self._known[manifest.key] = layouts
-                self._leave(_encode(layouts, self._device), op.target)
+                self._leave(_encode(layouts, self._device), self._peer(op))
             for tensor, layout in zip(parcel, layouts, strict=True):
                 if layout is None:
                     assert tensor is None, f"{op}: a gradient exists that did not in the first microbatch"
                     continue
-                self._leave(
-                    empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout), op.target
-                )
+                block = empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout)
+                self._leave(block, self._peer(op))
             while self._leaving and self._leaving[0][0].is_completed():
                 self._leaving.popleft()[0].wait()
         except RuntimeError as error:
-            raise self._lost(op, op.target, error) from error
+            raise self._lost(op, error) from error
 
     def post(self, op: Recv) -> None:
         try:
@@ -87,10 +92,22 @@ class ProcessGroupLink(Link):
             else:
                 expected, manifest = self._expected.popleft()
                 assert expected == op, f"{op} where the program has {expected}"
-                self._begin(op, manifest, op.source)
+                self._begin(op, manifest)
             self._look_ahead()
         except RuntimeError as error:
-            raise self._lost(op, op.source, error) from error
+            raise self._lost(op, error) from error
+
+    def exchange(self, sends: Sequence[tuple[Send, Parcel, Manifest]], receives: Sequence[Recv]) -> None:
+        if dist.get_backend() != "gloo":
+            group = ", ".join(map(str, (*(op for op, _, _ in sends), *receives)))
+            raise ScheduleError(
+                f"rank {self._rank}: the group {group} cannot run on {dist.get_backend()}, where all sizes "
+                "must be known beforehand; write the transfers one after the other, as `lower` does"
+            )
+        for op, parcel, manifest in sends:
+            self.send(op, parcel, manifest)
+        for recv in receives:
+            self.post(recv)
 
     def take(self, op: Recv) -> Parcel:
         arriving = self._arriving.pop(op)
@@ -98,7 +115,7 @@ class ProcessGroupLink(Link):
             for work in arriving.works:
                 work.wait()
         except RuntimeError as error:
-            raise self._lost(op, op.source, error) from error
+            raise self._lost(op, error) from error
         pairs = zip(arriving.blocks, arriving.layouts, strict=True)
         return tuple(
             None if block is None or layout is None else unpack(block, layout) for block, layout in pairs
@@ -129,11 +146,11 @@ class ProcessGroupLink(Link):
             self._expected and self._reached < self._ahead and self._layouts(self._expected[0][1]) is not None
         ):
             op, manifest = self._expected.popleft()
-            self._begin(op, manifest, op.source)
+            self._begin(op, manifest)
             self._reached += 1
 
-    def _begin(self, op: Recv, manifest: Manifest, source: int) -> None:
-        layouts = self._layouts(manifest)
+    def _begin(self, op: Recv, manifest: Manifest) -> None:
+        layouts, source = self._layouts(manifest), self._peer(op)
         if layouts is None:
             header = torch.empty(
                 len(manifest.values) * (2 + 2 * _MAX_DIMS), dtype=torch.int64, device=self._device
@@ -145,10 +162,15 @@ class ProcessGroupLink(Link):
         assert all(work is not None for work in works), "this rank is part of the group"
         self._arriving[op] = _Arriving(layouts, blocks, [work for work in works if work is not None])
 
-    def _lost(self, op: Send | Recv, peer: int, error: RuntimeError) -> PeerError:
+    def _peer(self, op: Send | Recv) -> int:
+        return self._rank_of[op.target if isinstance(op, Send) else op.source]
+
+    def _lost(self, op: Send | Recv, error: RuntimeError) -> PeerError:
         if isinstance(error, PeerError):
             return error
-        return PeerError(f"rank {self._rank} lost rank {peer} in {op} (microbatch {op.microbatch}): {error}")
+        return PeerError(
+            f"rank {self._rank} lost rank {self._peer(op)} in {op} (microbatch {op.microbatch}): {error}"
+        )
 
 
 def _encode(layouts: Sequence[Layout | None], device: torch.device) -> torch.Tensor:

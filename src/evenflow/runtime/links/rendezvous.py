@@ -18,6 +18,7 @@ import torch
 
 from evenflow.errors import PeerError, ScheduleError
 from evenflow.ir.op import Payload, Recv, Send
+from evenflow.ir.placement import Placement
 from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, pack, unpack
 from evenflow.runtime.links.link import Link, Manifest
@@ -40,20 +41,20 @@ class Meeting:
     `timeout_seconds` bounds every wait. A rank whose thread ends early must `leave`, so that its peers
     need not wait so long.
 
-    >>> meeting = Meeting(num_ranks=2, timeout_seconds=10)
+    >>> meeting = Meeting(Placement.linear(2), timeout_seconds=10)
     >>> first, second = meeting.link(0), meeting.link(1)
     """
 
-    def __init__(self, num_ranks: int, *, timeout_seconds: float) -> None:
-        self._num_ranks = num_ranks
+    def __init__(self, placement: Placement, *, timeout_seconds: float) -> None:
+        self._placement = placement
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
-        self._standing: dict[int, _Stance] = {}
+        self._standing: dict[int, list[_Stance]] = {}  # by rank, in the order in which they match
         self._left: set[int] = set()
 
     def link(self, rank: int) -> "RendezvousLink":
-        """This rank's link. Stage s is on rank s."""
-        assert 0 <= rank < self._num_ranks, f"rank {rank} of {self._num_ranks}"
+        """This rank's link."""
+        assert 0 <= rank < self._placement.num_ranks, f"rank {rank} of {self._placement.num_ranks}"
         return RendezvousLink(self, rank)
 
     def leave(self, rank: int) -> None:
@@ -62,38 +63,54 @@ class Meeting:
             self._left.add(rank)
             self._changed.notify_all()
 
-    def meet(self, rank: int, op: Send | Recv, peer: int, parcel: Parcel | None) -> Parcel | None:
-        """Stand in `op` until the peer stands in the opposite transfer with this rank.
+    def meet(self, rank: int, transfers: Sequence[tuple[Send | Recv, Parcel | None]]) -> list[Parcel | None]:
+        """Stand in all these transfers at once until each has met its peer's opposite one.
 
-        Returns the parcel that changed hands. Raises `ScheduleError` on both ranks when the two ops are
-        not each other's, and `PeerError` when the peer has left or does not come in time.
+        Returns the parcels that changed hands. Raises `ScheduleError` on both ranks when two ops that meet
+        are not each other's, and `PeerError` when a peer has left or does not come in time.
         """
-        mine = _Stance(op, peer, parcel)
+        stances = [_Stance(op, self._peer(op), parcel) for op, parcel in transfers]
         with self._changed:
-            self._standing[rank] = mine
-            other = self._standing.get(peer)
-            if other is not None and other.peer == rank and type(other.op) is not type(op):
-                self._pair(rank, mine, peer, other)
-            else:
-                self._changed.wait_for(lambda: mine.met or peer in self._left, self._timeout_seconds)
-                if not mine.met:
-                    del self._standing[rank]
-                    raise PeerError(self._missed(rank, mine))
-            if mine.fault is not None:
-                raise ScheduleError(mine.fault)
-            return mine.parcel
+            self._standing[rank] = list(stances)
+            for mine in stances:
+                self._pair_with(rank, mine.peer)
+            self._changed.wait_for(lambda: self._is_over(stances), self._timeout_seconds)
+            left = self._standing.pop(rank)
+            if fault := next((mine.fault for mine in stances if mine.fault is not None), None):
+                raise ScheduleError(fault)
+            if left:
+                lost = [mine for mine in left if mine.peer in self._left]
+                raise PeerError(self._missed(rank, (lost or left)[0]))
+            return [mine.parcel for mine in stances]
 
-    def _pair(self, rank: int, mine: _Stance, peer: int, other: _Stance) -> None:
-        (source, send), (target, recv) = sorted(
-            ((rank, mine), (peer, other)), key=lambda stance: isinstance(stance[1].op, Recv)
-        )
-        if _opposite(send.op) != recv.op:
-            fault = f"mis-pairing: {send.op} on rank {source} meets {recv.op} on rank {target}"
-            mine.fault = other.fault = fault
-        recv.parcel = send.parcel
-        mine.met = other.met = True
-        del self._standing[rank], self._standing[peer]
-        self._changed.notify_all()
+    def _peer(self, op: Send | Recv) -> int:
+        return self._placement.rank_of[op.target if isinstance(op, Send) else op.source]
+
+    def _is_over(self, stances: Sequence[_Stance]) -> bool:
+        waiting = [mine for mine in stances if not mine.met]
+        lost = any(mine.peer in self._left for mine in waiting)
+        return lost or not waiting or any(mine.fault is not None for mine in stances)
+
+    def _first(self, rank: int, peer: int, kind: type[Send] | type[Recv]) -> _Stance | None:
+        """The transfer of a kind that is next between `rank`, which stands in it, and `peer`."""
+        standing = self._standing.get(rank, ())
+        return next((one for one in standing if one.peer == peer and isinstance(one.op, kind)), None)
+
+    def _pair_with(self, rank: int, peer: int) -> None:
+        """Let whatever can meet between two ranks meet."""
+        for source, target in ((rank, peer), (peer, rank)):
+            while True:
+                send, recv = self._first(source, target, Send), self._first(target, source, Recv)
+                if send is None or recv is None:
+                    break
+                if _opposite(send.op) != recv.op:
+                    fault = f"mis-pairing: {send.op} on rank {source} meets {recv.op} on rank {target}"
+                    send.fault = recv.fault = fault
+                recv.parcel = send.parcel
+                send.met = recv.met = True
+                self._standing[source].remove(send)
+                self._standing[target].remove(recv)
+                self._changed.notify_all()
 
     def _missed(self, rank: int, mine: _Stance) -> str:
         what = "activations" if mine.op.payload is Payload.ACTIVATION else "gradients"
@@ -103,8 +120,8 @@ class Meeting:
         )
         if mine.peer in self._left:
             return f"{where} lost rank {mine.peer}, which has left"
-        stance = self._standing.get(mine.peer)
-        place = "is in no transfer" if stance is None else f"stands in {stance.op} with rank {stance.peer}"
+        stances = [f"{stance.op} with rank {stance.peer}" for stance in self._standing.get(mine.peer, ())]
+        place = f"stands in {' and '.join(stances)}" if stances else "is in no transfer"
         return f"{where} waited {self._timeout_seconds:g} s for rank {mine.peer}, which {place}"
 
 
@@ -121,15 +138,22 @@ class RendezvousLink(Link):
         self._arrived.clear()
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
-        copies = tuple(None if tensor is None else _copy(tensor, manifest.device) for tensor in parcel)
-        self._meeting.meet(self._rank, op, op.target, copies)
+        self._stand([(op, _copies(parcel, manifest))], [])
 
     def post(self, op: Recv) -> None:
-        expected = self._expected.popleft()
-        assert expected == op, f"{op} where the program has {expected}"
-        parcel = self._meeting.meet(self._rank, op, op.source, None)
-        assert parcel is not None, "a send brings a parcel"
-        self._arrived[op] = parcel
+        self._stand([], [op])
+
+    def exchange(self, sends: Sequence[tuple[Send, Parcel, Manifest]], receives: Sequence[Recv]) -> None:
+        self._stand([(op, _copies(parcel, manifest)) for op, parcel, manifest in sends], receives)
+
+    def _stand(self, sends: Sequence[tuple[Send, Parcel]], receives: Sequence[Recv]) -> None:
+        for op in receives:
+            expected = self._expected.popleft()
+            assert expected == op, f"{op} where the program has {expected}"
+        parcels = self._meeting.meet(self._rank, [*sends, *((op, None) for op in receives)])
+        for op, parcel in zip(receives, parcels[len(sends) :], strict=True):
+            assert parcel is not None, "a send brings a parcel"
+            self._arrived[op] = parcel
 
     def take(self, op: Recv) -> Parcel:
         return self._arrived.pop(op)
@@ -142,6 +166,10 @@ class RendezvousLink(Link):
 def _opposite(op: Send | Recv) -> Send | Recv:
     kind = Recv if isinstance(op, Send) else Send
     return kind(op.source, op.target, op.microbatch, op.payload)
+
+
+def _copies(parcel: Parcel, manifest: Manifest) -> Parcel:
+    return tuple(None if tensor is None else _copy(tensor, manifest.device) for tensor in parcel)
 
 
 def _copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
