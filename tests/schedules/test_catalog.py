@@ -6,18 +6,20 @@ from evenflow.errors import ConfigError
 from evenflow.ir import Costs, Flow, Forward, InputGrad, Schedule, WeightGrad
 from evenflow.lower import lower
 from evenflow.rules import results
-from evenflow.schedules.catalog import SCHEDULES, get
+from evenflow.schedules.catalog import SCHEDULES, default_stages_per_rank, get
 from evenflow.simulate import simulate
 from evenflow.validate import prove
 
 SIZES = [(1, 1, 1), (1, 1, 4), (2, 1, 1), (2, 1, 5), (4, 1, 2), (4, 1, 8), (1, 3, 2), (2, 2, 4), (3, 2, 3)]
-# The methods that serve one stage a rank alone; all others serve any number.
-ONE_STAGE = {"1f1b", "zb-h1", "zb-h2", "zb-auto"}
+SIZES += [(1, 2, 1), (1, 2, 4), (4, 2, 1), (4, 2, 9)]
+# The methods that serve one stage a rank alone, and those that serve two; all others serve any number.
+ONE_STAGE = {"1f1b", "eager-1f1b", "zb-h1", "zb-h2", "zb-auto"}
+TWO_STAGES = {"zb-v", "v-half", "v-min", "dualpipe-v"}
 CASES = [
     pytest.param(name, *sizes, id="-".join([name, *map(str, sizes)]))
     for name in SCHEDULES
     for sizes in SIZES
-    if not (name in ONE_STAGE and sizes[1] > 1)
+    if not (name in ONE_STAGE and sizes[1] != 1) and not (name in TWO_STAGES and sizes[1] != 2)
 ]
 
 
@@ -58,7 +60,7 @@ def _bubble(schedule: Schedule) -> float:
     return simulate(schedule, Flow.chain(num_stages), Costs.uniform(num_stages)).bubble
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "forward-only"])
+@pytest.mark.parametrize("name", ["gpipe", "looped-bfs", "1f1b", "eager-1f1b", "forward-only"])
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 3), (2, 1), (2, 4), (4, 4), (4, 16), (8, 5)])
 def test_bubble_is_the_closed_form(name: str, num_ranks: int, num_microbatches: int) -> None:
     expected = (num_ranks - 1) / (num_microbatches + num_ranks - 1)
@@ -68,9 +70,13 @@ def test_bubble_is_the_closed_form(name: str, num_ranks: int, num_microbatches: 
 @pytest.mark.parametrize(
     ("num_ranks", "stages_per_rank", "num_microbatches"), [(2, 3, 4), (4, 2, 4), (3, 2, 7)]
 )
-def test_more_stages_a_rank_shrink_gpipe_s_bubble(num_ranks, stages_per_rank, num_microbatches) -> None:
+def test_more_stages_a_rank_shrink_the_bubble_breadth_first(
+    num_ranks, stages_per_rank, num_microbatches
+) -> None:
+    schedule = get("looped-bfs")(num_ranks, stages_per_rank, num_microbatches)
     expected = (num_ranks - 1) / (stages_per_rank * num_microbatches + num_ranks - 1)
-    assert _bubble(get("gpipe")(num_ranks, stages_per_rank, num_microbatches)) == pytest.approx(expected)
+    assert _bubble(schedule) == pytest.approx(expected)
+    assert schedule.ranks == get("gpipe")(num_ranks, stages_per_rank, num_microbatches).ranks
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 9])
@@ -92,11 +98,27 @@ def test_methods_of_one_stage_a_rank_refuse_several(name: str) -> None:
         get(name)(4, 2, 8)
 
 
+@pytest.mark.parametrize("name", sorted(TWO_STAGES))
+@pytest.mark.parametrize("stages_per_rank", [1, 3])
+def test_methods_of_the_v_refuse_another_number_of_stages(name: str, stages_per_rank: int) -> None:
+    with pytest.raises(ConfigError, match=f"got {4 * stages_per_rank} stages on 4 ranks.* count is 8 stages"):
+        get(name)(4, stages_per_rank, 8)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (2, 1, -1)])
-def test_counts_below_one_are_refused(name: str, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(0, 1), (-1, 1), (1, 0), (2, -1)])
+def test_counts_below_one_are_refused(name: str, sizes: tuple[int, int]) -> None:
+    num_ranks, num_microbatches = sizes
+    on_each = default_stages_per_rank(name)
     with pytest.raises(ConfigError, match="at least 1, got"):
-        get(name)(*sizes)
+        get(name)(num_ranks, on_each, num_microbatches)
+    with pytest.raises(ConfigError, match="at least 1, got"):
+        get(name)(2, 0, 2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_default_stages_per_rank_suit_the_method(name: str) -> None:
+    assert get(name)(3, default_stages_per_rank(name), 4).name == name
 
 
 @pytest.mark.parametrize(

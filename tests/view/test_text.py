@@ -4,7 +4,7 @@ import pytest
 
 from evenflow.errors import ConfigError
 from evenflow.ir import Backward, Costs, Flow, Forward, Span, Timeline
-from evenflow.schedules.catalog import SCHEDULES, get
+from evenflow.schedules.catalog import SCHEDULES, default_stages_per_rank, get
 from evenflow.simulate import simulate
 from evenflow.view.text import draw_schedule, draw_timeline
 
@@ -14,7 +14,7 @@ from evenflow.view.text import draw_schedule, draw_timeline
 def test_the_table_holds_every_op_once_and_is_aligned(
     name: str, num_ranks: int, num_microbatches: int
 ) -> None:
-    schedule = get(name)(num_ranks, 1, num_microbatches)
+    schedule = get(name)(num_ranks, default_stages_per_rank(name), num_microbatches)
     header, *rows = draw_schedule(schedule).splitlines()
     assert header.split()[0] == "time"
     assert len(rows) == num_ranks

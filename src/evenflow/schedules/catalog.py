@@ -9,14 +9,21 @@ from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
+from evenflow.schedules.dualpipe_v import dualpipe_v
+from evenflow.schedules.eager_1f1b import eager_1f1b
 from evenflow.schedules.forward_only import forward_only
 from evenflow.schedules.gpipe import gpipe
 from evenflow.schedules.interleaved_1f1b import interleaved_1f1b
+from evenflow.schedules.interleaved_zb import interleaved_zb
+from evenflow.schedules.looped_bfs import looped_bfs
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from evenflow.schedules.sequential import sequential
+from evenflow.schedules.v_half import v_half
+from evenflow.schedules.v_min import v_min
 from evenflow.schedules.zb_auto import zb_auto
 from evenflow.schedules.zb_h1 import zb_h1
 from evenflow.schedules.zb_h2 import zb_h2
+from evenflow.schedules.zb_v import zb_v
 
 
 class ScheduleFunction(Protocol):
@@ -37,16 +44,33 @@ SCHEDULES: Mapping[str, ScheduleFunction] = MappingProxyType(
         "sequential": sequential,
         "gpipe": gpipe,
         "1f1b": one_f_one_b,
+        "eager-1f1b": eager_1f1b,
         "interleaved-1f1b": interleaved_1f1b,
+        "looped-bfs": looped_bfs,
         "zb-h1": zb_h1,
         "zb-h2": zb_h2,
         "zb-auto": zb_auto,
+        "interleaved-zb": interleaved_zb,
+        "zb-v": zb_v,
+        "v-half": v_half,
+        "v-min": v_min,
+        "dualpipe-v": dualpipe_v,
         "forward-only": forward_only,
     }
 )
 
 # What a method is at its best with, or takes alone; 1 for the others.
-_STAGES_PER_RANK: Mapping[str, int] = MappingProxyType({"interleaved-1f1b": 2})
+_STAGES_PER_RANK: Mapping[str, int] = MappingProxyType(
+    {
+        "interleaved-1f1b": 2,
+        "looped-bfs": 2,
+        "interleaved-zb": 2,
+        "zb-v": 2,
+        "v-half": 2,
+        "v-min": 2,
+        "dualpipe-v": 2,
+    }
+)
 
 
 def get(name: str) -> ScheduleFunction:
@@ -58,7 +82,8 @@ def get(name: str) -> ScheduleFunction:
     Traceback (most recent call last):
       ...
     evenflow.errors.ConfigError: no schedule 'gpip'; did you mean 'gpipe'?
-    There are: sequential, gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-h2, zb-auto, forward-only
+    There are: sequential, gpipe, 1f1b, eager-1f1b, interleaved-1f1b, looped-bfs, zb-h1, zb-h2, zb-auto, \
+interleaved-zb, zb-v, v-half, v-min, dualpipe-v, forward-only
     """
     if name in SCHEDULES:
         return SCHEDULES[name]

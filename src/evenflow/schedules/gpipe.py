@@ -4,9 +4,8 @@ Source: Huang et al., "GPipe: Efficient Training of Giant Neural Networks using 
 arXiv:1811.06965. For p ranks, m microbatches and one stage a rank, the bubble is (p - 1) / (m + p - 1), and a
 stage holds the activations of all m microbatches.
 
-With several stages a rank, placed in a loop, this is the breadth-first schedule: Lamy-Poirier, "Breadth-First
-Pipeline Parallelism", 2023, arXiv:2211.05953. For v stages a rank and m >= p, the bubble shrinks to
-(p - 1) / (v m + p - 1).
+With several stages a rank, placed in a loop, a rank runs every microbatch through one of its stages before
+the next. That is the breadth-first schedule, which the catalog has under its own name: see `looped_bfs`.
 
 Deviation from the paper: backwards keep the order of the microbatches, where GPipe's figure reverses it,
 because gradients then accumulate in the same order under every schedule. The length is the same.

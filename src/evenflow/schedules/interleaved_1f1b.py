@@ -29,13 +29,17 @@ def interleaved_1f1b(num_ranks: int, stages_per_rank: int, num_microbatches: int
     rank 1  .  1F0 1F1 1F2 3F0 3B0 --- 3F1 3B1 --- 3F2 3B2 --- 1B0 --- 1B1 --- 1B2 ---  .   .
     """
     placement = Placement.looped(num_ranks, stages_per_rank)
-    groups = _groups(num_ranks, num_microbatches)
+    groups = microbatch_groups(num_ranks, num_microbatches)
     ranks = tuple(_queue(rank, num_ranks, stages_per_rank, groups) for rank in range(num_ranks))
     return Schedule("interleaved-1f1b", placement, num_microbatches, ranks)
 
 
-def _groups(num_ranks: int, num_microbatches: int) -> list[range]:
-    """The microbatches in even groups of at least `num_ranks`; the larger ones, by one, stand first."""
+def microbatch_groups(num_ranks: int, num_microbatches: int) -> list[range]:
+    """Return the microbatches in even groups of at least `num_ranks`; the larger ones, by one, stand first.
+
+    >>> microbatch_groups(num_ranks=2, num_microbatches=5)
+    [range(0, 3), range(3, 5)]
+    """
     num_groups = max(1, num_microbatches // num_ranks)
     size, num_larger = divmod(num_microbatches, num_groups)
     firsts = [group * size + min(group, num_larger) for group in range(num_groups + 1)]

@@ -24,14 +24,24 @@ def one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> 
     rank 1  .  1F0 1B0 --- 1F1 1B1 --- 1F2 1B2 ---  .   .
     """
     placement = one_stage_a_rank("1f1b", num_ranks, stages_per_rank)
-    ranks = tuple(_queue(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
+    # Just enough forwards to keep the later stages fed until the first gradient returns.
+    ranks = tuple(
+        alternating_queue(rank, num_microbatches, num_warmup=num_ranks - 1 - rank)
+        for rank in range(num_ranks)
+    )
     return Schedule("1f1b", placement, num_microbatches, ranks)
 
 
-def _queue(stage: int, num_stages: int, num_microbatches: int) -> tuple[ComputeOp, ...]:
-    # Just enough forwards to keep the later stages fed until the first gradient returns.
-    num_warmup = min(num_stages - 1 - stage, num_microbatches)
-    queue: list[ComputeOp] = [Forward(stage, microbatch) for microbatch in range(num_warmup)]
+def alternating_queue(stage: int, num_microbatches: int, num_warmup: int) -> tuple[ComputeOp, ...]:
+    """Return one stage's ops: `num_warmup` forwards, then a forward and a backward in turn.
+
+    So at most `num_warmup + 1` microbatches are held.
+
+    >>> print(*alternating_queue(stage=0, num_microbatches=3, num_warmup=1))
+    0F0 0F1 0B0 0F2 0B1 0B2
+    """
+    warmup = range(min(num_warmup, num_microbatches))
+    queue: list[ComputeOp] = [Forward(stage, microbatch) for microbatch in warmup]
     for microbatch in range(num_microbatches):
         if microbatch + num_warmup < num_microbatches:
             queue.append(Forward(stage, microbatch + num_warmup))

@@ -20,3 +20,21 @@ the nearest count is 2 stages, with stages_per_rank=1
             f"{num_ranks} ranks: the nearest count is {num_ranks} stages, with stages_per_rank=1"
         )
     return placement
+
+
+def v_placement(name: str, num_ranks: int, stages_per_rank: int) -> Placement:
+    """Return the V-shaped placement, or raise `ConfigError` in that schedule's name for other than 2 stages.
+
+    >>> v_placement("zb-v", num_ranks=2, stages_per_rank=3)
+    Traceback (most recent call last):
+      ...
+    evenflow.errors.ConfigError: schedule 'zb-v' needs 2 stages a rank, one on each arm of its V, got 6 \
+stages on 2 ranks: the nearest count is 4 stages, with stages_per_rank=2
+    """
+    num_stages = Placement.looped(num_ranks, stages_per_rank).num_stages
+    if stages_per_rank != 2:
+        raise ConfigError(
+            f"schedule {name!r} needs 2 stages a rank, one on each arm of its V, got {num_stages} stages on "
+            f"{num_ranks} ranks: the nearest count is {2 * num_ranks} stages, with stages_per_rank=2"
+        )
+    return Placement.v_shape(num_ranks)
