@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check setup clean
+.PHONY: train test check bench bench-search setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -26,6 +26,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: bench-search
+
+bench-search: setup
+	$(BIN)/python benchmarks/simulate.py
+	$(BIN)/python benchmarks/search_equal.py
+	$(BIN)/python benchmarks/search_unequal.py
 
 setup: $(STAMP)
 

@@ -39,7 +39,7 @@ from small_models import (
     train_plainly,
 )
 
-CATALOG = [name for name in catalog.SCHEDULES if name != "forward-only"]
+CATALOG = [name for name in catalog.NAMES if name != "forward-only"]
 SHARES = (None, 0.0)  # the default, and everything taken apart
 DROPOUT = 0.1
 SOME_MODELS = ("gpt", "t5")  # dropout everywhere; skip connections with relays and shared parameters
@@ -182,13 +182,13 @@ ON_PROCESSES = {
         *((name, schedule) for name in MODELS for schedule in ("1f1b", "v, mixed, overlapping")),
         *((name, "upside down") for name in SOME_MODELS),
         *(("gpt", schedule) for schedule in CATALOG if schedule != "1f1b"),
-        *(("t5", schedule) for schedule in ("zb-h1", "zb-v") if schedule in CATALOG),
+        *(("t5", schedule) for schedule in ("zb-h1", "zb-v")),
     ],
     4: [
-        ("gpt", "1f1b"),
+        *(("gpt", schedule) for schedule in CATALOG),
         ("gpt", "v, mixed, overlapping"),
         ("t5", "v, split"),
-        *((name, "zb-v") for name in SOME_MODELS if "zb-v" in CATALOG),
+        ("t5", "zb-v"),
     ],
 }
 EACH_ON_PROCESSES = [(number, *which) for number, listed in ON_PROCESSES.items() for which in listed]

@@ -91,7 +91,7 @@ def test_evaluation_and_prediction_run_where_training_does(schedule):
 # -- times
 
 
-TRAINABLE = [name for name in catalog.SCHEDULES if name != "forward-only"]
+TRAINABLE = [name for name in catalog.NAMES if name != "forward-only"]
 
 
 @pytest.mark.parametrize("schedule", [*TRAINABLE, *OWN])

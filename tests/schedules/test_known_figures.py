@@ -6,10 +6,11 @@ F, I and W of a rank take a second each, and a transfer a tenth of it or nothing
 import pytest
 
 from evenflow.errors import ConfigError
-from evenflow.ir import Costs, Flow, Schedule, Timeline
+from evenflow.ir import Costs, Flow, Placement, Schedule, Timeline
 from evenflow.memory import peak_bytes
 from evenflow.schedules.catalog import get
 from evenflow.schedules.eager_1f1b import eager_1f1b
+from evenflow.schedules.v_shape import v_queues
 from evenflow.simulate import simulate
 
 RANKS = 8
@@ -118,3 +119,12 @@ def test_more_forwards_in_flight_hide_longer_transfers() -> None:
 def test_a_negative_number_in_flight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"extra_per_hop must be at least 0, got -1"):
         eager_1f1b(2, 1, 4, extra_per_hop=-1)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5, 8])
+@pytest.mark.parametrize("num_microbatches", [1, 3, 9])
+def test_the_v_keeps_to_any_limit_of_two_or_more(num_ranks: int, num_microbatches: int) -> None:
+    placement = Placement.v_shape(num_ranks)
+    for limit in range(2, 3 * num_ranks + 1):
+        schedule = Schedule("v", placement, num_microbatches, v_queues(placement, num_microbatches, limit))
+        assert max(peak_bytes(schedule, Costs.uniform(2 * num_ranks))) <= limit

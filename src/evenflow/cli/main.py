@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -142,6 +142,14 @@ def schedule_command(
         Path | None, typer.Option(metavar="S.csv", help="Write it to a new file, to edit by hand.")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Tabulate all methods at these costs.")] = False,
+    objective: Annotated[
+        Literal["span", "makespan"] | None,
+        typer.Option(help="What auto makes short: the longest rank's busy window, or the step. [makespan]"),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long auto searches, about. [20]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of auto's search: the same finds the same. [0]")] = None,
 ) -> None:
     """Draw a schedule, and tell its idle time, its memory and how far it is from the best possible."""
     from evenflow.cli.schedule import schedule
@@ -160,6 +168,9 @@ def schedule_command(
             draw=draw,
             save=save,
             compare=compare,
+            objective=objective,
+            budget_seconds=budget,
+            seed=seed,
         )
     )
 

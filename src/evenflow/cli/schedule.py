@@ -1,6 +1,8 @@
 """`evenflow schedule`: draw a schedule, price it, hold it against the best possible. No model, no torch."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,10 +23,11 @@ from evenflow.simulate import simulate
 from evenflow.soundness import refusal
 from evenflow.transfers import count_transfers
 from evenflow.view.schedule_picture import MICROBATCHES, draw_schedule_picture
-from evenflow.view.units import Unit, byte_unit
+from evenflow.view.units import Unit, byte_unit, format_seconds
 
 # Of output that goes to no terminal, so that it is the same everywhere.
 PLAIN_WIDTH = 100
+DEFAULT_BUDGET_SECONDS = 20.0
 
 
 def schedule(flags: Flags, console: Console | None = None) -> None:
@@ -46,7 +49,39 @@ def schedule(flags: Flags, console: Console | None = None) -> None:
     if flags.compare:
         _compare(console, sizes, own, prices)
     else:
-        _show(console, flags, own or _make(flags.name or "", sizes, prices), prices)
+        _show(console, flags, own or _named(console, flags, sizes, prices), prices)
+
+
+def _named(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Schedule:
+    name = flags.name or ""
+    return _search(console, flags, sizes, prices) if name == catalog.AUTO else _make(name, sizes, prices)
+
+
+def _search(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Schedule:
+    """Return the best that is found, and show how the search goes on where somebody watches."""
+    from evenflow.schedules.auto import best
+
+    objective = flags.objective or "makespan"
+    with console.status("searching (the first time, its compiler takes half a minute)") as status:
+
+        def show(step: str, seconds: float) -> None:
+            shortest = f", {objective} {format_seconds(seconds)}" if seconds < math.inf else ""
+            status.update(f"searching: {step}{shortest}")
+
+        found = best(
+            sizes.num_ranks,
+            sizes.stages_per_rank or catalog.default_stages_per_rank(catalog.AUTO),
+            sizes.num_microbatches,
+            prices.costs_on,
+            objective=objective,
+            time_budget_seconds=flags.budget_seconds or DEFAULT_BUDGET_SECONDS,
+            seed=flags.seed or 0,
+            progress=show,
+        )
+    name = found.schedule.name
+    return (
+        found.schedule if name == catalog.AUTO else replace(found.schedule, name=f"{catalog.AUTO} ({name})")
+    )
 
 
 def _make(name: str, sizes: Sizes, prices: Prices) -> Schedule:
@@ -141,4 +176,5 @@ def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Price
                 left_out[name] = "it evaluates, and does not train"
         except EvenflowError as error:
             left_out[name] = str(error).splitlines()[0]
+    left_out[catalog.AUTO] = f"it searches, for some time: evenflow schedule {catalog.AUTO}"
     print_comparison(console, sizes, reports, left_out)

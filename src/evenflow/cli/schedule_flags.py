@@ -11,6 +11,7 @@ from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
+from evenflow.ir.timeline import Objective
 from evenflow.schedules import catalog
 from evenflow.view.schedule_picture import picture_format
 
@@ -33,6 +34,9 @@ class Flags:
     draw: Path | None = None
     save: Path | None = None
     compare: bool = False
+    objective: Objective | None = None
+    budget_seconds: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +85,13 @@ def _wrong_choice(flags: Flags) -> Iterator[str]:
     elif flags.name and flags.file:
         yield f"two schedules are given, {flags.name!r} and --file {flags.file}: leave one out"
     elif not flags.name and not flags.file:
-        names = ", ".join(catalog.SCHEDULES)
+        names = ", ".join(catalog.NAMES)
         yield f"no schedule is given: name one ({names}), or give --file S.csv, or --compare"
+    if flags.name != catalog.AUTO:
+        searching = {"--objective": flags.objective, "--budget": flags.budget_seconds, "--seed": flags.seed}
+        for option, wish in searching.items():
+            if wish is not None:
+                yield f"{option} is for the search: name the schedule 'auto', or leave {option} out"
 
 
 def _wrong_numbers(flags: Flags) -> Iterator[str]:
@@ -101,6 +110,10 @@ def _wrong_numbers(flags: Flags) -> Iterator[str]:
             yield f"{option} is what --file {flags.file} says: leave {option} out"
     if flags.latency_seconds is not None and not _is_amount(flags.latency_seconds):
         yield f"--latency {flags.latency_seconds:g} must be finite and at least 0 seconds"
+    if flags.budget_seconds is not None and not (
+        _is_amount(flags.budget_seconds) and flags.budget_seconds > 0
+    ):
+        yield f"--budget {flags.budget_seconds:g} must be finite and above 0 seconds"
     if flags.cap is not None and not (_is_amount(flags.cap) and flags.cap > 0):
         yield f"--cap {flags.cap:g} must be finite and above 0: it counts microbatches"
 

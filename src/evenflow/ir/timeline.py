@@ -9,9 +9,12 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Literal, TypeAlias
 
 from evenflow.errors import ConfigError
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, Op, WeightGrad
+
+Objective: TypeAlias = Literal["span", "makespan"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The catalog: every schedule by its name."""
+"""The catalog: every schedule by its name, and `auto`, which searches for the best."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -59,6 +59,9 @@ SCHEDULES: Mapping[str, ScheduleFunction] = MappingProxyType(
     }
 )
 
+AUTO = "auto"  # not one order but the best of all, and of a search: see `auto`
+NAMES = (*SCHEDULES, AUTO)
+
 # What a method is at its best with, or takes alone; 1 for the others.
 _STAGES_PER_RANK: Mapping[str, int] = MappingProxyType(
     {
@@ -69,6 +72,7 @@ _STAGES_PER_RANK: Mapping[str, int] = MappingProxyType(
         "v-half": 2,
         "v-min": 2,
         "dualpipe-v": 2,
+        AUTO: 2,
     }
 )
 
@@ -83,13 +87,18 @@ def get(name: str) -> ScheduleFunction:
       ...
     evenflow.errors.ConfigError: no schedule 'gpip'; did you mean 'gpipe'?
     There are: sequential, gpipe, 1f1b, eager-1f1b, interleaved-1f1b, looped-bfs, zb-h1, zb-h2, zb-auto, \
-interleaved-zb, zb-v, v-half, v-min, dualpipe-v, forward-only
+interleaved-zb, zb-v, v-half, v-min, dualpipe-v, forward-only, auto
     """
+    if name == AUTO:
+        # Its search loads a compiler, which takes longer than all else here.
+        from evenflow.schedules.auto import auto
+
+        return auto
     if name in SCHEDULES:
         return SCHEDULES[name]
     # A cutoff of 0 always yields the nearest name, however far it is.
-    nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"no schedule {name!r}; did you mean {nearest!r}?\nThere are: {', '.join(SCHEDULES)}")
+    nearest = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
+    raise ConfigError(f"no schedule {name!r}; did you mean {nearest!r}?\nThere are: {', '.join(NAMES)}")
 
 
 def default_stages_per_rank(name: str) -> int:

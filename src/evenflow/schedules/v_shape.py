@@ -47,7 +47,7 @@ class _Block:
         self.shares = [0] * placement.num_stages
         # At the turn both arms hold alike. At the outer end the way up needs only the microbatch in work, and
         # one more whose weight gradient waits where stages lie close.
-        outer = 1 if wide else 2
+        outer = min(1 if wide else 2, limit // 2)
         for rank, (down, up) in enumerate(self.stages):
             self.shares[up] = outer + rank * (limit // 2 - outer) // max(1, num_ranks - 1)
             self.shares[down] = limit - self.shares[up]

@@ -1,0 +1,103 @@
+"""Engine: one problem under search. It owns the kernels' memory and the budget, and keeps the best order."""
+
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from evenflow.ir.timeline import Objective
+from evenflow.search.anneal import anneal
+from evenflow.search.chance import Cooling, chance
+from evenflow.search.listing import Taste
+from evenflow.search.problem import Ints, Problem
+from evenflow.search.timing import INFEASIBLE, Letters, Reading, copy_trace, run, trace_for
+from evenflow.search.tune import Tastes, tune
+
+SPREAD = 0.3  # of the mean excess, beside the worst: so that the ranks that are not the worst improve too
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A strict order, and how far its measure is above the longest rank's work."""
+
+    excess: float
+    order: Letters
+    lengths: Ints
+
+
+class Engine:
+    """Runs the kernels on one problem; `spent` counts the ops that they timed, which is their cost.
+
+    `goal` is the excess at which a search may stop. Heats are in mean op seconds.
+    """
+
+    def __init__(self, problem: Problem, objective: Objective, *, seed: int, goal: float) -> None:
+        self.problem = problem
+        self.goal = goal
+        self.tables = problem.tables(objective)
+        self.trace = trace_for(self.tables)
+        self.state = chance(seed)
+        self.dice = Random(seed)
+        self.size = 3 * problem.num_stages * problem.num_microbatches
+        self.unit = float(self.tables.seconds.mean()) or 1.0
+        self.spent = 0.0
+        self.best = Candidate(INFEASIBLE, *self._blank())
+
+    @property
+    def _num_timed(self) -> float:
+        return float(self.trace.num_ops[0])
+
+    @property
+    def done(self) -> bool:
+        """Whether the goal is reached."""
+        return self.best.excess <= self.goal
+
+    def timed(self, order: Letters, lengths: Ints, *, lazy: bool, fill: float = 1.0) -> Candidate:
+        """Return what an order costs, and what it does: strict, whatever it was."""
+        wide, used = self._blank()
+        wide[:, : order.shape[1]] = order[:, : wide.shape[1]]
+        cost = run(self.tables, self.trace, wide, lengths, Reading(lazy, fill, 0.0), INFEASIBLE)
+        self.spent += self.size
+        if cost < INFEASIBLE:
+            copy_trace(self.trace, wide, used)
+        return self._kept(Candidate(cost, wide, used))
+
+    def tuned(self, taste: Taste, ops: float, *, hot: float = 1.0, cold: float = 0.05) -> Candidate:
+        """Improve a taste in place; return the best list schedule on the way."""
+        order, lengths = self._blank()
+        tastes = Tastes(taste, _copy(taste), _copy(taste))
+        cooling = self._cooling(ops / LISTING_COST, hot, cold)
+        begin = self._num_timed
+        excess = tune(self.tables, self.trace, tastes, SPREAD, self.state, cooling, self.unit, order, lengths)
+        self.spent += (self._num_timed - begin) * LISTING_COST
+        return self._kept(Candidate(excess, order, lengths))
+
+    def annealed(
+        self, start: Candidate, ops: float, *, lazy: bool, hot: float = 0.3, cold: float = 0.02
+    ) -> Candidate:
+        """Return the best order found from `start` on, which is `start` at worst."""
+        work, best = (start.order.copy(), start.lengths.copy()), self._blank()
+        reading, cooling = Reading(lazy, 1.0, SPREAD), self._cooling(ops, hot, cold)
+        begin = self._num_timed
+        excess = anneal(self.tables, self.trace, *work, reading, self.state, cooling, *best, self.goal)
+        self.spent += self._num_timed - begin
+        return start if excess >= start.excess else self._kept(Candidate(excess, *best))
+
+    def _cooling(self, num_ops: float, hot: float, cold: float) -> Cooling:
+        return Cooling(max(num_ops, 1.0), hot * self.unit, cold * self.unit)
+
+    def _kept(self, candidate: Candidate) -> Candidate:
+        if candidate.excess < self.best.excess:
+            self.best = candidate
+        return candidate
+
+    def _blank(self) -> tuple[Letters, Ints]:
+        return np.zeros_like(self.trace.letters), np.zeros(len(self.tables.cap), np.int64)
+
+
+# What an op of a list costs beside an op of `timing`, measured at 8 ranks and 32 microbatches.
+LISTING_COST = 5.0
+
+
+def _copy(taste: Taste) -> Taste:
+    return Taste(taste.caps.copy(), taste.offsets.copy(), taste.mood.copy(), taste.period)

@@ -1,0 +1,111 @@
+"""Merge: strings that alternate forwards with input gradients after a warm-up, as 1F1B and its kin do.
+
+On each rank the forwards run in rounds of some microbatches, each round chunk by chunk, the input gradients
+the same with the last chunk first (Narayanan et al., 2021). A round of one microbatch for each rank would
+just fill the way through a chunk if transfers took no time; as they do, a longer first round closes the gaps.
+What is left to choose is how many forwards lead on each rank: a line over the ranks. Weight gradients are
+decoded, see `timing`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import TypeAlias
+
+import numpy as np
+
+from evenflow.search.problem import Ints, Problem
+from evenflow.search.timing import Letters
+
+Rounds: TypeAlias = tuple[int, ...]  # how many microbatches each round has; the last size is repeated
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merge:
+    """The sizes of the rounds, the leading forwards of each rank, and which gaps weight gradients fill."""
+
+    rounds: Rounds
+    warmups: Ints
+    fill: float
+
+
+def merged(problem: Problem, merge: Merge) -> tuple[Letters, Ints]:
+    """Return the lazy order of a merge.
+
+    >>> problem = Problem.linear(num_ranks=1, num_microbatches=3, cap=2.0)
+    >>> order, lengths = merged(problem, Merge((1,), np.array([2]), 1.0))
+    >>> order[0, : lengths[0]].tolist()
+    [0, 0, 1, 0, 1, 1]
+    """
+    num = problem.num_stages
+    queues = []
+    for rank in range(problem.num_ranks):
+        local = [stage for stage in range(num) if problem.rank_of[stage] == rank]
+        forwards = _rounds(local, problem.num_microbatches, merge.rounds)
+        inputs = _rounds([num + stage for stage in reversed(local)], problem.num_microbatches, merge.rounds)
+        lead = min(max(int(merge.warmups[rank]), 1), len(forwards))
+        queue = forwards[:lead]
+        for at, letter in enumerate(inputs):
+            queue.append(letter)
+            queue += forwards[lead + at : lead + at + 1]
+        queues.append(queue)
+    order = np.zeros((len(queues), max(len(queue) for queue in queues) * 3 // 2), np.int16)
+    for rank, queue in enumerate(queues):
+        order[rank, : len(queue)] = queue
+    return order, np.array([len(queue) for queue in queues], np.int64)
+
+
+def merges(problem: Problem) -> Iterator[Merge]:
+    """Yield merges to try: rounds of some sizes, and warm-ups on a line over the ranks."""
+    num_ranks = problem.num_ranks
+    most = np.array(
+        [
+            problem.cap_bytes[rank] // max(problem.stored_bytes[problem.rank_of == rank].min(), 1e-300)
+            for rank in range(num_ranks)
+        ]
+    )
+    most = np.minimum(most, problem.num_microbatches * problem.num_stages).astype(np.int64)
+    backs = num_ranks - 1 - np.arange(num_ranks)
+    step = max(1, int(most.max()) // 40)
+    for rounds in _sizes(num_ranks, problem.num_microbatches):
+        for slope in (1.0, 1.5, 2.0):
+            for first in range(1, int(most.max()) + step, step):
+                warmups = np.minimum(first + np.floor(slope * backs), most).astype(np.int64)
+                for fill in (0.0, 0.5, 1.0):
+                    yield Merge(rounds, warmups, fill)
+                if (warmups == most).all():
+                    break
+
+
+def _sizes(num_ranks: int, num_microbatches: int) -> list[Rounds]:
+    longer = range(num_ranks, min(2 * num_ranks, num_microbatches) + 1, max(1, num_ranks // 8))
+    return [(1,), *((first, rest) for first in longer for rest in sorted({num_ranks, first}))]
+
+
+def _rounds(letters: list[int], num_microbatches: int, rounds: Rounds) -> list[int]:
+    queue: list[int] = []
+    first = turn = 0
+    while first < num_microbatches:
+        size = min(rounds[min(turn, len(rounds) - 1)], num_microbatches - first)
+        for letter in letters:
+            queue += [letter] * size
+        first += size
+        turn += 1
+    return queue
+
+
+def varied(merge: Merge, dice: Random) -> Merge:
+    """Return a merge that differs in a round, in the lead of some neighbouring ranks, or in its filling."""
+    rounds, warmups = list(merge.rounds), merge.warmups.copy()
+    which = dice.random()
+    if which < 0.4:
+        if dice.random() < 0.4:
+            rounds.append(rounds[-1])
+        at = dice.randrange(len(rounds))
+        rounds[at] = max(1, rounds[at] + dice.choice((-2, -1, 1, 2)))
+    if which > 0.3:
+        first = dice.randrange(len(warmups))
+        last = first + 1 + dice.randrange(len(warmups) - first)
+        warmups[first:last] += dice.choice((-2, -1, 1, 2))
+    fill = dice.choice((0.0, 0.25, 0.5, 0.75, 1.0)) if dice.random() < 0.2 else merge.fill
+    return Merge(tuple(rounds), warmups, fill)
