@@ -280,3 +280,112 @@ def test_it_starts_without_torch_and_matplotlib() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+# --- the search ------------------------------------------------------------------------------------------
+
+SEARCHED = ("auto", "--ranks", 3, "--microbatches", 5, "--latency", 0.3, "--cap", 2, "--budget", 0.02)
+
+
+def measured(out: str, name: str) -> tuple[float, float, str]:
+    """The seconds of the span or the makespan, those of its bound, and the end of the line."""
+    found = re.search(rf"^{name} +([\d.]+) s, .* at least ([\d.]+) s \(.*\), so (.*)$", out, re.MULTILINE)
+    assert found, out
+    return float(found[1]), float(found[2]), found[3]
+
+
+@pytest.mark.parametrize("objective", ["span", "makespan"])
+def test_auto_tells_how_far_from_optimal_it_is(capsys, objective: str) -> None:
+    out = shown(capsys, *SEARCHED, "--objective", objective)
+    assert out.startswith("auto: 6 stages on 3 ranks, 5 microbatches\n")
+    seconds, bound, verdict = measured(out, objective)
+    assert 15.0 < bound <= seconds
+    assert verdict == "optimal" if seconds == bound else re.fullmatch(r"within [\d.]+ % of optimal", verdict)
+    assert "activations of 2 microbatches (cap 2)" in out
+
+
+def test_auto_says_which_method_cannot_be_beaten(capsys) -> None:
+    out = shown(capsys, "auto", "--ranks", 2, "--microbatches", 4)
+    assert out.startswith("auto (zb-v): 4 stages on 2 ranks, 4 microbatches\n")
+    assert measured(out, "makespan")[2] == "optimal"
+
+
+def test_auto_prints_the_same_every_time(capsys, folder: Path) -> None:
+    first = shown(capsys, *SEARCHED, "--seed", 7, "--save", "first.csv")
+    assert shown(capsys, *SEARCHED, "--seed", 7, "--save", "again.csv") == first.replace("first", "again")
+    assert (folder / "first.csv").read_text() == (folder / "again.csv").read_text()
+    shown(capsys, *SEARCHED, "--seed", 8, "--save", "other.csv")
+    assert (folder / "first.csv").read_text() != (folder / "other.csv").read_text()
+    assert parse_schedule((folder / "first.csv").read_text(), name="").name == "auto"
+
+
+def test_auto_makes_short_what_it_is_told_to(capsys) -> None:
+    arguments = ("auto", "--ranks", 4, "--microbatches", 8, "--latency", 0.2, "--cap", 4, "--budget", 0.1)
+    by_span = shown(capsys, *arguments, "--objective", "span")
+    by_makespan = shown(capsys, *arguments, "--objective", "makespan")
+    assert shown(capsys, *arguments) == by_makespan
+    assert measured(by_span, "span")[0] < measured(by_makespan, "span")[0]
+    assert measured(by_makespan, "makespan")[0] < measured(by_span, "makespan")[0]
+
+
+def test_a_longer_search_finds_no_worse(capsys) -> None:
+    arguments = (
+        "auto",
+        "--ranks",
+        4,
+        "--microbatches",
+        8,
+        "--latency",
+        0.2,
+        "--cap",
+        3,
+        "--costs",
+        "1,1.2,0.7",
+    )
+    short, long = (shown(capsys, *arguments, "--budget", budget) for budget in (0.0001, 0.5))
+    assert measured(long, "makespan")[0] < measured(short, "makespan")[0]
+
+
+def test_auto_searches_for_measured_ranks(capsys, folder: Path) -> None:
+    (folder / "times.csv").write_text(
+        "rank,forward_ms,input_grad_ms,weight_grad_ms,activation_gib,cap_gib\n0,1,2,1,2,6\n1,2,1,1,1,6\n"
+    )
+    out = shown(capsys, "auto", "--microbatches", 5, "--costs", "times.csv", "--budget", 0.02)
+    assert "on 2 ranks, 5 microbatches" in out
+    assert "optimal" in out
+
+
+def test_a_comparison_leaves_auto_out(capsys) -> None:
+    out = shown(capsys, "--compare", *SIZES)
+    assert "auto: it searches, for some time: evenflow schedule auto" in out.splitlines()
+    assert "auto" not in [row[0] for row in rows_of(out)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "gpipe 2 2 --budget 5",
+            "--budget is for the search: name the schedule 'auto', or leave --budget out",
+        ),
+        ("gpipe 2 2 --seed 0", "--seed is for the search: name the schedule 'auto', or leave --seed out"),
+        ("gpipe 2 2 --objective span", "--objective is for the search: name the schedule 'auto', or leave"),
+        ("--file own.csv --seed 1", "--seed is for the search"),
+        ("--compare 2 2 --budget 1", "--budget is for the search"),
+        ("auto 2 2 --budget 0", "--budget 0 must be finite and above 0 seconds"),
+        ("auto 2 2 --budget -1", "--budget -1 must be finite and above 0 seconds"),
+        ("auto 2 2 --budget inf", "--budget inf must be finite and above 0 seconds"),
+        ("auto 2 2 --budget nan", "--budget nan must be finite and above 0 seconds"),
+        ("auto 2 2 --objective time", "'time' is not one of 'span'"),
+        ("auto 2 2 --cap 0.5", "rank 1 has a cap of 0.5 and needs 1.0 for one microbatch: raise the cap"),
+        ("auto", "--ranks is missing: say how many ranks there are\n--microbatches is missing"),
+        ("auto --ranks 0 --microbatches 4", "--ranks 0 must be at least 1"),
+        ("auto 2 2 --file own.csv", "two schedules are given, 'auto' and --file own.csv"),
+        ("autoo 2 2", "no schedule 'autoo'; did you mean 'auto'?"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_in_words(
+    capsys, folder: Path, arguments: str, message: str
+) -> None:
+    (folder / "own.csv").write_text(OWN)
+    assert message in refused(capsys, *spelled_out(arguments).split())

@@ -210,7 +210,7 @@ def read_sizes(flags: Flags, own: Schedule | None, prices: Prices) -> Sizes:
         faults.append("--microbatches is missing: say into how many a batch is split")
     if num_ranks is None or num_microbatches is None:
         raise ConfigError("\n".join(faults))
-    stages_per_rank = flags.stages_per_rank or 1
+    stages_per_rank = flags.stages_per_rank or catalog.default_stages_per_rank(flags.name or "")
     num_ops = 3 * num_ranks * stages_per_rank * num_microbatches
     if num_ops > _MAX_OPS:
         raise ConfigError(

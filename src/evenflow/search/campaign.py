@@ -8,10 +8,10 @@ Rejected: periodic schedules whose offsets are annealed. Beside the extension of
 microbatches (`extend`), which finds the periods by itself, they took a fifth of the budget and won nowhere.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
-from evenflow.search.engine import Candidate, Engine
+from evenflow.search.engine import Candidate, Engine, best_of
 from evenflow.search.merge import Merge, merged, merges, varied
 from evenflow.search.seeds import tastes
 from evenflow.search.timing import INFEASIBLE
@@ -24,16 +24,16 @@ FIELD, FINAL = 0.25, 0.15
 NUM_LAPS = 3
 
 
-def campaign(engine: Engine, known: Sequence[Candidate], budget: float, report: Report) -> None:
-    """Search with about `budget` ops, from known schedules and those of all families; see `engine.best`."""
+def campaign(engine: Engine, budget: float, report: Report) -> None:
+    """Search with about `budget` ops, from the leaders of the engine and schedules of all families."""
     stop = engine.spent + budget
-    field = [*best_of(known, 3)]
+    field = engine.leaders[:3]
     for step, make in (("lists", _lists), ("merges", _merges)):
         field += make(engine, budget)
         report(step)
         if engine.done:
             return
-    field = best_of(field, len(field))
+    field = best_of(field, 5)
     field = [engine.annealed(each, budget * FIELD / len(field), lazy=False) for each in field]
     report("field")
     for each in best_of(field, 3):
@@ -46,23 +46,10 @@ def laps(engine: Engine, budget: float, report: Report) -> None:
     """Anneal the best order again and again, ever cooler; its weight gradients are fixed or free in turn."""
     for lap in range(NUM_LAPS):
         for lazy in (False, True):
-            if engine.done or engine.best.excess >= INFEASIBLE:
+            if engine.done or not engine.leaders:
                 return
-            engine.annealed(engine.best, budget / NUM_LAPS / 2, lazy=lazy, hot=0.3 / (lap + 1))
+            engine.annealed(engine.leaders[0], budget / NUM_LAPS / 2, lazy=lazy, hot=0.3 / (lap + 1))
         report(f"lap {lap + 1} of {NUM_LAPS}")
-
-
-def best_of(candidates: Iterable[Candidate], num: int) -> list[Candidate]:
-    """Return the best few of the feasible, without two of the same cost: these are mostly the same order.
-
-    >>> best_of([], 2)
-    []
-    """
-    distinct: dict[float, Candidate] = {}
-    for candidate in candidates:
-        if candidate.excess < INFEASIBLE:
-            distinct.setdefault(round(candidate.excess, 9), candidate)
-    return [distinct[excess] for excess in sorted(distinct)[:num]]
 
 
 def _lists(engine: Engine, budget: float) -> list[Candidate]:

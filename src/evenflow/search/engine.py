@@ -1,5 +1,6 @@
-"""Engine: one problem under search. It owns the kernels' memory and the budget, and keeps the best order."""
+"""Engine: one problem under search. It owns the kernels' memory and the budget, and keeps the best orders."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -13,6 +14,7 @@ from evenflow.search.problem import Ints, Problem
 from evenflow.search.timing import INFEASIBLE, Letters, Reading, copy_trace, run, trace_for
 from evenflow.search.tune import Tastes, tune
 
+NUM_LEADERS = 12
 SPREAD = 0.3  # of the mean excess, beside the worst: so that the ranks that are not the worst improve too
 
 
@@ -25,10 +27,24 @@ class Candidate:
     lengths: Ints
 
 
+def best_of(candidates: Iterable[Candidate], num: int) -> list[Candidate]:
+    """Return the best few of the feasible, without two of the same cost: these are mostly the same order.
+
+    >>> best_of([], 2)
+    []
+    """
+    distinct: dict[float, Candidate] = {}
+    for candidate in candidates:
+        if candidate.excess < INFEASIBLE:
+            distinct.setdefault(round(candidate.excess, 9), candidate)
+    return [distinct[excess] for excess in sorted(distinct)[:num]]
+
+
 class Engine:
     """Runs the kernels on one problem; `spent` counts the ops that they timed, which is their cost.
 
-    `goal` is the excess at which a search may stop. Heats are in mean op seconds.
+    `leaders` are the best orders so far, which differ in their cost. `goal` is the excess at which a search
+    may stop. Heats are in mean op seconds.
     """
 
     def __init__(self, problem: Problem, objective: Objective, *, seed: int, goal: float) -> None:
@@ -41,7 +57,12 @@ class Engine:
         self.size = 3 * problem.num_stages * problem.num_microbatches
         self.unit = float(self.tables.seconds.mean()) or 1.0
         self.spent = 0.0
-        self.best = Candidate(INFEASIBLE, *self._blank())
+        self.leaders: list[Candidate] = []
+
+    @property
+    def excess(self) -> float:
+        """That of the best order so far; `INFEASIBLE` where none was within the caps."""
+        return self.leaders[0].excess if self.leaders else INFEASIBLE
 
     @property
     def _num_timed(self) -> float:
@@ -50,7 +71,7 @@ class Engine:
     @property
     def done(self) -> bool:
         """Whether the goal is reached."""
-        return self.best.excess <= self.goal
+        return self.excess <= self.goal
 
     def timed(self, order: Letters, lengths: Ints, *, lazy: bool, fill: float = 1.0) -> Candidate:
         """Return what an order costs, and what it does: strict, whatever it was."""
@@ -87,8 +108,8 @@ class Engine:
         return Cooling(max(num_ops, 1.0), hot * self.unit, cold * self.unit)
 
     def _kept(self, candidate: Candidate) -> Candidate:
-        if candidate.excess < self.best.excess:
-            self.best = candidate
+        if len(self.leaders) < NUM_LEADERS or candidate.excess < self.leaders[-1].excess:
+            self.leaders = best_of([*self.leaders, candidate], NUM_LEADERS)
         return candidate
 
     def _blank(self) -> tuple[Letters, Ints]:

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 
 from evenflow.errors import ScheduleError
 from evenflow.ir.timeline import Objective
-from evenflow.search.campaign import campaign, laps
+from evenflow.search.campaign import Report, campaign, laps
 from evenflow.search.engine import Candidate, Engine
 from evenflow.search.extend import extensions
 from evenflow.search.problem import Ints, Order, Problem
-from evenflow.search.timing import INFEASIBLE, Letters
+from evenflow.search.timing import Letters
 
 Progress: TypeAlias = Callable[[str, float], None]
 Seeds: TypeAlias = Callable[[int], Iterable[Order]]
@@ -21,7 +22,8 @@ Seeds: TypeAlias = Callable[[int], Iterable[Order]]
 # 2.5 GHz times about 50 million.
 OPS_PER_SECOND = 45e6
 # Shares of the budget for few microbatches: where the direct way is tried too, and where that is too long.
-FEW_SHARE, FEW_SHARE_OF_MANY = 0.3, 0.6
+FEW_SHARE, FEW_SHARE_OF_MANY = 0.5, 0.6
+EXTENSION_SHARE = 0.3  # of those, at most, to extend what was found
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,65 +72,67 @@ def find(
 
     def report(step: str) -> None:
         if progress is not None:
-            progress(step, engine.best.excess + base)
+            progress(step, engine.excess + base)
 
-    known = _timed(engine, seeds(problem.num_microbatches))
+    for order in seeds(problem.num_microbatches):
+        _take(engine, order)
     report("known schedules")
-    few, many = few_microbatches(problem), problem.num_microbatches
-    if few < many and not engine.done:
-        is_long = many >= 2 * few
-        share = budget * (FEW_SHARE_OF_MANY if is_long else FEW_SHARE)
-        known += _by_extension(engine, few, objective, seed, seeds, share, report)
-        if is_long:
-            laps(engine, budget - engine.spent, report)
-    if engine.best.excess >= INFEASIBLE or few >= many // 2:
-        campaign(engine, known, budget - engine.spent, report)
-    if engine.best.excess >= INFEASIBLE:
+    numbers = few_microbatches(problem)
+    is_long = bool(numbers) and 2 * max(numbers) <= problem.num_microbatches
+    share = (FEW_SHARE_OF_MANY if is_long else FEW_SHARE) / max(1, len(numbers))
+    for few in numbers:
+        if not engine.done:
+            small = Engine(problem.with_microbatches(few), objective, seed=seed, goal=1e-9)
+            for order in seeds(few):
+                _take(small, order)
+            campaign(small, budget * share, partial(_report_few, report, few))
+            engine.spent += small.spent
+            _extend(small, engine, budget * share * EXTENSION_SHARE)
+            report("extended")
+    if is_long and engine.leaders:
+        laps(engine, budget - engine.spent, report)
+    elif not engine.done:
+        campaign(engine, budget - engine.spent, report)
+    if not engine.leaders:
         raise ScheduleError(
             f"no order of {problem.num_microbatches} microbatches on {problem.num_ranks} ranks was found "
             f"within the memory caps {problem.cap_bytes.tolist()}: raise them, or cut the stages finer"
         )
-    return Found(_order(engine.best), engine.best.excess + base, engine.spent)
+    return Found(_order(engine.leaders[0]), engine.excess + base, engine.spent)
 
 
-def few_microbatches(problem: Problem) -> int:
+def few_microbatches(problem: Problem) -> tuple[int, ...]:
     """Return for how many microbatches to search first: warm-up, cool-down and some periods between.
 
+    Two numbers, because what is found for one may have no steady state to repeat.
+
     >>> few_microbatches(Problem.linear(num_ranks=8, num_microbatches=32, cap=8.0))
-    20
+    (20, 16)
     """
-    few = 5 * problem.num_ranks // 2
-    return few if few + 2 <= problem.num_microbatches else problem.num_microbatches
+    numbers = (5 * problem.num_ranks // 2, 2 * problem.num_ranks)
+    return tuple(few for few in numbers if few + 2 <= problem.num_microbatches)
 
 
-def _timed(engine: Engine, orders: Iterable[Order]) -> list[Candidate]:
-    return [engine.timed(*_strings(order), lazy=lazy) for order in orders for lazy in (False, True)]
+def _report_few(report: Report, few: int, step: str) -> None:
+    report(f"{few} microbatches: {step}")
 
 
-def _by_extension(
-    engine: Engine,
-    few: int,
-    objective: Objective,
-    seed: int,
-    seeds: Seeds,
-    budget: float,
-    report: Callable[[str], None],
-) -> list[Candidate]:
-    """Search for few microbatches, and return what the best order for them becomes for all of them."""
-    small = Engine(engine.problem.with_microbatches(few), objective, seed=seed, goal=1e-9)
-    campaign(small, _timed(small, seeds(few)), budget, lambda step: report(f"{few} microbatches: {step}"))
-    engine.spent += small.spent
-    if small.best.excess >= INFEASIBLE:
-        return []
-    small.timed(small.best.order, small.best.lengths, lazy=False)  # so that its trace is the best one's
-    extra = engine.problem.num_microbatches - few
-    made = [
-        engine.timed(order, lengths, lazy=lazy, fill=fill)
-        for order, lengths, lazy in extensions(small.tables, small.trace, extra=extra)
-        for fill in ((1.0, 0.5, 0.0) if lazy else (1.0,))
-    ]
-    report("extended")
-    return made
+def _take(engine: Engine, order: Order) -> None:
+    for lazy in (False, True):
+        engine.timed(*_strings(order), lazy=lazy)
+
+
+def _extend(small: Engine, engine: Engine, num_ops: float) -> None:
+    """Give an engine what the leaders for few microbatches become for its own number of them."""
+    stop = engine.spent + num_ops
+    extra = engine.problem.num_microbatches - small.problem.num_microbatches
+    for leader in small.leaders:
+        small.timed(leader.order, leader.lengths, lazy=False)  # so that the trace is its own
+        for order, lengths, lazy in extensions(small.tables, small.trace, extra=extra):
+            for fill in (1.0, 0.5, 0.0) if lazy else (1.0,):
+                if engine.spent > stop or engine.done:
+                    return
+                engine.timed(order, lengths, lazy=lazy, fill=fill)
 
 
 def _order(candidate: Candidate) -> Order:

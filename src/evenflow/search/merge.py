@@ -1,10 +1,10 @@
 """Merge: strings that alternate forwards with input gradients after a warm-up, as 1F1B and its kin do.
 
-On each rank the forwards run in rounds of some microbatches, each round chunk by chunk, the input gradients
-the same with the last chunk first (Narayanan et al., 2021). A round of one microbatch for each rank would
-just fill the way through a chunk if transfers took no time; as they do, a longer first round closes the gaps.
-What is left to choose is how many forwards lead on each rank: a line over the ranks. Weight gradients are
-decoded, see `timing`.
+On each rank the forwards run in rounds of some microbatches, each round stage by stage, the input gradients
+the same with the last stage first (Narayanan et al., 2021). A round of as many microbatches as ranks would
+just fill the way around the ranks if transfers took no time; as they do, a longer first round closes the
+gaps. What is left to choose is how many forwards lead on each rank: a line over the ranks. Weight gradients
+are decoded, see `timing`.
 """
 
 from collections.abc import Iterator
@@ -58,13 +58,7 @@ def merged(problem: Problem, merge: Merge) -> tuple[Letters, Ints]:
 def merges(problem: Problem) -> Iterator[Merge]:
     """Yield merges to try: rounds of some sizes, and warm-ups on a line over the ranks."""
     num_ranks = problem.num_ranks
-    most = np.array(
-        [
-            problem.cap_bytes[rank] // max(problem.stored_bytes[problem.rank_of == rank].min(), 1e-300)
-            for rank in range(num_ranks)
-        ]
-    )
-    most = np.minimum(most, problem.num_microbatches * problem.num_stages).astype(np.int64)
+    most = np.array([_most_forwards(problem, rank) for rank in range(num_ranks)])
     backs = num_ranks - 1 - np.arange(num_ranks)
     step = max(1, int(most.max()) // 40)
     for rounds in _sizes(num_ranks, problem.num_microbatches):
@@ -75,6 +69,14 @@ def merges(problem: Problem) -> Iterator[Merge]:
                     yield Merge(rounds, warmups, fill)
                 if (warmups == most).all():
                     break
+
+
+def _most_forwards(problem: Problem, rank: int) -> int:
+    """How many forwards may lead on a rank, whatever their stages."""
+    own = problem.rank_of == rank
+    all_of_them = problem.num_microbatches * int(own.sum())
+    stored, cap = float(problem.stored_bytes[own].min()), float(problem.cap_bytes[rank])
+    return max(1, min(all_of_them, int(cap / stored))) if cap < stored * all_of_them else all_of_them
 
 
 def _sizes(num_ranks: int, num_microbatches: int) -> list[Rounds]:

@@ -31,7 +31,7 @@ def lifetimes(problem: Problem) -> Floats:
 def tastes(problem: Problem) -> Iterator[Taste]:
     """Yield tastes to begin with, the most usual first."""
     num = problem.num_stages
-    period = float(problem.work_seconds().max()) / problem.num_microbatches
+    period = float(problem.work_seconds().max()) / problem.num_microbatches or 1.0  # (no work at all)
     lives = lifetimes(problem) / period
     depth = np.arange(num, dtype=np.float64)
     later_first = -depth * 1e-3 * period

@@ -253,7 +253,7 @@ def advance(
 
 @compiled
 def run(tables: Tables, trace: Trace, order: Letters, lengths: Ints, reading: Reading, limit: float) -> float:
-    """Run an order; return its cost, or `INFEASIBLE` at a standstill, over a cap or above `limit`.
+    """Run an order; return its cost; `INFEASIBLE` at a standstill, over a cap, incomplete or above `limit`.
 
     The cost is the excess of the worst rank, plus `reading.spread` times the mean excess.
     """
@@ -269,21 +269,9 @@ def run(tables: Tables, trace: Trace, order: Letters, lengths: Ints, reading: Re
             if num_ready < 0 or trace.running[0] + reading.spread * trace.running[1] > limit:
                 return INFEASIBLE
     for rank in range(len(tables.cap)):
-        if trace.head[rank] < lengths[rank]:
+        if trace.head[rank] < lengths[rank] or trace.done_weights[rank] < trace.done_inputs[rank]:
             return INFEASIBLE
     return float(trace.running[0] + reading.spread * trace.running[1])
-
-
-@compiled
-def peak_memory(tables: Tables, letters: Letters, length: int) -> float:
-    """Return the highest memory that one rank's complete string reaches."""
-    memory, peak = 0.0, 0.0
-    for at in range(length):
-        letter = letters[at]
-        memory += tables.taken[letter]
-        peak = max(peak, memory)
-        memory -= tables.freed[letter]
-    return peak
 
 
 @inlined
