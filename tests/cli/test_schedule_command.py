@@ -1,13 +1,17 @@
 """`evenflow schedule`: what it prints and writes, and that every refusal is in words and writes nothing."""
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from evenflow.cli.main import main
+from evenflow.cli.schedule import schedule
+from evenflow.cli.schedule_flags import Flags
 from evenflow.schedule_file import parse_schedule
 from evenflow.schedules import catalog
 
@@ -61,7 +65,10 @@ def test_a_schedule_is_drawn_and_told(capsys) -> None:
         "",
     ]
     # What the bounds are is theirs to test.
-    bound = r"14\.00 s, idle 35\.7 %, at least 1\d\.\d\d s \(because [^)]+\), so within [\d.]+ % of optimal"
+    bound = (
+        r"14\.00 s, idle 35\.7 %, at least 1\d\.\d\d s \(because [^)]+\), "
+        r"so within [\d.]+ % of the best for this placement"
+    )
     assert re.fullmatch(rf"span {{10}}{bound}", lines[6])
     assert re.fullmatch(rf"makespan {{6}}{bound}", lines[7])
     assert lines[8:] == [
@@ -289,7 +296,8 @@ SEARCHED = ("auto", "--ranks", 3, "--microbatches", 5, "--latency", 0.3, "--cap"
 
 def measured(out: str, name: str) -> tuple[float, float, str]:
     """The seconds of the span or the makespan, those of its bound, and the end of the line."""
-    found = re.search(rf"^{name} +([\d.]+) s, .* at least ([\d.]+) s \(.*\), so (.*)$", out, re.MULTILINE)
+    line = rf"^{name} +([\d.]+) s, .* at least ([\d.]+) s \(.*\), so (.*) for this placement$"
+    found = re.search(line, out, re.MULTILINE)
     assert found, out
     return float(found[1]), float(found[2]), found[3]
 
@@ -300,7 +308,7 @@ def test_auto_tells_how_far_from_optimal_it_is(capsys, objective: str) -> None:
     assert out.startswith("auto: 6 stages on 3 ranks, 5 microbatches\n")
     seconds, bound, verdict = measured(out, objective)
     assert 15.0 < bound <= seconds
-    assert verdict == "optimal" if seconds == bound else re.fullmatch(r"within [\d.]+ % of optimal", verdict)
+    assert verdict == "optimal" if seconds == bound else re.fullmatch(r"within [\d.]+ % of the best", verdict)
     assert "activations of 2 microbatches (cap 2)" in out
 
 
@@ -389,3 +397,17 @@ def test_a_search_that_cannot_be_is_refused_in_words(
 ) -> None:
     (folder / "own.csv").write_text(OWN)
     assert message in refused(capsys, *spelled_out(arguments).split())
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_a_narrow_terminal_cuts_no_number_off_the_comparison(columns: int) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=columns, force_terminal=True, color_system=None)
+    schedule(Flags(compare=True, num_ranks=4, num_microbatches=8), console)
+    assert re.search(r"1f1b +1 +33\.00 +27\.3 % +33\.00 +27\.3 % +4 +48", screen.getvalue())
+
+
+@pytest.mark.parametrize("flags", ["--costs 1e200,1,1", "--cap 1e200", "--latency 1e200"])
+def test_absurd_numbers_are_refused(capsys, flags: str) -> None:
+    out = refused(capsys, "auto", "--ranks", 2, "--microbatches", 2, *flags.split())
+    assert "1e+100" in out

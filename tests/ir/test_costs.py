@@ -51,7 +51,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         "input_grad_seconds names 1 stages where forward_seconds names 2: give each stage one",
         "weight_grad_seconds must be finite and at least 0, got [-1.0]",
         "stage 1 keeps 2 bytes for its weight gradient, more than the 1 it holds",
-        "memory_caps must be at least 0, got [nan]",
+        "memory_caps must lie between 0 and 1e+100, or be infinite, got [nan]",
         "overlap_share must lie between 0.5 and 1, got 0.4",
     ]
 

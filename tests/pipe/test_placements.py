@@ -201,6 +201,19 @@ def test_a_schedule_of_other_sizes():
         make(schedule=narrow)
 
 
+def test_a_function_is_asked_once_for_each_number_of_microbatches():
+    asked = []
+
+    def counting(num_ranks, stages_per_rank, num_microbatches):
+        asked.append(num_microbatches)
+        return V(num_ranks, stages_per_rank, num_microbatches)
+
+    pipe = make(schedule=counting, num_microbatches=None, microbatch_size=4)
+    for size in (8, 12, 8, 12):
+        pipe.step(regression(size))
+    assert asked == [2, 3]
+
+
 def test_a_schedule_that_moves_its_stages():
     def moving(num_ranks, stages_per_rank, num_microbatches):
         made = V(num_ranks, stages_per_rank, num_microbatches)

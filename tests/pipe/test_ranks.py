@@ -17,9 +17,11 @@ from torch import distributed as dist
 from torch import nn
 
 import evenflow
-from evenflow.errors import PeerError
+from evenflow.errors import ConfigError, PeerError
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.stage import Stage
+from evenflow.schedules.gpipe import gpipe
+from evenflow.schedules.one_f_one_b import one_f_one_b
 from unsplit import load_checkpoint, mean_square, mlp, plain_step, regression, sgd
 
 # -- what two ranks do, all in one pair of processes: each function returns what the tests look at
@@ -93,6 +95,21 @@ def a_refused_batch(folder):
     pipe = make()
     found = error_of(lambda: pipe.step(regression(8 if is_first() else 1)))
     return found, float(pipe.step(regression()).loss)
+
+
+def schedules_that_differ_later(folder):
+    """The first rank orders three microbatches in its own way, and the second has no schedule for four."""
+
+    def own(num_ranks, stages_per_rank, num_microbatches):
+        if num_microbatches == 4 and not is_first():
+            raise ConfigError("four are too many")
+        return (gpipe if num_microbatches == 3 and is_first() else one_f_one_b)(
+            num_ranks, stages_per_rank, num_microbatches
+        )
+
+    pipe = make(schedule=own, num_microbatches=None, microbatch_size=4)
+    errors = [error_of(lambda size=size: pipe.step(regression(size))) for size in (12, 16)]
+    return errors, float(pipe.step(regression()).loss)
 
 
 def fed(folder):
@@ -240,6 +257,7 @@ SCENARIOS = [
     loaders_of_other_values,
     a_batch_only_elsewhere,
     a_refused_batch,
+    schedules_that_differ_later,
     fed,
     fed_from_a_failing_loader,
     fed_with_branches,
@@ -327,6 +345,18 @@ def test_a_refused_batch(found):
     assert own == ("ConfigError", text)
     assert theirs == ("PeerError", f"rank 1 refused its batch: {text}")
     assert first == second == plain_loss(regression())
+
+
+def test_schedules_that_differ_later(found):
+    (first, first_loss), (second, second_loss) = found
+    text = (
+        "ranks 0 and 1 have different schedules of 3 microbatches: name the same on every rank; a function "
+        "must depend on its arguments alone"
+    )
+    assert first[0] == second[0] == ("ConfigError", text)
+    assert first[1] == ("PeerError", "rank 1 has no schedule of 4 microbatches")
+    assert second[1] == ("ConfigError", "four are too many")
+    assert first_loss == second_loss == plain_loss(regression())
 
 
 def test_fed(found):

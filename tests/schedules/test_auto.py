@@ -326,3 +326,34 @@ def test_its_name_is_suggested() -> None:
     with pytest.raises(ConfigError, match="no schedule 'auot'; did you mean 'auto'"):
         catalog.get("auot")
     assert catalog.default_stages_per_rank("auto") == 2
+
+
+def test_without_a_count_it_looks_at_one_and_two_stages_a_rank() -> None:
+    # Where transfers take ten ops, two stages a rank pay for them twice.
+    def costs_on(placement: Placement) -> Costs:
+        each = (1.0,) * 4
+        return Costs.of_ranks(placement, each, each, each, latency_seconds=10.0, memory_caps=(8.0,) * 4)
+
+    free = best(4, None, 8, costs_on, time_budget_seconds=BUDGET_SECONDS)
+    one, two = (best(4, count, 8, costs_on, time_budget_seconds=BUDGET_SECONDS) for count in (1, 2))
+    assert free.schedule.placement == Placement.linear(4)
+    assert free.seconds == one.seconds < two.seconds
+
+
+def test_the_catalog_makes_it_for_costs_and_caps() -> None:
+    def costs_on(placement: Placement) -> Costs:
+        return Costs.of_ranks(placement, (1.0, 9.0), (1.0, 9.0), (1.0, 9.0), memory_caps=(1.0, 1.0))
+
+    made = catalog.make("auto", num_ranks=2, stages_per_rank=1, num_microbatches=1, costs_on=costs_on)
+    assert memory_faults(made, costs_on(made.placement)) == []
+    with pytest.raises(ScheduleError, match="cap"):
+        catalog.make("auto", num_ranks=2, stages_per_rank=1, num_microbatches=1, costs_on=tight)
+
+
+def tight(placement: Placement) -> Costs:
+    return Costs.of_ranks(placement, (1.0,) * 2, (1.0,) * 2, (1.0,) * 2, memory_caps=(0.5, 0.5))
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    with pytest.raises(ConfigError, match="objective must be 'span' or 'makespan', got 'bogus'"):
+        best_on(Placement.linear(2), 4, Costs.uniform(2), objective="bogus")  # type: ignore[arg-type]

@@ -27,7 +27,6 @@ from evenflow.view.units import Unit, byte_unit, format_seconds
 
 # Of output that goes to no terminal, so that it is the same everywhere.
 PLAIN_WIDTH = 100
-DEFAULT_BUDGET_SECONDS = 20.0
 
 
 def schedule(flags: Flags, console: Console | None = None) -> None:
@@ -59,7 +58,7 @@ def _named(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Sche
 
 def _search(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Schedule:
     """Return the best that is found, and show how the search goes on where somebody watches."""
-    from evenflow.schedules.auto import best
+    from evenflow.schedules.auto import DEFAULT_BUDGET_SECONDS, best
 
     objective = flags.objective or "makespan"
     with console.status("searching (the first time, its compiler takes half a minute)") as status:
@@ -70,7 +69,7 @@ def _search(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Sch
 
         found = best(
             sizes.num_ranks,
-            sizes.stages_per_rank or catalog.default_stages_per_rank(catalog.AUTO),
+            sizes.stages_per_rank,
             sizes.num_microbatches,
             prices.costs_on,
             objective=objective,

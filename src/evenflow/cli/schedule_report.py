@@ -21,6 +21,7 @@ from evenflow.view.terminal import draw_lanes
 from evenflow.view.units import Unit, format_bytes, format_seconds, time_unit
 
 _MIN_WIDTH = 40
+_MAX_WIDTH = 200
 _NUM_NAMED = 8  # ranks that a line tells of one by one
 _ROUNDING = 1e-9
 
@@ -78,12 +79,12 @@ def print_report(console: Console, report: Report, memory_unit: Unit, *, in_byte
 def _gap(seconds: float, bound: Bound) -> str:
     least = f"at least {format_seconds(bound.seconds)} (because {bound.reason})"
     if seconds <= bound.seconds * (1 + _ROUNDING):
-        return f"{least}, so optimal"
+        return f"{least}, so optimal for this placement"
     if bound.seconds == 0:
         return least
     # Rounded up: "within" must be true.
     percent = math.ceil(1000 * (seconds / bound.seconds - 1) - 1e-6) / 10
-    return f"{least}, so within {percent:.1f} % of optimal"
+    return f"{least}, so within {percent:.1f} % of the best for this placement"
 
 
 def _peaks(report: Report, unit: Unit) -> str:
@@ -147,8 +148,8 @@ def print_comparison(
         key=lambda each: (
             bool(each.memory_faults),
             # Sums in another order differ in the last digits, and must not decide.
-            round(each.timeline.span_seconds, 9),
-            round(each.timeline.makespan_seconds, 9),
+            float(f"{each.timeline.span_seconds:.9g}"),
+            float(f"{each.timeline.makespan_seconds:.9g}"),
             max(each.peak_microbatches),
         ),
     )
@@ -166,12 +167,21 @@ def print_comparison(
         table.add_column("transfers", justify="right")
         for each in reports:
             table.add_row(*_cells(each, unit, has_caps=has_caps), style="dim" if each.memory_faults else None)
-        console.print(table)
+        _print_whole(console, table)
         _line(console, Text("peak held: the most of any rank, in microbatches' activations", "dim"))
     else:
         _line(console, Text(f"{title}: no schedule can serve them", "bold"))
     for name, reason in left_out.items():
         _line(console, Text.assemble((name, "bold"), f": {reason.removeprefix(f'schedule {name!r} ')}"))
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print a table with all its columns, however narrow the terminal is: cut off, they tell nothing."""
+    width = console.width
+    console.width = _MAX_WIDTH
+    console.width = max(width, console.measure(table).maximum)
+    console.print(table, crop=False)
+    console.width = width
 
 
 def _cells(report: Report, unit: Unit, *, has_caps: bool) -> list[str]:

@@ -1,13 +1,15 @@
 """Costs: how long ops and transfers take, and how much memory they hold."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from evenflow.errors import ConfigError
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, Overlap, WeightGrad
 from evenflow.ir.placement import Placement
+
+_LARGEST = 1e100  # sums and products of such costs are still finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,10 @@ class Link:
     bytes_per_second: float = math.inf
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.latency_seconds) and self.latency_seconds >= 0):
+        if not 0 <= self.latency_seconds <= _LARGEST:
             raise ConfigError(
-                f"a link's latency must be finite seconds of at least 0, got {self.latency_seconds}"
+                f"a link's latency must be finite seconds of at least 0 (and at most {_LARGEST:g}), got "
+                f"{self.latency_seconds}"
             )
         if not self.bytes_per_second > 0:
             raise ConfigError(f"a link's bandwidth must be above 0 bytes/s, got {self.bytes_per_second}")
@@ -105,8 +108,8 @@ class Costs:
             )
             if kept > held
         ]
-        if wrong := [cap for cap in self.memory_caps or () if not cap >= 0]:
-            faults.append(f"memory_caps must be at least 0, got {wrong}")
+        if wrong := [cap for cap in self.memory_caps or () if not (0 <= cap <= _LARGEST or cap == math.inf)]:
+            faults.append(f"memory_caps must lie between 0 and {_LARGEST:g}, or be infinite, got {wrong}")
         if not 0.5 <= self.overlap_share <= 1:
             faults.append(f"overlap_share must lie between 0.5 and 1, got {self.overlap_share}")
         return faults
@@ -234,6 +237,9 @@ _PER_STAGE = (
 )
 
 
-def _negative(name: str, costs: Iterable[float]) -> list[str]:
+def _negative(name: str, costs: Collection[float]) -> list[str]:
     wrong = [cost for cost in costs if not (math.isfinite(cost) and cost >= 0)]
-    return [f"{name} must be finite and at least 0, got {wrong}"] if wrong else []
+    if wrong:
+        return [f"{name} must be finite and at least 0, got {wrong}"]
+    absurd = [cost for cost in costs if cost > _LARGEST]
+    return [f"{name} must be at most {_LARGEST:g}, got {absurd}"] if absurd else []

@@ -14,7 +14,7 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
-from evenflow.pipe.programs import Programs
+from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_callable, check_whole, refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
@@ -62,8 +62,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `stages`: how many in all; by default `stages_per_rank` for each process, or CUDA device, or just those.
     - `stages_per_rank`: how many each rank holds; by default what suits the schedule: 2 for those that
       interleave and those in the shape of a V, else 1. Where each stage lives, the schedule says.
-    - `schedule`: a name in `evenflow.schedules.catalog`, or a function like those, called with `num_ranks`,
-      `stages_per_rank` and `num_microbatches`; it must place the stages alike for any number of microbatches.
+    - `schedule`: a name in `evenflow.schedules.catalog`; "auto", the best for equal ops, free transfers and
+      1F1B's memory, which may be searched for seconds; or a function like those of the catalog, called with
+      `num_ranks`, `stages_per_rank` and `num_microbatches`, that places the stages alike for any number of
+      microbatches.
     - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per rank.
     - `split`: names of modules before which to cut, in order; by default the cuts balance estimated FLOPs.
     - `split_batch(batch)` returns a list of microbatches, for batches that dim 0 does not split.
@@ -109,7 +111,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     program = loss if loss is not None else model_loss
     items = splitter(example).items
     item = items[0]
-    programs = Programs(method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=len(items))
+    programs = Programs(
+        world, method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=len(items)
+    )
     placement = programs.placement
     devices = choices.devices_of(kind, placement)
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
@@ -179,7 +183,7 @@ def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -
 
 def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
     """Refuse examples under which the processes recorded different programs: their stages would not fit."""
-    schedule = (programs.placement, programs.example.ranks)
+    schedule = fingerprint(programs.example)
     what = repr(
         ([node.name for node in cut.graph.chain], cut.positions, [s.batch for s in cut.sections], schedule)
     )

@@ -1,16 +1,19 @@
 """Programs: a schedule function asked for as many microbatches as a step has, lowered and proven.
 
 A stage stays where it is: whatever the number of microbatches, the function must give the same placement, and
-evaluation runs on it too.
+evaluation runs on it too. Ranks that follow different schedules could pass each other wrong values, so they
+compare each new one before it runs.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 
-from evenflow.errors import ConfigError, EvenflowError
+from evenflow.errors import ConfigError, EvenflowError, PeerError
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.lower import lower
+from evenflow.runtime.world import World
 from evenflow.schedules.catalog import ScheduleFunction
 from evenflow.schedules.forward_only import forward_only_on
 from evenflow.validate import ProvenProgram, prove
@@ -19,11 +22,12 @@ from evenflow.validate import ProvenProgram, prove
 class Programs:
     """The proven programs of one pipeline, made when they are first asked for.
 
-    `example` is the schedule of the first batch, which decides where the stages live. Raises `ConfigError`
-    for a function that fails or returns no schedule of these sizes.
+    `example` is the schedule of the first batch, which decides where the stages live; the builder compares it
+    between ranks. Raises `ConfigError` for a function that fails or returns no schedule of these sizes.
 
+    >>> from evenflow.runtime.world import SingleProcess
     >>> from evenflow.schedules.gpipe import gpipe
-    >>> programs = Programs(gpipe, num_ranks=2, stages_per_rank=1, num_microbatches=4)
+    >>> programs = Programs(SingleProcess(), gpipe, num_ranks=2, stages_per_rank=1, num_microbatches=4)
     >>> programs.placement.rank_of
     (0, 1)
     >>> len(programs.evaluation(4, Flow.chain(2)).order)
@@ -31,13 +35,19 @@ class Programs:
     """
 
     def __init__(
-        self, method: ScheduleFunction, *, num_ranks: int, stages_per_rank: int, num_microbatches: int
+        self,
+        world: World,
+        method: ScheduleFunction,
+        *,
+        num_ranks: int,
+        stages_per_rank: int,
+        num_microbatches: int,
     ) -> None:
-        self._method, self._num_ranks, self._stages_per_rank = method, num_ranks, stages_per_rank
+        self._world, self._method = world, method
+        self._num_ranks, self._stages_per_rank = num_ranks, stages_per_rank
         self._proven: dict[tuple[bool, int, Flow], ProvenProgram] = {}
-        self._placement: Placement | None = None
-        self.example = self._schedule(num_microbatches)
-        self._placement = self.example.placement
+        self.example = self._made(num_microbatches)
+        self._schedules = {num_microbatches: self.example}
 
     @property
     def placement(self) -> Placement:
@@ -45,10 +55,14 @@ class Programs:
         return self.example.placement
 
     def training(self, num_microbatches: int, flow: Flow) -> ProvenProgram:
-        """Return the program of a step. Raises `ScheduleError` listing all faults of a wrong schedule."""
+        """Return the program of a step; collective where the number of microbatches is new.
+
+        Raises `ScheduleError` listing all faults of a wrong schedule, `ConfigError` where ranks disagree, and
+        `PeerError` where another rank has none.
+        """
         key = (True, num_microbatches, flow)
         if key not in self._proven:
-            self._proven[key] = prove(lower(self._schedule(num_microbatches), flow))
+            self._proven[key] = prove(lower(self._agreed(num_microbatches), flow))
         return self._proven[key]
 
     def evaluation(self, num_microbatches: int, flow: Flow) -> ProvenProgram:
@@ -58,13 +72,47 @@ class Programs:
             self._proven[key] = prove(lower(forward_only_on(self.placement, num_microbatches), flow))
         return self._proven[key]
 
-    def _schedule(self, num_microbatches: int) -> Schedule:
-        """The function's schedule, checked."""
+    def _agreed(self, num_microbatches: int) -> Schedule:
+        """The schedule that all ranks have made."""
+        if num_microbatches not in self._schedules:
+            try:
+                made = self._made(num_microbatches)
+                self._check_placement(made)
+            except EvenflowError:
+                self._world.gather_numbers([False, 0])  # the others wait for this rank's word
+                raise
+            self._check_alike(self._world.gather_numbers([True, fingerprint(made)]), num_microbatches)
+            self._schedules[num_microbatches] = made
+        return self._schedules[num_microbatches]
+
+    def _check_placement(self, made: Schedule) -> None:
+        if made.placement != self.placement:
+            raise ConfigError(
+                f"{self._call(made.num_microbatches)} placed the stages on ranks {made.placement.rank_of}, "
+                f"and before, for other microbatches, on {self.placement.rank_of}; a stage cannot move: "
+                "place them alike"
+            )
+
+    def _check_alike(self, rows: Sequence[Sequence[int]], num_microbatches: int) -> None:
+        for rank, row in enumerate(rows):
+            if not row[0]:
+                raise PeerError(f"rank {rank} has no schedule of {num_microbatches} microbatches")
+            if row != rows[0]:
+                raise ConfigError(
+                    f"ranks 0 and {rank} have different schedules of {num_microbatches} microbatches: name "
+                    "the same on every rank; a function must depend on its arguments alone"
+                )
+
+    def _call(self, num_microbatches: int) -> str:
         name = getattr(self._method, "__name__", type(self._method).__name__)
-        call = (
+        return (
             f"schedule={name} with num_ranks={self._num_ranks}, stages_per_rank={self._stages_per_rank}, "
             f"num_microbatches={num_microbatches}"
         )
+
+    def _made(self, num_microbatches: int) -> Schedule:
+        """The function's schedule, checked."""
+        call = self._call(num_microbatches)
         try:
             made: object = self._method(
                 num_ranks=self._num_ranks,
@@ -91,12 +139,18 @@ class Programs:
                 f"placed {found.num_stages} stages on {found.num_ranks} ranks; it must place {num_stages} on "
                 f"{self._num_ranks}"
             )
-        elif self._placement not in (None, found):
-            yield (
-                f"placed the stages on ranks {found.rank_of}, and before, for other microbatches, on "
-                f"{self.placement.rank_of}; a stage cannot move: place them alike"
-            )
         if made.num_microbatches != num_microbatches:
             yield f"returned a schedule of {made.num_microbatches} microbatches"
         if not made.trains:
             yield "runs no backward: it evaluates and cannot train; use '1f1b'"
+
+
+def fingerprint(schedule: Schedule) -> int:
+    """Return a number that tells schedules apart, and is the same in every process.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> fingerprint(gpipe(2, 1, 4)) == fingerprint(gpipe(2, 1, 4)), fingerprint(gpipe(2, 1, 3)) < 2**56
+    (True, True)
+    """
+    what = repr((schedule.placement.rank_of, schedule.num_microbatches, schedule.ranks))
+    return int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")

@@ -1,12 +1,12 @@
 """Auto: the best schedule that a portfolio and a search find for given costs and memory caps.
 
-The portfolio is the whole catalog. From those of its schedules that fit the memory, `evenflow.search` starts,
-with schedules of its own beside them; so the result is never longer than any of them, and the bound
-(`evenflow.bounds`) says how far it can be from the best there is. Where a schedule of the catalog meets the
-bound there is nothing to search.
+The portfolio is the catalog, with the stages per rank that are asked for. From those of its schedules that
+fit the memory, `evenflow.search` starts, with schedules of its own beside them; so the result is never longer
+than any of them, and the bound (`evenflow.bounds`) says how far it can be from the best there is on its
+placement. Where a schedule of the catalog meets the bound there is nothing to search.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf, isfinite
 
@@ -26,6 +26,7 @@ from evenflow.search.problem import Order
 from evenflow.search.translate import order_of, problem_of, schedule_of
 from evenflow.simulate import simulate
 
+DEFAULT_BUDGET_SECONDS = 20.0
 _ROUNDING = 1e-9
 
 
@@ -45,45 +46,59 @@ class Best:
 
 def best(
     num_ranks: int,
-    stages_per_rank: int,
+    stages_per_rank: int | None,
     num_microbatches: int,
     costs_on: Callable[[Placement], Costs],
     *,
     objective: Objective = "makespan",
-    time_budget_seconds: float = 20.0,
+    time_budget_seconds: float = DEFAULT_BUDGET_SECONDS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Best:
     """Return the best schedule found for these sizes, where `costs_on` says what a placement's stages cost.
 
-    One stage a rank stands in line, two stand in a V or a loop, more in a loop; the budget is shared by the
-    placements. For all else see `best_on`.
+    One stage a rank stands in line, two stand in a V or a loop, more in a loop; without `stages_per_rank` one
+    and two are tried. The budget is shared by the placements, and the most promising comes first. For all
+    else see `best_on`.
+
+    Raises `ConfigError` for a count below 1, a budget that is not above 0 and an unknown objective, and
+    `ScheduleError`, with the reason for each placement, where nothing fits the memory caps.
 
     >>> found = best(2, 2, 4, lambda placement: Costs.uniform(4))
     >>> found.schedule.name, found.seconds, found.gap
     ('zb-v', 25.0, 0.0)
     """
-    placements = _placements(num_ranks, stages_per_rank)
+    _check(num_microbatches, objective, time_budget_seconds)
+    counts = (1, 2) if stages_per_rank is None else (stages_per_rank,)
+    priced: list[tuple[float, Placement, Costs]] = []
+    faults: list[str] = []
+    for placement in (placement for count in counts for placement in _placements(num_ranks, count)):
+        costs = costs_on(placement)
+        try:
+            bounds = lower_bounds(instance_of(placement, num_microbatches, costs))
+        except ScheduleError as error:
+            faults.append(str(error))
+            continue
+        priced.append((_of(objective, bounds).seconds, placement, costs))
     found: list[Best] = []
-    faults: list[ScheduleError] = []
-    for placement in placements:
+    for _, placement, costs in sorted(priced, key=lambda each: each[0]):
         try:
             found.append(
                 best_on(
                     placement,
                     num_microbatches,
-                    costs_on(placement),
+                    costs,
                     objective=objective,
-                    time_budget_seconds=time_budget_seconds / len(placements),
+                    time_budget_seconds=time_budget_seconds / len(priced),
                     seed=seed,
                     progress=progress,
                     enough_seconds=min((each.seconds for each in found), default=inf),
                 )
             )
         except ScheduleError as error:
-            faults.append(error)
+            faults.append(str(error))
     if not found:
-        raise faults[0]
+        raise ScheduleError("\n".join(dict.fromkeys(faults)))
     return min(found, key=lambda each: each.seconds)
 
 
@@ -93,28 +108,26 @@ def best_on(
     costs: Costs,
     *,
     objective: Objective = "makespan",
-    time_budget_seconds: float = 20.0,
+    time_budget_seconds: float = DEFAULT_BUDGET_SECONDS,
     seed: int = 0,
     progress: Progress | None = None,
     enough_seconds: float = inf,
 ) -> Best:
     """Return the best schedule found for a chain of stages that are placed so.
 
-    The same arguments give the same schedule: the budget is spent in steps that take about so long on a core
-    of 2.5 GHz. `progress` is called with the name of each step and the best seconds so far. Nothing is
-    searched where the bound says that it could not be shorter than `enough_seconds`, or than the catalog.
+    On one machine the same arguments give the same schedule: the budget is spent in steps that take about so
+    long on a core of 2.5 GHz. `progress` is called with the name of each step and the best seconds so far.
+    Where the catalog has a schedule that fits, nothing is searched if the bound says that it could not be
+    shorter than that, or than `enough_seconds`.
 
-    Raises `ConfigError` for a count below 1 and a budget that is not above 0, and `ScheduleError` where
-    nothing fits the memory caps.
+    Raises `ConfigError` for a count below 1, a budget that is not above 0 and an unknown objective, and
+    `ScheduleError` where nothing fits the memory caps.
 
     >>> found = best_on(Placement.linear(2), 4, Costs.uniform(2, latency_seconds=0.5), objective="span")
     >>> found.schedule.name, found.seconds, found.bound.seconds
     ('zb-auto', 12.0, 12.0)
     """
-    if num_microbatches < 1:
-        raise ConfigError(f"num_microbatches must be at least 1, got {num_microbatches}")
-    if not (isfinite(time_budget_seconds) and time_budget_seconds > 0):
-        raise ConfigError(f"time_budget_seconds must be finite and above 0, got {time_budget_seconds}")
+    _check(num_microbatches, objective, time_budget_seconds)
     flow = Flow.chain(placement.num_stages)
     least = _of(objective, lower_bounds(instance_of(placement, num_microbatches, costs)))
 
@@ -122,14 +135,19 @@ def best_on(
         timeline = simulate(schedule, flow, costs)
         return timeline.span_seconds if objective == "span" else timeline.makespan_seconds
 
-    known = [(seconds(schedule), schedule) for schedule in _fitting(placement, num_microbatches, costs)]
-    shortest = min((each for each, _ in known), default=inf)
-    enough = min(shortest, enough_seconds) if known else inf
+    fitting = list(_fitting(placement, num_microbatches, costs))
+    known = [(seconds(schedule), schedule) for schedule in fitting]
+    enough = min([enough_seconds, *(each for each, _ in known)]) if known else inf
     if enough > least.seconds * (1 + _ROUNDING):
+
+        def seeds(number: int) -> Iterator[Order]:
+            again = fitting if number == num_microbatches else _fitting(placement, number, costs)
+            return _seeds(again, placement, number, costs)
+
         found = find(
             problem_of(placement, num_microbatches, flow, costs),
             objective=objective,
-            seeds=lambda number: _seeds(placement, number, costs),
+            seeds=seeds,
             time_budget_seconds=time_budget_seconds,
             seed=seed,
             target=least.seconds,
@@ -159,6 +177,15 @@ def auto(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedul
     return best_on(placement, num_microbatches, costs, time_budget_seconds=5.0).schedule
 
 
+def _check(num_microbatches: int, objective: str, time_budget_seconds: float) -> None:
+    if num_microbatches < 1:
+        raise ConfigError(f"num_microbatches must be at least 1, got {num_microbatches}")
+    if objective not in {"span", "makespan"}:
+        raise ConfigError(f"objective must be 'span' or 'makespan', got {objective!r}")
+    if not (isfinite(time_budget_seconds) and time_budget_seconds > 0):
+        raise ConfigError(f"time_budget_seconds must be finite and above 0, got {time_budget_seconds}")
+
+
 def _of(objective: Objective, bounds: Bounds) -> Bound:
     return bounds.span if objective == "span" else bounds.makespan
 
@@ -185,8 +212,10 @@ def _fitting(placement: Placement, num_microbatches: int, costs: Costs) -> Itera
             yield made
 
 
-def _seeds(placement: Placement, num_microbatches: int, costs: Costs) -> Iterator[Order]:
-    for schedule in _fitting(placement, num_microbatches, costs):
+def _seeds(
+    fitting: Iterable[Schedule], placement: Placement, num_microbatches: int, costs: Costs
+) -> Iterator[Order]:
+    for schedule in fitting:
         yield order_of(schedule)
     if placement.num_ranks > 1 and placement == Placement.v_shape(placement.num_ranks):
         # What lies between v-min, v-half and zb-v.

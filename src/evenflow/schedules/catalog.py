@@ -132,6 +132,10 @@ def make(
     ... ).num_microbatches
     4
     """
+    if name == AUTO:
+        from evenflow.schedules.auto import best
+
+        return best(num_ranks, stages_per_rank, num_microbatches, costs_on).schedule
     method = get(name)
     if method is zb_auto:
         costs = costs_on(Placement.linear(num_ranks)) if num_ranks > 0 else None

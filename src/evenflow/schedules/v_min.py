@@ -2,9 +2,9 @@
 
 Source: Qi, Wan, Amar, Lin, "Pipeline Parallelism with Controllable Memory", NeurIPS 2024, arXiv:2405.15362.
 Every rank holds at most 2 floor(p / 3) + 4 activations of a stage, p / 3 + 2 microbatches, for p ranks, and
-never more than under V-Half; it pays off from p = 7. One microbatch waits for the next at nearly every
-transfer: for p = 8, 32 microbatches and equal F, I and W the longest busy window idles for 11.5 %, and for
-24.5 % with transfers of a tenth of a rank's F.
+never more than under V-Half, and less for p = 5 and from p = 7 on. One microbatch waits for the next at
+nearly every transfer: for p = 8, 32 microbatches and equal F, I and W the longest busy window idles for
+11.5 %, and for 24.5 % with transfers of a tenth of a rank's F.
 """
 
 from evenflow.ir.schedule import Schedule

@@ -82,7 +82,7 @@ def _check_costs(costs: Costs, num_ranks: int) -> None:
             "give each rank one"
         )
     faults = [
-        f"rank {rank} may hold {cap:g} bytes, and one microbatch takes {needed:g}"
+        f"rank {rank} may hold {cap:g}, and one microbatch takes {needed:g}"
         for rank, (cap, needed) in enumerate(zip(costs.memory_caps, costs.activation_bytes, strict=True))
         if needed > cap * (1 + _ROUNDING)
     ]

@@ -7,7 +7,7 @@ occurrence of a letter belongs to microbatch n. Memory depends on the string alo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -74,6 +74,11 @@ class Problem:
     cap_bytes: Floats
 
     def __post_init__(self) -> None:
+        if self.num_stages > MOST_STAGES:
+            raise ScheduleError(
+                f"{self.num_stages} stages are more than the {MOST_STAGES} that can be searched: name a "
+                "method instead"
+            )
         faults = []
         for rank in range(self.num_ranks):
             # The last forward of a microbatch on a rank meets all its others still stored, where the flow
@@ -104,18 +109,7 @@ class Problem:
 
     def with_microbatches(self, num_microbatches: int) -> "Problem":
         """Return the same problem for another number of microbatches."""
-        return Problem(
-            num_microbatches,
-            self.rank_of,
-            self.forward_seconds,
-            self.input_seconds,
-            self.weight_seconds,
-            self.activations,
-            self.gradients,
-            self.stored_bytes,
-            self.kept_bytes,
-            self.cap_bytes,
-        )
+        return replace(self, num_microbatches=num_microbatches)
 
     def tables(self, objective: Objective) -> Tables:
         """Return the arrays that the kernels read."""
@@ -199,6 +193,7 @@ class Problem:
         )
 
 
+MOST_STAGES = 10_000  # three letters each, in 16 bits
 TOLERANCE = 1e-9  # a share of the cap: sums of equal parts such as 1 / 3 must still fit their cap
 
 
