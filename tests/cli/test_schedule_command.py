@@ -115,7 +115,7 @@ def test_a_long_schedule_does_not_flood_the_terminal(capsys) -> None:
 
 
 @pytest.mark.parametrize("name", catalog.SCHEDULES)
-def test_every_method_of_the_catalogue_is_shown(capsys, name: str) -> None:
+def test_every_method_of_the_catalog_is_shown(capsys, name: str) -> None:
     assert f"{name}: " in shown(capsys, name, "--ranks", 4, "--microbatches", 8)
 
 

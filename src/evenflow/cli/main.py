@@ -107,7 +107,8 @@ def train_command(
 @app.command("schedule")
 def schedule_command(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A method, such as gpipe or 1f1b.")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A method, such as gpipe or 1f1b, or auto: the best found."),
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="How many ranks there are.")] = None,
     microbatches: Annotated[
@@ -144,12 +145,12 @@ def schedule_command(
     compare: Annotated[bool, typer.Option("--compare", help="Tabulate all methods at these costs.")] = False,
     objective: Annotated[
         Literal["span", "makespan"] | None,
-        typer.Option(help="What auto makes short: the longest rank's busy window, or the step. [makespan]"),
+        typer.Option(help="auto: what to make short, the longest rank's busy window or the step. Default: makespan."),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="How long auto searches, about. [20]")
+        float | None, typer.Option(metavar="SECONDS", help="auto: seconds of search, about. Default: 20.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of auto's search: the same finds the same. [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="auto: the same seed finds the same. Default: 0.")] = None,
 ) -> None:
     """Draw a schedule, and tell its idle time, its memory and how far it is from the best possible."""
     from evenflow.cli.schedule import schedule
