@@ -145,7 +145,9 @@ def schedule_command(
     compare: Annotated[bool, typer.Option("--compare", help="Tabulate all methods at these costs.")] = False,
     objective: Annotated[
         Literal["span", "makespan"] | None,
-        typer.Option(help="auto: what to make short, the longest rank's busy window or the step. Default: makespan."),
+        typer.Option(
+            help="auto: what to make short, the longest rank's busy window or the step. Default: makespan."
+        ),
     ] = None,
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="auto: seconds of search, about. Default: 20.")
