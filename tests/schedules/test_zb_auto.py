@@ -133,7 +133,7 @@ def test_a_cap_below_one_microbatch_is_refused_with_numbers() -> None:
     with pytest.raises(ConfigError) as refusal:
         zb_auto(3, 1, 4, costs)
     assert str(refusal.value) == (
-        "rank 0 may hold 3, and one microbatch takes 4; rank 2 may hold 0.5 bytes, and one microbatch "
+        "rank 0 may hold 3, and one microbatch takes 4; rank 2 may hold 0.5, and one microbatch "
         "takes 4: raise the memory cap or cut the stages finer"
     )
 
