@@ -77,7 +77,7 @@ class Instance:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instances", type=int, default=200)
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds for each")
     asked = parser.parse_args()
     gaps, gains, worse, none_fits = [], [], 0, 0
     start = time.perf_counter()

@@ -112,7 +112,7 @@ ONE_BY_ONE = tuple((stage, 3 + stage, 6 + stage) * 6 for stage in range(3))
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_annealing_makes_a_poor_order_good(lazy: bool) -> None:
-    problem = Problem.linear(num_ranks=3, num_microbatches=6, cap=3.0)
+    problem = Problem.equal(range(3), num_microbatches=6, cap=3.0)
     engine = Engine(problem, "makespan", seed=0, goal=0.0)
     start = engine.timed(*strings(ONE_BY_ONE), lazy=False)
     assert start.excess == 6 * 7 - 6 * 3  # a microbatch takes 7 seconds to come back to rank 0
@@ -124,7 +124,7 @@ def test_annealing_makes_a_poor_order_good(lazy: bool) -> None:
 
 
 def test_it_stops_at_its_goal() -> None:
-    problem = Problem.linear(num_ranks=3, num_microbatches=6, cap=3.0)
+    problem = Problem.equal(range(3), num_microbatches=6, cap=3.0)
     spent = []
     for goal in (30.0, 10.0, 0.0):
         engine = Engine(problem, "makespan", seed=0, goal=goal)
@@ -136,7 +136,7 @@ def test_it_stops_at_its_goal() -> None:
 
 
 def test_the_seed_decides() -> None:
-    problem = Problem.linear(num_ranks=3, num_microbatches=6, cap=3.0, latency=0.3)
+    problem = Problem.equal(range(3), num_microbatches=6, cap=3.0, latency=0.3)
 
     def found(seed: int):
         candidate = annealed(Engine(problem, "makespan", seed=seed, goal=0.0), ONE_BY_ONE, 2e4)

@@ -62,7 +62,9 @@ def extended(
     """The excess of a schedule, the problem of more microbatches, and the schedule's extensions."""
     few = 3 * num_ranks
     schedule = get(name)(num_ranks, stages_per_rank, few)
-    small = Problem.equal(schedule.placement.rank_of, few, float(2 * num_ranks - 1), latency)
+    small = Problem.equal(
+        schedule.placement.rank_of, num_microbatches=few, cap=2.0 * num_ranks - 1, latency=latency
+    )
     large = small.with_microbatches(few + extra)
     tables = small.tables("span")
     trace = trace_for(tables)

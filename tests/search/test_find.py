@@ -140,7 +140,7 @@ def test_a_lazy_seed_is_decoded_first() -> None:
 
 
 def test_where_a_seed_is_good_enough_nothing_is_searched() -> None:
-    problem = Problem.linear(num_ranks=2, num_microbatches=4, cap=2.0)
+    problem = Problem.equal(range(2), num_microbatches=4, cap=2.0)
     order = order_of(get("zb-h1")(2, 1, 4))
     found = find(problem, objective="makespan", seeds=lambda _: [order], target=13.0, time_budget_seconds=0.5)
     assert found.value <= 13.0
@@ -177,7 +177,7 @@ def test_another_seed_may_give_another_order_which_fits_too() -> None:
 
 @pytest.mark.parametrize("num_microbatches", [3, 8, 13])
 def test_where_nothing_fits_it_says_so(num_microbatches: int) -> None:
-    problem = Problem.looped(num_ranks=2, stages_per_rank=2, num_microbatches=num_microbatches, cap=0.5)
+    problem = Problem.equal((0, 1, 0, 1), num_microbatches=num_microbatches, cap=0.5)
     message = (
         rf"no order of {num_microbatches} microbatches on 2 ranks .* within the memory caps \[0.5, 0.5\]"
     )

@@ -56,7 +56,7 @@ def test_a_list_of_any_taste_is_complete_and_fits(data, case, chosen, objective)
 
 
 def test_a_list_has_no_more_microbatches_in_flight_than_its_taste() -> None:
-    problem = Problem.linear(num_ranks=3, num_microbatches=6, cap=6.0)
+    problem = Problem.equal(range(3), num_microbatches=6, cap=6.0)
     tables = problem.tables("span")
     trace = trace_for(tables)
     for caps in [(1, 1, 1), (3, 2, 1), (4, 4, 2)]:
@@ -79,7 +79,7 @@ def test_first_tastes_make_lists(case, chosen, objective) -> None:
 
 
 def test_a_lifetime_is_the_way_to_the_last_stage_and_back() -> None:
-    problem = Problem.vee(num_ranks=2, num_microbatches=5, cap=2.0, latency=0.25)
+    problem = Problem.equal((0, 1, 1, 0), num_microbatches=5, cap=2.0, latency=0.25)
     assert lifetimes(problem).tolist() == [
         # forwards and input gradients of half a second on the way, transfers, and the weight gradient
         8 * 0.5 + 4 * 0.25 + 0.5,

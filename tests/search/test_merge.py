@@ -66,14 +66,14 @@ def test_the_first_merges_are_complete_and_fit(case, chosen, objective) -> None:
 
 @pytest.mark.parametrize("cap", [1.0, 4.0, math.inf])
 def test_there_are_merges_for_every_cap(cap: float) -> None:
-    problem = Problem.linear(num_ranks=3, num_microbatches=4, cap=cap)
+    problem = Problem.equal(range(3), num_microbatches=4, cap=cap)
     made = list(merges(problem))
     assert made
     assert all((merge.warmups >= 1).all() for merge in made)
 
 
 def test_a_merge_whose_rounds_are_one_is_1f1b() -> None:
-    problem = Problem.linear(num_ranks=3, num_microbatches=4, cap=3.0)
+    problem = Problem.equal(range(3), num_microbatches=4, cap=3.0)
     order = order_from(*merged(problem, Merge((1,), np.array([3, 2, 1]), 1.0)))
     whole = order_of(get("1f1b")(3, 1, 4))
     assert order == tuple(tuple(letter for letter in queue if letter < 6) for queue in whole)

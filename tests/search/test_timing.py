@@ -74,7 +74,7 @@ def test_what_cannot_run_or_fit_is_infeasible_and_nothing_else_is(case, chosen, 
 
 
 def test_a_standstill_is_infeasible() -> None:
-    problem = Problem.linear(num_ranks=2, num_microbatches=1, cap=1.0)
+    problem = Problem.equal(range(2), num_microbatches=1, cap=1.0)
     assert cost_of(problem, ((0, 2, 4), (1, 3, 5)), "span", STRICT)[0] < INFEASIBLE
     for first, second in [((2, 0, 4), (1, 3, 5)), ((0, 4, 2), (1, 3, 5)), ((0, 2, 4), (3, 1, 5))]:
         assert cost_of(problem, (first, second), "span", STRICT) == (math.inf, ())
@@ -83,7 +83,7 @@ def test_a_standstill_is_infeasible() -> None:
 def test_a_cap_counts_from_the_first_byte_over_it() -> None:
     order = ((0, 0, 1, 1, 2, 2),)
     for cap, fits in [(2.0, True), (2.0 - 1e-12, True), (2.0 - 1e-6, False)]:
-        problem = Problem.linear(num_ranks=1, num_microbatches=2, cap=cap)
+        problem = Problem.equal(range(1), num_microbatches=2, cap=cap)
         assert math.isfinite(cost_of(problem, order, "span", STRICT)[0]) == fits
 
 
@@ -143,7 +143,7 @@ def test_weight_gradients_make_room_wherever_they_can(case, chosen, reading) -> 
     ("fill", "expected"), [(1.0, (0, 0, 2, 2, 4, 4)), (0.6, (0, 0, 2, 2, 4, 4)), (0.5, (0, 0, 2, 4, 2, 4))]
 )
 def test_a_weight_gradient_fills_a_gap_of_its_share(fill: float, expected: tuple[int, ...]) -> None:
-    problem = Problem.linear(num_ranks=2, num_microbatches=2, cap=2.0)
+    problem = Problem.equal(range(2), num_microbatches=2, cap=2.0)
     slow = replace(problem, weight_seconds=np.array([2.0, 1.0]))
     # Rank 0 waits a second for its second input gradient.
     _, (rank_0, _) = cost_of(slow, ((0, 0, 2, 2), (1, 3, 1, 3)), "span", Reading(True, fill, 0.0))
@@ -163,7 +163,7 @@ def test_a_limit_stops_what_costs_more(case, chosen, objective, spread) -> None:
 
 
 def test_the_spread_is_of_the_mean_excess_of_all_ranks() -> None:
-    problem = Problem.linear(num_ranks=2, num_microbatches=1, cap=1.0)
+    problem = Problem.equal(range(2), num_microbatches=1, cap=1.0)
     order = ((0, 2, 4), (1, 3, 5))
     # Rank 0 waits 2 seconds for its input gradient, and rank 1, from the start, 1 for its forward.
     assert cost_of(problem, order, "makespan", Reading(False, 1.0, 0.5))[0] == 2.0 + 0.5 * 1.5

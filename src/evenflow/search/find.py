@@ -61,7 +61,7 @@ def find(
 
     Raises `ScheduleError` where no order was found within the caps.
 
-    >>> problem = Problem.linear(num_ranks=2, num_microbatches=2, cap=2.0)
+    >>> problem = Problem.equal(range(2), num_microbatches=2, cap=2.0)
     >>> find(problem, time_budget_seconds=0.01).value
     7.0
     """
@@ -106,7 +106,7 @@ def few_microbatches(problem: Problem) -> tuple[int, ...]:
 
     Two numbers, because what is found for one may have no steady state to repeat.
 
-    >>> few_microbatches(Problem.linear(num_ranks=8, num_microbatches=32, cap=8.0))
+    >>> few_microbatches(Problem.equal(range(8), num_microbatches=32, cap=8.0))
     (20, 16)
     """
     numbers = (5 * problem.num_ranks // 2, 2 * problem.num_ranks)

@@ -32,7 +32,7 @@ class Merge:
 def merged(problem: Problem, merge: Merge) -> tuple[Letters, Ints]:
     """Return the lazy order of a merge.
 
-    >>> problem = Problem.linear(num_ranks=1, num_microbatches=3, cap=2.0)
+    >>> problem = Problem.equal(range(1), num_microbatches=3, cap=2.0)
     >>> order, lengths = merged(problem, Merge((1,), np.array([2]), 1.0))
     >>> order[0, : lengths[0]].tolist()
     [0, 0, 1, 0, 1, 1]

@@ -58,7 +58,7 @@ class Problem:
 
     Raises `ScheduleError` where a rank cannot hold even one microbatch, with the numbers.
 
-    >>> Problem.linear(num_ranks=2, num_microbatches=4, cap=1.0).num_stages
+    >>> Problem.equal(range(2), num_microbatches=4, cap=1.0).num_stages
     2
     """
 
@@ -148,31 +148,15 @@ class Problem:
         )
 
     @staticmethod
-    def linear(*, num_ranks: int, num_microbatches: int, cap: float, latency: float = 0.0) -> "Problem":
-        """Return the chain of equal stages, one on each rank; see `equal`."""
-        return Problem.equal(range(num_ranks), num_microbatches, cap, latency)
-
-    @staticmethod
-    def looped(
-        *, num_ranks: int, stages_per_rank: int, num_microbatches: int, cap: float, latency: float = 0.0
+    def equal(
+        rank_of: Sequence[int], *, num_microbatches: int, cap: float, latency: float = 0.0
     ) -> "Problem":
-        """Return the chain of equal stages dealt out round after round; see `equal`."""
-        return Problem.equal([*range(num_ranks)] * stages_per_rank, num_microbatches, cap, latency)
-
-    @staticmethod
-    def vee(*, num_ranks: int, num_microbatches: int, cap: float, latency: float = 0.0) -> "Problem":
-        """Return the chain of equal stages that goes down the ranks and up again; see `equal`.
-
-        >>> Problem.vee(num_ranks=2, num_microbatches=4, cap=2.0).rank_of.tolist()
-        [0, 1, 1, 0]
-        """
-        return Problem.equal([*range(num_ranks), *reversed(range(num_ranks))], num_microbatches, cap, latency)
-
-    @staticmethod
-    def equal(rank_of: Sequence[int], num_microbatches: int, cap: float, latency: float) -> "Problem":
         """Return a chain where F, I and W of all stages of a rank take 1 second and 1 unit of memory each.
 
         `cap` is in the same unit: how many microbatches of a whole rank fit.
+
+        >>> Problem.equal((0, 1, 1, 0), num_microbatches=4, cap=2.0).forward_seconds.tolist()
+        [0.5, 0.5, 0.5, 0.5]
         """
         ranks = np.array(rank_of, np.int64)
         num_ranks = int(ranks.max()) + 1

@@ -16,7 +16,7 @@ from evenflow.search.timing import INFEASIBLE, trace_for
 def lifetimes(problem: Problem) -> Floats:
     """Return the seconds from a stage's forward to its weight gradient where one microbatch runs alone.
 
-    >>> lifetimes(Problem.linear(num_ranks=2, num_microbatches=1, cap=1.0)).tolist()
+    >>> lifetimes(Problem.equal(range(2), num_microbatches=1, cap=1.0)).tolist()
     [5.0, 3.0]
     """
     num = problem.num_stages
