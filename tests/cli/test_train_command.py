@@ -68,6 +68,26 @@ def test_with_gpus_there_is_one_stage_for_each(with_two_gpus):
     assert (job.device, job.num_stages) == ("cuda", 2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "num_stages", "num_ranks"),
+    [
+        ({"schedule": "zb-v"}, 4, 2),
+        ({"schedule": "zb-v", "stages": 8}, 8, 4),
+        ({"schedule": "interleaved-1f1b", "stages_per_rank": 3}, 6, 2),
+        ({"schedule": "auto"}, 4, 2),
+    ],
+)
+def test_a_rank_holds_as_many_stages_as_the_schedule_wants(without_cuda, flags, num_stages, num_ranks):
+    job = make_job(Flags(source=CONFIG, **flags))
+    assert (job.num_stages, job.num_ranks) == (num_stages, num_ranks)
+
+
+def test_stages_that_cannot_be_dealt_out_are_refused(capsys, started, without_cuda, in_an_empty_folder):
+    error = refused(capsys, CONFIG, "--stages", "3", "--schedule", "zb-v")
+    assert "3 stages cannot be dealt out 2 to each rank; the nearest that can: 2 and 4" in error
+    assert started == []
+
+
 def test_a_split_by_hand_says_how_many_stages_there_are(without_cuda, tmp_path):
     path = tmp_path / "split.toml"
     path.write_text(f"[model]\nfunction = '{GPT}'\n[pipeline]\nsplit = ['layers.1', 'layers.3']")
@@ -102,8 +122,8 @@ def test_flags_win_over_the_file(without_cuda, tmp_path):
 
 def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
     arguments = (
-        "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 3 --schedule gpipe "
-        "--microbatches 2 --out here --device cpu"
+        "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 6 --stages-per-rank 2 "
+        "--schedule gpipe --microbatches 2 --out here --device cpu"
     )
     main_returns(["train", CONFIG, *arguments.split()])
     ((job, nproc),) = started
@@ -115,7 +135,8 @@ def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
         length=16,
         learning_rate=0.5,
         seed=7,
-        stages=3,
+        stages=6,
+        stages_per_rank=2,
         schedule="gpipe",
         num_microbatches=2,
         out=Path("here"),
@@ -249,7 +270,9 @@ def test_cuda_where_there_is_none_is_refused(capsys, started, without_cuda, in_a
 
 def test_more_stages_than_gpus_are_refused(capsys, started, with_two_gpus):
     error = refused(capsys, CONFIG, "--stages", "3")
-    assert "3 stages on CUDA need as many devices, and this machine has 2: lower --stages" in error
+    assert (
+        "3 stages on CUDA, 1 on each device, need 3 devices, and this machine has 2: lower --stages" in error
+    )
     assert started == []
 
 

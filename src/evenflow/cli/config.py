@@ -85,10 +85,12 @@ class Training:
 class Pipelining:
     """How the model is cut and fed.
 
-    `stages=None`: as many as `split` makes, or one per GPU, or two on a machine without.
+    `stages=None`: as many as `split` makes, or those of one rank per GPU, or of two on a machine without.
+    `stages_per_rank=None`: what suits the schedule, 2 for those that interleave or make a V, else 1.
     """
 
     stages: int | None = None
+    stages_per_rank: int | None = None
     schedule: str = "1f1b"
     num_microbatches: int | None = None
     microbatch_size: int | None = None
@@ -96,7 +98,7 @@ class Pipelining:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("stages", "num_microbatches", "microbatch_size"):
+        for name in ("stages", "stages_per_rank", "num_microbatches", "microbatch_size"):
             value = getattr(self, name)
             if value is not None:
                 _at_least(f"pipeline.{name}", value, 1)

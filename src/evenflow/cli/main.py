@@ -68,9 +68,15 @@ def train_command(
     learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Where the random numbers start.")] = None,
     stages: Annotated[
-        int | None, typer.Option(help="Into how many stages to cut. Default: one per GPU, or 2 without GPUs.")
+        int | None,
+        typer.Option(help="Into how many stages to cut. Default: for a rank per GPU, or 2 without GPUs."),
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="The order of work, such as gpipe or 1f1b.")] = None,
+    stages_per_rank: Annotated[
+        int | None, typer.Option(help="How many stages each rank holds. Default: what suits the schedule.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="The order of work, such as 1f1b, zb-v or auto.")
+    ] = None,
     microbatches: Annotated[
         int | None, typer.Option(help="Into how many microbatches to split a batch.")
     ] = None,
@@ -81,7 +87,7 @@ def train_command(
         str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
     ] = None,
 ) -> None:
-    """Train a model as a pipeline: one process per stage."""
+    """Train a model as a pipeline: one process per rank."""
     # torch takes seconds to import, which --help and --version need not wait for.
     from evenflow.cli.train import Flags, train
 
@@ -96,6 +102,7 @@ def train_command(
             learning_rate=learning_rate,
             seed=seed,
             stages=stages,
+            stages_per_rank=stages_per_rank,
             schedule=schedule,
             num_microbatches=microbatches,
             out=out,

@@ -23,9 +23,10 @@ from evenflow.cli.config import (
 from evenflow.cli.training import Job, check, run_rank
 from evenflow.errors import ConfigError
 from evenflow.launcher import launch, rank_environment
+from evenflow.pipe.choices import stages_on_each
 from evenflow.schedules import catalog
 
-_NUM_CPU_STAGES = 2
+_NUM_CPU_RANKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Flags:
     learning_rate: float | None = None
     seed: int | None = None
     stages: int | None = None
+    stages_per_rank: int | None = None
     schedule: str | None = None
     num_microbatches: int | None = None
     out: Path | None = None
@@ -48,7 +50,7 @@ class Flags:
 
 
 def train(flags: Flags) -> None:
-    """Check everything that can be checked in this process, then train on one process per stage.
+    """Check everything that can be checked in this process, then train on one process per rank.
 
     Raises:
         EvenflowError: Whatever stops the run; before the ranks start wherever it can be known by then.
@@ -56,11 +58,11 @@ def train(flags: Flags) -> None:
     job = make_job(flags)
     if rank_environment() is None:
         check(job)
-        ranks = f"{job.num_stages} process{'es' if job.num_stages > 1 else ''} × 1 thread"
+        ranks = f"{job.num_ranks} process{'es' if job.num_ranks > 1 else ''} × 1 thread"
         Console().print(
             f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False
         )
-    launch(run_rank, job, nproc=job.num_stages)
+    launch(run_rank, job, nproc=job.num_ranks)
 
 
 def make_job(flags: Flags) -> Job:
@@ -72,15 +74,24 @@ def make_job(flags: Flags) -> Job:
     config = _overridden(_config(flags), flags)
     catalog.get(config.pipeline.schedule)  # an unknown one is refused here, with the list
     device = _device(flags.device)
-    num_stages = _num_stages(config.pipeline, device)
-    if device == "cuda" and num_stages > torch.cuda.device_count():
+    on_each = stages_on_each(config.pipeline.stages_per_rank, config.pipeline.schedule)
+    num_stages = _num_stages(config.pipeline, device, on_each)
+    num_ranks = max(1, num_stages // on_each)
+    if device == "cuda" and num_ranks > torch.cuda.device_count():
         raise ConfigError(
-            f"{num_stages} stages on CUDA need as many devices, and this machine has "
-            f"{torch.cuda.device_count()}: lower --stages, or use --device cpu"
+            f"{num_stages} stages on CUDA, {on_each} on each device, need {num_ranks} devices, and this "
+            f"machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"
         )
     out = flags.out or Path("runs") / config.name
     _check_out(out)
-    return Job(config=config, num_stages=num_stages, device=device, out=out)
+    return Job(
+        config=config,
+        num_stages=num_stages,
+        stages_per_rank=on_each,
+        num_ranks=num_ranks,
+        device=device,
+        out=out,
+    )
 
 
 def _config(flags: Flags) -> RunConfig:
@@ -115,6 +126,7 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
     }
     pipeline = {
         "stages": flags.stages,
+        "stages_per_rank": flags.stages_per_rank,
         "schedule": flags.schedule,
     }
     return dataclasses.replace(
@@ -173,12 +185,13 @@ def _device(asked: str | None) -> str:
             raise ConfigError(f"--device {asked}: there are cpu and cuda")
 
 
-def _num_stages(pipeline: Pipelining, device: str) -> int:
+def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
     if pipeline.stages is not None:
         return pipeline.stages
     if pipeline.split:
         return len(pipeline.split) + 1
-    return torch.cuda.device_count() if device == "cuda" else _NUM_CPU_STAGES
+    num_ranks = torch.cuda.device_count() if device == "cuda" else _NUM_CPU_RANKS
+    return num_ranks * stages_per_rank
 
 
 def _check_out(out: Path) -> None:

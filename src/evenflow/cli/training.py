@@ -39,6 +39,8 @@ class Job:
 
     config: RunConfig
     num_stages: int
+    stages_per_rank: int
+    num_ranks: int
     device: str
     out: Path
 
@@ -102,6 +104,7 @@ def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
         ),
         scheduler=_warmup_then_cosine(config.training),
         stages=job.num_stages,
+        stages_per_rank=job.stages_per_rank,
         schedule=config.pipeline.schedule,
         microbatch_size=config.pipeline.microbatch_size,
         num_microbatches=config.pipeline.num_microbatches,
