@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from evenflow.bounds import Bounds, Instance, lower_bounds
 from evenflow.ir.costs import Costs
@@ -17,14 +18,7 @@ def instance_of(placement: Placement, num_microbatches: int, costs: Costs) -> In
     >>> instance.up_seconds, instance.caps
     ((0.5, 0.0, 0.5), (None, None))
     """
-
-    def delay(source: int, target: int) -> float:
-        ranks = placement.rank_of[source], placement.rank_of[target]
-        if ranks[0] == ranks[1]:
-            return 0.0
-        link = costs.link_between(*ranks)
-        return link.occupied_seconds(costs.sent_bytes.get((source, target), 0.0)) + link.latency_seconds
-
+    delay = partial(costs.delay_seconds, placement=placement)
     lower_stages = range(placement.num_stages - 1)
     caps = costs.memory_caps or (math.inf,) * placement.num_ranks
     return Instance(

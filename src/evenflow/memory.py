@@ -10,14 +10,11 @@ from itertools import pairwise
 from typing import assert_never
 
 from evenflow.errors import ConfigError
-from evenflow.ir.costs import Costs
+from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.op import ComputeOp, Forward, InputGrad, WeightGrad
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.rules import Result, results
-
-# Bytes are summed in floating point, in an order that differs from schedule to schedule.
-_ROUNDING = 1e-9
 
 
 def peak_bytes(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
@@ -52,7 +49,7 @@ def memory_faults(schedule: Schedule, costs: Costs) -> list[str]:
         over = [
             (during, op)
             for (during, _), op in zip(_held_bytes(queue, costs), queue, strict=True)
-            if during > cap * (1 + _ROUNDING) + _ROUNDING
+            if during > cap * (1 + ROUNDING) + ROUNDING
         ]
         if over:
             (held, first), (peak, highest) = over[0], max(over, key=lambda pair: pair[0])

@@ -9,9 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from evenflow.bounds.instance import Instance
-
-# A cap of 0.3 holds three times 0.1: sums that differ by less than this share are the same.
-ROUNDING = 1e-9
+from evenflow.ir.costs import ROUNDING
 
 
 def room_of(instance: Instance, rank: int) -> float:

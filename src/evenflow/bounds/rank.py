@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from evenflow.bounds.chain import Chain
 from evenflow.bounds.instance import Instance
-from evenflow.bounds.loads import ROUNDING, envelope, most_seconds, ramp, room_of
+from evenflow.bounds.loads import envelope, most_seconds, ramp, room_of
+from evenflow.ir.costs import ROUNDING
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from evenflow.bounds.chain import Chain
 from evenflow.bounds.instance import Instance
-from evenflow.bounds.loads import ROUNDING
 from evenflow.bounds.rank import Bound, RankBounds
 from evenflow.errors import ScheduleError
+from evenflow.ir.costs import ROUNDING
 
 
 @dataclass(frozen=True, slots=True)

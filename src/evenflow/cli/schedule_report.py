@@ -12,7 +12,7 @@ from rich.text import Text
 
 from evenflow.bounds import Bound, Bounds
 from evenflow.cli.schedule_flags import Sizes
-from evenflow.ir.costs import Costs
+from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.transfers import Transfers
@@ -23,7 +23,6 @@ from evenflow.view.units import Unit, format_bytes, format_seconds, time_unit
 _MIN_WIDTH = 40
 _MAX_WIDTH = 200
 _NUM_NAMED = 8  # ranks that a line tells of one by one
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def print_report(console: Console, report: Report, memory_unit: Unit, *, in_byte
 
 def _gap(seconds: float, bound: Bound) -> str:
     least = f"at least {format_seconds(bound.seconds)} (because {bound.reason})"
-    if seconds <= bound.seconds * (1 + _ROUNDING):
+    if seconds <= bound.seconds * (1 + ROUNDING):
         return f"{least}, so optimal for this placement"
     if bound.seconds == 0:
         return least

@@ -1,6 +1,5 @@
 """`evenflow.pipeline`: from a model and an example batch to a `Pipeline`."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -183,11 +182,8 @@ def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -
 
 def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
     """Refuse examples under which the processes recorded different programs: their stages would not fit."""
-    schedule = fingerprint(programs.example)
-    what = repr(
-        ([node.name for node in cut.graph.chain], cut.positions, [s.batch for s in cut.sections], schedule)
-    )
-    mine = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")
+    nodes, batches = [node.name for node in cut.graph.chain], [section.batch for section in cut.sections]
+    mine = fingerprint(nodes, cut.positions, batches, programs.placement, programs.example.ranks)
     found = [row[0] for row in world.gather_numbers([mine])]
     if len(set(found)) > 1:
         other = next(rank for rank, number in enumerate(found) if number != found[0])

@@ -13,7 +13,7 @@ from math import inf, isfinite
 from evenflow.bounds import Bound, Bounds, lower_bounds
 from evenflow.bounds_of import bounds_of, instance_of
 from evenflow.errors import ConfigError, EvenflowError, ScheduleError
-from evenflow.ir.costs import Costs
+from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
@@ -27,7 +27,6 @@ from evenflow.search.translate import order_of, problem_of, schedule_of
 from evenflow.simulate import simulate
 
 DEFAULT_BUDGET_SECONDS = 20.0
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ def best_on(
     fitting = list(_fitting(placement, num_microbatches, costs))
     known = [(seconds(schedule), schedule) for schedule in fitting]
     enough = min([enough_seconds, *(each for each, _ in known)]) if known else inf
-    if enough > least.seconds * (1 + _ROUNDING):
+    if enough > least.seconds * (1 + ROUNDING):
 
         def seeds(number: int) -> Iterator[Order]:
             again = fitting if number == num_microbatches else _fitting(placement, number, costs)
@@ -221,7 +220,7 @@ def _seeds(
         # What lies between v-min, v-half and zb-v.
         caps = costs.memory_caps or (inf,)
         stored = max(costs.activation_bytes)
-        limit = min(min(caps) / stored * (1 + _ROUNDING) if stored else inf, 2 * num_microbatches)
+        limit = min(min(caps) / stored * (1 + ROUNDING) if stored else inf, 2 * num_microbatches)
         if limit >= 2:
             queues = v_queues(placement, num_microbatches, limit=int(limit))
             yield order_of(Schedule("v", placement, num_microbatches, queues))

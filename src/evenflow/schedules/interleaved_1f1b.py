@@ -17,6 +17,7 @@ from itertools import pairwise
 from evenflow.ir.op import Backward, ComputeOp, Forward
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
+from evenflow.schedules.alternate import alternate
 
 
 def interleaved_1f1b(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
@@ -58,7 +59,4 @@ def _queue(rank: int, num_ranks: int, stages_per_rank: int, groups: list[range])
     num_warmup = (
         steps_to_end if stages_per_rank == 1 else 2 * steps_to_end + (stages_per_rank - 1) * len(groups[0])
     )
-    queue: list[ComputeOp] = [*forwards[:num_warmup]]
-    for at, backward in enumerate(backwards):
-        queue += [*forwards[at + num_warmup : at + num_warmup + 1], backward]
-    return tuple(queue)
+    return tuple(alternate(forwards, backwards, num_warmup))

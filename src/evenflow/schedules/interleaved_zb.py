@@ -11,6 +11,7 @@ m. For p = 8, v = 4, 32 microbatches and equal F, I and W the longest busy windo
 
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad
 from evenflow.ir.schedule import Schedule
+from evenflow.schedules.alternate import alternate
 from evenflow.schedules.gap_filling import Kind, Pace
 from evenflow.schedules.given_order import Order, fill_order
 from evenflow.schedules.interleaved_1f1b import interleaved_1f1b, microbatch_groups
@@ -42,7 +43,5 @@ def interleaved_zb(num_ranks: int, stages_per_rank: int, num_microbatches: int) 
 def _split(queue: tuple[ComputeOp, ...], num_warmup: int) -> Order:
     """A queue's ops in another turn: so many forwards, then an input gradient after each of the others."""
     forwards: list[tuple[Kind, int]] = [(Forward, op.stage) for op in queue if isinstance(op, Forward)]
-    order = forwards[:num_warmup]
-    for at, op in enumerate(op for op in queue if isinstance(op, Backward)):
-        order += [*forwards[at + num_warmup : at + num_warmup + 1], (InputGrad, op.stage)]
-    return order
+    input_grads: list[tuple[Kind, int]] = [(InputGrad, op.stage) for op in queue if isinstance(op, Backward)]
+    return alternate(forwards, input_grads, num_warmup)

@@ -8,6 +8,7 @@ r holds the activations of at most p - r microbatches instead of all m.
 
 from evenflow.ir.op import Backward, ComputeOp, Forward
 from evenflow.ir.schedule import Schedule
+from evenflow.schedules.alternate import alternate
 from evenflow.schedules.sizes import one_stage_a_rank
 
 
@@ -40,10 +41,6 @@ def alternating_queue(stage: int, num_microbatches: int, num_warmup: int) -> tup
     >>> print(*alternating_queue(stage=0, num_microbatches=3, num_warmup=1))
     0F0 0F1 0B0 0F2 0B1 0B2
     """
-    warmup = range(min(num_warmup, num_microbatches))
-    queue: list[ComputeOp] = [Forward(stage, microbatch) for microbatch in warmup]
-    for microbatch in range(num_microbatches):
-        if microbatch + num_warmup < num_microbatches:
-            queue.append(Forward(stage, microbatch + num_warmup))
-        queue.append(Backward(stage, microbatch))
-    return tuple(queue)
+    forwards = [Forward(stage, microbatch) for microbatch in range(num_microbatches)]
+    backwards = [Backward(stage, microbatch) for microbatch in range(num_microbatches)]
+    return tuple(alternate(forwards, backwards, num_warmup))

@@ -14,10 +14,11 @@ input gradient of a rank delays those of the earlier ranks, and they have time f
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 from evenflow.errors import ConfigError
-from evenflow.ir.costs import Costs
+from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import ComputeOp, Forward, InputGrad, WeightGrad
 from evenflow.ir.placement import Placement
@@ -28,9 +29,6 @@ from evenflow.schedules.zb_h1 import zb_h1
 from evenflow.schedules.zb_h2 import zb_h2
 from evenflow.schedules.zero_bubble import split_queue
 from evenflow.simulate import simulate
-
-# Sums of the same seconds or bytes in another order differ by less than this share of them.
-_ROUNDING = 1e-9
 
 
 def zb_auto(
@@ -84,7 +82,7 @@ def _check_costs(costs: Costs, num_ranks: int) -> None:
     faults = [
         f"rank {rank} may hold {cap:g}, and one microbatch takes {needed:g}"
         for rank, (cap, needed) in enumerate(zip(costs.memory_caps, costs.activation_bytes, strict=True))
-        if needed > cap * (1 + _ROUNDING)
+        if needed > cap * (1 + ROUNDING)
     ]
     if faults:
         raise ConfigError("; ".join(faults) + ": raise the memory cap or cut the stages finer")
@@ -118,9 +116,10 @@ class _Planner:
         self.delay_first, self.skip_forwards = delay_first, skip_forwards
         self.ranks = [_Rank([], [], []) for _ in range(costs.num_stages)]
         self.last = costs.num_stages - 1
+        self.delay_seconds = partial(costs.delay_seconds, placement=Placement.linear(costs.num_stages))
         caps = costs.memory_caps or (float("inf"),) * costs.num_stages
-        self.caps = [cap * (1 + _ROUNDING) for cap in caps]
-        self.slack_seconds = _ROUNDING * max(
+        self.caps = [cap * (1 + ROUNDING) for cap in caps]
+        self.slack_seconds = ROUNDING * max(
             costs.forward_seconds + costs.input_grad_seconds + costs.weight_grad_seconds
         )
 
@@ -159,7 +158,7 @@ class _Planner:
                 count += 1
             counts[rank] = count
             arrival = max(arrival, ends[rank][count - 1]) + self.costs.input_grad_seconds[rank]
-            arrival += self._delay(rank, rank - 1) if rank else 0.0
+            arrival += self.delay_seconds(rank, rank - 1) if rank else 0.0
         return counts
 
     def _forward_only_ends(self) -> list[list[float]]:
@@ -168,7 +167,7 @@ class _Planner:
         for rank, seconds in enumerate(self.costs.forward_seconds):
             free, row = 0.0, []
             for microbatch in range(self.num_microbatches):
-                arrival = ends[rank - 1][microbatch] + self._delay(rank - 1, rank) if rank else 0.0
+                arrival = ends[rank - 1][microbatch] + self.delay_seconds(rank - 1, rank) if rank else 0.0
                 free = max(free, arrival) + seconds
                 row.append(free)
             ends.append(row)
@@ -242,18 +241,13 @@ class _Planner:
         if rank == 0:
             return 0.0
         ends = self.ranks[rank - 1].forward_ends
-        return ends[len(self.ranks[rank].forward_ends)] + self._delay(rank - 1, rank)
+        return ends[len(self.ranks[rank].forward_ends)] + self.delay_seconds(rank - 1, rank)
 
     def _gradient_arrival(self, rank: int) -> float:
         if rank == self.last:
             return 0.0
         ends = self.ranks[rank + 1].input_grad_ends
-        return ends[len(self.ranks[rank].input_grad_ends)] + self._delay(rank + 1, rank)
-
-    def _delay(self, source: int, target: int) -> float:
-        """Seconds that a transfer takes on a free link."""
-        link = self.costs.link_between(source, target)
-        return link.latency_seconds + link.occupied_seconds(self.costs.sent_bytes.get((source, target), 0.0))
+        return ends[len(self.ranks[rank].input_grad_ends)] + self.delay_seconds(rank + 1, rank)
 
     def _add_forward(self, rank: int) -> None:
         op = Forward(rank, len(self.ranks[rank].forward_ends))

@@ -5,6 +5,7 @@ other rank waits for a weight gradient, so it can run whenever its rank would id
 """
 
 from evenflow.ir.op import ComputeOp, Forward, InputGrad, WeightGrad
+from evenflow.schedules.alternate import alternate
 
 
 def split_queue(
@@ -18,13 +19,13 @@ def split_queue(
     >>> print(*split_queue(stage=0, num_microbatches=3, num_warmup=1, num_deferred=1))
     0F0 0F1 0I0 0F2 0I1 0W0 0I2 0W1 0W2
     """
-    warmup = range(min(num_warmup, num_microbatches))
-    queue: list[ComputeOp] = [Forward(stage, microbatch) for microbatch in warmup]
-    for microbatch in range(num_microbatches):
-        if microbatch + num_warmup < num_microbatches:
-            queue.append(Forward(stage, microbatch + num_warmup))
-        queue.append(InputGrad(stage, microbatch))
-        if microbatch >= num_deferred:
-            queue.append(WeightGrad(stage, microbatch - num_deferred))
+    microbatches = range(num_microbatches)
+    forwards = [Forward(stage, microbatch) for microbatch in microbatches]
+    input_grads = [InputGrad(stage, microbatch) for microbatch in microbatches]
+    queue: list[ComputeOp] = []
+    for op in alternate(forwards, input_grads, num_warmup):
+        queue.append(op)
+        if isinstance(op, InputGrad) and op.microbatch >= num_deferred:
+            queue.append(WeightGrad(stage, op.microbatch - num_deferred))
     left = range(max(0, num_microbatches - num_deferred), num_microbatches)
     return (*queue, *(WeightGrad(stage, microbatch) for microbatch in left))

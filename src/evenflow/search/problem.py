@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenflow.errors import ScheduleError
+from evenflow.ir.costs import ROUNDING
 from evenflow.ir.timeline import Objective
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -84,7 +85,7 @@ class Problem:
             # The last forward of a microbatch on a rank meets all its others still stored, where the flow
             # is a chain; weaker flows only make this test milder than the truth, and the search finds out.
             needed = self.stored_bytes[self.rank_of == rank].max(initial=0.0)
-            if needed > self.cap_bytes[rank] * (1 + TOLERANCE):
+            if needed > self.cap_bytes[rank] * (1 + ROUNDING):
                 faults.append(
                     f"rank {rank} needs {needed:g} for the forward of one microbatch and may use "
                     f"{self.cap_bytes[rank]:g}"
@@ -141,7 +142,7 @@ class Problem:
             stages=np.array([s for row in local for s in row], np.int64),
             taken=np.concatenate((self.stored_bytes, zeros, zeros)),
             freed=np.concatenate((zeros, self.stored_bytes - self.kept_bytes, self.kept_bytes)),
-            cap=np.asarray(self.cap_bytes, np.float64) * (1 + TOLERANCE),
+            cap=np.asarray(self.cap_bytes, np.float64) * (1 + ROUNDING),
             work=work,
             base=float(work.max()),
             from_zero=objective == "makespan",
@@ -178,7 +179,6 @@ class Problem:
 
 
 MOST_STAGES = 10_000  # three letters each, in 16 bits
-TOLERANCE = 1e-9  # a share of the cap: sums of equal parts such as 1 / 3 must still fit their cap
 
 
 def _starts(rows: Sequence[Sequence[object]]) -> Ints:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from evenflow.ir.costs import ROUNDING
 from evenflow.search.listing import Taste, listed
-from evenflow.search.problem import TOLERANCE, Floats, Problem
+from evenflow.search.problem import Floats, Problem
 from evenflow.search.timing import INFEASIBLE, trace_for
 
 
@@ -49,7 +50,7 @@ def tastes(problem: Problem) -> Iterator[Taste]:
 def _stretched(problem: Problem, lives: Floats, lift: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     def fits(caps: Floats) -> bool:
         held = np.bincount(problem.rank_of, caps * problem.stored_bytes, problem.num_ranks)
-        return bool((held <= problem.cap_bytes * (1 + TOLERANCE)).all())
+        return bool((held <= problem.cap_bytes * (1 + ROUNDING)).all())
 
     caps = np.ones(problem.num_stages)
     for stretch in np.arange(0.02, 4.0, 0.02):

@@ -23,7 +23,7 @@ def problem_of(placement: Placement, num_microbatches: int, flow: Flow, costs: C
     """
 
     def delayed(edges: frozenset[tuple[int, int]]) -> tuple[Edge, ...]:
-        return tuple((*edge, _delay_seconds(*edge, placement, costs)) for edge in sorted(edges))
+        return tuple((*edge, costs.delay_seconds(*edge, placement)) for edge in sorted(edges))
 
     caps = costs.memory_caps or (np.inf,) * placement.num_ranks
     return Problem(
@@ -38,14 +38,6 @@ def problem_of(placement: Placement, num_microbatches: int, flow: Flow, costs: C
         kept_bytes=np.array(costs.weight_grad_bytes, np.float64),
         cap_bytes=np.array(caps, np.float64),
     )
-
-
-def _delay_seconds(source: int, target: int, placement: Placement, costs: Costs) -> float:
-    ranks = placement.rank_of[source], placement.rank_of[target]
-    if ranks[0] == ranks[1]:
-        return 0.0
-    link = costs.link_between(*ranks)
-    return link.latency_seconds + link.occupied_seconds(costs.sent_bytes.get((source, target), 0.0))
 
 
 def order_of(schedule: Schedule) -> Order:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evenflow.errors import ConfigError
-from evenflow.ir.costs import Costs
+from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.memory import memory_curve
@@ -25,7 +25,6 @@ FORMATS = ("svg", "png", "pdf")
 _WIDTH_INCHES = 13.0
 _MEMORY_INCHES = 2.6
 _NUM_COLUMNS = 800  # moments at which a curve is drawn, where it has more
-_ROUNDING = 1e-9
 _NUM_NAMED = 8  # ranks in the legend of the memory
 
 MICROBATCHES = Unit("microbatches", 1.0)
@@ -162,7 +161,7 @@ def _thinned(points: Sequence[tuple[float, float]], makespan: float) -> list[tup
     apart = [
         point
         for point, following in pairwise([*points, (math.inf, 0.0)])
-        if following[0] - point[0] > makespan * _ROUNDING
+        if following[0] - point[0] > makespan * ROUNDING
     ]
     if len(apart) <= _NUM_COLUMNS:
         return apart
