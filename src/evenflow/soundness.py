@@ -5,7 +5,8 @@ share them. Faults are collected and never raised one by one: a user who mends t
 all three.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 from evenflow.errors import ScheduleError
 from evenflow.ir.flow import Flow
@@ -61,6 +62,7 @@ def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[Co
     faults += [
         f"{op}: {op.second} and {op.first} wait for each other's results; run one after the other"
         for queue in queues
+        if Overlap in set(map(type, queue))
         for op in queue
         if isinstance(op, Overlap) and _waits_within(op, flow)
     ]
@@ -80,18 +82,18 @@ class Census:
         rank_of, num_microbatches, counts = self._placement.rank_of, self._num_microbatches, self._counts
         num_stages = len(rank_of)
         kind_size = num_stages * num_microbatches
+        begins = {kind: [number * kind_size for number in numbers] for kind, numbers in _KINDS.items()}
         faults = []
-        for op in queue:
-            for part in parts(op) if isinstance(op, Overlap) else (op,):
-                stage, microbatch = part.stage, part.microbatch
-                exists = 0 <= stage < num_stages and 0 <= microbatch < num_microbatches
-                if not exists or rank_of[stage] != rank:
-                    faults.append(_misplaced(part, rank, self._placement, num_microbatches))
-                if exists:
-                    at = stage * num_microbatches + microbatch
-                    for kind in _KINDS[type(part)]:
-                        if counts[kind * kind_size + at] < 2:
-                            counts[kind * kind_size + at] += 1
+        for op in _simple_ops(queue):
+            stage, microbatch = op.stage, op.microbatch
+            exists = 0 <= stage < num_stages and 0 <= microbatch < num_microbatches
+            if not exists or rank_of[stage] != rank:
+                faults.append(_misplaced(op, rank, self._placement, num_microbatches))
+            if exists:
+                for begin in begins[type(op)]:
+                    at = begin + stage * num_microbatches + microbatch
+                    if counts[at] < 2:
+                        counts[at] += 1
         return faults
 
     def repeated(self, queues: Sequence[Sequence[ComputeOp]]) -> Iterator[str]:
@@ -166,6 +168,13 @@ def flow_faults(flow: Flow, num_stages: int) -> list[str]:
         for source, target in sorted(flow.activations | flow.gradients)
         if min(source, target) < 0 or max(source, target) >= num_stages
     ]
+
+
+def _simple_ops(queue: Sequence[ComputeOp]) -> Iterable[SimpleOp]:
+    """The ops of a queue, overlaps taken apart. Nearly no queue has any, which its types tell at once."""
+    if Overlap in set(map(type, queue)):
+        return (part for op in queue for part in parts(op))
+    return cast("Sequence[SimpleOp]", queue)  # without overlaps all ops are simple
 
 
 def _lacking(stage: int, microbatch: int, made: Sequence[int], *, trains: bool) -> Iterator[ComputeOp]:

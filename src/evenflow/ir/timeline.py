@@ -58,9 +58,11 @@ class Lane:
     _computes: tuple[int, ...] | range = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        computes = [at for at, op in enumerate(self.ops) if isinstance(op, ComputeOp)]
-        whole = len(computes) == len(self.ops)
-        object.__setattr__(self, "_computes", range(len(self.ops)) if whole else tuple(computes))
+        if all(issubclass(kind, ComputeOp) for kind in set(map(type, self.ops))):
+            computes: tuple[int, ...] | range = range(len(self.ops))
+        else:
+            computes = tuple(at for at, op in enumerate(self.ops) if isinstance(op, ComputeOp))
+        object.__setattr__(self, "_computes", computes)
 
     @property
     def window_seconds(self) -> tuple[float, float] | None:
