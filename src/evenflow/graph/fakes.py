@@ -16,7 +16,7 @@ class FakeParameters:
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         by_storage: dict[tuple[Any, ...], torch.nn.Parameter] = {}
         self.names: dict[int, str] = {}  # id(fake) -> first name
         self.slots: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
@@ -29,7 +29,7 @@ class FakeParameters:
                 at = (storage_of(parameter), parameter.storage_offset(), parameter.shape, parameter.stride())
                 fake = by_storage.get(at)
                 if fake is None:
-                    with mode:
+                    with self.mode:
                         data = torch.empty_strided(
                             parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device
                         )

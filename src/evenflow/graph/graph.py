@@ -58,6 +58,7 @@ class Node:
     autocast: tuple[tuple[str, Any], ...]  # (device type, torch.dtype)
     whole: str | None = None  # why a module was not taken apart, where something forbade it
     stateful: bool = False  # it keeps Python state, so it must run once per microbatch, on its owner
+    opaque: bool = False  # what it does inside was not seen: only running it shows what it returns
     hooks: bool = False  # it puts hooks on its backward, so that must run once per microbatch
     glue: bool = False
 

@@ -229,6 +229,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         autocast=call.autocast,
         whole=call.whole if isinstance(call, ModuleCall) else None,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
+        opaque=any(isinstance(inner, ModuleCall) and (inner.unseen or inner.real) for inner in walk(call)),
         hooks=any(isinstance(inner, ModuleCall) and inner.hooks for inner in walk(call)),
     )
 
@@ -236,7 +237,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
 def _unseen_parameters(call: Call, tree: CallTree) -> Iterator[str]:
     """Parameters that may have been used where nobody could see: all those of the module that did it."""
     for inner in walk(call):
-        if isinstance(inner, ModuleCall) and inner.unseen:
+        if isinstance(inner, ModuleCall) and (inner.unseen or inner.real):
             inside = f"{inner.path}." if inner.path else ""
             yield from (first for name, first in tree.parameter_names.items() if name.startswith(inside))
 
@@ -253,7 +254,7 @@ def _draws_first(call: ModuleCall) -> bool:
     """Whether a call draws exactly once, before any call inside it draws."""
     for child in call.children:
         if isinstance(child, FunctionCall) and child.draws is not None:
-            return call.num_draws == 1
+            return call.num_draws == 1 and not call.real
         if any(isinstance(inner, FunctionCall) and inner.draws is not None for inner in walk(child)):
             return False
     return True

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from evenflow.errors import RecordError
+from evenflow.graph.fake_kernels import run_kernel
 
 # Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
 _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
@@ -27,7 +29,7 @@ class Observer(Protocol):
     blind: bool  # inside a custom autograd function, whose own steps are not the program's
     pending_draws: int
     pending_flops: int
-    pending_dynamic: bool  # a kernel's result had a shape that depends on numbers
+    pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
     pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
 
     def module(
@@ -136,11 +138,11 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = run_kernel(func, args, kwargs)
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
-        if torch.Tag.dynamic_output_shape in func.tags and _is_dynamic(func, args):
-            self.observer.pending_dynamic = True
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.observer.pending_dynamic += _deciding(func, args)
         packet = func.overloadpacket
         if packet.__name__ in _BATCH_NORMS and args[5]:
             self.observer.pending_changed.update(id(statistic) for statistic in args[3:5])
@@ -151,11 +153,13 @@ class _Kernels(TorchDispatchMode):
         return result
 
 
-def _is_dynamic(kernel: Any, args: tuple[Any, ...]) -> bool:  # kernel: an OpOverload
-    """Whether a result's shape depends on numbers; an index carries that tag but means it for masks only."""
-    if kernel is not torch.ops.aten.index.Tensor:
-        return True
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+def _deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload
+    """The tensors whose numbers decide a result's shape; an index has that tag but means its masks only."""
+    if kernel is torch.ops.aten.index.Tensor:
+        return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+    if kernel is torch.ops.aten.masked_select.default:
+        return [args[1]]
+    return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
 def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload

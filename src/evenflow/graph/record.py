@@ -36,12 +36,14 @@ from evenflow.graph.modules import (
     touched_containers,
 )
 from evenflow.graph.observe import observed_by, quiet, unwatched
+from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
     SHAPE,
     BatchLeaf,
     BufferSource,
+    Call,
     CallSource,
     CallTree,
     Draws,
@@ -89,8 +91,8 @@ def record(
     copies = {id(leaf): _copied(leaf, device) for leaf in leaves if is_tensor(leaf)}  # one tensor stays one
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
-        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)])
-        tree = recorder.run(program, pytree.tree_unflatten(leaves, spec), device)
+        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)], device)
+        tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
     _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
     return tree
@@ -121,15 +123,29 @@ def _autocast() -> tuple[tuple[str, Any], ...]:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
 
 
+class NeedsNumbers(RecordError):
+    """A function needs numbers that depend on parameters; a module that holds the call may run for real."""
+
+    def __init__(self, function: str, message: str) -> None:
+        super().__init__(message)
+        self.function = function
+
+
 class _Recorder:
     """The state of one recording; becomes a `CallTree`."""
 
-    def __init__(self, model: torch.nn.Module, fakes: FakeParameters, batch: list[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        fakes: FakeParameters,
+        batch: list[torch.Tensor],
+        device: torch.device,
+    ) -> None:
         self.values = Values()
         self.shared: dict[int, tuple[object, Shared]] = {}
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.clock = 0
-        self.model = model
+        self.model, self.fakes, self.device = model, fakes, device
         self.paths = {id(module): path for path, module in model.named_modules()}
         for index, tensor in enumerate(batch):
             self.values.add(tensor, BatchLeaf(index))
@@ -143,7 +159,7 @@ class _Recorder:
         self.stack: list[ModuleCall] = [root]
         self.pending_draws = 0
         self.pending_flops = 0
-        self.pending_dynamic = False
+        self.pending_dynamic: list[torch.Tensor] = []
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
@@ -212,7 +228,7 @@ class _Recorder:
 
     # -- calls
 
-    def run(self, program: Callable[[Any, Any], Any], microbatch: Any, device: torch.device) -> CallTree:
+    def run(self, program: Callable[[Any, Any], Any], microbatch: Any) -> CallTree:
         root = self.stack[0]
         try:
             with observed_by(self), quiet():
@@ -232,7 +248,7 @@ class _Recorder:
                 f"the loss function itself cannot be recorded: {root.whole}; move that into a module"
             )
         return CallTree(
-            root, tuple(self.values.all), output, self.values.same_tensor, self.parameter_names, device
+            root, tuple(self.values.all), output, self.values.same_tensor, self.parameter_names, self.device
         )
 
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,7 +268,7 @@ class _Recorder:
         versions = [tensor._version for tensor in changed]
         self.clock += 1
         self.pending_draws = self.pending_flops = 0
-        self.pending_dynamic = False
+        self.pending_dynamic.clear()
         self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
         result = self.call(function, name, args, kwargs)
@@ -282,10 +298,18 @@ class _Recorder:
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made:
-            self.clock += 1
-            shapes = self.encode((tuple(made), {}), name)
-            call.children.append(ReadCall(shapes_of, SHAPE, path, self.clock, shapes, shapes_of(*made)))
+            self.note_shape(name, made)
         return result
+
+    def note_shape(self, name: str, made: list[torch.Tensor]) -> None:
+        """Note that a result's shape depends on numbers: its own shape, or what decides it if it is fake."""
+        read, looked_at = shapes_of, made
+        if any(isinstance(tensor, FakeTensor) for tensor in made):
+            read, looked_at = numbers_of, list(self.pending_dynamic)
+        self.clock += 1
+        args = self.encode((tuple(looked_at), {}), name)
+        call = ReadCall(read, SHAPE, self.stack[-1].path, self.clock, args, read(*looked_at))
+        self.stack[-1].children.append(call)
 
     def call(
         self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -300,12 +324,13 @@ class _Recorder:
         finally:
             self.blind = False
 
-    def needs_numbers(self, name: str) -> RecordError:
+    def needs_numbers(self, name: str) -> "NeedsNumbers":
         where = self.stack[-1].path or "the loss function"
-        return RecordError(
+        return NeedsNumbers(
+            name,
             f"{where} calls {name} on numbers that depend on the parameters, which do not exist while "
-            "recording; a branch or a shape that depends on them cannot be split (nor can, yet, a boolean "
-            "index into them: multiply by the mask, or use where, or ignore_index of the loss)"
+            "recording; a branch or a shape that depends on them must lie inside one module, whose results "
+            "have the same shapes either way",
         )
 
     def note_draws(self, name: str) -> None:
@@ -332,7 +357,13 @@ class _Recorder:
             call = self.open_call(module, path, args, kwargs)
         state, mark = python_state(module), self.values.mark()
         try:
-            result = forward(module, *args, **kwargs)
+            try:
+                result = forward(module, *args, **kwargs)
+            except Exception as error:  # noqa: BLE001 (raised again, unless the module can run for real)
+                for key in changed_attributes(state, python_state(module)):
+                    set_attribute(module, key, state.get(key))
+                with unwatched():
+                    result = self.again_for_real(error, call, module, forward, args, kwargs)
             with (
                 unwatched()
             ):  # an unknown tensor among the results is this call's own doing: it is still open
@@ -367,6 +398,75 @@ class _Recorder:
         self.stack.append(call)
         return call
 
+    def again_for_real(
+        self,
+        error: Exception,
+        call: ModuleCall,
+        module: torch.nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The result of a module that failed on fake tensors, after running it alone on real ones.
+
+        Raises `error` again where that cannot be, or where its cause is another one.
+        """
+        innermost = not self.failed_in
+        if not isinstance(error, NeedsNumbers) and (isinstance(error, RecordError) or not innermost):
+            raise error
+        self.failed_in = self.failed_in or call.path
+        for inner in call.children:
+            self.forget_calls(inner)
+        call.children.clear()
+        self.pending_draws = self.pending_flops = call.num_draws = 0
+        self.blind = True
+        try:
+            run = run_for_real(module, forward, args, kwargs, fakes=self.fakes, device=self.device)
+        except CannotRun as reason:
+            error.add_note(f"evenflow: {call.path} cannot stay whole: {reason}")
+            raise error from None
+        except Exception:  # noqa: BLE001 (the first error is the one to tell of)
+            raise error from None
+        finally:
+            self.blind = False
+        self.failed_in = ""
+        self.note_real_run(call, run)
+        if isinstance(error, NeedsNumbers):
+            call.whole = f"it calls {error.function} on numbers that depend on the parameters"
+        else:
+            call.whole = f"it cannot run on fake tensors ({error})"
+        return run.result
+
+    def forget_calls(self, call: Call) -> None:
+        """Take a failed attempt's calls out of the counts that name draws."""
+        if isinstance(call, ModuleCall):
+            self.calls[call.path] -= 1
+            for inner in call.children:
+                self.forget_calls(inner)
+
+    def note_real_run(self, call: ModuleCall, run: RealRun) -> None:
+        self.clock += 1
+        changes = self.values.change(run.changed, self.clock)
+        for tensor in filter(is_tensor, pytree.tree_leaves(run.result)):
+            self.values.result(tensor, self.clock, changed=any(tensor is other for other in run.changed))
+        # How often it draws depends on its numbers too: each draw is keyed, whether there was one now or not.
+        call.num_draws = max(1, self.pending_draws // 2)
+        draws = Draws(call.path, call.call, 0, call.num_draws)
+        output = self.encode(run.result, call.path)
+        state = (
+            changes.rebinds,
+            changes.buffers,
+            draws,
+            self.pending_flops // 2,
+            call.grad_enabled,
+            call.autocast,
+        )
+        call.children.append(
+            FunctionCall(_never, "a run for real", call.path, self.clock, call.args, output, *state)
+        )
+        call.real = True
+        call.stateful = bool(run.attributes)
+
     def assume_gradients(self, call: ModuleCall) -> None:
         """Let results of unseen operations require a gradient, which fakes do not carry through all.
 
@@ -383,6 +483,12 @@ class _Recorder:
 def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
     """The shapes of tensors: what a program reads of them without calling anything."""
     return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def numbers_of(*tensors: torch.Tensor) -> tuple[Any, ...]:
+    """What decides a shape: how many entries of a mask are true, or the numbers themselves."""
+    masks = (torch.bool, torch.uint8)
+    return tuple(int(t.count_nonzero()) if t.dtype in masks else t.tolist() for t in tensors)
 
 
 def _never(*_: Any) -> Any:

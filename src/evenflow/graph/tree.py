@@ -126,6 +126,7 @@ class ModuleCall:
     num_draws: int = 0
     whole: str | None = None  # why this call must not be taken apart, where it must not
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
+    real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
     hooks: bool = False  # it put hooks of its own on the backward
 

@@ -7,17 +7,18 @@ uses, on which device its constants lie, and after which node each value can be 
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from evenflow.errors import RecordError
 from evenflow.graph.cut import Section
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.template import Ref, Shared, Template
-from evenflow.graph.tree import BufferSource, ParameterSource
+from evenflow.graph.tree import BufferSource, ParameterSource, TensorInfo, Value
 from evenflow.runtime.rng import Streams
 
 # Finds the object that stands for a parameter in one node: the parameter, or that node's own accumulator.
@@ -138,9 +139,11 @@ class _Prepare:
                     drops,
                     self.swaps(node, module),
                     self.streams,
+                    self.graph.values,
                 )
             case FunctionTarget(function):
-                return _Call(node, self.template(node.args, node), function, drops, (), self.streams)
+                filled = self.template(node.args, node)
+                return _Call(node, filled, function, drops, (), self.streams, self.graph.values)
 
     def on_device(self, module: torch.nn.Module, *, glue: bool) -> torch.nn.Module:
         """A leaf's module, its buffers where the stage computes; glue, which other stages use, as a copy."""
@@ -171,6 +174,7 @@ class _Call:
 
     __slots__ = (
         "args",
+        "checked",
         "draws",
         "drops",
         "flat",
@@ -190,6 +194,7 @@ class _Call:
         drops: tuple[int, ...],
         swaps: Swaps,
         streams: Streams,
+        infos: Sequence[Value],
     ) -> None:
         self.node, self.args, self.function, self.drops, self.swaps = node, args, function, drops, swaps
         self.streams = streams
@@ -203,6 +208,7 @@ class _Call:
         ]
         single = len(leaves) == 1 and pytree.tree_unflatten([0], node.output.spec) == 0
         self.results: int | list[int | None] | None = leaves[0] if single else leaves
+        self.checked = {value: infos[value].info for value in node.results} if node.opaque else {}
 
     def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
         if self.flat is None:
@@ -248,8 +254,19 @@ class _Call:
                 )
                 pairs = zip(expected, leaves, strict=True)
                 values.update((value, leaf) for value, leaf in pairs if value is not None)
+        for value, info in self.checked.items():
+            self.check(values[value], info)
         for value in self.drops:
             values.pop(value, None)
+
+    def check(self, found: torch.Tensor, expected: TensorInfo) -> None:
+        """Refuse a result of another form than when it was recorded: what follows would not fit."""
+        if tuple(found.shape) != expected.shape or found.dtype is not expected.dtype:
+            raise RecordError(
+                f"{self.node.name} returned a tensor {found.dtype} {list(found.shape)}, and {expected} when "
+                f"it was recorded: the form of its results depends on its numbers ({self.node.whole}); keep the "
+                "code that uses them in the same module (atomic=[…])"
+            )
 
 
 @contextlib.contextmanager
