@@ -165,7 +165,7 @@ def test_draws_inside_do_not_depend_on_cuts():
         assert torch.equal(loss, found[0][0])
         assert all(map(torch.equal, gradients, found[0][1]))
     plain = [mean_square(build().eval(), item) for item in microbatches().items]
-    assert float(found[0][0]) != float(sum(plain) / len(plain)), "nothing was dropped"
+    assert not torch.isclose(found[0][0], torch.stack(plain).mean().detach()), "nothing was dropped"
 
 
 class Counting(nn.Module):
@@ -296,7 +296,7 @@ def test_a_python_number_never_leaves_a_leaf():
         found, number = model(batch["x"])
         return found.square().mean() * number
 
-    with pytest.raises(RecordError, match="the model calls item on numbers|calls item on numbers") as caught:
+    with pytest.raises(RecordError, match="calls item on numbers") as caught:
         evenflow.pipeline(
             nn.Sequential(nn.Linear(WIDTH, WIDTH), Telling()), loss=loss, example=microbatches()
         )
@@ -344,7 +344,7 @@ class Wrong(nn.Module):
 
 
 def test_a_mistake_of_the_users_is_their_own_error():
-    with pytest.raises(RuntimeError, match="reduction dim|shape|size") as caught:
+    with pytest.raises(RuntimeError, match=r"reduction dim|shape|size") as caught:
         evenflow.pipeline(Chain(Wrong()), loss=mean_square, example=microbatches(), stages=2)
     assert any("while recording inner" in note for note in caught.value.__notes__)
 

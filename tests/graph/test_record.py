@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evenflow.errors import RecordError
+from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget
 from evenflow.graph.leaves import flatten, walk
@@ -126,10 +126,11 @@ def test_tied_parameters_have_one_name():
     assert graph.nodes[1].parameters == ("0.weight", "1.bias")
 
 
-def test_parameters_are_tied_by_storage():
+def test_two_parameters_in_one_memory_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
     model[1].weight = nn.Parameter(model[0].weight.detach())
-    assert FakeParameters(model, CPU).tied["1.weight"] == "0.weight"
+    with pytest.raises(ConfigError, match=r"1\.weight and 0\.weight are two parameters in one memory"):
+        FakeParameters(model, CPU)
 
 
 def test_changes_in_place_make_new_versions():

@@ -92,7 +92,9 @@ def legal_positions(graph: Graph) -> list[bool]:
                     legal[position] = False
     changed = {name for node in graph.nodes for name in node.changed_buffers}
     for name in changed:
-        users = [at for at, node in enumerate(graph.chain) if name in node.buffers]
+        users = [at for at, node in enumerate(graph.chain) if _uses_buffer(graph, node, name)]
+        if any(_is_buffer(graph, value, name) for value in graph.output.refs):
+            users.append(len(graph.chain) - 1)  # the last stage returns it as it is after this microbatch
         for position in range(users[0] + 1, users[-1] + 1):
             legal[position] = False
     return legal
@@ -218,6 +220,18 @@ def _changed(graph: Graph, need: _Need) -> frozenset[int]:
     """Values from outside that the section changes in place: it must work on a copy."""
     storages = {graph.values[old].storage for node in need.nodes for old, _ in node.rebinds}
     return frozenset(value for value in need.values if graph.values[value].storage in storages)
+
+
+def _uses_buffer(graph: Graph, node: Node, name: str) -> bool:
+    """Whether a node uses a buffer, by name or through a view of its memory."""
+    return name in node.buffers or any(
+        graph.storage_of_buffer.get(name) == graph.values[v].storage for v in node.inputs
+    )
+
+
+def _is_buffer(graph: Graph, value: int, name: str) -> bool:
+    source = graph.values[value].source
+    return isinstance(source, BufferSource) and source.name == name
 
 
 def _live(graph: Graph, leaving: Sequence[int]) -> frozenset[int]:

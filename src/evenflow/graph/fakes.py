@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from evenflow.errors import ConfigError
+
 
 class FakeParameters:
     """One fake stand-in per distinct parameter: the same shape, dtype and strides, no memory.
 
-    Two parameters that share storage and layout are one (*tied*), under the first name. Made once per model,
+    One parameter in two places (*tied*) goes by the first of its names. Made once per model,
     so that it can be recorded again after a rank has let go of the stages that it does not own.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        by_storage: dict[tuple[Any, ...], torch.nn.Parameter] = {}
+        made: dict[int, torch.nn.Parameter] = {}  # id(real) -> fake
+        memories: dict[int, str] = {}  # memory of a parameter -> its first name
         self.names: dict[int, str] = {}  # id(fake) -> first name
         self.slots: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
         self.tied: dict[str, str] = {}  # every name -> first name
@@ -26,15 +29,30 @@ class FakeParameters:
                 if parameter is None:
                     continue
                 name = f"{path}.{key}" if path else key
-                at = (storage_of(parameter), parameter.storage_offset(), parameter.shape, parameter.stride())
-                fake = by_storage.get(at)
+                if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+                    raise ConfigError(f"{name} has no shape yet: run the lazy module once before")
+                if type(parameter) is not torch.nn.Parameter:
+                    raise ConfigError(
+                        f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of which only "
+                        "its own code knows how it computes; use plain parameters"
+                    )
+                fake = made.get(id(parameter))
                 if fake is None:
+                    memory = storage_of(parameter)
+                    if memory in memories and parameter.numel():
+                        raise ConfigError(
+                            f"{name} and {memories[memory]} are two parameters in one memory, which an optimizer "
+                            "would change twice; to tie them, assign the parameter itself "
+                            "(head.weight = embedding.weight)"
+                        )
+                    memories[memory] = name
                     with self.mode:
                         data = torch.empty_strided(
                             parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device
                         )
                         fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
-                    by_storage[at] = fake
+                    vars(fake).update(vars(parameter))  # what a program may ask of it
+                    made[id(parameter)] = fake
                     self.names[id(fake)] = name
                 self.slots.append((module, key, fake))
                 self.tied[name] = self.names[id(fake)]
@@ -56,16 +74,35 @@ class FakeParameters:
 def buffers_copied(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Let a run work on copies of the buffers, on its device, and put the real ones back afterwards."""
     slots = [(m, k, b) for m in model.modules() for k, b in m._buffers.items() if b is not None]
-    copies: dict[int, torch.Tensor] = {}  # one buffer in two modules stays one
+    memories: dict[int, torch.Tensor] = {}
+    copies: dict[
+        int, torch.Tensor
+    ] = {}  # one buffer in two modules stays one, views of one memory stay views
     try:
         for module, key, buffer in slots:
             if id(buffer) not in copies:
-                copies[id(buffer)] = buffer.detach().to(device, copy=True)
+                copies[id(buffer)] = _copied_with_its_memory(buffer, device, memories)
             module._buffers[key] = copies[id(buffer)]
         yield
     finally:
         for module, key, buffer in slots:
             module._buffers[key] = buffer
+
+
+def _copied_with_its_memory(
+    buffer: torch.Tensor, device: torch.device, memories: dict[int, torch.Tensor]
+) -> torch.Tensor:
+    """A copy of a buffer in a copy of its whole memory, of which `memories` keeps one for each."""
+    plain = buffer.detach()
+    if plain.layout != torch.strided or plain.is_quantized:
+        return plain.to(device, copy=True)
+    memory, size = plain.untyped_storage(), plain.element_size()
+    at = storage_of(plain)
+    if at not in memories:
+        flat = plain.as_strided((memory.nbytes() // size,), (1,), 0)
+        memories[at] = flat.to(device, copy=True)
+    whole = memories[at].view(plain.dtype) if memories[at].dtype != plain.dtype else memories[at]
+    return whole.as_strided(plain.shape, plain.stride(), plain.storage_offset())
 
 
 def storage_of(tensor: torch.Tensor) -> int:

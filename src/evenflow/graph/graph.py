@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from evenflow.graph.template import Template
-from evenflow.graph.tree import Draws, Value
+from evenflow.graph.tree import BufferSource, Draws, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,11 @@ class Graph:
     def maker(self) -> dict[int, Node]:
         """Which node makes a value."""
         return {value: node for node in self.nodes for value in node.makes}
+
+    @cached_property
+    def storage_of_buffer(self) -> dict[str, int]:
+        """The memory of each buffer that the program used."""
+        return {v.source.name: v.storage for v in self.values if isinstance(v.source, BufferSource)}
 
     @cached_property
     def chain(self) -> tuple[Node, ...]:

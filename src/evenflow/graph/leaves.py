@@ -51,7 +51,7 @@ def flatten(
     reads = [call for call in calls if isinstance(call, ReadCall)]
     nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
-    nodes = _mark_glue(_without_unused(nodes, needed), tree.values)
+    nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
     return Graph(
         tuple(nodes), tree.values, tree.output, guards, tuple(choice.apart), tree.same_tensor, tree.device
@@ -85,6 +85,7 @@ class _Choice:
         self.limit = max_share * _flops(tree.root)
         self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
         self.hides = _hidden_values(tree)
+        self.derived = _batch_derived(tree)
         counts = _parameter_uses(tree.root, tree.values)
         self.shared = frozenset(name for name, count in counts.items() if exact and count > 1)
 
@@ -97,7 +98,7 @@ class _Choice:
         return found
 
     def choose(self, call: ModuleCall) -> list[Call]:
-        hidden = self.hides.get(call)
+        hidden = self.hides.get(call) or call.foreign
         if hidden is None and call.whole is not None and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
         if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
@@ -122,12 +123,17 @@ class _Choice:
             self.limit == 0
             or _flops(call) > self.limit
             or self.has_idle_argument(call)
-            or _has_dynamic_shape(call)
+            or self.looks_at_the_batch(call)
         ):
             return True
         return any(
             count > 1 for name, count in _parameter_uses(call, self.values).items() if name in self.shared
         )
+
+    def looks_at_the_batch(self, call: ModuleCall) -> bool:
+        """Whether a number of the batch decides what happens inside: it must be seen, to be asked of the next."""
+        reads = (inner for inner in walk(call) if isinstance(inner, ReadCall))
+        return any(read.name == SHAPE or self.derived.issuperset(read.args.refs) for read in reads)
 
     def has_idle_argument(self, call: ModuleCall) -> bool:
         """Whether a call without parameters is handed a tensor that nothing inside uses.
@@ -137,6 +143,23 @@ class _Choice:
         inner = [c for c in walk(call) if isinstance(c, FunctionCall)]
         used = {ref for function in inner for ref in function.args.refs}
         return not any(_parameters(call, self.values)) and any(ref not in used for ref in call.args.refs)
+
+
+def _batch_derived(tree: CallTree) -> set[int]:
+    """Values that depend on the batch and on unchanged buffers alone."""
+    functions = [call for call in walk(tree.root) if isinstance(call, FunctionCall)]
+    changed = {name for call in functions for name in call.changed_buffers}
+    derived: set[int] = set()
+    for value in tree.values:
+        match value.source:
+            case BatchLeaf():
+                derived.add(value.number)
+            case BufferSource(name) if name not in changed:
+                derived.add(value.number)
+    for call in functions:
+        if call.draws is None and not call.changed_buffers and derived.issuperset(call.args.refs):
+            derived.update((*call.output.refs, *(new for _, new in call.rebinds)))
+    return derived
 
 
 def _has_dynamic_shape(call: Call) -> bool:
@@ -213,6 +236,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
             name, target = call.path or "the model", _module_target(call)
             results = tuple(r for r in call.output.refs if call.start <= tree.values[r].born < call.end)
             rebinds = _composed(functions, call, tree)
+    changed = tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers))
     return Node(
         index=-1,  # given once the unused nodes are gone
         name=name,
@@ -222,29 +246,38 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         results=results,
         rebinds=rebinds,
         parameters=tuple(dict.fromkeys((*_parameters(call, tree.values), *_unseen_parameters(call, tree)))),
-        buffers=tuple(source.name for source in sources if isinstance(source, BufferSource)),
-        changed_buffers=tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers)),
+        buffers=tuple(dict.fromkeys((*(s.name for s in sources if isinstance(s, BufferSource)), *changed))),
+        changed_buffers=changed,
         flops=_flops(call),
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         whole=call.whole if isinstance(call, ModuleCall) else None,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
-        opaque=any(isinstance(inner, ModuleCall) and (inner.unseen or inner.real) for inner in walk(call)),
+        opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=any(isinstance(inner, ModuleCall) and inner.hooks for inner in walk(call)),
+    )
+
+
+def _is_opaque(call: ModuleCall) -> bool:
+    """Whether another microbatch may take another way inside, with other parameters, than was recorded."""
+    return call.looks or any(
+        isinstance(inner, ModuleCall) and (inner.unseen or inner.real) for inner in walk(call)
     )
 
 
 def _unseen_parameters(call: Call, tree: CallTree) -> Iterator[str]:
     """Parameters that may have been used where nobody could see: all those of the module that did it."""
     for inner in walk(call):
-        if isinstance(inner, ModuleCall) and (inner.unseen or inner.real):
+        if isinstance(inner, ModuleCall) and _is_opaque(inner):
             inside = f"{inner.path}." if inner.path else ""
             yield from (first for name, first in tree.parameter_names.items() if name.startswith(inside))
 
 
 def _module_target(call: ModuleCall) -> ModuleTarget:
     drawing = [inner for inner in walk(call) if isinstance(inner, ModuleCall) and inner.num_draws]
-    at_entry = all(_draws_first(inner) for inner in drawing)
+    # Where the program looks at numbers inside, another batch may draw more often than this one.
+    looks = any(isinstance(inner, ReadCall) for inner in walk(call))
+    at_entry = not looks and all(_draws_first(inner) for inner in drawing)
     return ModuleTarget(
         call.path, call.call, tuple(Draws(d.path, d.call, 0, d.num_draws) for d in drawing), at_entry
     )
@@ -272,11 +305,20 @@ def _composed(functions: list[FunctionCall], call: ModuleCall, tree: CallTree) -
     return tuple((old, new) for new, old in first.items() if tree.values[old].born < call.start)
 
 
-def _without_unused(nodes: list[Node], needed: set[int]) -> list[Node]:
-    """Drop functions whose results nobody uses, and renumber; modules stay, for they may keep state."""
+def _without_unused(nodes: list[Node], needed: set[int], values: tuple[Value, ...]) -> list[Node]:
+    """Drop functions whose results nobody uses, and renumber; modules stay, for they may keep state.
+
+    A change in place stays where an earlier node used the memory: its backward may use it again.
+    """
+    first_use: dict[int, int] = {}
+    for at, node in enumerate(nodes):
+        for value in node.inputs:
+            first_use.setdefault(values[value].storage, at)
     kept: list[Node] = []
-    for node in reversed(nodes):
+    for at, node in reversed(list(enumerate(nodes))):
         rebinds = tuple((old, new) for old, new in node.rebinds if new in needed)
+        if any(first_use[values[old].storage] < at for old, _ in node.rebinds):
+            rebinds = node.rebinds
         used = isinstance(node.target, ModuleTarget) or node.changed_buffers or rebinds
         if used or any(result in needed for result in node.results):
             kept.append(dataclasses.replace(node, rebinds=rebinds))
@@ -322,7 +364,14 @@ def _guard(read: ReadCall, nodes: list[Node], values: tuple[Value, ...]) -> Guar
             f"{where} turns a tensor of the batch into an array ({read.name}), whose further use cannot "
             "be seen; compute with torch, or do it before the batch is passed"
         )
+    changed = {name for node in nodes for name in node.changed_buffers}
     for ref in read.args.refs:
+        source = values[ref].source
+        if isinstance(source, BufferSource) and source.name in changed:
+            raise RecordError(
+                f"{where} calls {read.name} on the buffer {source.name}, which the program changes, so the "
+                "branch taken may change within a step; keep that code inside one module (atomic=[…])"
+            )
         if ref in made or isinstance(values[ref].source, ParameterSource):
             raise RecordError(
                 f"{where} calls {read.name} on a tensor {values[ref].info} that depends on more than the "

@@ -1,14 +1,19 @@
 """What a module brings along and leaves behind: hooks, attributes that its forward changes."""
 
-import copy
+import contextlib
+import random
 from collections import deque
+from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
-from evenflow.graph.outside import frozen
+from evenflow.graph.outside import Snapshot, attributes, frozen, is_library
 
-_CONTAINERS = (list, dict, set, deque)
+_DEPTH = 4  # of objects in objects
+_LEFT = (torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType)  # nothing of these is put back
 
 
 def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
@@ -28,23 +33,13 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
     return None
 
 
-class Attribute:
-    """An attribute as it was: the object, what it stood for, and the contents of a plain container."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.frozen = value, frozen(_without_tensors(value))
-        self.contents = copy.copy(value) if type(value) in _CONTAINERS else None
-
-    def restored(self) -> Any:
-        """The object with its contents as they were."""
-        match self.value:
-            case list() | deque() if self.contents is not None:
-                self.value.clear()
-                self.value.extend(self.contents)
-            case dict() | set() if self.contents is not None:
-                self.value.clear()
-                self.value.update(self.contents)
-        return self.value
+def python_state(module: torch.nn.Module) -> Snapshot:
+    """A module's own attributes, and its buffers under `_buffers.NAME`, as they can be compared."""
+    return {
+        key: frozen(_without_tensors(value))
+        for key, value in attributes(module).items()
+        if not key.startswith("_modules.")
+    }
 
 
 def _without_tensors(value: Any) -> Any:
@@ -54,37 +49,89 @@ def _without_tensors(value: Any) -> Any:
     return {key: each for key, each in value.items() if not isinstance(each, torch.Tensor)}
 
 
-def python_state(module: torch.nn.Module) -> dict[str, Attribute]:
-    """A module's own attributes, and its buffers under `_buffers.NAME`."""
-    public = {key: Attribute(value) for key, value in vars(module).items() if not key.startswith("_")}
-    return public | {f"_buffers.{key}": Attribute(buffer) for key, buffer in module._buffers.items()}
+@contextlib.contextmanager
+def python_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put back all that a run changes of the modules' Python state: attributes, hooks, what they hold."""
+    kept = _Kept()
+    for module in model.modules():
+        kept.keep_dict(vars(module))
+        for value in list(vars(module).values()):
+            kept.keep(value, _DEPTH)
+    for kind in {type(module) for module in model.modules()}:
+        for base in kind.__mro__ if not is_library(kind) else ():
+            if not is_library(base):
+                kept.classes.append((base, {k: v for k, v in vars(base).items() if not k.startswith("__")}))
+    try:
+        yield
+    finally:
+        kept.restore()
 
 
-def changed_attributes(before: dict[str, Attribute], after: dict[str, Attribute]) -> list[str]:
-    """Names of the attributes that differ between two states."""
-    names = before | after
-    return [n for n in names if n not in before or n not in after or before[n].frozen != after[n].frozen]
+class _Kept:
+    """The contents of containers and objects, each once, as they were."""
 
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}  # holding a thing keeps its id from being used again
+        self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self.others: list[tuple[Any, Any]] = []
+        self.states: list[tuple[Any, Any]] = []
+        self.classes: list[tuple[type, dict[str, Any]]] = []
 
-def touched_containers(before: dict[str, Attribute]) -> list[str]:
-    """Names of containers whose contents are not those that they had."""
+    def keep(self, value: Any, depth: int) -> None:
+        if (
+            isinstance(value, (*_LEFT, type, str, int, float, type(None)))
+            or depth < 0
+            or id(value) in self.seen
+        ):
+            return
+        self.seen[id(value)] = value
+        match value:
+            case dict():
+                self.keep_dict(value)
+                inner = list(value.values())
+            case list() | deque() | set():
+                self.others.append((value, list(value)))
+                inner = list(value)
+            case tuple():
+                inner = list(value)
+            case random.Random():
+                self.states.append((value, value.getstate()))
+                return
+            case np.random.Generator():
+                self.states.append((value, value.bit_generator.state))
+                return
+            case torch.Generator():
+                self.states.append((value, value.get_state()))
+                return
+            case _ if isinstance(getattr(value, "__dict__", None), dict):
+                self.keep_dict(vars(value))
+                inner = list(vars(value).values())
+            case _:
+                return
+        for each in inner:
+            self.keep(each, depth - 1)
 
-    def items(container: Any) -> list[int]:
-        inside = (
-            (each for pair in container.items() for each in pair) if type(container) is dict else container
-        )
-        return [id(each) for each in inside]
+    def keep_dict(self, value: dict[Any, Any]) -> None:
+        self.dicts.append((value, dict(value)))
 
-    full = {key: each for key, each in before.items() if each.contents is not None}
-    return [key for key, each in full.items() if items(each.value) != items(each.contents)]
-
-
-def set_attribute(module: torch.nn.Module, key: str, before: Attribute | None) -> None:
-    """Put an attribute back as it was before the run; buffers are put back by `buffers_copied`."""
-    if key.startswith("_buffers."):
-        if before is None:
-            del module._buffers[key.removeprefix("_buffers.")]
-    elif before is None:
-        del vars(module)[key]
-    else:
-        vars(module)[key] = before.restored()
+    def restore(self) -> None:
+        for now, before in self.dicts:
+            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
+                now.clear()
+                now.update(before)
+        for now, before in self.others:
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                now.clear()
+                (now.update if isinstance(now, set) else now.extend)(before)
+        for source, state in self.states:
+            match source:
+                case random.Random():
+                    source.setstate(state)
+                case torch.Generator():
+                    source.set_state(state)
+                case _:
+                    source.bit_generator.state = state
+        for kind, values in self.classes:
+            for key, value in values.items():
+                if vars(kind).get(key) is not value:
+                    setattr(kind, key, value)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from evenflow.errors import RecordError
 from evenflow.graph.fake_kernels import run_kernel
+from evenflow.graph.fakes import storage_of
 
 # Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
 _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
@@ -30,6 +32,7 @@ class Observer(Protocol):
     pending_draws: int
     pending_flops: int
     pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
+    born: set[int]  # memory that the run made, by `storage_of`
     pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
 
     def module(
@@ -44,6 +47,9 @@ class Observer(Protocol):
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a torch function."""
+
+    def write_outside(self, tensor: torch.Tensor) -> None:
+        """A kernel is about to change a real tensor, perhaps one that the run did not make."""
 
     def custom_function(self, apply: types.MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a custom autograd function's `apply`, blind to what is inside."""
@@ -138,11 +144,19 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = run_kernel(func, args, kwargs)
+        if func._schema.is_mutable:
+            self.note_writes(func, args, kwargs)
+        with unwatched():  # a scripted function's kernels would else be taken for the program's own calls
+            result = run_kernel(func, args, kwargs)
+        for leaf in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
+                self.observer.born.add(storage_of(leaf))
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
         if torch.Tag.dynamic_output_shape in func.tags:
             self.observer.pending_dynamic += _deciding(func, args)
+        elif func is torch.ops.aten._local_scalar_dense.default:
+            self.observer.pending_dynamic.append(args[0])
         packet = func.overloadpacket
         if packet.__name__ in _BATCH_NORMS and args[5]:
             self.observer.pending_changed.update(id(statistic) for statistic in args[3:5])
@@ -151,6 +165,14 @@ class _Kernels(TorchDispatchMode):
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
             self.observer.pending_flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
         return result
+
+    def note_writes(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for position, argument in enumerate(kernel._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in given if isinstance(given, list) else (given,):
+                    if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
+                        self.observer.write_outside(tensor)
 
 
 def _deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload

@@ -1,21 +1,34 @@
 """What Python could have told a program besides its arguments, as values that can be compared.
 
-A recording repeats what the program did; a number that came from an attribute, a closure or a global was
-part of that and is not asked for again. So it belongs to the key: another number is another recording.
-Compared are plain values, and plain containers by their contents; anything else by identity. What cannot be
-seen from here (the inside of other objects, helpers of helpers) is not compared.
+A recording repeats what the program did; a number that came from an attribute, a closure or a global was part of
+that and is not asked for again. So it belongs to the key: another number is another recording. Compared are plain
+values, containers and objects by their contents, functions by what they are made of, tensors by identity. Of
+objects that the loss function or a user's own module can reach, only those attributes count whose names occur in
+its code: a trainer's step counter must not make every step another program.
 """
 
 import functools
+import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from types import FunctionType, MethodType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_DEPTH = 3  # of containers in containers
+# Libraries whose functions and classes do not change under us, so that their code is not followed.
+_LIBRARIES = frozenset(
+    {"torch", "numpy", "transformers", "timm", "diffusers", "peft", "builtins", "functools"}
+)
+# What every module has; `training` aside, it is compared by other means or not at all.
+_MODULES_OWN = frozenset(vars(torch.nn.Module())) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DEPTH = 4  # of objects in objects
+_LARGEST_ARRAY = 2**20  # numbers that are compared; a larger array counts by identity
+
+Snapshot = Mapping[str, Any]  # where a value was found -> a stand-in that can be compared
 
 
 class Same:
@@ -31,52 +44,252 @@ class Same:
         return id(self.thing)
 
 
-def frozen(value: Any, depth: int = _DEPTH) -> Any:  # any value
+def frozen(value: Any) -> Any:  # any value
     """A hashable stand-in, equal for values that a program could not tell apart.
 
     >>> frozen([1, {"a": 2.0}]) == frozen([1, {"a": 2.0}]), frozen([1]) == frozen([2])
     (True, False)
     """
-    if isinstance(value, PLAIN):
-        return type(value), repr(value)  # repr: nan equals itself, 0.0 is not -0.0
-    if depth and type(value) in (list, tuple, deque):
-        return type(value), tuple(frozen(each, depth - 1) for each in value)
-    if depth and type(value) in (set, frozenset):
-        return type(value), frozenset(frozen(each, depth - 1) for each in value)
-    if depth and isinstance(value, dict):
-        return type(value), tuple((frozen(k, depth - 1), frozen(v, depth - 1)) for k, v in value.items())
-    return Same(value)
+    return Freezer().frozen(value)
 
 
-def around_function(function: Callable[..., Any]) -> Any:
-    """What a function is made of: its code, closure, defaults and the global values that it names."""
-    match function:
-        case FunctionType():
-            cells = [cell.cell_contents for cell in function.__closure__ or ()]
-            named = (function.__globals__.get(name) for name in function.__code__.co_names)
-            values = [each for each in named if isinstance(each, (*PLAIN, list, tuple, dict, set, deque))]
-            defaults = (function.__defaults__, function.__kwdefaults__)
-            return function.__code__, frozen(cells), frozen(values), frozen(list(defaults))
-        case MethodType():
-            return around_function(function.__func__), _inside(function.__self__)
-        case functools.partial():
-            inner = (frozen(list(function.args)), frozen(function.keywords))
-            return around_function(function.func), *inner
-        case _:
-            return _inside(function)
+def changed_names(before: Snapshot, after: Snapshot) -> list[str]:
+    """Where two snapshots differ."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-def _inside(thing: Any) -> Any:  # any object
-    attributes = {} if isinstance(thing, torch.nn.Module) else getattr(thing, "__dict__", {})
-    return Same(thing), frozen(dict(attributes))
+def seen_by_function(program: Callable[..., Any], model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
+    """What a loss function is made of: its code, closure, defaults and the globals that it names."""
+    freezer = Freezer(names, {id(module) for module in model.modules()})
+    return freezer.parts(program, "the loss function")
 
 
-def around_modules(modules: Iterable[torch.nn.Module]) -> Any:
-    """What modules that were taken apart are made of: attributes, submodules, buffers."""
-    return tuple((Same(module), _attributes(vars(module))) for module in modules)
+def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
+    """What a model's modules are made of: attributes, hooks, submodules, buffers, and their classes' values."""
+    inside = {id(module) for module in model.modules()}
+    own, library = Freezer(names, inside), Freezer(None, inside)
+    found: dict[str, Any] = {}
+    kinds: dict[type[torch.nn.Module], None] = {}
+    for path, module in model.named_modules():
+        freezer = library if is_library(type(module)) else own
+        for key, value in attributes(module).items():
+            found[f"{path}.{key}" if path else key] = freezer.frozen(value)
+        kinds[type(module)] = None
+    for kind in kinds:
+        if not is_library(kind):
+            found.update(own.class_values(kind))
+            found.update(own.parts(kind.forward, f"{kind.__qualname__}.forward"))
+    return found
 
 
-def _attributes(own: Mapping[str, Any]) -> Any:
-    public = tuple((key, frozen(value)) for key, value in own.items() if not key.startswith("_"))
-    parts = (own.get("_modules", {}), own.get("_buffers", {}))
-    return public, tuple((key, Same(part)) for group in parts for key, part in group.items())
+def names_in(program: Callable[..., Any], model: torch.nn.Module) -> frozenset[str]:
+    """Every name in the code of a loss function and of the user's own modules, and of what they call."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    kinds = {type(module) for module in model.modules()}
+    waiting: list[Any] = [program, *(kind for kind in kinds if not is_library(kind))]
+    waiting += [module.forward for module in model.modules() if "forward" in vars(module)]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, (*PLAIN, torch.Tensor)) or len(seen) > 10_000:
+            continue
+        seen.add(id(thing))
+        match thing:
+            case FunctionType():
+                if is_library(thing):
+                    continue
+                codes = list(_codes(thing.__code__))
+                names.update(name for code in codes for name in _words(code))
+                waiting += [cell.cell_contents for cell in _filled(thing)]
+                waiting += [thing.__globals__[n] for c in codes for n in c.co_names if n in thing.__globals__]
+                waiting += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+                waiting += [thing.__wrapped__] if hasattr(thing, "__wrapped__") else []
+            case MethodType():
+                waiting += [thing.__func__, thing.__self__]
+            case functools.partial():
+                waiting += [thing.func, *thing.args, *thing.keywords.values()]
+            case list() | tuple() | set() | frozenset() | deque():
+                waiting += list(thing)[:100]
+            case dict():
+                waiting += list(thing.values())[:100]
+            case property():
+                waiting += [thing.fget]
+            case type() if not is_library(thing):
+                waiting += [v for kind in thing.__mro__ if not is_library(kind) for v in vars(kind).values()]
+            case type() | ModuleType() | torch.nn.Module():
+                pass
+            case _:
+                waiting += [type(thing)]
+    return frozenset(names)
+
+
+def is_library(thing: Any) -> bool:  # a class or a function
+    """Whether a class or function comes with a library, whose code does not change under us."""
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+
+
+def attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module carries besides its parameters: its own attributes, submodules, buffers and hooks."""
+    own = vars(module)
+    found = {key: value for key, value in own.items() if key not in _MODULES_OWN}
+    found |= {f"_modules.{key}": part for key, part in module._modules.items()}
+    found |= {f"_buffers.{key}": part for key, part in module._buffers.items()}
+    for table in _HOOKS:
+        if own[table]:
+            hooks = [hook for hook in own[table].values() if not getattr(hook, "evenflow", False)]
+            found |= {table: tuple(map(Same, hooks))} if hooks else {}
+    return found
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _words(code: CodeType) -> Iterable[str]:
+    """Names that code uses; a string may be the name that `getattr` is given."""
+    return (*code.co_names, *(each for each in code.co_consts if isinstance(each, str) and len(each) < 50))
+
+
+def _filled(function: FunctionType) -> list[Any]:
+    """The closure's cells that hold something."""
+
+    def holds(cell: Any) -> bool:
+        try:
+            cell.cell_contents  # noqa: B018 (an empty cell raises)
+        except ValueError:
+            return False
+        return True
+
+    return [cell for cell in function.__closure__ or () if holds(cell)]
+
+
+class Freezer:
+    """Makes stand-ins; each object once. `names`: the attributes of objects that count, all by default.
+
+    Modules whose id is in `model` are compared elsewhere.
+    """
+
+    def __init__(self, names: frozenset[str] | None = None, model: Iterable[int] = ()) -> None:
+        self.names, self.model = names, frozenset(model)
+        self.known: dict[int, Any] = {}
+
+    def frozen(self, value: Any, depth: int = _DEPTH) -> Any:  # any value
+        kind = type(value)
+        if kind in (int, str, bool, type(None), bytes):
+            return kind, value
+        if kind in (float, complex):
+            return kind, repr(value)  # repr: nan equals itself, 0.0 is not -0.0
+        if isinstance(value, (Same, *_LEFT)):
+            return value if isinstance(value, Same) else Same(value)
+        if id(value) not in self.known:
+            self.known[id(value)] = Same(value)  # what it is while its own inside is looked at
+            self.known[id(value)] = self.inside(value, depth - 1)
+        return self.known[id(value)]
+
+    def inside(self, value: Any, depth: int) -> Any:
+        if depth < 0:
+            return Same(value)
+        match value:
+            case list() | tuple() | deque():
+                return type(value), tuple(self.frozen(each, depth) for each in value)
+            case set() | frozenset():
+                return type(value), frozenset(self.frozen(each, depth) for each in value)
+            case Mapping():
+                pairs = ((self.frozen(k, depth), self.frozen(v, depth)) for k, v in value.items())
+                return type(value), tuple(pairs)
+            case np.ndarray():
+                small = value.size <= _LARGEST_ARRAY and value.dtype != object
+                return (value.dtype.str, value.shape, value.tobytes()) if small else Same(value)
+            case random.Random():
+                return Same(value), hash(value.getstate())
+            case np.random.Generator():
+                return Same(value), repr(value.bit_generator.state)
+            case FunctionType() | MethodType() | functools.partial():
+                if self.names is None:
+                    return Same(value)
+                return tuple(self.parts(value, "", depth).items())
+            case type():
+                return Same(value) if is_library(value) else (Same(value), *self.class_values(value).items())
+            case ModuleType():
+                return Same(value), self.named(value, vars(value), depth)
+            case torch.nn.Module():
+                return self.outer_module(value, depth)
+            case _:
+                own = dict(getattr(value, "__dict__", ()))
+                slots = (n for kind in type(value).__mro__ for n in _slots(kind) if hasattr(value, n))
+                own |= {name: getattr(value, name) for name in slots}
+                return Same(value), self.named(value, own, depth)
+
+    def named(self, value: Any, own: Mapping[str, Any], depth: int) -> Any:
+        """The attributes that count; of a namespace only data, of which a program does not change the rest."""
+        if isinstance(value, ModuleType):
+            names = own.keys() & (self.names or ())
+            own = {n: own[n] for n in names if isinstance(own[n], (*PLAIN, list, dict, set))}
+        elif self.names is not None:
+            own = {name: each for name, each in own.items() if name in self.names}
+        return tuple((name, self.frozen(each, depth)) for name, each in own.items())
+
+    def outer_module(self, module: torch.nn.Module, depth: int) -> Any:
+        """A module: one of the model is looked at elsewhere, any other (a criterion) by its attributes."""
+        if id(module) in self.model:
+            return Same(module)
+        pairs = ((path, attributes(inner)) for path, inner in module.named_modules())
+        return Same(module), tuple(
+            (path, key, self.frozen(value, depth)) for path, own in pairs for key, value in own.items()
+        )
+
+    def class_values(self, kind: type) -> dict[str, Any]:
+        """Plain values and containers that a user's class and its bases hold."""
+        return {
+            f"{base.__qualname__}.{key}": self.frozen(value)
+            for base in kind.__mro__
+            if not is_library(base)
+            for key, value in vars(base).items()
+            if isinstance(value, (*PLAIN, list, dict, set, tuple)) and not key.startswith("__")
+        }
+
+    def parts(self, function: Callable[..., Any], where: str, depth: int = _DEPTH) -> dict[str, Any]:
+        """What a function is made of, each part under its place."""
+        match function:
+            case FunctionType() if is_library(function):
+                return {where: Same(function)}
+            case FunctionType(__code__=code):
+                found: dict[str, Any] = {where: code}
+                for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+                    if cell in _filled(function):
+                        found[f"{where}: {name}"] = self.frozen(cell.cell_contents, depth)
+                for name in dict.fromkeys(name for inner in _codes(code) for name in inner.co_names):
+                    if name in function.__globals__:
+                        found[f"{where}: global {name}"] = self.frozen(function.__globals__[name], depth)
+                found[f"{where}: defaults"] = self.frozen(
+                    [function.__defaults__, function.__kwdefaults__], depth
+                )
+                if hasattr(function, "__wrapped__"):
+                    found |= self.parts(function.__wrapped__, f"{where}: wrapped", depth)
+                return found
+            case MethodType():
+                return {
+                    **self.parts(function.__func__, where, depth),
+                    f"{where}: self": self.frozen(function.__self__, depth),
+                }
+            case functools.partial():
+                arguments = self.frozen([function.args, function.keywords], depth)
+                return {**self.parts(function.func, where, depth), f"{where}: arguments": arguments}
+            case _:
+                found = {where: self.frozen(function, depth)}
+                call = getattr(type(function), "__call__", None)
+                return found | (
+                    self.parts(call, f"{where}: call", depth) if isinstance(call, FunctionType) else {}
+                )
+
+
+# What is compared by identity: tensors have their own ways into a recording, the rest cannot change.
+_LEFT = (torch.Tensor, torch.dtype, torch.device, torch.Generator, torch.Size, CodeType)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    own = vars(kind).get("__slots__", ())
+    return (own,) if isinstance(own, str) else tuple(own)

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from evenflow.graph.fakes import FakeParameters, storage_of
-from evenflow.graph.modules import changed_attributes, python_state, set_attribute
+from evenflow.graph.modules import python_kept, python_state
+from evenflow.graph.outside import changed_names
 from evenflow.graph.template import flatten_tree
 
 _PATTERN = 2**22  # numbers that are drawn for a large tensor, which repeats them
@@ -174,22 +175,20 @@ def _watched(module: torch.nn.Module) -> Iterator[_Watch]:
     watch = _Watch()
     before = [(path, inner, python_state(inner)) for path, inner in module.named_modules()]
     numbers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
+    with python_kept(module):
         yield watch
-    finally:
         attributes, kept = [], []
         for path, inner, state in before:
-            for key in changed_attributes(state, python_state(inner)):
+            for key in changed_names(state, python_state(inner)):
                 name = f"{path}.{key}" if path else key
-                now = vars(inner).get(key)
                 attributes.append(name)
-                if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(now)):
+                now = pytree.tree_leaves(vars(inner).get(key))
+                if any(isinstance(leaf, torch.Tensor) for leaf in now):
                     kept.append(name)
-                set_attribute(inner, key, state.get(key))
         watch.attributes, watch.kept_tensors = tuple(attributes), tuple(kept)
-        with torch.no_grad():
-            for buffer, value in numbers:
-                buffer.copy_(value)
+    with torch.no_grad():
+        for buffer, value in numbers:
+            buffer.copy_(value)
 
 
 class _Shadow:

@@ -27,14 +27,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
 from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
-from evenflow.graph.modules import (
-    Attribute,
-    changed_attributes,
-    python_state,
-    reason_to_stay_whole,
-    set_attribute,
-    touched_containers,
-)
+from evenflow.graph.modules import python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
@@ -52,11 +45,14 @@ from evenflow.graph.tree import (
     ParameterSource,
     ReadCall,
 )
+from evenflow.graph.outside import Snapshot, changed_names
 from evenflow.graph.values import Values
 
 # Functions through which Python learns the numbers inside a tensor.
 _NUMBERS = {"item", "tolist", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__"}
-READS = frozenset(_NUMBERS | ARRAYS | {"equal", "allclose", "is_nonzero"})
+_TEXT = {"__format__", "__repr__", "__str__"}
+READS = frozenset(_NUMBERS | _TEXT | ARRAYS | {"equal", "allclose", "is_nonzero"})
+_READ_GRADIENT = vars(torch._C.TensorBase)["grad"].__get__
 # Functions whose effect is not in what they return: repeating the call elsewhere would not repeat the effect.
 _METADATA = {
     "requires_grad_",
@@ -67,8 +63,11 @@ _METADATA = {
     "share_memory_",
     "__set__",
     "__delete__",
+    "data_ptr",
 }
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
+# Of the generator while recording: two runs of a program draw the same numbers.
+SEED = 20_260
 IMPURE = frozenset(_METADATA | _HOOKS | {"manual_seed", "set_rng_state", "__setstate__"})
 
 
@@ -91,6 +90,7 @@ def record(
     copies = {id(leaf): _copied(leaf, device) for leaf in leaves if is_tensor(leaf)}  # one tensor stays one
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
+        torch.default_generator.manual_seed(SEED)  # two runs draw alike, whatever the draws decide
         recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)], device)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
@@ -110,7 +110,9 @@ def _refuse_overlaps(given: list[torch.Tensor], changed: list[int]) -> None:
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
+    copied = tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
+    vars(copied).update(vars(tensor))
+    return copied
 
 
 def is_tensor(leaf: object) -> bool:
@@ -121,6 +123,20 @@ def is_tensor(leaf: object) -> bool:
 def _autocast() -> tuple[tuple[str, Any], ...]:
     kinds = ("cpu", "cuda")
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+
+
+def _choices() -> tuple[Any, ...]:
+    """Which kernels run and what torch makes by default: the modes that a replay does not enter by itself."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.get_default_dtype(),
+        torch.is_inference_mode_enabled(),
+    )
 
 
 class NeedsNumbers(RecordError):
@@ -163,7 +179,17 @@ class _Recorder:
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
-        self.undo: list[tuple[torch.nn.Module, str, Attribute | None]] = []  # as they were
+        self.raised = ""  # an error that a torch function raised, and of which the program may not end
+        self.choices = _choices()
+        self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
+        self.generators: list[
+            tuple[torch.Generator, torch.Tensor]
+        ] = []  # the program's own, with their states
+        self.born = {storage_of(tensor) for tensor in (*batch, *model.buffers())}
+        self.modules = dict(model.named_modules())
+        self.parameters = {path: tuple(module._parameters) for path, module in self.modules.items()}
+        self.start = {path: python_state(module) for path, module in self.modules.items()}
+        self.expected = dict(self.start)  # the modules' states, but for changes by code that is not their own
 
     # -- values
 
@@ -212,6 +238,7 @@ class _Recorder:
             return leaf
         if isinstance(leaf, torch.Generator):
             self.keep_whole(f"{used_by} draws from a torch.Generator of its own")
+            self.generators.append((leaf, leaf.get_state()))
         if id(leaf) not in self.shared:
             self.shared[id(leaf)] = (leaf, self.shared_object(leaf, used_by))
         return self.shared[id(leaf)][1]
@@ -240,8 +267,13 @@ class _Recorder:
             error.add_note(f"evenflow: while recording {self.failed_in or 'the loss function'}")
             raise
         finally:
-            for module, key, value in reversed(self.undo):
-                set_attribute(module, key, value)
+            for written, before in self.outside_tensors.values():
+                with torch.no_grad():
+                    written.copy_(before)
+            for generator, state in reversed(self.generators):
+                generator.set_state(state)
+        self.note_caught()
+        self.check_modules()
         root.output, root.end = output, self.clock
         if root.whole is not None:
             raise RecordError(
@@ -250,6 +282,34 @@ class _Recorder:
         return CallTree(
             root, tuple(self.values.all), output, self.values.same_tensor, self.parameter_names, self.device
         )
+
+    def check_modules(self) -> None:
+        """Refuse what the program did to modules behind their backs: a replay would not do it."""
+        for path, module in self.modules.items():
+            changed = changed_names(self.expected[path], python_state(module))
+            if changed:
+                where = f"{path}.{changed[0]}" if path else f"the model's {changed[0]}"
+                raise RecordError(
+                    f"{where} is changed while the program runs, by code that is not the module's own forward; "
+                    "evenflow repeats what modules do, not what is done to them: change it in the forward of "
+                    "its own module, or between steps"
+                )
+            if tuple(module._parameters) != self.parameters[path]:
+                raise RecordError(
+                    f"{path or 'the model'} makes or removes parameters while it runs, which no optimizer would "
+                    "know: run it once before the pipeline is built"
+                )
+
+    def note_caught(self) -> None:
+        """An error that was raised and did not end the program was caught here: another batch may not raise."""
+        if self.raised:
+            self.keep_whole(f"it catches {self.raised}")
+            self.raised = ""
+
+    def write_outside(self, tensor: torch.Tensor) -> None:
+        """Remember the numbers of a tensor that is not the run's own, to put them back."""
+        if storage_of(tensor) not in self.born and id(tensor) not in self.outside_tensors:
+            self.outside_tensors[id(tensor)] = (tensor, tensor.detach().clone())
 
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = f"{getattr(apply.__self__, '__name__', 'Function')}.apply"
@@ -263,6 +323,14 @@ class _Recorder:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
     ) -> Any:
         name = name or getattr(function, "__name__", repr(function))
+        self.note_caught()
+        if torch.is_inference_mode_enabled():
+            raise RecordError(
+                f"{self.stack[-1].path or 'the loss function'} calls {name} in inference mode, whose tensors "
+                "keep no record of changes; use torch.no_grad()"
+            )
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], self.without_tensors_in_slices(args[1]), *args[2:])
         inputs = self.encode((args, kwargs), name)
         changed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_tensor(leaf)]
         versions = [tensor._version for tensor in changed]
@@ -282,8 +350,13 @@ class _Recorder:
         if name in IMPURE:
             self.keep_whole(f"it calls {name}")
             call.hooks = call.hooks or name in _HOOKS
+        if _choices() != self.choices:
+            self.keep_whole(f"it calls {name} under a context that chooses kernels or types")
+        if function is _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
+            self.keep_whole("it looks at a parameter's gradient")
         if name in READS:
             call.children.append(ReadCall(function, name, path, self.clock, inputs, result))
+            call.looks = True
             return result
         changes = self.values.change(changed, self.clock)
         for parameter in changes.parameters:
@@ -301,6 +374,18 @@ class _Recorder:
             self.note_shape(name, made)
         return result
 
+    def without_tensors_in_slices(self, index: Any) -> Any:
+        """An index whose slices hold numbers: one that is a tensor is read, as indexing does."""
+        if isinstance(index, tuple):
+            return tuple(self.without_tensors_in_slices(each) for each in index)
+        if not isinstance(index, slice):
+            return index
+        return slice(*(self.whole_number(each) for each in (index.start, index.stop, index.step)))
+
+    def whole_number(self, bound: Any) -> Any:
+        """A slice's bound as a number."""
+        return self.function(torch.Tensor.__index__, (bound,), {}) if is_tensor(bound) else bound
+
     def note_shape(self, name: str, made: list[torch.Tensor]) -> None:
         """Note that a result's shape depends on numbers: its own shape, or what decides it if it is fake."""
         read, looked_at = shapes_of, made
@@ -310,17 +395,22 @@ class _Recorder:
         args = self.encode((tuple(looked_at), {}), name)
         call = ReadCall(read, SHAPE, self.stack[-1].path, self.clock, args, read(*looked_at))
         self.stack[-1].children.append(call)
+        self.stack[-1].looks = True
 
     def call(
         self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if name in READS and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        reads = name in READS or name == "data_ptr"
+        if reads and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
             raise self.needs_numbers(name)
         try:
             self.blind = isinstance(function, MethodType)  # what a custom function does inside is its own
             return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
+        except Exception as error:
+            self.raised = f"{type(error).__name__} of {name}"
+            raise
         finally:
             self.blind = False
 
@@ -338,6 +428,12 @@ class _Recorder:
         if not self.pending_draws:
             return
         call = self.stack[-1]
+        if torch.default_generator.initial_seed() != SEED:
+            raise RecordError(
+                f"{call.path or 'the loss function'} seeds torch's random generator (manual_seed) before {name} "
+                "draws; every draw is keyed by the pipeline's seed=: take that line out, or pass the numbers in "
+                "the batch"
+            )
         # Non-reentrant checkpoints work through these hooks; torch has no public way to ask for them.
         if (
             name == "CheckpointFunction.apply"
@@ -355,40 +451,48 @@ class _Recorder:
     ) -> Any:
         with unwatched():
             call = self.open_call(module, path, args, kwargs)
-        state, mark = python_state(module), self.values.mark()
+        state, mark, own = python_state(module), self.values.mark(), dict(vars(module))
+        self.note_foreign(call, state)
         try:
             try:
                 result = forward(module, *args, **kwargs)
             except Exception as error:  # noqa: BLE001 (raised again, unless the module can run for real)
-                for key in changed_attributes(state, python_state(module)):
-                    set_attribute(module, key, state.get(key))
+                vars(module).clear()
+                vars(module).update(own)
                 with unwatched():
                     result = self.again_for_real(error, call, module, forward, args, kwargs)
             with (
                 unwatched()
             ):  # an unknown tensor among the results is this call's own doing: it is still open
                 call.output = self.encode(result, f"the result of {path}")
-                if call.unseen:
+                if call.unseen or call.looks:
                     self.assume_gradients(call)
         except Exception:
             self.failed_in = self.failed_in or path
             raise
         finally:
             self.stack.pop()
+            self.stack[-1].looks |= call.looks
             self.clock += 1
         call.end = self.clock
-        changed = changed_attributes(state, python_state(module))
+        self.expected[path] = python_state(module)
+        changed = changed_names(state, self.expected[path])
         if changed:
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
             call.stateful = True
-        touched = dict.fromkeys((*changed, *touched_containers(state)))
-        self.undo.extend((module, key, state.get(key)) for key in touched)
         self.values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))
         return result
+
+    def note_foreign(self, call: ModuleCall, state: Snapshot) -> None:
+        """Note where other code changed the module since the program began: run whole, it would not be so."""
+        changed = changed_names(self.expected[call.path], state)
+        if changed and state != self.start[call.path]:
+            call.foreign = f"its attribute {changed[0]} is changed while the program runs"
 
     def open_call(
         self, module: torch.nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ModuleCall:
+        self.note_caught()
         inputs = self.encode((args, kwargs), path)
         self.clock += 1
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
@@ -429,7 +533,7 @@ class _Recorder:
             raise error from None
         finally:
             self.blind = False
-        self.failed_in = ""
+        self.failed_in = self.raised = ""
         self.note_real_run(call, run)
         if isinstance(error, NeedsNumbers):
             call.whole = f"it calls {error.function} on numbers that depend on the parameters"

@@ -14,7 +14,7 @@ from evenflow.graph.template import NOTHING, Template
 # The read of a shape that depends on a tensor's numbers (`nonzero`, a boolean index).
 SHAPE = "a shape that depends on numbers"
 # Functions that hand a tensor's memory to something that cannot be observed.
-ARRAYS = frozenset({"numpy", "__array__", "__dlpack__"})
+ARRAYS = frozenset({"numpy", "__array__", "__dlpack__", "__reduce_ex__", "untyped_storage"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,11 @@ class ModuleCall:
     num_draws: int = 0
     whole: str | None = None  # why this call must not be taken apart, where it must not
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
+    looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
     hooks: bool = False  # it put hooks of its own on the backward
+    foreign: str | None = None  # what other code changed of the module: why it must be taken apart
 
 
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall

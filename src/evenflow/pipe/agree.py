@@ -106,6 +106,7 @@ def _attempt(
     """The rank's own batch, its known recordings and fingerprint; or why it cannot work, for all to hear."""
     try:
         mine = prepare()
+        recordings.look(program)
         found = [] if mine is None else [recordings.find(program, item) for item in mine.items]
         if mine is None or not compared:
             return mine, found, [0, 0, 0], None

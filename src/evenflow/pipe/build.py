@@ -12,6 +12,7 @@ from evenflow.graph.fakes import FakeParameters
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
+from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
@@ -125,6 +126,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(model, fakes, device=own_device, leaves=leaves, accumulators=accumulators)
+    recordings.look(program)
     graph = recordings.trace(program, item)
     check_loss(graph)
     check_trainable(graph)
@@ -141,6 +143,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     for stage, held in owned.items():
         stages_here[stage].own(held)
     recordings.add(program, item, cut, stages_here)
+    refuse_shared_hooks(accumulators.uses, accumulators.parameter)
     updater = Updater(
         world,
         accumulators,
@@ -160,6 +163,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             devices=devices,
             recordings=recordings,
             updater=updater,
+            fixed=FixedParameters(model),
             programs=programs,
             splitter=splitter,
             buffers=_true_buffers(model, cut, world, placement),

@@ -17,6 +17,7 @@ from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
 from evenflow.pipe.agree import FED, Agreed, Prepared, agree
+from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
 from evenflow.pipe.result import StepResult
@@ -57,6 +58,7 @@ class Parts:
     devices: Sequence[torch.device]  # of all stages
     recordings: Recordings
     updater: Updater
+    fixed: FixedParameters
     programs: Programs
     splitter: Callable[[Any], Prepared]
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
@@ -89,6 +91,10 @@ class Pipeline:
         and `PeerError` when another rank is lost. An error in mid-step drops all gradients since the last
         update.
         """
+        if not torch.is_grad_enabled():
+            raise ConfigError(
+                "step() was called under no_grad or inference_mode: it would train nothing; use evaluate()"
+            )
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
@@ -206,7 +212,8 @@ class Pipeline:
         )
 
     def _prepared(self, batch: Any) -> Prepared | None:
-        self._parts.updater.check_frozen()
+        self._parts.fixed.check()
+        self._parts.updater.accumulators.refresh()
         return None if batch is FED or batch is None else self._parts.splitter(batch)
 
     def _learn(self, program: Program, training: bool, microbatch: Any) -> int:
@@ -217,7 +224,10 @@ class Pipeline:
             check_loss(graph)
             if training:
                 check_trainable(graph)
-        return recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
+        number = recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
+        accumulators = self._parts.updater.accumulators
+        refuse_shared_hooks(accumulators.uses, accumulators.parameter)
+        return number
 
     def _run(
         self,

@@ -40,20 +40,10 @@ class Updater:
                 self.optimizers[stage] = _checked(optimizer(trainable))
                 if scheduler is not None:
                     self.schedulers.append(_checked_scheduler(scheduler(self.optimizers[stage])))
-        self._frozen = [(name, p) for name, p in self.parameters if not p.requires_grad]
 
     @property
     def parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, parameter) for stage in self.owned.values() for name, parameter in stage.items())
-
-    def check_frozen(self) -> None:
-        """Refuse to go on where a parameter that was frozen at first is to be trained now."""
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise ConfigError(
-                    f"the parameter {name} was frozen when the pipeline was built and is to be trained now, "
-                    "which neither recording nor optimizer knows: build the pipeline anew"
-                )
 
     def clear(self) -> None:
         """Forget all gradients."""

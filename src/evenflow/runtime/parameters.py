@@ -102,6 +102,13 @@ class Accumulators:
             if alias.data_ptr() != parameter.data_ptr():
                 alias.data.copy_(parameter.data)
 
+    def refresh(self) -> None:
+        """Let accumulators follow a parameter whose memory the user exchanged (`parameter.data = …`)."""
+        for use, alias in self._objects.items():
+            parameter = self._parameters[use.name]
+            if alias.device == parameter.device and alias.data_ptr() != parameter.data_ptr():
+                alias.data = parameter.data
+
     def parameter(self, name: str) -> torch.nn.Parameter:
         """The parameter that this process keeps under a shared name, owner or not."""
         return self._parameters[name]

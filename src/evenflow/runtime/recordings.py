@@ -17,10 +17,12 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
-from evenflow.graph.fakes import FakeParameters
+from evenflow.graph.fakes import FakeParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
-from evenflow.graph.outside import around_function, around_modules
+from evenflow.graph.compare import refuse_difference
+from evenflow.graph.modules import python_kept
+from evenflow.graph.outside import Snapshot, frozen, names_in, seen_by_function, seen_by_modules
 from evenflow.graph.record import record
 from evenflow.graph.template import is_plain
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
@@ -67,28 +69,43 @@ class Recordings:
         self._model, self._fakes, self._device, self._leaves = model, fakes, device, leaves
         self._accumulators = accumulators
         self._by_key: dict[Any, list[int]] = {}
-        self._states: list[Any] = []  # by recording: what the modules that were taken apart were made of
+        self._names: dict[Program, frozenset[str]] = {}  # by program: the names in its code
+        self._seen: Snapshot = {}  # what Python tells the program now
+        self._outside: list[Snapshot] = []  # by recording: what Python told it
+        self._self_changing: set[str] = (
+            set()
+        )  # attributes that modules change by themselves, which stay whole
         self._guards: list[list[tuple[Guard, Work]]] = []  # by recording, in program order
         self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
         for module, key, fake in fakes.slots:
             self._places.setdefault(fakes.names[id(fake)], []).append((module, key))
 
-    def key(self, program: Program, microbatch: Any) -> Any:
-        """What a recording depends on, apart from the numbers in tensors."""
+    def look(self, program: Program) -> None:
+        """See what Python tells the program now; to be called once before `find`, `trace` and `add`."""
+        if program not in self._names:
+            self._names[program] = names_in(program, self._model)
+        names = self._names[program]
+        seen = {**seen_by_modules(self._model, names), **seen_by_function(program, self._model, names)}
+        self._seen = {where: value for where, value in seen.items() if where not in self._self_changing}
+
+    def key(self, microbatch: Any) -> Any:
+        """What a recording depends on, apart from the numbers in tensors and what Python tells."""
         leaves, spec = pytree.tree_flatten(microbatch)
         first: dict[int, int] = {}  # one tensor given twice is another program than two tensors
         described = [(first.setdefault(id(leaf), at), describe(leaf)) for at, leaf in enumerate(leaves)]
-        training = tuple(module.training for module in self._model.modules())
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        memory: dict[int, int] = {}
+        shared = tuple(memory.setdefault(storage_of(tensor), at) for at, tensor in enumerate(given))
         kinds = tuple(
             torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
         )
-        return around_function(program), repr(spec), tuple(described), training, kinds
+        modes = (kinds, torch.get_default_dtype(), torch.is_grad_enabled())
+        return repr(spec), tuple(described), shared, modes
 
     def find(self, program: Program, microbatch: Any) -> int | None:
-        """The recording that fits this microbatch."""
-        for index in self._by_key.get(self.key(program, microbatch), ()):
-            unchanged = self._states[index] == self._state(self.entries[index].graph)
-            if unchanged and self._guards_hold(index, tensors(microbatch)):
+        """The recording that fits this microbatch, after `look`."""
+        for index in self._by_key.get(self.key(microbatch), ()):
+            if self._outside[index] == self._seen and self._guards_hold(index, tensors(microbatch)):
                 return index
         return None
 
@@ -97,20 +114,36 @@ class Recordings:
 
         Raises `RecordError` where the run changes what the recording depends on: the next would differ.
         """
-        before, host = around_function(program), (random.getstate(), np.random.get_state())
-        tree = record(program, self._model, microbatch, device=self._device, fakes=self._fakes)
-        if around_function(program) != before:
-            raise RecordError(
-                "the loss function changes Python values that it also reads (a counter, a list), "
-                "so that no two calls are the same; count outside of it, or pass the number in the batch"
+        host = (random.getstate(), np.random.get_state())
+        with python_kept(self._model):
+            first = self._flat(program, microbatch)
+            names = self._names[program]
+            function, modules = (
+                seen_by_function(program, self._model, names),
+                seen_by_modules(self._model, names),
             )
-        if random.getstate() != host[0] or repr(np.random.get_state()) != repr(host[1]):
-            random.setstate(host[0])
-            np.random.set_state(host[1])
+            second = self._flat(program, microbatch)
+        drawn = random.getstate() != host[0] or repr(np.random.get_state()) != repr(host[1])
+        random.setstate(host[0])
+        np.random.set_state(host[1])
+        if drawn:
             raise RecordError(
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
                 "torch, or pass the number in the batch"
             )
+        changed = [where for where, value in function.items() if self._seen.get(where, value) != value]
+        if changed:
+            raise RecordError(
+                f"the loss function changes Python values that it also reads ({changed[0]}), "
+                "so that no two calls are the same; count outside of it, or pass the number in the batch"
+            )
+        refuse_difference(first, second)
+        self._self_changing |= {where for where, value in modules.items() if self._seen.get(where) != value}
+        self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
+        return first
+
+    def _flat(self, program: Program, microbatch: Any) -> Graph:
+        tree = record(program, self._model, microbatch, device=self._device, fakes=self._fakes)
         return flatten(
             tree,
             max_share=self._leaves.max_share,
@@ -157,14 +190,11 @@ class Recordings:
             )
             for stage in stages.values()
         }
-        self._states.append(self._state(made.graph))
-        self._by_key.setdefault(self.key(program, microbatch), []).append(len(self.entries))
+        self._outside.append(self._seen)
+        self._by_key.setdefault(self.key(microbatch), []).append(len(self.entries))
         self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
-
-    def _state(self, graph: Graph) -> Any:
-        return around_modules(self._model.get_submodule(path) for path in graph.apart)
 
     def _guard_work(self, graph: Graph, guard: Guard) -> Work:
         """What computes the tensors that a guard looks at."""
@@ -176,7 +206,7 @@ class Recordings:
             streams=Streams(0, self._device),
             parameter_of=partial(self._accumulators.parameter_of, {}),
             places_of=lambda _: [],
-            keep=guard.args.refs,
+            extra=guard.args,
         )
 
     def _guards_hold(self, index: int, batch: Sequence[torch.Tensor]) -> bool:
@@ -191,7 +221,7 @@ class Recordings:
                 values[value] = tensor.clone() if value in work.section.cloned else tensor
             with torch.no_grad():
                 work.run(values)
-                args, kwargs = guard.args.fill(values, {})
+                args, kwargs = work.extra.fill(values, {})
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
         return True
@@ -205,7 +235,8 @@ def tensors(microbatch: Any) -> list[torch.Tensor]:
 def describe(leaf: Any) -> Any:
     """The part of a key that a leaf of a microbatch is: all of it, but for a tensor's numbers."""
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.requires_grad
+        form = tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.requires_grad
+        return (*form, frozen(vars(leaf))) if vars(leaf) else form
     if is_plain(leaf) and not isinstance(leaf, torch.nn.Module):
         return type(leaf).__name__, repr(leaf)
     raise ConfigError(

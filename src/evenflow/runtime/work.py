@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import RecordError
 from evenflow.graph.cut import Section
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
-from evenflow.graph.template import Ref, Shared, Template
+from evenflow.graph.outside import PLAIN
+from evenflow.graph.template import NOTHING, Ref, Shared, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, TensorInfo, Value
 from evenflow.runtime.rng import Streams
 
@@ -30,7 +32,10 @@ Swaps = tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]  # (module, 
 
 
 class Work:
-    """A section's nodes as ready calls. `run` fills `values` from what it holds at the start."""
+    """A section's nodes as ready calls. `run` fills `values` from what it holds at the start.
+
+    `extra` is a template that somebody will fill afterwards: its values are kept, its buffers in place.
+    """
 
     def __init__(
         self,
@@ -42,12 +47,12 @@ class Work:
         streams: Streams,
         parameter_of: ParameterOf,
         places_of: PlacesOf,
-        keep: Iterable[int] = (),
+        extra: Template = NOTHING,
     ) -> None:
         self.section = section
         self.graph = graph
         self.draws = any(node.target.draws for node in section.nodes)
-        kept = {*keep, *(value for values in section.sends.values() for value in values)}
+        kept = {*extra.refs, *(value for values in section.sends.values() for value in values)}
         kept |= set(graph.output.refs) if section.needs_output else set()
         drops = _last_uses(section.nodes, kept)
         prepare = _Prepare(graph, model, device, streams, parameter_of, places_of)
@@ -55,6 +60,7 @@ class Work:
         same = itertools.groupby(zip(section.nodes, calls, strict=True), key=lambda pair: _modes(pair[0]))
         self._runs = [(modes, [call for _, call in group]) for modes, group in same]
         self._output = prepare.template(graph.output, None) if section.needs_output else None
+        self.extra = prepare.template(extra, None)
 
     def run(self, values: dict[int, Any]) -> None:
         """Run every node; afterwards `values` holds what the section sends and returns."""
@@ -135,9 +141,10 @@ class _Prepare:
                 return _Call(
                     node,
                     self.template(node.args, node),
-                    module,
+                    # Not `module(…)`: what a `__call__` of its own does around this one was recorded by itself.
+                    partial(torch.nn.Module.__call__, module),
                     drops,
-                    self.swaps(node, module),
+                    self.swaps(node),
                     self.streams,
                     self.graph.values,
                 )
@@ -151,14 +158,16 @@ class _Prepare:
             return module
         return copy.deepcopy(module).to(self.device) if glue else module.to(self.device)
 
-    def swaps(self, node: Node, module: torch.nn.Module) -> Swaps:
-        """Places inside a leaf where this node's own accumulator stands in for a shared parameter."""
-        inside = {id(inner) for inner in module.modules()}
+    def swaps(self, node: Node) -> Swaps:
+        """Places where this node's own accumulator stands in for a shared parameter.
+
+        All its places, for a leaf may reach another module (as an argument, in a list), not only its own.
+        """
         return tuple(
             (owner, key, self.parameter_of(name, node))
             for name in node.parameters
             for owner, key in self.places_of(name)
-            if id(owner) in inside and owner._parameters[key] is not self.parameter_of(name, node)
+            if owner._parameters[key] is not self.parameter_of(name, node)
         )
 
 
@@ -175,6 +184,7 @@ class _Call:
     __slots__ = (
         "args",
         "checked",
+        "checks",
         "draws",
         "drops",
         "flat",
@@ -209,6 +219,7 @@ class _Call:
         single = len(leaves) == 1 and pytree.tree_unflatten([0], node.output.spec) == 0
         self.results: int | list[int | None] | None = leaves[0] if single else leaves
         self.checked = {value: infos[value].info for value in node.results} if node.opaque else {}
+        self.checks = node.opaque or node.stateful
 
     def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
         if self.flat is None:
@@ -240,6 +251,8 @@ class _Call:
                     return self.function(*args, **kwargs)
 
     def keep(self, values: dict[int, Any], result: Any) -> None:
+        if self.checks:
+            self.check_plain(values, result)
         for old, new in self.rebinds:
             values[new] = values[old]
         match self.results:
@@ -259,14 +272,37 @@ class _Call:
         for value in self.drops:
             values.pop(value, None)
 
+    def check_plain(self, values: Mapping[int, Any], result: Any) -> None:
+        """Refuse a leaf that returns other Python values than when it was recorded, or not the same input."""
+        expected, made = self.node.output.leaves, set(self.node.makes)
+        for mine, leaf in zip(pytree.tree_leaves(result), expected, strict=True):
+            if isinstance(leaf, Ref):
+                differs = leaf.value not in made and mine is not values.get(leaf.value, mine)
+            else:
+                differs = isinstance(leaf, PLAIN) and (
+                    type(mine) is not type(leaf) or repr(mine) != repr(leaf)
+                )
+            if differs:
+                raise RecordError(
+                    f"{self.node.name} returned {_shown(mine)}, and {_shown(leaf)} when it was recorded: what it "
+                    "returns depends on more than its shapes; keep the code that uses it in the same module "
+                    "(atomic=[…])"
+                )
+
     def check(self, found: torch.Tensor, expected: TensorInfo) -> None:
         """Refuse a result of another form than when it was recorded: what follows would not fit."""
         if tuple(found.shape) != expected.shape or found.dtype is not expected.dtype:
             raise RecordError(
                 f"{self.node.name} returned a tensor {found.dtype} {list(found.shape)}, and {expected} when "
-                f"it was recorded: the form of its results depends on its numbers ({self.node.whole}); keep the "
-                "code that uses them in the same module (atomic=[…])"
+                f"it was recorded: the form of its results depends on its numbers ({self.node.whole}); "
+                "keep the code that uses them in the same module (atomic=[…])"
             )
+
+
+def _shown(leaf: Any) -> str:  # a leaf of a result
+    return (
+        "a tensor" if isinstance(leaf, torch.Tensor) else "its input" if isinstance(leaf, Ref) else repr(leaf)
+    )
 
 
 @contextlib.contextmanager
