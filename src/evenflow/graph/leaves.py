@@ -54,7 +54,14 @@ def flatten(
     nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
     return Graph(
-        tuple(nodes), tree.values, tree.output, guards, tuple(choice.apart), tree.same_tensor, tree.device
+        tuple(nodes),
+        tree.values,
+        tree.output,
+        guards,
+        tuple(choice.apart),
+        tree.same_tensor,
+        tree.constants,
+        tree.device,
     )
 
 
@@ -183,6 +190,12 @@ def _parameter_uses(call: Call, values: tuple[Value, ...]) -> Counter[str]:
     return Counter(_parameters(call, values))
 
 
+def _first(tree: CallTree, value: int) -> int:
+    """When the first version of a value's memory was made."""
+    storage = tree.values[value].storage
+    return min(other.born for other in tree.values if other.storage == storage)
+
+
 def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
     """Calls that a value enters or leaves without passing through arguments or result, and which value."""
     homes: dict[int, tuple[ModuleCall, ...]] = {}  # clock of a call -> the module calls around it
@@ -193,7 +206,8 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
     def visit(call: Call, around: tuple[ModuleCall, ...]) -> None:
         if isinstance(call, ModuleCall):
             given[call] = frozenset(call.args.refs)
-            changed = (new for c in walk(call) if isinstance(c, FunctionCall) for _, new in c.rebinds)
+            rebinds = (pair for c in walk(call) if isinstance(c, FunctionCall) for pair in c.rebinds)
+            changed = (new for old, new in rebinds if _first(tree, old) < call.start)
             shown[call] = frozenset((*call.output.refs, *changed))
             for child in call.children:
                 visit(child, (*around, call))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+THE_LOSS_FUNCTION = "the loss function"  # where a snapshot says that a value was found
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 # Libraries whose functions and classes do not change under us, so that their code is not followed.
 _LIBRARIES = frozenset(
@@ -61,7 +62,7 @@ def changed_names(before: Snapshot, after: Snapshot) -> list[str]:
 def seen_by_function(program: Callable[..., Any], model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
     """What a loss function is made of: its code, closure, defaults and the globals that it names."""
     freezer = Freezer(names, {id(module) for module in model.modules()})
-    return freezer.parts(program, "the loss function")
+    return freezer.parts(program, THE_LOSS_FUNCTION)
 
 
 def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:

@@ -14,6 +14,7 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -29,6 +30,7 @@ from evenflow.errors import RecordError
 from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
 from evenflow.graph.modules import python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
+from evenflow.graph.outside import Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
@@ -45,7 +47,6 @@ from evenflow.graph.tree import (
     ParameterSource,
     ReadCall,
 )
-from evenflow.graph.outside import Snapshot, changed_names
 from evenflow.graph.values import Values
 
 # Functions through which Python learns the numbers inside a tensor.
@@ -78,12 +79,14 @@ def record(
     *,
     device: torch.device,
     fakes: FakeParameters,
+    rehearsal: "Rehearsal | None" = None,
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
 
     The run works on copies of the microbatch's tensors and of the buffers, and leaves the random generators
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
-    at the outermost level; the program's own errors come with a note of where they arose.
+    at the outermost level; the program's own errors come with a note of where they arose. With the `rehearsal`
+    of an earlier run, a tensor counts as Python's constant only if that run met the same.
     """
     leaves, spec = flatten_tree(microbatch)
     given = [leaf for leaf in leaves if is_tensor(leaf)]
@@ -91,7 +94,7 @@ def record(
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
         torch.default_generator.manual_seed(SEED)  # two runs draw alike, whatever the draws decide
-        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)], device)
+        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)], device, rehearsal)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
     _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
@@ -139,6 +142,14 @@ def _choices() -> tuple[Any, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a run leaves to the next: tensors of Python's own and those that it made of nothing else, by id."""
+
+    constants: dict[int, torch.Tensor]
+    born: frozenset[int]  # memory that the run made
+
+
 class NeedsNumbers(RecordError):
     """A function needs numbers that depend on parameters; a module that holds the call may run for real."""
 
@@ -156,6 +167,7 @@ class _Recorder:
         fakes: FakeParameters,
         batch: list[torch.Tensor],
         device: torch.device,
+        rehearsal: "Rehearsal | None",
     ) -> None:
         self.values = Values()
         self.shared: dict[int, tuple[object, Shared]] = {}
@@ -179,6 +191,9 @@ class _Recorder:
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
+        self.rehearsal = rehearsal
+        self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
+        self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
         self.choices = _choices()
         self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
@@ -206,7 +221,30 @@ class _Recorder:
             for key, attribute in vars(module).items():
                 if attribute is tensor:
                     return self.values.add(tensor, BufferSource(f"{path}.{key}" if path else key))
+        if self.is_constant(tensor, used_by):
+            name = f"constant {len(self.constants)}"
+            self.constants[name] = tensor
+            return self.values.add(tensor, BufferSource(name))
         return self.unseen(tensor, used_by)
+
+    def is_constant(self, tensor: torch.Tensor, used_by: str) -> bool:
+        """Whether a tensor was there before the program began: in a closure, a global, a cache of Python's."""
+        if isinstance(tensor, FakeTensor) or storage_of(tensor) in self.born:
+            return False
+        if tensor.requires_grad:
+            raise RecordError(
+                f"{used_by} uses a tensor {list(tensor.shape)} that requires a gradient and is neither a parameter "
+                "of the model nor in the batch: register it as a parameter"
+            )
+        if self.rehearsal is None or id(tensor) in self.rehearsal.constants:
+            return True
+        if storage_of(tensor) in self.rehearsal.born:
+            raise RecordError(
+                f"{used_by} uses a tensor {list(tensor.shape)} that an earlier call of the program made from the "
+                "batch or the parameters, and kept: evenflow cannot carry it from one microbatch to the next; "
+                "keep it in a buffer of a module"
+            )
+        return False
 
     def unseen(self, tensor: torch.Tensor, used_by: str) -> int:
         """A value from nowhere: the current call stays whole, and may have used any parameter inside it."""
@@ -279,8 +317,19 @@ class _Recorder:
             raise RecordError(
                 f"the loss function itself cannot be recorded: {root.whole}; move that into a module"
             )
+        constants = self.pure | {id(tensor): tensor for tensor in self.constants.values()}
+        if self.rehearsal is not None:
+            constants |= self.rehearsal.constants
+            self.born |= self.rehearsal.born
         return CallTree(
-            root, tuple(self.values.all), output, self.values.same_tensor, self.parameter_names, self.device
+            root,
+            tuple(self.values.all),
+            output,
+            self.values.same_tensor,
+            self.parameter_names,
+            self.constants,
+            self.device,
+            Rehearsal(constants, frozenset(self.born)),
         )
 
     def check_modules(self) -> None:
@@ -367,12 +416,22 @@ class _Recorder:
         if made or changes.rebinds or changes.buffers:
             draws = Draws(path, call.call, call.num_draws, self.pending_draws) if self.pending_draws else None
             output = self.encode(result, name)
+            self.note_pure(inputs, made, changed)
             state = (changes.rebinds, changes.buffers, draws, self.pending_flops, grad_enabled, _autocast())
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made:
             self.note_shape(name, made)
         return result
+
+    def note_pure(self, inputs: Template, made: list[torch.Tensor], changed: list[torch.Tensor]) -> None:
+        """Keep what a function made of Python's constants alone: a cache may give it to the next run."""
+        known = (self.values.tensor(ref) for ref in inputs.refs)
+        if not self.pending_draws and all(id(tensor) in self.pure for tensor in known):
+            self.pure |= {id(tensor): tensor for tensor in made if not isinstance(tensor, FakeTensor)}
+        else:
+            for tensor in changed:
+                self.pure.pop(id(tensor), None)
 
     def without_tensors_in_slices(self, index: Any) -> Any:
         """An index whose slices hold numbers: one that is a tensor is read, as indexing does."""

@@ -145,4 +145,8 @@ class CallTree:
     output: Template
     same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
     parameter_names: dict[str, str]  # every name of a parameter -> its first
+    constants: dict[
+        str, Any
+    ]  # tensors of Python's own, by the name of the `BufferSource` that stands for them
     device: Any  # torch.device on which it was recorded
+    rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`

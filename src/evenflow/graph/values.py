@@ -31,7 +31,7 @@ class Values:
         self.changed_storages: set[int] = set()  # whatever was changed in place
         self._number_of: dict[int, int] = {}  # id(tensor) -> its current value
         self._version_of: dict[int, int] = {}  # id(tensor) -> its version when last seen
-        self._tensors: list[torch.Tensor] = []  # holding a tensor keeps its id from being used again
+        self._holder: list[torch.Tensor] = []  # by value; holding a tensor keeps its id from being used again
         self._aliases: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._renamed: list[tuple[int, int, int]] = []  # (id(tensor), value before, value after)
 
@@ -42,15 +42,19 @@ class Values:
         info = TensorInfo(tuple(tensor.shape), stride, tensor.dtype, tensor.requires_grad)
         self.all.append(Value(number, info, source, storage_of(tensor), clock))
         if id(tensor) not in self._number_of:
-            self._tensors.append(tensor)
             self._aliases[storage_of(tensor)].append(tensor)
         self._number_of[id(tensor)] = number
         self._version_of[id(tensor)] = tensor._version
+        self._holder.append(tensor)
         return number
 
     def find(self, tensor: torch.Tensor) -> int | None:
         """The value that a tensor holds, if it was ever seen."""
         return self._number_of.get(id(tensor))
+
+    def tensor(self, number: int) -> torch.Tensor:
+        """The tensor that held a value."""
+        return self._holder[number]
 
     def changed_unseen(self, tensor: torch.Tensor) -> bool:
         """Whether a known tensor was changed since it was last seen; asks only once."""
@@ -103,7 +107,7 @@ class Values:
 
     def require_grad(self, number: int) -> None:
         """Let a value require a gradient, and the tensor that holds it now."""
-        tensor = next(tensor for tensor in self._tensors if self._number_of[id(tensor)] == number)
+        tensor = self._holder[number]
         if tensor.is_floating_point():
             if not tensor.requires_grad:
                 tensor.requires_grad_()

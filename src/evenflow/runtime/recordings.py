@@ -6,7 +6,7 @@ module's training flag, autocast. Where the program looked at numbers of the bat
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +16,21 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
+from evenflow.graph.compare import find_difference
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
-from evenflow.graph.compare import refuse_difference
 from evenflow.graph.modules import python_kept
-from evenflow.graph.outside import Snapshot, frozen, names_in, seen_by_function, seen_by_modules
-from evenflow.graph.record import record
+from evenflow.graph.outside import (
+    THE_LOSS_FUNCTION,
+    Snapshot,
+    frozen,
+    names_in,
+    seen_by_function,
+    seen_by_modules,
+)
+from evenflow.graph.record import Rehearsal, record
 from evenflow.graph.template import is_plain
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
@@ -69,7 +76,8 @@ class Recordings:
         self._model, self._fakes, self._device, self._leaves = model, fakes, device, leaves
         self._accumulators = accumulators
         self._by_key: dict[Any, list[int]] = {}
-        self._names: dict[Program, frozenset[str]] = {}  # by program: the names in its code
+        # By program: the names in its code, and itself, so that its id is not used again.
+        self._names: dict[Any, tuple[frozenset[str], Program]] = {}
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
         self._self_changing: set[str] = (
@@ -82,11 +90,18 @@ class Recordings:
 
     def look(self, program: Program) -> None:
         """See what Python tells the program now; to be called once before `find`, `trace` and `add`."""
-        if program not in self._names:
-            self._names[program] = names_in(program, self._model)
-        names = self._names[program]
-        seen = {**seen_by_modules(self._model, names), **seen_by_function(program, self._model, names)}
-        self._seen = {where: value for where, value in seen.items() if where not in self._self_changing}
+        self._seen = self._look(program)
+
+    def _look(self, program: Program) -> Snapshot:
+        names = self._names_in(program)
+        seen = {**seen_by_function(program, self._model, names), **seen_by_modules(self._model, names)}
+        return {where: value for where, value in seen.items() if where not in self._self_changing}
+
+    def _names_in(self, program: Program) -> frozenset[str]:
+        key = program if isinstance(program, Hashable) else id(program)
+        if key not in self._names:
+            self._names[key] = (names_in(program, self._model), program)
+        return self._names[key][0]
 
     def key(self, microbatch: Any) -> Any:
         """What a recording depends on, apart from the numbers in tensors and what Python tells."""
@@ -116,13 +131,13 @@ class Recordings:
         """
         host = (random.getstate(), np.random.get_state())
         with python_kept(self._model):
-            first = self._flat(program, microbatch)
-            names = self._names[program]
-            function, modules = (
-                seen_by_function(program, self._model, names),
-                seen_by_modules(self._model, names),
-            )
-            second = self._flat(program, microbatch)
+            first, rehearsal = self._flat(program, microbatch, None)
+            now = self._look(program)
+            changed = [where for where, value in now.items() if self._seen.get(where) != value]
+            graph, rehearsal = self._flat(program, microbatch, rehearsal)
+            difference = find_difference(first, graph)
+            if difference and not changed:  # a cache was filled, of which nothing else can be seen
+                difference = find_difference(graph, self._flat(program, microbatch, rehearsal)[0])
         drawn = random.getstate() != host[0] or repr(np.random.get_state()) != repr(host[1])
         random.setstate(host[0])
         np.random.set_state(host[1])
@@ -131,26 +146,31 @@ class Recordings:
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
                 "torch, or pass the number in the batch"
             )
-        changed = [where for where, value in function.items() if self._seen.get(where, value) != value]
-        if changed:
+        if changed and changed[0].startswith(THE_LOSS_FUNCTION):
             raise RecordError(
                 f"the loss function changes Python values that it also reads ({changed[0]}), "
                 "so that no two calls are the same; count outside of it, or pass the number in the batch"
             )
-        refuse_difference(first, second)
-        self._self_changing |= {where for where, value in modules.items() if self._seen.get(where) != value}
+        if difference:
+            raise RecordError(difference)
+        self._self_changing.update(changed)
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
-        return first
+        return graph
 
-    def _flat(self, program: Program, microbatch: Any) -> Graph:
-        tree = record(program, self._model, microbatch, device=self._device, fakes=self._fakes)
-        return flatten(
+    def _flat(
+        self, program: Program, microbatch: Any, rehearsal: Rehearsal | None
+    ) -> tuple[Graph, Rehearsal]:
+        tree = record(
+            program, self._model, microbatch, device=self._device, fakes=self._fakes, rehearsal=rehearsal
+        )
+        graph = flatten(
             tree,
             max_share=self._leaves.max_share,
             exact=self._leaves.exact,
             opened=self._leaves.opened,
             is_atomic=lambda path: isinstance(self._model.get_submodule(path), self._leaves.atomic),
         )
+        return graph, tree.rehearsal
 
     def cut_first(self, graph: Graph, positions: Sequence[int], names: Sequence[str]) -> Cut:
         """Cut the recording that decides which stage owns what.

@@ -7,7 +7,7 @@ uses, on which device its constants lie, and after which node each value can be 
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,6 +123,8 @@ class _Prepare:
                 case ParameterSource(name):
                     assert node is not None, "a bare parameter is not a result"
                     return self.parameter_of(name, node)
+                case BufferSource(name) if name in self.graph.constants:
+                    return self.graph.constants[name].to(self.device)
                 case BufferSource(name):
                     return _attribute(self.model, name).to(self.device)
                 case _:
