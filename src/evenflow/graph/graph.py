@@ -56,6 +56,7 @@ class Node:
     flops: int
     grad_enabled: bool
     autocast: tuple[tuple[str, Any], ...]  # (device type, torch.dtype)
+    region: int | None = None  # the checkpoint region in which it ran: recomputed in the backward
     whole: str | None = None  # why a module was not taken apart, where something forbade it
     stateful: bool = False  # it keeps Python state, so it must run once per microbatch, on its owner
     opaque: bool = False  # what it does inside was not seen: only running it shows what it returns

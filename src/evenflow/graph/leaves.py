@@ -105,7 +105,7 @@ class _Choice:
         return found
 
     def choose(self, call: ModuleCall) -> list[Call]:
-        hidden = self.hides.get(call) or call.foreign
+        hidden = self.hides.get(call) or call.foreign or _draws_recomputed(call)
         if hidden is None and call.whole is not None and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
         if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
@@ -167,6 +167,20 @@ def _batch_derived(tree: CallTree) -> set[int]:
         if call.draws is None and not call.changed_buffers and derived.issuperset(call.args.refs):
             derived.update((*call.output.refs, *(new for _, new in call.rebinds)))
     return derived
+
+
+def _draws_recomputed(call: ModuleCall) -> str | None:
+    """Why a call that holds a checkpoint with draws must be taken apart: seen from here, each can be keyed."""
+    inner = [each for each in walk(call) if each is not call]
+    regions = (
+        isinstance(each, FunctionCall)
+        and each.draws is not None
+        and each.region is not None
+        and call.region is None
+        for each in inner
+    )
+    sequential = (isinstance(each, ModuleCall) and each.sequential for each in inner)
+    return "random numbers are drawn in a checkpoint inside it" if any(regions) or any(sequential) else None
 
 
 def _has_dynamic_shape(call: Call) -> bool:
@@ -265,10 +279,11 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         flops=_flops(call),
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
+        region=call.region,
         whole=call.whole if isinstance(call, ModuleCall) else None,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
-        hooks=any(isinstance(inner, ModuleCall) and inner.hooks for inner in walk(call)),
+        hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
     )
 
 
@@ -292,6 +307,7 @@ def _module_target(call: ModuleCall) -> ModuleTarget:
     # Where the program looks at numbers inside, another batch may draw more often than this one.
     looks = any(isinstance(inner, ReadCall) for inner in walk(call))
     at_entry = not looks and all(_draws_first(inner) for inner in drawing)
+    at_entry = at_entry or any(inner.sequential for inner in drawing)
     return ModuleTarget(
         call.path, call.call, tuple(Draws(d.path, d.call, 0, d.num_draws) for d in drawing), at_entry
     )

@@ -125,7 +125,10 @@ def is_tensor(leaf: object) -> bool:
 
 def _autocast() -> tuple[tuple[str, Any], ...]:
     kinds = ("cpu", "cuda")
-    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    active = ((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+    return (*active, ("nesting", depth)) if depth else ()
 
 
 def _choices() -> tuple[Any, ...]:
@@ -192,6 +195,7 @@ class _Recorder:
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
         self.rehearsal = rehearsal
+        self.regions: dict[int, tuple[int, Any]] = {}  # by id of a checkpoint's hook, which is kept alive
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
         self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
@@ -417,7 +421,8 @@ class _Recorder:
             draws = Draws(path, call.call, call.num_draws, self.pending_draws) if self.pending_draws else None
             output = self.encode(result, name)
             self.note_pure(inputs, made, changed)
-            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, grad_enabled, _autocast())
+            modes = (grad_enabled, _autocast(), self.region())
+            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made:
@@ -493,12 +498,24 @@ class _Recorder:
                 "draws; every draw is keyed by the pipeline's seed=: take that line out, or pass the numbers in "
                 "the batch"
             )
-        # Non-reentrant checkpoints work through these hooks; torch has no public way to ask for them.
-        if (
-            name == "CheckpointFunction.apply"
-            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        ):
-            raise _checkpointed(call.path)
+        # A reentrant checkpoint gives its recomputation the generator's state of its own beginning.
+        call.sequential |= name == "CheckpointFunction.apply"
+
+    def region(self) -> int | None:
+        """The checkpoint region that the program is in: a number of its own for each call of `checkpoint`.
+
+        Non-reentrant checkpoints work through these hooks; torch has no public way to ask for them.
+        """
+        if self.stack[-1].region is not None:
+            return self.stack[-1].region
+        hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # a pair, or nothing
+        if hooks is None:
+            return None
+        if getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+            self.keep_whole("it runs under saved_tensors_hooks")
+            return None
+        number, _ = self.regions.setdefault(id(hooks[0]), (len(self.regions), hooks))
+        return number
 
     def module(
         self,
@@ -555,6 +572,7 @@ class _Recorder:
         inputs = self.encode((args, kwargs), path)
         self.clock += 1
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
+        call.region = self.region()
         call.whole = reason_to_stay_whole(module)
         self.calls[path] += 1
         self.stack[-1].children.append(call)
@@ -656,10 +674,3 @@ def numbers_of(*tensors: torch.Tensor) -> tuple[Any, ...]:
 
 def _never(*_: Any) -> Any:
     raise AssertionError("an operation that was not seen cannot be repeated: its module stays whole")
-
-
-def _checkpointed(path: str) -> RecordError:
-    return RecordError(
-        f"{path or 'the loss function'} draws random numbers (dropout?) inside a checkpointed region, where "
-        "they cannot yet be keyed for the recomputation: switch off gradient checkpointing, or the dropout"
-    )

@@ -95,7 +95,8 @@ class FunctionCall:
     draws: Draws | None = None
     flops: int = 0
     grad_enabled: bool = True
-    autocast: tuple[tuple[str, Any], ...] = ()  # (device type, dtype) of every active autocast
+    autocast: tuple[tuple[str, Any], ...] = ()  # (device type, dtype) of each active one; ("nesting", depth)
+    region: int | None = None  # the checkpoint region in which it ran, if any
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +127,8 @@ class ModuleCall:
     num_draws: int = 0
     whole: str | None = None  # why this call must not be taken apart, where it must not
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
+    region: int | None = None  # the checkpoint region in which it was called, if any
+    sequential: bool = False  # it draws in a checkpoint that restores the generator: keyed at entry alone
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes

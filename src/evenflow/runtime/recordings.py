@@ -6,7 +6,7 @@ module's training flag, autocast. Where the program looked at numbers of the bat
 """
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,7 +98,7 @@ class Recordings:
         return {where: value for where, value in seen.items() if where not in self._self_changing}
 
     def _names_in(self, program: Program) -> frozenset[str]:
-        key = program if isinstance(program, Hashable) else id(program)
+        key: Any = program if getattr(program, "__hash__", None) else id(program)
         if key not in self._names:
             self._names[key] = (names_in(program, self._model), program)
         return self._names[key][0]

@@ -47,16 +47,25 @@ class Streams:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
         self._device = device
-        self._base = 0
+        self.base = 0  # names step and microbatch
         self._paths: dict[str, int] = {}
         self._hooked: dict[str, list[Any]] = {}  # hook handles, which torch does not type publicly
         self._calls: dict[str, int] = {}  # running call counts inside the active leaf
         self._stack: list[list[Any]] = []  # [path, call, next ordinal] of the drawing modules being run
         self._active = False
 
+    @contextlib.contextmanager
+    def as_at(self, base: int) -> Iterator[None]:
+        """Draw again as in an earlier microbatch: `base` is what `base` was then."""
+        self.base, now = base, self.base
+        try:
+            yield
+        finally:
+            self.base = now
+
     def begin(self, step: int, microbatch: int) -> None:
         """Name the step and microbatch whose draws follow."""
-        self._base = mix(mix(self._seed & _MASK, step), microbatch)
+        self.base = mix(mix(self._seed & _MASK, step), microbatch)
 
     def seed(self, path: str, call: int, ordinal: int) -> None:
         """Set the generator for one draw."""
@@ -65,7 +74,7 @@ class Streams:
             word = self._paths[path] = int.from_bytes(
                 hashlib.blake2b(path.encode(), digest_size=8).digest(), "little"
             )
-        generator_of(self._device).manual_seed(mix(mix(self._base, word), call << 20 | ordinal))
+        generator_of(self._device).manual_seed(mix(mix(self.base, word), call << 20 | ordinal))
 
     @contextlib.contextmanager
     def function(self, drawn: Draws) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from evenflow.errors import RecordError
 from evenflow.graph.cut import Section
@@ -57,24 +58,80 @@ class Work:
         drops = _last_uses(section.nodes, kept)
         prepare = _Prepare(graph, model, device, streams, parameter_of, places_of)
         calls = [prepare.call(node, drops[node.index]) for node in section.nodes]
-        same = itertools.groupby(zip(section.nodes, calls, strict=True), key=lambda pair: _modes(pair[0]))
-        self._runs = [(modes, [call for _, call in group]) for modes, group in same]
+        self._runs = [
+            _Run(tuple(part), kept, section.nodes, streams)
+            for _, part in itertools.groupby(calls, key=lambda call: (_nested(call.node), call.node.region))
+        ]
         self._output = prepare.template(graph.output, None) if section.needs_output else None
         self.extra = prepare.template(extra, None)
 
     def run(self, values: dict[int, Any]) -> None:
         """Run every node; afterwards `values` holds what the section sends and returns."""
         shared: dict[int, Any] = {}
-        for (grad_enabled, autocast), calls in self._runs:
-            with _mode(grad_enabled and torch.is_grad_enabled(), autocast):
-                for call in calls:
-                    call(values, shared)
+        for run in self._runs:
+            run(values, shared)
 
     def output(self, values: Mapping[int, Any]) -> Any:
         """What the program returned, in its own shape; for the section that `needs_output`."""
         assert self._output is not None
         output = self._output.rewrite(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
         return output.fill(values, {})  # (a buffer that is returned may change with the next microbatch)
+
+
+class _Run:
+    """Calls in a row of one autocast region and one checkpoint region; the latter's are computed again later."""
+
+    def __init__(
+        self, calls: "tuple[_Call, ...]", kept: set[int], nodes: tuple[Node, ...], streams: Streams
+    ) -> None:
+        first, last = calls[0].node, calls[-1].node
+        self.nested, self.recomputed, self.streams = _nested(first), first.region is not None, streams
+        groups = itertools.groupby(calls, key=lambda call: _modes(call.node))
+        self.groups = [(modes, tuple(group)) for modes, group in groups]
+        made = {value for call in calls for value in call.node.makes}
+        later = kept.union(*(node.inputs for node in nodes if node.index > last.index))
+        self.takes = tuple(dict.fromkeys(v for call in calls for v in call.held if v not in made))
+        self.gives = tuple(value for value in made if value in later)
+        self.drops = tuple(value for value in self.takes if value not in later)
+
+    def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
+        if self.nested:
+            torch.autocast_increment_nesting()  # casts of weights are kept until the region's end
+        try:
+            if self.recomputed and torch.is_grad_enabled():
+                self.checkpointed(values, shared)
+            else:
+                self.plainly(values, shared)
+        finally:
+            if self.nested and torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+
+    def plainly(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
+        for (grad_enabled, autocast), calls in self.groups:
+            with _mode(grad_enabled and torch.is_grad_enabled(), autocast):
+                for call in calls:
+                    call(values, shared)
+
+    def checkpointed(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
+        base = self.streams.base
+
+        def run(*tensors: torch.Tensor) -> tuple[Any, ...]:
+            inside = dict(zip(self.takes, tensors, strict=True))
+            with self.streams.as_at(base):
+                self.plainly(inside, shared)
+            return tuple(inside[value] for value in self.gives)
+
+        given = [values[value] for value in self.takes]
+        # Every draw is keyed, so the generator's state is no matter.
+        made = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
+        values.update(zip(self.gives, made, strict=True))
+        for value in self.drops:
+            values.pop(value, None)
+
+
+def _nested(node: Node) -> bool:
+    """Whether a node ran inside an autocast region."""
+    return bool(node.autocast)
 
 
 def _modes(node: Node) -> tuple[bool, tuple[tuple[str, Any], ...]]:
@@ -191,6 +248,7 @@ class _Call:
         "drops",
         "flat",
         "function",
+        "held",
         "node",
         "rebinds",
         "results",
@@ -211,6 +269,8 @@ class _Call:
         self.node, self.args, self.function, self.drops, self.swaps = node, args, function, drops, swaps
         self.streams = streams
         self.rebinds = node.rebinds
+        # Values that must lie in the environment; parameters and buffers are in place already.
+        self.held = (*args.refs, *(old for old, _ in node.rebinds))
         self.draws = node.target.draws
         self.flat = _flat(args)
         results = set(node.results)

@@ -1,0 +1,211 @@
+"""Gradient checkpointing that the model brings along: respected, counted once, and dropout draws the same again."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import evenflow
+from unsplit import assert_same_step, assert_splits, mean_square, pipeline_step, regression, seeded
+
+WIDTH = 4
+
+
+class Block(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.dropout(self.down(torch.tanh(self.up(x))))
+
+
+class ByModule(nn.Module):
+    """A parent that checkpoints its blocks, as most do."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(3))
+        self.last = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.last(x)
+
+
+class Around(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=True)
+
+
+class Reentrant(ByModule):
+    """Nobody sees into a reentrant checkpoint: the module that calls it stays whole."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__(dropout)
+        self.blocks = nn.ModuleList(Around(block) for block in self.blocks)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class ByFunction(ByModule):
+    """Checkpoints pieces of its own code, with draws among them."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+
+            def piece(x, block=block):
+                h = functional.dropout(block.up(x), block.dropout.p, self.training)
+                return x + functional.dropout(block.down(torch.tanh(h)), block.dropout.p, self.training)
+
+            x = checkpoint(piece, x, use_reentrant=False)
+        return self.last(x)
+
+
+class OwnCall(Block):
+    """Checkpoints itself, by a `__call__` of its own, as transformers' layers do."""
+
+    def __call__(self, *args):
+        return checkpoint(super().__call__, *args, use_reentrant=False)
+
+
+class ByItself(ByModule):
+    def __init__(self, dropout=0.0):
+        super().__init__(dropout)
+        self.blocks = nn.ModuleList(OwnCall(dropout) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class Nested(ByModule):
+    def forward(self, x):
+        def outer(x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+        return self.last(checkpoint(outer, self.first(x), use_reentrant=False))
+
+
+MODELS = [ByModule, Reentrant, ByFunction, ByItself, Nested]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_cut_gives_the_same_numbers(model):
+    assert_splits(seeded(model), regression(), loss=mean_square)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+@pytest.mark.parametrize("model", MODELS)
+def test_dropout_draws_the_same_numbers_again(model, schedule):
+    def step(stages, share):
+        built = seeded(lambda: model(0.5))()
+        pipe = evenflow.pipeline(
+            built,
+            loss=mean_square,
+            example=regression(),
+            stages=stages,
+            max_leaf_share=share,
+            num_microbatches=4,
+            schedule=schedule,
+        )
+        found = pipeline_step(pipe, built, regression())
+        pipe.close()
+        return found
+
+    expected = step(1, None)
+    for stages, share in ((2, None), (2, 0.0), (3, 0.0), (1, 0.0)):
+        assert_same_step(step(stages, share), expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_gradients_with_dropout_are_those_of_the_numbers_drawn(model):
+    """Recomputed with other draws, gradients would be wrong: without recomputation they are the same."""
+
+    class Plain(model):
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = Block.forward(block, x) if model is not ByFunction else self.piece(block, x)
+            return self.last(x)
+
+        def piece(self, block, x):
+            h = functional.dropout(block.up(x), block.dropout.p, self.training)
+            return x + functional.dropout(block.down(torch.tanh(h)), block.dropout.p, self.training)
+
+    def step(kind):
+        built = seeded(lambda: kind(0.5))()
+        pipe = evenflow.pipeline(
+            built, loss=mean_square, example=regression(), stages=2, max_leaf_share=0.0, num_microbatches=2
+        )
+        found = pipeline_step(pipe, built, regression())
+        pipe.close()
+        return found
+
+    if model is Reentrant:
+        pytest.skip("draws in a reentrant checkpoint follow from the generator's state at its beginning")
+    assert_same_step(step(model), step(Plain))
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_a_block_is_computed_twice_and_no_more(share):
+    def loss(model, batch):
+        h = checkpoint(model, batch["x"], use_reentrant=False)
+        return functional.mse_loss(h, batch["y"])
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+    ran = []
+    model[1].register_forward_hook(lambda *_: ran.append(1))
+    pipe = evenflow.pipeline(
+        model, loss=loss, example=regression(), stages=1, num_microbatches=2, max_leaf_share=share
+    )
+    ran.clear()
+    pipe.step(regression())
+    assert len(ran) == 4, "forward and recomputation of two microbatches"
+
+
+def test_what_a_checkpoint_made_is_not_kept():
+    """Else checkpointing would save no memory: of the blocks' activations only their inputs are saved."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, 1000), nn.Linear(1000, WIDTH)
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x)))
+
+    def loss(model, batch):
+        return functional.mse_loss(
+            checkpoint(model[1], model[0](batch["x"]), use_reentrant=False), batch["y"]
+        )
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Wide())
+    pipe = evenflow.pipeline(
+        model, loss=loss, example=regression(), stages=2, num_microbatches=1, max_leaf_share=0.0
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pipe.step(regression())
+    assert max(saved) < 1000 * 8, "an activation of the wide layer was saved"
