@@ -21,7 +21,7 @@ from evenflow.runtime.microbatch import Microbatches
 from unsplit import buffers_of, random_cuts, sgd
 
 WIDTH = 4
-STEPS = 3
+STEPS = 2
 
 
 Numbers = dict[str, torch.Tensor]  # what a step left behind, by name
@@ -136,13 +136,10 @@ def alike(found: torch.Tensor | None, expected: torch.Tensor | None, tolerance: 
 
 TRIALS = [
     {"stages": 2, "max_leaf_share": 0.0},
-    {"stages": 3, "max_leaf_share": 0.0},
     {"stages": 2, "max_leaf_share": 0.0, "cuts": 0},
     {"stages": 3, "max_leaf_share": 0.0, "cuts": 1},
-    {"stages": 2, "max_leaf_share": 0.0, "cuts": 2},
     {"stages": 2},
-    {"stages": 3},
-    {"stages": 2, "cuts": 3},
+    {"stages": 3, "cuts": 2},
 ]
 
 

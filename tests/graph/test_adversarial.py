@@ -1,6 +1,7 @@
 """Programs made to be split wrongly: aliases, changes in place, numbers that reach Python by back doors."""
 
 import functools
+import itertools
 import math
 import pickle
 
@@ -465,7 +466,7 @@ NUMBERS = {
     "bincount": (lambda n: n.bincount().shape[0], {}),
     "repeat_interleave": (lambda n: torch.ones(3).repeat_interleave(n).shape[0], {}),
     "percent": (lambda n: float("%d" % n[0]), {}),  # noqa: UP031 (the way is the point)
-    "min, max, sorted": (lambda n: max(n) + min(n) * float(sorted(n)[-1]), {}),
+    "min, max, sorted": (lambda n: max(n) + min(n) * float(sorted(n)[1]), {}),
     "math": (lambda n: math.exp(n[0]) * math.floor(n[0] / 2), {}),
     "is_nonzero": (lambda n: 2 if torch.is_nonzero(n[0] - 1) else 3, {}),
     "data.item": (lambda n: n.data[0].item() + n.detach().double().tolist()[0], {}),
@@ -837,11 +838,14 @@ def seeded_in_a_fork(self, x):
 def dropout_switched_on_between_steps():
     def change(model, step):
         model.knob.p = 0.5 if step else 0.0
-        torch.manual_seed(id(model) % 1000)  # which must not matter
+        torch.manual_seed(next(seeds))  # which must not matter
 
     return Program(
         net(lambda self, x: self.head(self.knob(self.b(self.a(x)))), knob=nn.Dropout(0.0)), change=change
     )
+
+
+seeds = itertools.count()
 
 
 @pytest.mark.parametrize("case", cases.parameters())
