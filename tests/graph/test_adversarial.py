@@ -462,6 +462,18 @@ SHAPES = (
 SLICE = "a slice is plain for template.IMMUTABLE, with the tensor inside it"
 TEXT = "record.READS knows neither __format__ nor __repr__ nor __reduce_ex__"
 
+
+def assigned(n):
+    mask = torch.ones(8)
+    mask[n[0] :] = 0.0
+    return mask
+
+
+def padded(n):
+    packed = nn.utils.rnn.pack_padded_sequence(torch.ones(3, 4, 1), n, batch_first=True, enforce_sorted=False)
+    return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
 NUMBERS = {
     "bincount": (lambda n: n.bincount().shape[0], {}),
     "repeat_interleave": (lambda n: torch.ones(3).repeat_interleave(n).shape[0], {}),
@@ -489,6 +501,8 @@ NUMBERS = {
         lambda n: torch.ones(5)[: n.max()].shape[0],
         {"culprit": "slice|getitem", "wrong": SLICE},
     ),
+    "a slice assigned": (lambda n: assigned(n).sum(), {"culprit": "slice|setitem", "wrong": SLICE}),
+    "padded rows": (lambda n: padded(n).shape[1], {"culprit": "pad_packed", "wrong": SHAPES}),
     "f-string": (lambda n: float(f"{n[0]}"), {"culprit": "__format__", "wrong": TEXT}),
     "repr": (lambda n: {"1": 1.0, "2": 5.0, "3": 7.0}[repr(n)[8]], {"culprit": "__repr__", "wrong": TEXT}),
     "pickle": (lambda n: sum(pickle.dumps(n)) % 7, {"culprit": "__reduce_ex__", "wrong": TEXT}),

@@ -736,6 +736,54 @@ def an_average_of_weights_that_is_used():
     return Program(net(run, average=torch.ones(WIDTH, WIDTH)))
 
 
+class Context:
+    def __init__(self):
+        self.calls = 0
+
+
+class Sharing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, context):
+        context.calls += 1
+        return self.layer(x) * context.calls
+
+
+@program(
+    culprit="Context",
+    wrong="each stage has a copy of its own of an object that is handed around (template.Shared)",
+)
+def a_counter_in_an_object_that_is_handed_around():
+    def run(self, x):
+        context, h = Context(), self.a(x)
+        for layer in (self.p, self.q, self.r):
+            h = layer(h, context)
+        return self.head(h)
+
+    torch.manual_seed(4)
+    layers = {"p": Sharing(), "q": Sharing(), "r": Sharing()}
+    return Program(net(run, **layers), options={"atomic": [Sharing]})
+
+
+@program(culprit="function|batch", wrong="a function in the batch is known by its repr (recordings.describe)")
+def a_function_in_the_batch():
+    alpha = [1.0]
+
+    def scale():
+        return alpha[0]
+
+    def change(model, step):
+        alpha[0] = 1.0 + step
+
+    def batch(step):
+        return [item | {"scale": scale} for item in data(step)]
+
+    loss = lambda model, batch: square(model, batch) * batch["scale"]()  # noqa: E731
+    return Program(net(straight), loss, batch, change)
+
+
 # -- leaves that run live
 
 
