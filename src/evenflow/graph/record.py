@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
-from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
+from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
 from evenflow.graph.modules import (
     Attribute,
     changed_attributes,
@@ -76,9 +76,12 @@ def record(
     microbatch: Any,  # any tree
     *,
     device: torch.device,
-    fakes: FakeParameters,
+    fakes: FakeParameters | RealParameters,
+    seen: Callable[[int, torch.Tensor], None] | None = None,
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
+
+    `seen` is told each value's number and tensor when it is made (with `RealParameters`, its numbers too).
 
     The run works on copies of the microbatch's tensors and of the buffers, and leaves the random generators
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
@@ -89,7 +92,7 @@ def record(
     copies = {id(leaf): _copied(leaf, device) for leaf in leaves if is_tensor(leaf)}  # one tensor stays one
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
-        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)])
+        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)], seen)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec), device)
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
     _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
@@ -124,8 +127,14 @@ def _autocast() -> tuple[tuple[str, Any], ...]:
 class _Recorder:
     """The state of one recording; becomes a `CallTree`."""
 
-    def __init__(self, model: torch.nn.Module, fakes: FakeParameters, batch: list[torch.Tensor]) -> None:
-        self.values = Values()
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        fakes: FakeParameters | RealParameters,
+        batch: list[torch.Tensor],
+        seen: Callable[[int, torch.Tensor], None] | None,
+    ) -> None:
+        self.values = Values(seen)
         self.shared: dict[int, tuple[object, Shared]] = {}
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.clock = 0

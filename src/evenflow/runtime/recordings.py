@@ -17,16 +17,17 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
-from evenflow.graph.fakes import FakeParameters
+from evenflow.graph.fakes import FakeParameters, RealParameters
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
 from evenflow.graph.outside import around_function, around_modules
 from evenflow.graph.record import record
 from evenflow.graph.template import is_plain
+from evenflow.graph.tree import CallTree
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
-from evenflow.runtime.work import Work
+from evenflow.runtime.work import ParameterOf, Work
 
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
 
@@ -111,6 +112,23 @@ class Recordings:
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
                 "torch, or pass the number in the batch"
             )
+        return self._flat(tree)
+
+    def observe(self, program: Program, microbatch: Any) -> tuple[Graph, dict[int, torch.Tensor]]:
+        """Record with the parameters' own numbers: the graph, and what each of its values was.
+
+        Buffers are left as they were; draws are whatever the generators give.
+        """
+        values: dict[int, torch.Tensor] = {}
+
+        def keep(number: int, tensor: torch.Tensor) -> None:
+            values[number] = tensor.detach().clone()
+
+        real = RealParameters(self._fakes)
+        tree = record(program, self._model, microbatch, device=self._device, fakes=real, seen=keep)
+        return self._flat(tree), values
+
+    def _flat(self, tree: CallTree) -> Graph:
         return flatten(
             tree,
             max_share=self._leaves.max_share,
@@ -146,15 +164,7 @@ class Recordings:
         """Keep a cut recording and make its works for these stages; returns its number."""
         serving = self._accumulators.learn(made)
         works = {
-            stage.index: Work(
-                made.sections[stage.index],
-                made.graph,
-                self._model,
-                device=stage.device,
-                streams=stage.streams,
-                parameter_of=partial(self._accumulators.parameter_of, serving),
-                places_of=self._places.__getitem__,
-            )
+            stage.index: self._work(made, stage, partial(self._accumulators.parameter_of, serving))
             for stage in stages.values()
         }
         self._states.append(self._state(made.graph))
@@ -162,6 +172,32 @@ class Recordings:
         self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
+
+    def uncut(self, number: int, stage: Stage, accumulators: Accumulators) -> Work:
+        """A recording as the only section, for a stage of its own, with accumulators of its own."""
+        made = cut(self.entries[number].graph, ())
+        return self._work(made, stage, partial(accumulators.parameter_of, accumulators.learn(made)))
+
+    @property
+    def exact(self) -> bool:
+        """Whether shared parameters have an accumulator for each use."""
+        return self._leaves.exact
+
+    @property
+    def first_names(self) -> Mapping[str, str]:
+        """Every name of a parameter, and the first of its names."""
+        return self._fakes.tied
+
+    def _work(self, made: Cut, stage: Stage, parameter_of: ParameterOf) -> Work:
+        return Work(
+            made.sections[stage.index],
+            made.graph,
+            self._model,
+            device=stage.device,
+            streams=stage.streams,
+            parameter_of=parameter_of,
+            places_of=self._places.__getitem__,
+        )
 
     def _state(self, graph: Graph) -> Any:
         return around_modules(self._model.get_submodule(path) for path in graph.apart)

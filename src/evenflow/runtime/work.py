@@ -25,7 +25,14 @@ ParameterOf = Callable[[str, Node], torch.nn.Parameter]
 # Finds (module, attribute) places of a parameter by its first name.
 PlacesOf = Callable[[str], list[tuple[torch.nn.Module, str]]]
 
+# Is told a node that has run and the values that there are then, what it made among them.
+Tell = Callable[[Node, Mapping[int, Any]], None]
+
 Swaps = tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]  # (module, attribute, stand-in)
+
+
+_Modes = tuple[bool, tuple[tuple[str, Any], ...]]  # gradients on or off; (device type, autocast dtype)
+_Ready = Callable[[dict[int, Any], dict[int, Any]], None]  # runs a node on (values, shared objects)
 
 
 class Work:
@@ -52,16 +59,24 @@ class Work:
         prepare = _Prepare(graph, model, device, streams, parameter_of, places_of)
         calls = [prepare.call(node, drops[node.index]) for node in section.nodes]
         same = itertools.groupby(zip(section.nodes, calls, strict=True), key=lambda pair: _modes(pair[0]))
-        self._runs = [(modes, [call for _, call in group]) for modes, group in same]
+        self.runs: list[tuple[_Modes, list[_Ready]]] = [
+            (modes, [call for _, call in group]) for modes, group in same
+        ]
         self._output = prepare.template(graph.output, None) if section.needs_output else None
 
     def run(self, values: dict[int, Any]) -> None:
         """Run every node; afterwards `values` holds what the section sends and returns."""
         shared: dict[int, Any] = {}
-        for (grad_enabled, autocast), calls in self._runs:
+        for (grad_enabled, autocast), calls in self.runs:
             with _mode(grad_enabled and torch.is_grad_enabled(), autocast):
                 for call in calls:
                     call(values, shared)
+
+    def watched(self, tell: "Tell") -> "Work":
+        """The same work, which tells of every node what it made."""
+        told = copy.copy(self)
+        told.runs = [(modes, [_told(call, tell) for call in calls]) for modes, calls in self.runs]
+        return told
 
     def output(self, values: Mapping[int, Any]) -> Any:
         """What the program returned, in its own shape; for the section that `needs_output`."""
@@ -70,7 +85,7 @@ class Work:
         return output.fill(values, {})  # (a buffer that is returned may change with the next microbatch)
 
 
-def _modes(node: Node) -> tuple[bool, tuple[tuple[str, Any], ...]]:
+def _modes(node: Node) -> "_Modes":
     return node.grad_enabled, node.autocast
 
 
@@ -250,6 +265,21 @@ class _Call:
                 values.update((value, leaf) for value, leaf in pairs if value is not None)
         for value in self.drops:
             values.pop(value, None)
+
+
+def _told(call: _Ready, tell: Tell) -> _Ready:
+    """A call that tells of its node before it lets go of what nobody needs any more."""
+    assert isinstance(call, _Call), "a work that is watched already"
+    kept = copy.copy(call)
+    kept.drops = ()
+
+    def run(values: dict[int, Any], shared: dict[int, Any]) -> None:
+        kept(values, shared)
+        tell(call.node, values)
+        for value in call.drops:
+            values.pop(value, None)
+
+    return run
 
 
 @contextlib.contextmanager
