@@ -209,23 +209,20 @@ class _Check:
             return None
         row = max(wrong, key=lambda row: last[row.name].index)
         stage = stages_of_parameters(cut)[row.name][-1]
-        return FirstGradient(row.name, last[row.name].name, stage, row.difference)
+        return FirstGradient(row.name, last[row.name].name, stage, row.difference, row.note)
 
     def _first_node(self) -> FirstNode | None:
         made = self._made_by_nodes()
         for number, (job, item) in enumerate(zip(self.jobs, self.items, strict=True)):
-            streams = self.plain.streams
-            if streams is None:
+            before = Snapshot(self.parts.model, [], batch=tensors(item), devices=[self.first.device])
+            with self.plain.keyed(number):
                 graph, values = self.parts.recordings.observe(self.parts.loss, item)
-            else:
-                streams.begin(self.step, number)
-                with streams.untouched(self.parts.model):
-                    graph, values = self.parts.recordings.observe(self.parts.loss, item)
+            before.put_back()
             twin = _Twin(job.cut.graph, graph, values)
             found = twin.first_difference({key[1:]: made[key] for key in made if key[0] == number})
             if found is not None:
                 return FirstNode(found.node, found.stage, number, found.difference, found.note)
-            self.plain.forward(item, number)  # the recording left the buffers as they were
+            self.plain.forward(item, number)  # for what it leaves to the next microbatch
         return None
 
     def _made_by_nodes(self) -> dict[tuple[int, int, int], dict[int, Any]]:

@@ -52,9 +52,10 @@ class FirstGradient:
     node: str
     stage: int
     difference: float
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.parameter} of {self.node} (stage {self.stage}): {_share(self.difference)}"
+        return f"{self.parameter} of {self.node} (stage {self.stage}): {self.note or _share(self.difference)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One step whole: the user's model and loss function in a plain loop, and a recording on one stage."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,17 @@ class PlainLoop:
 
     def forward(self, microbatch: Any, number: int) -> Any:
         """What the loss function returns for a microbatch."""
+        with self.keyed(number):
+            return self.program(self.model, pytree.tree_map(self._entered, microbatch))
+
+    @contextmanager
+    def keyed(self, number: int) -> Iterator[None]:
+        """With gradients, on the device, and with the draws of a microbatch."""
         if self.streams is not None:
             self.streams.begin(self.step, number)
-        keyed = nullcontext() if self.streams is None else self.streams.untouched(self.model)
-        with torch.enable_grad(), on(self.device), keyed:
-            return self.program(self.model, pytree.tree_map(self._entered, microbatch))
+        draws = nullcontext() if self.streams is None else self.streams.untouched(self.model)
+        with torch.enable_grad(), on(self.device), draws:
+            yield
 
     def run(self, items: Sequence[Any], weights: Sequence[float]) -> list[Result]:
         """Run every microbatch forward and backward; gradients add up in the parameters."""
