@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from evenflow.pipe.times import Times
 from evenflow.pipe.update import Updater
 from evenflow.runtime.executor import Executor, Job, Reading, Result
 from evenflow.runtime.links.link import Link
-from evenflow.runtime.microbatch import Microbatches, join
+from evenflow.runtime.microbatch import join
 from evenflow.runtime.recordings import Program, Recordings
 from evenflow.runtime.rng import generators_restored
 from evenflow.runtime.stage import Stage
@@ -203,8 +203,7 @@ class Pipeline:
         prepared = self._prepared(batch)
         if prepared is None:
             raise ConfigError("there is no batch to check: pass one batch, as to step")
-        agreed = self._agree(parts.loss, Microbatches(prepared.items), training=True)
-        agreed = replace(agreed, shares=prepared.shares, size=prepared.size)
+        agreed = self._agree_on(parts.loss, lambda: prepared, training=True)
         return check_step(
             parts,
             self._jobs(agreed),
@@ -240,12 +239,17 @@ class Pipeline:
     # -- one step
 
     def _agree(self, program: Program, batch: Any, *, training: bool) -> Agreed:
+        return self._agree_on(program, lambda: self._prepared(batch), training=training)
+
+    def _agree_on(
+        self, program: Program, prepare: Callable[[], Prepared | None], *, training: bool
+    ) -> Agreed:
         parts = self._parts
         return agree(
             parts.world,
             parts.recordings,
             program,
-            prepare=lambda: self._prepared(batch),
+            prepare=prepare,
             learn=partial(self._learn, program, training),
             device=self._device,
             placement=parts.programs.placement,
