@@ -20,6 +20,8 @@ class Stage:
     last: str = "head"
     num_parameters: int = 1_234_567
     share: float = 0.516
+    num_sent: int = 2
+    sends_bytes: int = 98_304
 
 
 def written(act, **options):
@@ -48,8 +50,14 @@ def test_a_long_line_is_not_broken():
 
 def test_the_table_shows_each_stage():
     table = written(lambda console: print_cut(console, [Stage()]))
-    for cell in ("1", "layers.2 … head", "5", "1,234,567", "51.6 %"):
+    for cell in ("1", "layers.2 … head", "5", "1,234,567", "51.6 %", "96.00 KiB in 2"):
         assert cell in table
+
+
+def test_a_stage_that_sends_nothing_has_a_dash():
+    table = written(lambda console: print_cut(console, [Stage(num_sent=0, sends_bytes=0)]))
+    assert "96.00" not in table
+    assert "│     - │" in table
 
 
 @pytest.mark.parametrize(

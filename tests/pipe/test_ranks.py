@@ -249,6 +249,10 @@ def timelines(folder):
     return [[str(span.op) for span in line.spans if span.is_compute] for line in pipe.timelines()]
 
 
+def checked(folder):
+    return error_of(lambda: make().check(regression()))
+
+
 SCENARIOS = [
     more_stages_than_processes,
     fewer_stages_than_processes,
@@ -268,6 +272,7 @@ SCENARIOS = [
     frozen_stage,
     generators,
     timelines,
+    checked,
 ]
 
 
@@ -436,6 +441,12 @@ def test_frozen_stage(found):
 
 def test_generators(found):
     assert found == [True, True]
+
+
+def test_checked(found):
+    for kind, text in found:
+        assert kind == "ConfigError"
+        assert text.startswith("check runs the whole model in one process; here are 2: run `evenflow check")
 
 
 def test_timelines(found):

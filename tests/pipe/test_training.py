@@ -451,3 +451,16 @@ def test_a_model_that_computes_its_own_loss():
     pipe = evenflow.pipeline(model, example=batch, stages=2, optimizer=sgd)
     losses = [float(pipe.step(batch).loss) for _ in range(3)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_step_under_no_grad_trains_every_stage():
+    weights = []
+    for enabled in (True, False):
+        model = mlp(4, 8, 8, 1)
+        pipe = evenflow.pipeline(
+            model, loss=mean_square, example=regression(), optimizer=sgd, stages=2, num_microbatches=2
+        )
+        with torch.set_grad_enabled(enabled):
+            pipe.step(regression())
+        weights.append(list(model.parameters()))
+    assert all(map(torch.equal, *weights))

@@ -111,6 +111,68 @@ def train_command(
     )
 
 
+@app.command("check")
+def check_command(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG.toml|MODULE:FUNCTION",
+            help="A configuration file, or a function (MODULE:FUNCTION or FILE.py:FUNCTION) that returns the "
+            "model, the loss function and an example batch.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder: a model and its tokenizer.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch of text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a sequence of text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where the random numbers start.")] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Into how many stages to cut. Default: those of 2 ranks.")
+    ] = None,
+    stages_per_rank: Annotated[
+        int | None, typer.Option(help="How many stages each rank holds. Default: what suits the schedule.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="The order of work, such as 1f1b, zb-v or auto.")
+    ] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Into how many microbatches to split a batch.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Let shared parameters get the same bits at every cut.")
+    ] = False,
+) -> None:
+    """Compare one step split with one step of the whole model: every gradient, buffer and output.
+
+    It takes one process and the CPU. Exits with 0 where all is equal, 1 where something differs.
+    """
+    from evenflow.cli.check import check
+    from evenflow.cli.train import Flags
+
+    equal = check(
+        Flags(
+            source=source,
+            model=model,
+            data=tuple(data or ()),
+            batch_size=batch_size,
+            length=length,
+            seed=seed,
+            stages=stages,
+            stages_per_rank=stages_per_rank,
+            schedule=schedule,
+            num_microbatches=microbatches,
+            exact=exact or None,
+            device="cpu",
+        )
+    )
+    raise typer.Exit(0 if equal else 1)
+
+
 @app.command("schedule")
 def schedule_command(
     name: Annotated[
@@ -188,7 +250,7 @@ def schedule_command(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default the process's own; an `EvenflowError` becomes one red message.
 
-    Exits with 0, 2 for an error that the user can read, 130 for Ctrl-C.
+    Exits with 0, 1 where `check` found a difference, 2 for an error that the user can read, 130 for Ctrl-C.
 
     Example:
         >>> main(["--version"])  # doctest: +SKIP

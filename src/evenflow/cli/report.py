@@ -12,6 +12,9 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from evenflow.view.units import format_bytes
 
 # So many lines, evenly spread, stand in for the bar where output goes to a file.
 _NUM_LINES = 10
@@ -69,15 +72,39 @@ class CutStage(Protocol):
     def num_parameters(self) -> int: ...
     @property
     def share(self) -> float: ...
+    @property
+    def num_sent(self) -> int: ...
+    @property
+    def sends_bytes(self) -> int: ...
+
+
+class ComparisonReport(Protocol):
+    """What the table of a check needs to know: `evenflow.pipe.check_report.CheckReport` knows it."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def headings(self) -> tuple[str, ...]: ...
+    @property
+    def table(self) -> list[tuple[str, ...]]: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def equal(self) -> bool: ...
 
 
 def print_cut(console: Console, cut: Iterable[CutStage]) -> None:
-    """Show each stage: its rank, its nodes, its parameters and its estimated share of the work."""
-    table = Table(title="The model, cut into stages", title_justify="left", title_style="bold")
+    """Show each stage: its rank, nodes, parameters, estimated share of the work, and what it sends.
+
+    What it sends are the activations that leave it for each microbatch: tensors, and bytes in all.
+    """
+    title = "The model, cut into stages (sends: per microbatch, bytes in how many tensors)"
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table()
     for heading in ("stage", "rank"):
         table.add_column(heading, justify="right")
     table.add_column("from … to", overflow="fold")
-    for heading in ("nodes", "parameters", "share of work"):
+    for heading in ("nodes", "parameters", "share of work", "sends"):
         table.add_column(heading, justify="right")
     for stage in cut:
         table.add_row(
@@ -87,8 +114,27 @@ def print_cut(console: Console, cut: Iterable[CutStage]) -> None:
             str(stage.num_nodes),
             f"{stage.num_parameters:,}",
             f"{100 * stage.share:.1f} %",
+            _sent(stage),
         )
     console.print(table)
+
+
+def _sent(stage: CutStage) -> str:
+    if stage.num_sent == 0:
+        return "-"
+    return f"{format_bytes(stage.sends_bytes)} in {stage.num_sent}"
+
+
+def print_check(console: Console, report: ComparisonReport) -> None:
+    """Show what a check compared, and its verdict: green where all is equal, else red."""
+    console.print(Text(report.title, style="bold"), soft_wrap=True)
+    table = Table()
+    for heading in report.headings:
+        table.add_column(heading, justify="right" if heading in ("compared", "equal") else "left")
+    for row in report.table:
+        table.add_row(*(Text(cell) for cell in row))  # `Text`: names of outputs hold square brackets
+    console.print(table)
+    console.print(Text(report.verdict, style="bold green" if report.equal else "bold red"), soft_wrap=True)
 
 
 class ProgressReport:

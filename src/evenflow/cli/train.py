@@ -20,7 +20,7 @@ from evenflow.cli.config import (
     TextData,
     read_config,
 )
-from evenflow.cli.training import Job, check, run_rank
+from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
 from evenflow.launcher import launch, rank_environment
 from evenflow.pipe.choices import stages_on_each
@@ -46,6 +46,7 @@ class Flags:
     schedule: str | None = None
     num_microbatches: int | None = None
     out: Path | None = None
+    exact: bool | None = None
     device: str | None = None
 
 
@@ -57,7 +58,7 @@ def train(flags: Flags) -> None:
     """
     job = make_job(flags)
     if rank_environment() is None:
-        check(job)
+        prepare_here(job)[0].close()
         ranks = f"{job.num_ranks} process{'es' if job.num_ranks > 1 else ''} × 1 thread"
         Console().print(
             f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False
@@ -128,6 +129,7 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         "stages": flags.stages,
         "stages_per_rank": flags.stages_per_rank,
         "schedule": flags.schedule,
+        "exact": flags.exact,
     }
     return dataclasses.replace(
         config,

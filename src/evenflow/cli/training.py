@@ -68,24 +68,24 @@ def run_rank(job: Job) -> None:
         pipe.close()
 
 
-def check(job: Job) -> None:
+def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
     """Do all that the ranks do before their first step, in this process and on the CPU.
 
-    What is wrong with the model, the data or the cut is then said once, before any process starts.
+    What is wrong with the model, the data or the cut is then said once, before any process starts. The
+    pipeline is to be closed.
 
     Raises:
         EvenflowError: What is wrong. An exception of the model's own code comes as a `ConfigError` whose
             note is its traceback.
     """
     try:
-        pipe, _ = _prepare(job, device="cpu")
+        return _prepare(job, device="cpu")
     except EvenflowError:
         raise
     except Exception as error:
         refusal = ConfigError(f"the model cannot be built and run: {type(error).__name__}: {error}")
         refusal.add_note("".join(traceback.format_exception(error)).rstrip())
         raise refusal from error
-    pipe.close()
 
 
 def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:

@@ -69,6 +69,26 @@ class FakeParameters:
                 module._parameters[key] = parameter
 
 
+class RealParameters:
+    """A model's own parameters in the place of their stand-ins: to see what numbers a program makes."""
+
+    def __init__(self, fakes: FakeParameters) -> None:
+        self.slots = [(module, key, _real(module, key)) for module, key, _ in fakes.slots]
+        pairs = zip(self.slots, fakes.slots, strict=True)
+        self.names = {id(real): fakes.names[id(fake)] for (_, _, real), (_, _, fake) in pairs}
+        self.tied = fakes.tied
+
+    def installed(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do: they are where they belong."""
+        return contextlib.nullcontext()
+
+
+def _real(module: torch.nn.Module, key: str) -> torch.nn.Parameter:
+    parameter = module._parameters[key]
+    assert parameter is not None, "it was there when its stand-in was made"
+    return parameter
+
+
 @contextlib.contextmanager
 def buffers_copied(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Let a run work on copies of the buffers, on its device, and put the real ones back afterwards."""

@@ -52,30 +52,31 @@ def _without_tensors(value: Any) -> Any:
 @contextlib.contextmanager
 def python_kept(model: torch.nn.Module) -> Iterator[None]:
     """Put back all that a run changes of the modules' Python state: attributes, hooks, what they hold."""
-    kept = _Kept()
-    for module in model.modules():
-        kept.keep_dict(vars(module))
-        for value in list(vars(module).values()):
-            kept.keep(value, _DEPTH)
-    for kind in {type(module) for module in model.modules()}:
-        for base in kind.__mro__ if not is_library(kind) else ():
-            if not is_library(base):
-                kept.classes.append((base, {k: v for k, v in vars(base).items() if not k.startswith("__")}))
+    kept = PythonState(model)
     try:
         yield
     finally:
         kept.restore()
 
 
-class _Kept:
-    """The contents of containers and objects, each once, as they were."""
+class PythonState:
+    """The contents of a model's attributes, and of the containers and objects in them, as they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.seen: dict[int, Any] = {}  # holding a thing keeps its id from being used again
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.others: list[tuple[Any, Any]] = []
         self.states: list[tuple[Any, Any]] = []
         self.classes: list[tuple[type, dict[str, Any]]] = []
+        for module in model.modules():
+            self.keep_dict(vars(module))
+            for value in list(vars(module).values()):
+                self.keep(value, _DEPTH)
+        for kind in {type(module) for module in model.modules() if not is_library(type(module))}:
+            for base in kind.__mro__:
+                if not is_library(base):
+                    values = {key: value for key, value in vars(base).items() if not key.startswith("__")}
+                    self.classes.append((base, values))
 
     def keep(self, value: Any, depth: int) -> None:
         if (

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
-from evenflow.graph.fakes import FakeParameters, buffers_copied, storage_of
+from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
 from evenflow.graph.modules import python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Snapshot, changed_names
@@ -78,10 +78,13 @@ def record(
     microbatch: Any,  # any tree
     *,
     device: torch.device,
-    fakes: FakeParameters,
+    fakes: FakeParameters | RealParameters,
     rehearsal: "Rehearsal | None" = None,
+    seen: Callable[[int, torch.Tensor], None] | None = None,
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
+
+    `seen` is told each value's number and tensor when it is made (with `RealParameters`, its numbers too).
 
     The run works on copies of the microbatch's tensors and of the buffers, and leaves the random generators
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
@@ -94,7 +97,8 @@ def record(
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
         torch.default_generator.manual_seed(SEED)  # two runs draw alike, whatever the draws decide
-        recorder = _Recorder(model, fakes, [leaf for leaf in leaves if is_tensor(leaf)], device, rehearsal)
+        tensors = [leaf for leaf in leaves if is_tensor(leaf)]
+        recorder = _Recorder(model, fakes, tensors, device, rehearsal, seen)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
     _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
@@ -167,12 +171,13 @@ class _Recorder:
     def __init__(
         self,
         model: torch.nn.Module,
-        fakes: FakeParameters,
+        fakes: FakeParameters | RealParameters,
         batch: list[torch.Tensor],
         device: torch.device,
         rehearsal: "Rehearsal | None",
+        seen: Callable[[int, torch.Tensor], None] | None,
     ) -> None:
-        self.values = Values()
+        self.values = Values(seen)
         self.shared: dict[int, tuple[object, Shared]] = {}
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.clock = 0
@@ -593,6 +598,8 @@ class _Recorder:
         Raises `error` again where that cannot be, or where its cause is another one.
         """
         innermost = not self.failed_in
+        if not isinstance(self.fakes, FakeParameters):
+            raise error
         if not isinstance(error, NeedsNumbers) and (isinstance(error, RecordError) or not innermost):
             raise error
         self.failed_in = self.failed_in or call.path

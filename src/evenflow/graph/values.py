@@ -6,7 +6,7 @@ every tensor that shares the storage.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -24,10 +24,11 @@ class Changes:
 
 
 class Values:
-    """The values of one run, in order of their numbers in `all`."""
+    """The values of one run, in order of their numbers in `all`. `seen` is told of each when it is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Callable[[int, torch.Tensor], None] | None = None) -> None:
         self.all: list[Value] = []
+        self._seen = seen
         self.changed_storages: set[int] = set()  # whatever was changed in place
         self._number_of: dict[int, int] = {}  # id(tensor) -> its current value
         self._version_of: dict[int, int] = {}  # id(tensor) -> its version when last seen
@@ -46,6 +47,8 @@ class Values:
         self._number_of[id(tensor)] = number
         self._version_of[id(tensor)] = tensor._version
         self._holder.append(tensor)
+        if self._seen is not None:
+            self._seen(number, tensor)
         return number
 
     def find(self, tensor: torch.Tensor) -> int | None:

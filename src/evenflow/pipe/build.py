@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.graph.cut import Cut
+from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
@@ -239,6 +239,7 @@ def _summaries(
     """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
     costs = choices.node_costs(cut.graph)
     edges = (0, *cut.positions, len(cut.graph.chain))
+    sent = [[value for group in section.sends.values() for value in group] for section in cut.sections]
     return tuple(
         StageSummary(
             stage=stage,
@@ -248,6 +249,8 @@ def _summaries(
             last=cut.graph.chain[end - 1].name if end > start else "-",
             num_parameters=sum(size for owner, size in parameters.values() if owner == stage),
             share=sum(costs[start:end]) / sum(costs),
+            num_sent=len(sent[stage]),
+            sends_bytes=sum(num_bytes(cut.graph.values[value].info) for value in sent[stage]),
         )
         for stage, (start, end) in enumerate(itertools.pairwise(edges))
     )

@@ -17,6 +17,8 @@ from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
 from evenflow.pipe.agree import FED, Agreed, Prepared, agree
+from evenflow.pipe.check import check_step
+from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
@@ -35,7 +37,10 @@ from evenflow.validate import ProvenProgram
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1."""
+    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1.
+
+    `num_sent` activations of `sends_bytes` in all leave it for each microbatch; their gradients come back.
+    """
 
     stage: int
     rank: int
@@ -44,6 +49,8 @@ class StageSummary:
     last: str
     num_parameters: int
     share: float
+    num_sent: int
+    sends_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,44 @@ class Pipeline:
                 gradient = parameter.grad
                 yield name, gradient if gradient is None or scale is None else gradient * scale
 
+    def check(self, batch: Any, *, progress: Callable[[str], None] | None = None) -> CheckReport:
+        """Run one step of `batch` split and one whole, update nothing, and compare all that they made.
+
+        Whole is the model itself, called by the loss function on each microbatch in a plain loop; where it
+        draws random numbers they are keyed as the pipeline keys them. Print the report for a table. Nothing
+        is changed. `progress` is told what begins.
+
+        Raises `ConfigError` for a batch that cannot work, or where the stages live in several processes or on
+        several devices: `evenflow check` runs them all in one process, on the CPU.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch = {"x": torch.randn(8, 4)}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b["x"]).mean(), example=batch, stages=2)
+        >>> pipe.check(batch).equal
+        True
+        """
+        parts = self._parts
+        remedy = "run `evenflow check MODULE:FUNCTION`, which needs one process and the CPU alone"
+        if parts.world.size > 1:
+            raise ConfigError(
+                f"check runs the whole model in one process; here are {parts.world.size}: {remedy}"
+            )
+        if len(set(parts.devices)) > 1:
+            raise ConfigError(f"check runs the whole model on one device; here are several: {remedy}")
+        prepared = self._prepared(batch)
+        if prepared is None:
+            raise ConfigError("there is no batch to check: pass one batch, as to step")
+        agreed = self._agree_on(parts.loss, lambda: prepared, training=True)
+        return check_step(
+            parts,
+            self._jobs(agreed),
+            prepared.items,
+            step=self._step,
+            run=lambda jobs: self._execute(jobs, parts.programs.training, read_loss)[1],
+            progress=progress or (lambda _: None),
+        )
+
     def timelines(self) -> tuple[Timeline, Timeline]:
         """(predicted, measured) timeline of the last step, over all ranks; a collective call.
 
@@ -200,12 +245,17 @@ class Pipeline:
     # -- one step
 
     def _agree(self, program: Program, batch: Any, *, training: bool) -> Agreed:
+        return self._agree_on(program, lambda: self._prepared(batch), training=training)
+
+    def _agree_on(
+        self, program: Program, prepare: Callable[[], Prepared | None], *, training: bool
+    ) -> Agreed:
         parts = self._parts
         return agree(
             parts.world,
             parts.recordings,
             program,
-            prepare=lambda: self._prepared(batch),
+            prepare=prepare,
             learn=partial(self._learn, program, training),
             device=self._device,
             placement=parts.programs.placement,
@@ -237,15 +287,31 @@ class Pipeline:
         *,
         share: float = 1.0,
     ) -> StepResult:
-        parts = self._parts
-        placement = parts.programs.placement
-        entries = [parts.recordings.entries[number] for number in agreed.recordings]
-        jobs = [
+        jobs = self._jobs(agreed, share=share)
+        executors, results = self._execute(jobs, program, reading)
+        if executors[0].trains:
+            self._times.note(
+                executors[0].proven,
+                [span for executor in executors for span in executor.spans],
+                [span for executor in executors for span in executor.parts],
+            )
+        return self._result(results, agreed, jobs[0].cut.graph, reading)
+
+    def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
+        entries = [self._parts.recordings.entries[number] for number in agreed.recordings]
+        return [
             Job(batch, number, entry.cut, entry.works, weight * share)
             for batch, number, entry, weight in zip(
                 agreed.batches, agreed.recordings, entries, agreed.shares, strict=True
             )
         ]
+
+    def _execute(
+        self, jobs: Sequence[Job], program: Callable[[int, Flow], ProvenProgram], reading: Reading
+    ) -> tuple[list[Executor], list[Result] | None]:
+        """Run a program on this process's ranks; its results, where the last stage lives here."""
+        parts = self._parts
+        placement = parts.programs.placement
         proven = program(len(jobs), joined_flow(job.cut for job in jobs))
         executors = {
             rank: Executor(
@@ -260,7 +326,7 @@ class Pipeline:
             )
             for rank in (range(placement.num_ranks) if parts.world.size == 1 else (parts.world.rank,))
         }
-        draws = any(work.draws for entry in entries for work in entry.works.values())
+        draws = any(work.draws for job in jobs for work in job.works.values())
         with generators_restored(stage.device for stage in parts.stages.values() if draws):
             if parts.world.size == 1:
                 for rank, op in proven.order:
@@ -269,15 +335,9 @@ class Pipeline:
                     executor.finish()
             else:
                 executors[parts.world.rank].run()
-        if proven.program.schedule.trains:
-            self._times.note(
-                proven,
-                [span for executor in executors.values() for span in executor.spans],
-                [span for executor in executors.values() for span in executor.parts],
-            )
         last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
-        return self._result(results, agreed, entries[0].graph, reading)
+        return list(executors.values()), results
 
     @property
     def _device(self) -> torch.device:

@@ -92,6 +92,7 @@ class Executor:
         step: int,
         reading: Reading,
     ) -> None:
+        self.proven = proven
         self.ops = proven.program.ranks[rank]
         self.trains = proven.program.schedule.trains
         self.rank, self.step = rank, step

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.compare import find_difference
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
-from evenflow.graph.fakes import FakeParameters, storage_of
+from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
 from evenflow.graph.modules import python_kept
@@ -32,10 +32,11 @@ from evenflow.graph.outside import (
 )
 from evenflow.graph.record import Rehearsal, record
 from evenflow.graph.template import is_plain
+from evenflow.graph.tree import CallTree
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
-from evenflow.runtime.work import Work
+from evenflow.runtime.work import ParameterOf, Work
 
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
 
@@ -131,13 +132,13 @@ class Recordings:
         """
         host = (random.getstate(), np.random.get_state())
         with python_kept(self._model):
-            first, rehearsal = self._flat(program, microbatch, None)
+            first, rehearsal = self._run(program, microbatch, None)
             now = self._look(program)
             changed = [where for where, value in now.items() if self._seen.get(where) != value]
-            graph, rehearsal = self._flat(program, microbatch, rehearsal)
+            graph, rehearsal = self._run(program, microbatch, rehearsal)
             difference = find_difference(first, graph)
             if difference and not changed:  # a cache was filled, of which nothing else can be seen
-                difference = find_difference(graph, self._flat(program, microbatch, rehearsal)[0])
+                difference = find_difference(graph, self._run(program, microbatch, rehearsal)[0])
         drawn = random.getstate() != host[0] or repr(np.random.get_state()) != repr(host[1])
         random.setstate(host[0])
         np.random.set_state(host[1])
@@ -157,20 +158,35 @@ class Recordings:
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
         return graph
 
-    def _flat(
-        self, program: Program, microbatch: Any, rehearsal: Rehearsal | None
-    ) -> tuple[Graph, Rehearsal]:
+    def observe(self, program: Program, microbatch: Any) -> tuple[Graph, dict[int, torch.Tensor]]:
+        """Record with the parameters' own numbers: the graph, and what each of its values was.
+
+        Buffers are left as they were; draws are whatever the generators give.
+        """
+        values: dict[int, torch.Tensor] = {}
+
+        def keep(number: int, tensor: torch.Tensor) -> None:
+            values[number] = tensor.detach().clone()
+
+        real = RealParameters(self._fakes)
+        with python_kept(self._model):
+            tree = record(program, self._model, microbatch, device=self._device, fakes=real, seen=keep)
+        return self._flat(tree), values
+
+    def _run(self, program: Program, microbatch: Any, rehearsal: Rehearsal | None) -> tuple[Graph, Rehearsal]:
         tree = record(
             program, self._model, microbatch, device=self._device, fakes=self._fakes, rehearsal=rehearsal
         )
-        graph = flatten(
+        return self._flat(tree), tree.rehearsal
+
+    def _flat(self, tree: CallTree) -> Graph:
+        return flatten(
             tree,
             max_share=self._leaves.max_share,
             exact=self._leaves.exact,
             opened=self._leaves.opened,
             is_atomic=lambda path: isinstance(self._model.get_submodule(path), self._leaves.atomic),
         )
-        return graph, tree.rehearsal
 
     def cut_first(self, graph: Graph, positions: Sequence[int], names: Sequence[str]) -> Cut:
         """Cut the recording that decides which stage owns what.
@@ -199,15 +215,7 @@ class Recordings:
         """Keep a cut recording and make its works for these stages; returns its number."""
         serving = self._accumulators.learn(made)
         works = {
-            stage.index: Work(
-                made.sections[stage.index],
-                made.graph,
-                self._model,
-                device=stage.device,
-                streams=stage.streams,
-                parameter_of=partial(self._accumulators.parameter_of, serving),
-                places_of=self._places.__getitem__,
-            )
+            stage.index: self._work(made, stage, partial(self._accumulators.parameter_of, serving))
             for stage in stages.values()
         }
         self._outside.append(self._seen)
@@ -215,6 +223,32 @@ class Recordings:
         self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
+
+    def uncut(self, number: int, stage: Stage, accumulators: Accumulators) -> Work:
+        """A recording as the only section, for a stage of its own, with accumulators of its own."""
+        made = cut(self.entries[number].graph, ())
+        return self._work(made, stage, partial(accumulators.parameter_of, accumulators.learn(made)))
+
+    @property
+    def exact(self) -> bool:
+        """Whether shared parameters have an accumulator for each use."""
+        return self._leaves.exact
+
+    @property
+    def first_names(self) -> Mapping[str, str]:
+        """Every name of a parameter, and the first of its names."""
+        return self._fakes.tied
+
+    def _work(self, made: Cut, stage: Stage, parameter_of: ParameterOf) -> Work:
+        return Work(
+            made.sections[stage.index],
+            made.graph,
+            self._model,
+            device=stage.device,
+            streams=stage.streams,
+            parameter_of=parameter_of,
+            places_of=self._places.__getitem__,
+        )
 
     def _guard_work(self, graph: Graph, guard: Guard) -> Work:
         """What computes the tensors that a guard looks at."""

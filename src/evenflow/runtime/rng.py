@@ -9,10 +9,12 @@ seeds before each draw; both give the same numbers.
 
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenflow.graph.graph import ModuleTarget
@@ -114,6 +116,41 @@ class Streams:
                     module.register_forward_pre_hook(enter, prepend=True),
                     module.register_forward_hook(leave, always_call=True),
                 ]
+
+    def another(self) -> "Streams":
+        """Streams of the same seed on the same device, which no module is hooked to."""
+        return Streams(self._seed, self._device)
+
+    @contextlib.contextmanager
+    def untouched(self, model: torch.nn.Module) -> Iterator[None]:
+        """Around a whole program that runs as it is: it draws what its recording would.
+
+        Hooks for all modules of the process tell which of the model's is being run. These streams must have
+        no hooks of their own (`another`).
+        """
+        paths = {id(module): path for path, module in model.named_modules()}
+        calls: Counter[str] = Counter()
+
+        def enter(module: torch.nn.Module, _: Any) -> None:
+            path = paths.get(id(module))
+            if path is not None:
+                self._stack.append([path, calls[path], 0])
+                calls[path] += 1
+
+        def leave(module: torch.nn.Module, _: Any, __: Any) -> None:
+            if id(module) in paths:
+                self._stack.pop()
+
+        self._stack.append(["", 0, 0])  # the loss function itself
+        before = register_module_forward_pre_hook(enter)
+        after = register_module_forward_hook(leave, always_call=True)
+        try:
+            with _EachDraw(self):
+                yield
+        finally:
+            before.remove()
+            after.remove()
+            self._stack.clear()
 
     def unhook(self) -> None:
         """Leave the modules as they were."""

@@ -40,6 +40,12 @@ class Stage(torch.nn.Module):
         self, flight: InFlight, batch: Mapping[int, torch.Tensor], *, step: int, microbatch: int, train: bool
     ) -> None:
         """Run one microbatch forward; `batch` holds (at least) the tensor leaves that the section needs."""
+        with torch.set_grad_enabled(train), on(self.device):  # whatever mode the caller is in
+            self._forward(flight, batch, step, microbatch, train=train)
+
+    def _forward(
+        self, flight: InFlight, batch: Mapping[int, torch.Tensor], step: int, microbatch: int, *, train: bool
+    ) -> None:
         work, section = flight.work, flight.work.section
         values: dict[int, Any] = {}
         for leaf, value in section.batch:
@@ -51,8 +57,7 @@ class Stage(torch.nn.Module):
                 values[value] = self._enter(flight, value, arrived, train)
         if work.draws:
             self.streams.begin(step, microbatch)
-        with torch.set_grad_enabled(train), on(self.device):
-            work.run(values)
+        work.run(values)
         values.update((value, values[value].clone()) for value in section.live if value in values)
         if train:
             awaited = (value for group in section.gradient_receives.values() for value in group)

@@ -29,7 +29,14 @@ ParameterOf = Callable[[str, Node], torch.nn.Parameter]
 # Finds (module, attribute) places of a parameter by its first name.
 PlacesOf = Callable[[str], list[tuple[torch.nn.Module, str]]]
 
+# Is told a node that has run and the values that there are then, what it made among them.
+Tell = Callable[[Node, Mapping[int, Any]], None]
+
 Swaps = tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]  # (module, attribute, stand-in)
+
+
+_Modes = tuple[bool, tuple[tuple[str, Any], ...]]  # gradients on or off; (device type, autocast dtype)
+_Ready = Callable[[dict[int, Any], dict[int, Any]], None]  # runs a node on (values, shared objects)
 
 
 class Work:
@@ -58,7 +65,7 @@ class Work:
         drops = _last_uses(section.nodes, kept)
         prepare = _Prepare(graph, model, device, streams, parameter_of, places_of)
         calls = [prepare.call(node, drops[node.index]) for node in section.nodes]
-        self._runs = [
+        self.runs = [
             _Run(tuple(part), kept, section.nodes, streams)
             for _, part in itertools.groupby(calls, key=lambda call: (_nested(call.node), call.node.region))
         ]
@@ -68,8 +75,14 @@ class Work:
     def run(self, values: dict[int, Any]) -> None:
         """Run every node; afterwards `values` holds what the section sends and returns."""
         shared: dict[int, Any] = {}
-        for run in self._runs:
+        for run in self.runs:
             run(values, shared)
+
+    def watched(self, tell: "Tell") -> "Work":
+        """The same work, which tells of every node what it made."""
+        told = copy.copy(self)
+        told.runs = [run.watched(tell) for run in self.runs]
+        return told
 
     def output(self, values: Mapping[int, Any]) -> Any:
         """What the program returned, in its own shape; for the section that `needs_output`."""
@@ -87,7 +100,7 @@ class _Run:
         first, last = calls[0].node, calls[-1].node
         self.nested, self.recomputed, self.streams = _nested(first), first.region is not None, streams
         groups = itertools.groupby(calls, key=lambda call: _modes(call.node))
-        self.groups = [(modes, tuple(group)) for modes, group in groups]
+        self.groups: list[tuple[_Modes, tuple[_Ready, ...]]] = [(modes, tuple(g)) for modes, g in groups]
         made = {value for call in calls for value in call.node.makes}
         later = kept.union(*(node.inputs for node in nodes if node.index > last.index))
         self.takes = tuple(dict.fromkeys(v for call in calls for v in call.held if v not in made))
@@ -105,6 +118,12 @@ class _Run:
         finally:
             if self.nested and torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
+
+    def watched(self, tell: "Tell") -> "_Run":
+        """The same calls, which tell of every node what it made."""
+        told = copy.copy(self)
+        told.groups = [(modes, tuple(_told(call, tell) for call in calls)) for modes, calls in self.groups]
+        return told
 
     def plainly(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
         for (grad_enabled, autocast), calls in self.groups:
@@ -134,7 +153,7 @@ def _nested(node: Node) -> bool:
     return bool(node.autocast)
 
 
-def _modes(node: Node) -> tuple[bool, tuple[tuple[str, Any], ...]]:
+def _modes(node: Node) -> "_Modes":
     return node.grad_enabled, node.autocast
 
 
@@ -365,6 +384,21 @@ def _shown(leaf: Any) -> str:  # a leaf of a result
     return (
         "a tensor" if isinstance(leaf, torch.Tensor) else "its input" if isinstance(leaf, Ref) else repr(leaf)
     )
+
+
+def _told(call: _Ready, tell: Tell) -> _Ready:
+    """A call that tells of its node before it lets go of what nobody needs any more."""
+    assert isinstance(call, _Call), "a work that is watched already"
+    kept = copy.copy(call)
+    kept.drops = ()
+
+    def run(values: dict[int, Any], shared: dict[int, Any]) -> None:
+        kept(values, shared)
+        tell(call.node, values)
+        for value in call.drops:
+            values.pop(value, None)
+
+    return run
 
 
 @contextlib.contextmanager
