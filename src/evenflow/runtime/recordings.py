@@ -64,7 +64,8 @@ class Recordings:
     ) -> None:
         self.entries: list[Recording] = []
         self.stage_of_parameter: dict[str, int] = {}
-        self._model, self._fakes, self._device, self._leaves = model, fakes, device, leaves
+        self.model = model
+        self._fakes, self._device, self._leaves = fakes, device, leaves
         self._accumulators = accumulators
         self._by_key: dict[Any, list[int]] = {}
         self._states: list[Any] = []  # by recording: what the modules that were taken apart were made of
@@ -78,7 +79,7 @@ class Recordings:
         leaves, spec = pytree.tree_flatten(microbatch)
         first: dict[int, int] = {}  # one tensor given twice is another program than two tensors
         described = [(first.setdefault(id(leaf), at), describe(leaf)) for at, leaf in enumerate(leaves)]
-        training = tuple(module.training for module in self._model.modules())
+        training = tuple(module.training for module in self.model.modules())
         kinds = tuple(
             torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
         )
@@ -98,7 +99,7 @@ class Recordings:
         Raises `RecordError` where the run changes what the recording depends on: the next would differ.
         """
         before, host = around_function(program), (random.getstate(), np.random.get_state())
-        tree = record(program, self._model, microbatch, device=self._device, fakes=self._fakes)
+        tree = record(program, self.model, microbatch, device=self._device, fakes=self._fakes)
         if around_function(program) != before:
             raise RecordError(
                 "the loss function changes Python values that it also reads (a counter, a list), "
@@ -116,7 +117,7 @@ class Recordings:
             max_share=self._leaves.max_share,
             exact=self._leaves.exact,
             opened=self._leaves.opened,
-            is_atomic=lambda path: isinstance(self._model.get_submodule(path), self._leaves.atomic),
+            is_atomic=lambda path: isinstance(self.model.get_submodule(path), self._leaves.atomic),
         )
 
     def cut_first(self, graph: Graph, positions: Sequence[int], names: Sequence[str]) -> Cut:
@@ -149,7 +150,7 @@ class Recordings:
             stage.index: Work(
                 made.sections[stage.index],
                 made.graph,
-                self._model,
+                self.model,
                 device=stage.device,
                 streams=stage.streams,
                 parameter_of=partial(self._accumulators.parameter_of, serving),
@@ -159,24 +160,29 @@ class Recordings:
         }
         self._states.append(self._state(made.graph))
         self._by_key.setdefault(self.key(program, microbatch), []).append(len(self.entries))
-        self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
+        self._guards.append(
+            [
+                (guard, self.glue_work(made.graph, guard.args.refs, self._device))
+                for guard in made.graph.guards
+            ]
+        )
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
 
     def _state(self, graph: Graph) -> Any:
-        return around_modules(self._model.get_submodule(path) for path in graph.apart)
+        return around_modules(self.model.get_submodule(path) for path in graph.apart)
 
-    def _guard_work(self, graph: Graph, guard: Guard) -> Work:
-        """What computes the tensors that a guard looks at."""
+    def glue_work(self, graph: Graph, values: Sequence[int], device: torch.device) -> Work:
+        """What computes these values, which depend on the batch alone."""
         return Work(
-            glue_section(graph, guard.args.refs),
+            glue_section(graph, values),
             graph,
-            self._model,
-            device=self._device,
-            streams=Streams(0, self._device),
+            self.model,
+            device=device,
+            streams=Streams(0, device),
             parameter_of=partial(self._accumulators.parameter_of, {}),
             places_of=lambda _: [],
-            keep=guard.args.refs,
+            keep=values,
         )
 
     def _guards_hold(self, index: int, batch: Sequence[torch.Tensor]) -> bool:
@@ -185,16 +191,23 @@ class Recordings:
         One guard after the other: what a later one computes may make sense only where the earlier ones hold.
         """
         for guard, work in self._guards[index]:
-            values: dict[int, Any] = {}
-            for leaf, value in work.section.batch:
-                tensor = batch[leaf].to(self._device)
-                values[value] = tensor.clone() if value in work.section.cloned else tensor
+            values = glue_values(work, batch, self._device)
             with torch.no_grad():
-                work.run(values)
                 args, kwargs = guard.args.fill(values, {})
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
         return True
+
+
+def glue_values(work: Work, batch: Sequence[torch.Tensor], device: torch.device) -> dict[int, Any]:
+    """What a work that depends on the batch alone computes for this microbatch."""
+    values: dict[int, Any] = {}
+    for leaf, value in work.section.batch:
+        tensor = batch[leaf].to(device)
+        values[value] = tensor.clone() if value in work.section.cloned else tensor
+    with torch.no_grad():
+        work.run(values)
+    return values
 
 
 def tensors(microbatch: Any) -> list[torch.Tensor]:
