@@ -1,8 +1,9 @@
 """Recordings: one per kind of microbatch, found again by key and guards, each cut for the same owners.
 
 A recording holds for one key: the tree, shapes, strides and types of the microbatch, its plain values, each
-module's training flag, autocast. Where the program looked at numbers of the batch (`if mask.all():`), a
-*guard* is computed from each microbatch, and another answer means another recording.
+module's training flag, whether gradients are computed, autocast. Where the program looked at numbers of the
+batch (`if mask.all():`), a *guard* is computed from each microbatch, and another answer means another
+recording.
 """
 
 import random
@@ -83,7 +84,8 @@ class Recordings:
         kinds = tuple(
             torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
         )
-        return around_function(program), repr(spec), tuple(described), training, kinds
+        grad = torch.is_grad_enabled()  # evaluation leaves no graph to train with
+        return around_function(program), repr(spec), tuple(described), training, grad, kinds
 
     def find(self, program: Program, microbatch: Any) -> int | None:
         """The recording that fits this microbatch."""
