@@ -116,6 +116,21 @@ def a_sum(model, batch):
     return F.cross_entropy(*flat(model(batch["input_ids"]), batch["labels"]), reduction="sum")
 
 
+def two_sums(model, batch):
+    scores, labels = flat(model(batch["input_ids"]), batch["labels"])
+    return F.cross_entropy(scores, labels, reduction="sum") + 0.1 * scores.square().sum()
+
+
+def a_plain_sum(model, batch):
+    return model(batch["input_ids"]).square().sum()
+
+
+def scaled_to_a_mean(model, batch):
+    wanted = batch["input_ids"].roll(1, 1).flatten()
+    found = model(batch["input_ids"]).flatten(0, 1)
+    return F.cross_entropy(found, wanted, reduction="sum") / len(wanted)
+
+
 def two_heads(model, batch):
     scores = model(batch["input_ids"])
     first, second = (F.cross_entropy(scores[:, at], batch["input_ids"][:, -at]) for at in (1, 2))
@@ -180,6 +195,9 @@ CASES = {
     "two heads": Case(two_heads, TARGETS, num_rows),
     "stacked": Case(stacked, TARGETS, labelled),
     "a sum": Case(a_sum, SUM, lambda _: None),
+    "two sums": Case(two_sums, SUM, lambda _: None),
+    "a plain sum": Case(a_plain_sum, SUM, lambda _: None, options={"reduction": "sum"}),
+    "scaled to a mean": Case(scaled_to_a_mean, MEAN_OVER_ROWS, num_rows),
     "said to be a sum": Case(a_sum, SUM, lambda _: None, options={"reduction": "sum"}),
     "by hand": Case(
         by_hand,

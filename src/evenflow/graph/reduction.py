@@ -51,7 +51,17 @@ class Total:
     """A sum, perhaps divided by a number that is the same for all microbatches."""
 
 
-Reduction: TypeAlias = Targets | Quotient | Numbers | Total
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Numbers that were added up, and perhaps normalised before: a sum or a mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Something added to the rest of the loss, of which nothing can be told."""
+
+
+Reduction: TypeAlias = Targets | Quotient | Numbers | Total | Summed | Unread
 
 _CLASSIFYING = {F.cross_entropy: torch.nn.CrossEntropyLoss, F.nll_loss: torch.nn.NLLLoss}
 _ELEMENTWISE = {
@@ -83,7 +93,7 @@ _MULTIPLY = {"mul", "mul_", "multiply", "__rmul__", "__imul__"}
 def read_reduction(
     graph: Graph, model: torch.nn.Module, *, rows: int | None, given_count: int | None = None
 ) -> tuple[Reduction, ...]:
-    """What the loss's terms are means or sums of; a term of which that cannot be told is left out.
+    """What the loss's terms are means or sums of; nothing where not even its terms can be told.
 
     `rows` is the length of dim 0 of the recorded microbatch; `given_count` says which of its tensors is the
     number of items in the whole batch, if one is.
@@ -112,7 +122,7 @@ class _Reader:
         refs = [leaf.value for leaf in node.args.leaves if isinstance(leaf, Ref)]
         if name in _ADD:
             for ref in refs:
-                yield from self.terms(ref)
+                yield from list(self.terms(ref)) or (Unread(),)
         elif name in _DIVIDE and len(arguments) == 2:
             yield from self.divided(*arguments)
         elif name in _MULTIPLY:
@@ -178,7 +188,7 @@ class _Reader:
         if not isinstance(above, Ref):
             return
         terms = list(self.terms(above.value))
-        summed = self.is_sum(above.value) or terms == [Total()]
+        summed = terms in ([Total()], [Summed()])
         if not isinstance(below, Ref):
             if not summed:
                 yield from terms
@@ -189,7 +199,7 @@ class _Reader:
         elif self.depends_on_rows(below.value):
             if summed:
                 yield Quotient(below.value)
-        elif self.is_sum(above.value) and self.is_given_count(below.value):
+        elif summed and self.is_given_count(below.value):
             yield Total()
         else:
             yield from terms
@@ -198,7 +208,7 @@ class _Reader:
         """A product with plain numbers, or with one that is the same for all microbatches."""
         unknown = [ref for ref in refs if not self.is_glue(ref) or self.depends_on_rows(ref)]
         if len(unknown) == 1:
-            yield from (term for term in self.terms(unknown[0]) if term != Total())
+            yield from (Summed() if term == Total() else term for term in self.terms(unknown[0]))
 
     def reduced(self, name: str, operand: int) -> Iterator[Reduction]:
         """All numbers of a tensor were averaged or added up."""
@@ -209,25 +219,15 @@ class _Reader:
         if maker is not None and _call(maker)[0] == "stack":
             for ref in maker.args.refs:
                 yield from self.terms(ref)
-        elif name == "mean":
-            found = self.numbers(operand)
-            if found is not None:
-                yield found
+        elif name == "sum":
+            yield Summed()
+        elif (found := self.numbers(operand)) is not None:
+            yield found
 
     def numbers(self, value: int, *, width: int = 1) -> Numbers | None:
         shape = self.shape(value)
         of_rows = self.rows and shape and shape[0] % self.rows == 0
         return Numbers(math.prod(shape) // width) if of_rows else None
-
-    def is_sum(self, value: int) -> bool:
-        """Whether all numbers of a tensor with dimensions were added up."""
-        maker = self.graph.maker.get(value)
-        if maker is None or self.shape(value):
-            return False
-        name, arguments = _call(maker)
-        if name in _SAME:
-            return isinstance(arguments[0], Ref) and self.is_sum(arguments[0].value)
-        return name == "sum" and isinstance(arguments[0], Ref) and bool(self.shape(arguments[0].value))
 
     def is_given_count(self, value: int) -> bool:
         return any(leaf.index == self.given_count for leaf in self.leaves(value))

@@ -200,6 +200,13 @@ def _warn_of_differences(
         return
     for said in differences(model, graph, rows=rows_of(items[0])):
         warnings.warn(f"the pipeline's loss is not that of the unsplit batch: {said}", stacklevel=3)
+    if weigher.sums_more(0, items[0]):
+        warnings.warn(
+            "the pipeline's loss is not that of the unsplit batch: the microbatches' losses are added up, "
+            "and what the loss function adds to its sum (a penalty, the balance of experts) counts once for "
+            "each",
+            stacklevel=3,
+        )
     if weigher.guesses(0, items[0]):
         warnings.warn(
             "the recording does not show what the loss is a mean over; microbatches are weighted by the "

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.graph.reduction import Numbers, Quotient, Reduction, Targets, Total, read_reduction
+from evenflow.graph.reduction import Numbers, Quotient, Reduction, Targets, Total, Unread, read_reduction
 from evenflow.graph.tree import BatchLeaf
 from evenflow.runtime.microbatch import batch_size, place_of_given_count
 from evenflow.runtime.recordings import Recordings, glue_values, tensors
@@ -104,6 +104,7 @@ class _Plan:
     counted: tuple[Targets | Quotient, ...] = ()
     numbers: tuple[int, ...] = ()
     work: Work | None = None  # computes what is counted
+    more: bool = False  # there is something else in a sum
 
 
 class Weigher:
@@ -164,6 +165,10 @@ class Weigher:
         unseen = plan.unit == "tokens" and not plan.counted
         return unseen and labels is not None and labels.dim() > 1 and bool((labels == IGNORED).any())
 
+    def sums_more(self, number: int, microbatch: Any) -> bool:
+        """Whether the loss was read as a sum and something else, which every microbatch adds again."""
+        return self._choice is None and self._plan(number, microbatch).more
+
     def _plan(self, number: int, microbatch: Any) -> _Plan:
         if number not in self._plans:
             self._plans[number] = self._made(number, microbatch)
@@ -192,7 +197,7 @@ class Weigher:
             return _Plan("numbers", numbers=numbers)
         uses = {graph.values[ref].source for node in graph.nodes for ref in node.inputs}
         if Total() in terms or (given is not None and BatchLeaf(given) in uses):
-            return _Plan("sums")
+            return _Plan("sums", more=Unread() in terms)
         if labels_of(microbatch) is not None:
             return _Plan("tokens")
         return _Plan("microbatches" if rows is None else "items")
