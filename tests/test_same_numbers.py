@@ -258,7 +258,7 @@ class OnThreads:
         jobs = [
             Job(leaves, number, entry.cut, entry.works, share)
             for leaves, number, entry, share in zip(
-                agreed.batches, agreed.recordings, entries, agreed.shares, strict=True
+                agreed.batches, agreed.recordings, entries, agreed.shares.losses, strict=True
             )
         ]
         proven = parts.programs.training(len(jobs), joined_flow(job.cut for job in jobs))
@@ -282,7 +282,7 @@ class OnThreads:
         parts.updater.combine(None)
         parts.updater.step()
         return float(
-            torch.stack([loss * share for loss, share in zip(losses, agreed.shares, strict=True)]).sum()
+            torch.stack([loss * share for loss, share in zip(losses, agreed.shares.losses, strict=True)]).sum()
         )
 
 

@@ -215,10 +215,6 @@ def test_a_wrong_command_is_refused_in_words(capsys, started, arguments, message
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            ("num_microbatches = 8", "num_microbatches = 9"),
-            "a batch of 8 rows cannot make num_microbatches=9",
-        ),
         (('schedule = "1f1b"', 'split = ["layrs.1"]'), "layers.1"),
         (('schedule = "1f1b"', "stages = 1000"), "1000 stages need 999 cuts, but the recorded program has"),
         (("length = 128\n", "length = 256\n"), "ValueError: 256 positions, but this GPT has max_length=128"),

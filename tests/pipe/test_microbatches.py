@@ -8,7 +8,8 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
-from evenflow.runtime.microbatch import Microbatches, batch_size, count, join, shares, split
+from evenflow.runtime.microbatch import Microbatches, batch_size, count, join, split
+from evenflow.runtime.weights import Weight, shares_of
 
 
 def rows(num: int) -> torch.Tensor:
@@ -54,9 +55,9 @@ def test_microbatch_size_fills_every_one_but_the_last(size, microbatch_size):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_shares_are_those_of_the_rows(sizes):
-    found = shares([rows(size) for size in sizes])
-    assert sum(found) == pytest.approx(1)
-    assert found == pytest.approx([size / sum(sizes) for size in sizes])
+    found = shares_of([Weight("items", (size,), size) for size in sizes])
+    assert found.losses == found.means == tuple(size / sum(sizes) for size in sizes)
+    assert found.size == sum(sizes)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +88,11 @@ def test_a_list_of_microbatches_is_taken_as_it_is():
     items = [{"x": rows(3)}, {"x": rows(1)}]
     prepared = splitter(num_microbatches=7)(Microbatches(items))
     assert all(mine is given for mine, given in zip(prepared.items, items, strict=True))
-    assert prepared.shares == [0.5, 0.5], "each counts alike: only its maker knows what it is worth"
 
 
 def test_split_batch_decides():
     prepared = splitter(split_batch=lambda text: text.split())("one two three")
     assert list(prepared.items) == ["one", "two", "three"]
-    assert prepared.shares == [1 / 3] * 3
 
 
 # -- joining

@@ -43,20 +43,6 @@ def test_more_stages_than_one_whole_module_holds(monkeypatch):
     assert caught.value.__notes__ == ["0 was not taken apart: it carries hooks"]
 
 
-def test_fewer_rows_than_microbatches():
-    with refused(
-        "a batch of 3 rows cannot make num_microbatches=4; use a larger batch, or num_microbatches=3 at most"
-    ):
-        make(example=regression(3), num_microbatches=4)
-
-
-def test_a_later_batch_with_fewer_rows_than_microbatches():
-    pipe = make(num_microbatches=4)
-    with refused("a batch of 3 rows cannot make num_microbatches=4"):
-        pipe.step(regression(3))
-    pipe.step(regression(8))
-
-
 def test_an_empty_batch():
     with refused("the batch has no rows"):
         make(example=regression(0))

@@ -55,6 +55,12 @@ class Template:
     leaves: tuple[Any, ...]  # leaves are whatever the program passes
     spec: pytree.TreeSpec
 
+    @classmethod
+    def of_values(cls, values: Iterable[int]) -> "Template":
+        """A list of values."""
+        leaves, spec = pytree.tree_flatten([Ref(value) for value in values])
+        return cls(tuple(leaves), spec)
+
     @property
     def refs(self) -> tuple[int, ...]:
         """The numbers of the values in the tree, in order of appearance, repeats included."""

@@ -7,7 +7,7 @@ stages need; one small message tells it which recordings they fit.
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import ConfigError, EvenflowError, PeerError
 from evenflow.ir.placement import Placement
 from evenflow.runtime.recordings import Program, Recordings, describe, tensors
+from evenflow.runtime.weights import Shares, Weight, shares_of
 from evenflow.runtime.world import World
 
 FED = object()  # what `Pipeline.feed` yields where the batch is on the first rank
@@ -25,11 +26,9 @@ _NONE, _BATCH, _ERROR = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A batch as microbatches, with each one's weight in the step's loss, and how many rows it had."""
+    """A batch as microbatches."""
 
     items: Sequence[Any]
-    shares: Sequence[float]
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +37,33 @@ class Agreed:
 
     batches: tuple[dict[int, torch.Tensor], ...]
     recordings: tuple[int, ...]
-    shares: Sequence[float]
-    size: int
+    shares: Shares
 
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """From the first rank to those that passed no batch. `new`: microbatches that need a new recording."""
+    """From the first rank to those that passed no batch. `new`: microbatches that need a new recording.
 
-    recordings: tuple[int, ...]
+    Those have no weight yet, because their recording tells it; every rank weighs them.
+    """
+
+    recordings: tuple[int | None, ...]
     new: dict[int, Any]
-    shares: Sequence[float]
-    size: int
+    weights: Sequence[Weight | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """The rank's own batch: what is known of its microbatches (None: not recorded yet), and a fingerprint."""
+
+    items: Sequence[Any]
+    recordings: Sequence[int | None]
+    weights: Sequence[Weight | None]
+    fingerprint: tuple[int, int, int]
+
+
+# What a microbatch of a recording, by its number, counts for in the step's loss.
+Weigh = Callable[[int, Any], Weight]
 
 
 def agree(
@@ -58,6 +72,7 @@ def agree(
     program: Program,
     prepare: Callable[[], Prepared | None],
     learn: Callable[[Any], int],
+    weigh: Weigh,
     device: torch.device,
     placement: Placement,
 ) -> Agreed:
@@ -65,9 +80,9 @@ def agree(
 
     Raises `ConfigError` where the batches differ between ranks, `PeerError` where another rank refused it.
     """
-    mine, found, fingerprint, error = _attempt(prepare, recordings, program, compared=world.size > 1)
+    mine, error = _attempt(prepare, recordings, program, weigh, compared=world.size > 1)
     kind = _ERROR if error is not None else _NONE if mine is None else _BATCH
-    rows = world.gather_numbers([kind, *fingerprint])
+    rows = world.gather_numbers([kind, *((0, 0, 0) if mine is None else mine.fingerprint)])
     if any(row[0] == _ERROR for row in rows):
         messages = world.gather(str(error) if error is not None else None)
         if error is not None:
@@ -79,63 +94,82 @@ def agree(
             "the first rank passed no batch; only the other ranks may leave that to pipe.feed(loader)"
         )
     if any(row[0] == _BATCH and row[1:] != rows[0][1:] for row in rows):
-        shapes = world.gather(None if mine is None else _shapes(mine))
+        shapes = world.gather(None if mine is None else _shapes(mine.items))
         other = next(rank for rank, row in enumerate(rows) if row[0] == _BATCH and row[1:] != rows[0][1:])
         raise ConfigError(
             f"your loaders differ per rank: rank 0 has {shapes[0]}, rank {other} has {shapes[other]}"
             f"{' with other numbers (or other Python values)' if shapes[0] == shapes[other] else ''}; "
             "seed them alike, or read on the first rank alone: for batch in pipe.feed(loader)"
         )
+    learning = _Learning(recordings, program, learn, weigh)
     if all(row[0] == _BATCH for row in rows):
         assert mine is not None
-        known = tuple(
-            _recording(recordings, program, item, learn) if number is None else number
-            for number, item in zip(found, mine.items, strict=True)
-        )
-        return Agreed(
-            tuple(dict(enumerate(tensors(item))) for item in mine.items), known, mine.shares, mine.size
-        )
+        new = {at: item for at, item in enumerate(mine.items) if mine.recordings[at] is None}
+        numbers, shares = learning.complete(mine.recordings, mine.weights, new)
+        return Agreed(tuple(dict(enumerate(tensors(item))) for item in mine.items), numbers, shares)
     absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
-    message = _first_message(mine, found) if mine is not None else None
-    return _sent(world, recordings, program, mine, message, learn, absent, device, placement)
+    return _sent(world, recordings, mine, learning, absent, device, placement)
 
 
 def _attempt(
-    prepare: Callable[[], Prepared | None], recordings: Recordings, program: Program, *, compared: bool
-) -> tuple[Prepared | None, list[int | None], list[int], EvenflowError | None]:
-    """The rank's own batch, its known recordings and fingerprint; or why it cannot work, for all to hear."""
+    prepare: Callable[[], Prepared | None],
+    recordings: Recordings,
+    program: Program,
+    weigh: Weigh,
+    *,
+    compared: bool,
+) -> tuple[_Own | None, EvenflowError | None]:
+    """The rank's own batch, if it has one; or why it cannot work, for all to hear."""
     try:
-        mine = prepare()
+        prepared = prepare()
+        if prepared is None:
+            return None, None
+        items = prepared.items
         recordings.look(program)
-        found = [] if mine is None else [recordings.find(program, item) for item in mine.items]
-        if mine is None or not compared:
-            return mine, found, [0, 0, 0], None
-        return mine, found, [*_fingerprint(mine), zlib.crc32(repr(found).encode())], None
+        found = [recordings.find(program, item) for item in items]
+        weights = [
+            None if number is None else weigh(number, item) for number, item in zip(found, items, strict=True)
+        ]
+        fingerprint = (*_fingerprint(items), zlib.crc32(repr(found).encode())) if compared else (0, 0, 0)
     except EvenflowError as error:
-        return None, [], [0, 0, 0], error
+        return None, error
+    return _Own(items, found, weights, fingerprint), None
 
 
-def _recording(recordings: Recordings, program: Program, item: Any, learn: Callable[[Any], int]) -> int:
-    found = recordings.find(program, item)
-    return learn(item) if found is None else found
+@dataclass(frozen=True, slots=True)
+class _Learning:
+    recordings: Recordings
+    program: Program
+    learn: Callable[[Any], int]
+    weigh: Weigh
+
+    def complete(
+        self, found: Sequence[int | None], weights: Sequence[Weight | None], new: Mapping[int, Any]
+    ) -> tuple[tuple[int, ...], Shares]:
+        """Record and weigh the new microbatches, of which several may be of one kind."""
+        numbers, weighed = list(found), list(weights)
+        for at, item in new.items():
+            known = self.recordings.find(self.program, item)
+            number = self.learn(item) if known is None else known
+            numbers[at], weighed[at] = number, self.weigh(number, item)
+        return (
+            tuple(number for number in numbers if number is not None),
+            shares_of([weight for weight in weighed if weight is not None]),
+        )
 
 
 def _sent(
     world: World,
     recordings: Recordings,
-    program: Program,
-    mine: Prepared | None,
-    message: _Message | None,
-    learn: Callable[[Any], int],
+    mine: _Own | None,
+    learning: _Learning,
     absent: Sequence[int],
     device: torch.device,
     placement: Placement,
 ) -> Agreed:
-    message = world.share(message, source=0)
+    message = world.share(_first_message(mine) if mine is not None else None, source=0)
     assert message is not None, "the first rank has a batch"
-    numbers = list(message.recordings)
-    for at, item in message.new.items():
-        numbers[at] = _recording(recordings, program, item, learn)
+    numbers, shares = learning.complete(message.recordings, message.weights, message.new)
     if mine is not None:
         batches = tuple(dict(enumerate(tensors(item))) for item in mine.items)
     else:
@@ -151,34 +185,34 @@ def _sent(
                     info = entry.graph.values[value].info
                     like = torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=device)
                     batches[at][leaf] = like.copy_(world.receive(like, 0))
-    return Agreed(batches, tuple(numbers), message.shares, message.size)
+    return Agreed(batches, numbers, shares)
 
 
-def _first_message(mine: Prepared, found: Sequence[int | None]) -> _Message:
+def _first_message(mine: _Own) -> _Message:
     """Microbatches without a recording travel whole (as copies: a slice would take its whole batch along)."""
 
     def copied(leaf: Any) -> Any:  # any leaf of a batch
         return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
-    pairs = enumerate(zip(found, mine.items, strict=True))
+    pairs = enumerate(zip(mine.recordings, mine.items, strict=True))
     new = {at: pytree.tree_map(copied, item) for at, (number, item) in pairs if number is None}
-    return _Message(tuple(-1 if n is None else n for n in found), new, mine.shares, mine.size)
+    return _Message(tuple(mine.recordings), new, mine.weights)
 
 
-def _fingerprint(prepared: Prepared) -> list[int]:
+def _fingerprint(items: Sequence[Any]) -> tuple[int, int]:
     """Two whole numbers: of the batch's form, and of the numbers in it."""
     form = hashlib.blake2b(digest_size=7)
     numbers = 0
-    for item in prepared.items:
+    for item in items:
         leaves, spec = pytree.tree_flatten(item)
         form.update(repr((spec, [describe(leaf) for leaf in leaves])).encode())
         for tensor in tensors(item):
             raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             numbers = zlib.crc32(raw.data, numbers)
-    return [int.from_bytes(form.digest(), "little"), numbers]
+    return int.from_bytes(form.digest(), "little"), numbers
 
 
-def _shapes(prepared: Prepared) -> str:
-    found = tensors(prepared.items[0])
+def _shapes(items: Sequence[Any]) -> str:
+    found = tensors(items[0])
     shapes = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in found)
-    return f"{len(prepared.items)} microbatches of ({shapes})"
+    return f"{len(items)} microbatches of ({shapes})"

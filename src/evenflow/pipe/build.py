@@ -1,6 +1,8 @@
 """`evenflow.pipeline`: from a model and an example batch to a `Pipeline`."""
 
 import itertools
+import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,14 +11,16 @@ import torch
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
+from evenflow.graph.graph import Graph
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
+from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
-from evenflow.pipe.refuse import check_callable, check_whole, refuse_unfit
+from evenflow.pipe.refuse import check_callable, check_reduction, check_whole, refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.links.local import LocalLink
@@ -25,9 +29,12 @@ from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.weights import ReductionChoice, Weigher, rows_of
 from evenflow.runtime.world import World
 from evenflow.schedules import catalog
 from evenflow.schedules.catalog import ScheduleFunction
+
+_LOG = logging.getLogger("evenflow")
 
 
 def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument)
@@ -44,6 +51,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     num_microbatches: int | None = None,
     split: Sequence[str] | None = None,
     split_batch: Callable[[Any], Sequence[Any]] | None = None,
+    reduction: ReductionChoice = None,
     atomic: Sequence[type[torch.nn.Module]] = (),
     max_leaf_share: float | None = None,
     exact: bool = False,
@@ -69,6 +77,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per rank.
     - `split`: names of modules before which to cut, in order; by default the cuts balance estimated FLOPs.
     - `split_batch(batch)` returns a list of microbatches, for batches that dim 0 does not split.
+    - `reduction`: what `loss` does over a microbatch, so that the step's loss is that of the whole batch:
+      "item-mean" (over rows), "token-mean" (over the targets that cross-entropy does not ignore), "sum", or
+      a function that returns a microbatch's weight. By default the recording says, and `Pipeline.reduction`
+      tells what it said; with `num_items_in_batch` in the batch, Hugging Face's losses are sums. Where the
+      recording does not say: over those whole-number `labels` that are not -100, if the batch has labels,
+      else over rows.
     - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs
       that one unsplit module may hold (default 1 / (4 * stages)).
     - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
@@ -94,6 +108,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_whole(stages=stages, stages_per_rank=stages_per_rank, seed=seed)
     check_whole(microbatch_size=microbatch_size, num_microbatches=num_microbatches)
     check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler, split_batch=split_batch)
+    check_reduction(reduction)
     if isinstance(split, str):
         raise ConfigError(f"split={split!r} is one string; give a list of module names: split=[{split!r}]")
     if max_leaf_share is not None and not 0 <= max_leaf_share <= 1:
@@ -144,6 +159,11 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         stages_here[stage].own(held)
     recordings.add(program, item, cut, stages_here)
     refuse_shared_hooks(accumulators.uses, accumulators.parameter)
+    weigher = Weigher(recordings, reduction)
+    described = weigher.describe(0, item)
+    if world.rank == 0:
+        _LOG.info("the step's loss: %s", described)
+        _warn_of_differences(model, graph, weigher, items)
     updater = Updater(
         world,
         accumulators,
@@ -166,12 +186,38 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             fixed=FixedParameters(model),
             programs=programs,
             splitter=splitter,
+            weigher=weigher,
+            reduction=described,
             buffers=_true_buffers(model, cut, world, placement),
             summaries=_summaries(
                 cut, placement, {name: (owner[name], parameters[name].numel()) for name in parameters}
             ),
         )
     )
+
+
+def _warn_of_differences(
+    model: torch.nn.Module, graph: Graph, weigher: Weigher, items: Sequence[Any]
+) -> None:
+    """Say once where the loss of several microbatches is not that of the whole batch."""
+    if len(items) == 1:
+        return
+    for said in differences(model, graph, rows=rows_of(items[0])):
+        warnings.warn(f"the pipeline's loss is not that of the unsplit batch: {said}", stacklevel=3)
+    if weigher.sums_more(0, items[0]):
+        warnings.warn(
+            "the pipeline's loss is not that of the unsplit batch: the microbatches' losses are added up, "
+            "and what the loss function adds to its sum (a penalty, the balance of experts) counts once for "
+            "each",
+            stacklevel=3,
+        )
+    if weigher.guesses(0, items[0]):
+        warnings.warn(
+            "the recording does not show what the loss is a mean over; microbatches are weighted by the "
+            "labels that are not -100. Where the loss leaves out more (a causal model's first label of each "
+            "row), give reduction=lambda microbatch: how many tokens it counts",
+            stacklevel=3,
+        )
 
 
 def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -> None:

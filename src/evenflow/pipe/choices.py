@@ -33,7 +33,7 @@ TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
 @dataclass(frozen=True, slots=True)
 class Splitter:
-    """Turns a batch into weighted microbatches, always in the same way."""
+    """Turns a batch into microbatches, always in the same way."""
 
     num_ranks: int
     num_microbatches: int | None
@@ -45,7 +45,7 @@ class Splitter:
             items = list(batch.items if isinstance(batch, Microbatches) else self.split_batch(batch))  # type: ignore[misc]  # one of the two holds
             if not items:
                 raise ConfigError("the batch was split into no microbatch at all")
-            return Prepared(items, [1 / len(items)] * len(items), len(items))
+            return Prepared([microbatches.with_count_as_tensor(item) for item in items])
         flatten_tree(batch)  # teaches torch the dataclasses in it
         size = microbatches.batch_size(batch)
         if size == 0:
@@ -56,8 +56,8 @@ class Splitter:
             microbatch_size=self.microbatch_size,
             num_ranks=self.num_ranks,
         )
-        items = microbatches.split(batch, num, microbatch_size=self.microbatch_size)
-        return Prepared(items, microbatches.shares(items), size)
+        batch = microbatches.with_count_as_tensor(batch)
+        return Prepared(microbatches.split(batch, num, microbatch_size=self.microbatch_size))
 
 
 def device_kind(device: str | torch.device | None) -> str:

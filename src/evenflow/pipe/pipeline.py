@@ -1,5 +1,6 @@
 """`Pipeline`: a model cut into stages, ready to train. Made by `evenflow.pipeline`."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from evenflow.runtime.microbatch import join
 from evenflow.runtime.recordings import Program, Recordings
 from evenflow.runtime.rng import generators_restored
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.weights import Shares, Weigher
 from evenflow.runtime.world import World
 from evenflow.validate import ProvenProgram
 
@@ -68,6 +70,8 @@ class Parts:
     fixed: FixedParameters
     programs: Programs
     splitter: Callable[[Any], Prepared]
+    weigher: Weigher
+    reduction: str  # how the step's loss is put together, for people
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
 
@@ -75,28 +79,34 @@ class Parts:
 class Pipeline:
     """Trains a model cut into stages; see `evenflow.pipeline` for an example.
 
-    `cut` tells what each stage holds. `is_main` is true on the one process that should print and write files.
+    `cut` tells what each stage holds, `reduction` how the step's loss is put together from the microbatches'.
+    `is_main` is true on the one process that should print and write files.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.cut = parts.summaries
+        self.reduction = parts.reduction
         self.is_main = parts.world.rank == 0
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
-        self._rows: list[int] = []  # rows of the batches accumulated since the last update
+        self._accumulated: list[Shares] = []  # of the batches since the last update
         self._updated = False
+
+    def __repr__(self) -> str:
+        stages = f"{len(self.cut)} stages" if len(self.cut) > 1 else "1 stage"
+        return f"Pipeline({stages}, loss: {self.reduction})"
 
     # -- training
 
     def step(self, batch: Any, *, update: bool = True) -> StepResult:
         """Run one batch forward and backward and, unless `update=False`, update the parameters.
 
-        With `update=False` gradients accumulate: the next update uses their mean over all rows seen since the
-        last one. Gradients stay readable until the next step. Every rank calls this, with the same batch or
-        with what `feed` yields. Raises `ConfigError` for a batch that cannot work, before anything has run,
-        and `PeerError` when another rank is lost. An error in mid-step drops all gradients since the last
-        update.
+        With `update=False` gradients accumulate: the next update uses those of the mean loss over all rows,
+        or tokens (see `reduction`), seen since the last one; where losses are sums, of their sum. Gradients
+        stay readable until the next step. Every rank calls this, with the same batch or with what `feed`
+        yields. Raises `ConfigError` for a batch that cannot work, before anything has run, and `PeerError`
+        when another rank is lost. An error in mid-step drops all gradients since the last update.
         """
         if not torch.is_grad_enabled():
             raise ConfigError(
@@ -105,15 +115,16 @@ class Pipeline:
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
-            self._rows.clear()
+            self._accumulated.clear()
             self._updated = False
-        self._rows.append(agreed.size)
-        share = 1.0 if len(self._rows) == 1 else agreed.size / self._rows[0]
+        self._accumulate(agreed.shares)
         try:
-            result = self._run(agreed, self._parts.programs.training, read_loss, share=share)
+            result = self._run(
+                agreed, self._parts.programs.training, read_loss, share=agreed.shares.size / self._unit
+            )
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
-            self._rows.clear()
+            self._accumulated.clear()
             raise
         self._step += 1
         if update:
@@ -251,15 +262,20 @@ class Pipeline:
         self, program: Program, prepare: Callable[[], Prepared | None], *, training: bool
     ) -> Agreed:
         parts = self._parts
-        return agree(
+        weigher = parts.weigher
+        agreed = agree(
             parts.world,
             parts.recordings,
             program,
             prepare=prepare,
             learn=partial(self._learn, program, training),
+            weigh=weigher.of_loss if program is parts.loss else weigher.of_rows,
             device=self._device,
             placement=parts.programs.placement,
         )
+        if agreed.shares.differs is not None and self.is_main:
+            warnings.warn(f"{agreed.shares.differs}; reduction= says how to weigh them", stacklevel=4)
+        return agreed
 
     def _prepared(self, batch: Any) -> Prepared | None:
         self._parts.fixed.check()
@@ -302,7 +318,7 @@ class Pipeline:
         return [
             Job(batch, number, entry.cut, entry.works, weight * share)
             for batch, number, entry, weight in zip(
-                agreed.batches, agreed.recordings, entries, agreed.shares, strict=True
+                agreed.batches, agreed.recordings, entries, agreed.shares.losses, strict=True
             )
         ]
 
@@ -350,7 +366,7 @@ class Pipeline:
         """The outcome on every rank; `results` are there on the last stage's process."""
         world = self._parts.world
         source = self._parts.programs.placement.rank_of[-1] if world.size > 1 else 0
-        rest = None if results is None else join([result.rest for result in results], agreed.shares)
+        rest = None if results is None else join([result.rest for result in results], agreed.shares.means)
         if world.size > 1:  # pickled for the other ranks
             rest = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rest)
         if reading is read_prediction:
@@ -360,16 +376,32 @@ class Pipeline:
             loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
         else:
             losses = [result.loss for result in results if result.loss is not None]
-            loss = torch.stack(
-                [part * share for part, share in zip(losses, agreed.shares, strict=True)]
-            ).sum()
+            pairs = zip(losses, agreed.shares.losses, strict=True)
+            # A microbatch that weighs nothing is left out: the mean of nothing is no number.
+            loss = torch.stack([part * share for part, share in pairs if share]).sum()
         work = world.broadcast(loss, source)
         metrics = world.share(rest, source) if has_metrics(graph) else None
         return StepResult(loss, metrics, None if work is None else work.wait)
 
+    def _accumulate(self, shares: Shares) -> None:
+        """Note a batch that counts for as much as `shares` says."""
+        if self._accumulated and shares.unit != self._accumulated[0].unit:
+            raise ConfigError(
+                f"the batches accumulated so far are weighed by {self._accumulated[0].unit} and this one by "
+                f"{shares.unit}, so that their losses have no common mean; give reduction="
+            )
+        self._accumulated.append(shares)
+
+    @property
+    def _unit(self) -> float:
+        """The size of an accumulated batch whose gradients are not scaled: the first one's."""
+        return self._accumulated[0].size or 1.0
+
     def _accumulated_scale(self) -> float | None:
         """What turns gradients in units of the first accumulated batch into the mean over all, if several."""
-        return self._rows[0] / sum(self._rows) if len(self._rows) > 1 else None
+        if len(self._accumulated) < 2 or self._accumulated[0].unit == "sums":
+            return None
+        return self._unit / (sum(shares.size for shares in self._accumulated) or 1.0)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

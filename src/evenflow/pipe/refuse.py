@@ -7,6 +7,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from evenflow.errors import ConfigError
+from evenflow.runtime.weights import CHOICES
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -53,3 +54,13 @@ def check_callable(*, needed: bool = False, **arguments: Any) -> None:  # whatev
     for name, value in arguments.items():
         if (needed or value is not None) and not callable(value):
             raise ConfigError(f"{name}= must be a function, not a {type(value).__name__}")
+
+
+def check_reduction(reduction: object) -> None:
+    """Raise `ConfigError` for a `reduction=` that is neither a known name nor a function."""
+    if reduction is not None and reduction not in CHOICES and not callable(reduction):
+        hint = " (over rows, or over tokens?)" if reduction == "mean" else ""
+        raise ConfigError(
+            f"reduction={reduction!r}{hint} is none of {', '.join(map(repr, CHOICES))}, and no function that "
+            "returns a microbatch's weight"
+        )

@@ -9,8 +9,9 @@ import torch
 class StepResult:
     """The outcome of one step, of `evaluate` or of `predict`.
 
-    `loss` is a 0-dimensional tensor: the microbatches' losses, weighted by their rows. `metrics` is what the
-    loss function returned beside the loss (None where it returned the loss alone), joined over microbatches.
+    `loss` is a 0-dimensional tensor: that of the whole batch (`Pipeline.reduction` says how microbatches are
+    weighed). `metrics` is what the loss function returned beside the loss (None where it returned the loss
+    alone), joined over microbatches.
 
     >>> result = StepResult(torch.tensor(2.0), {"accuracy": 0.5})
     >>> float(result.loss), result.metrics

@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
 
+# Under this name Hugging Face's models are told how many tokens the whole batch has: the loss is then a sum.
+GIVEN_COUNT = "num_items_in_batch"
+
 
 @dataclass(frozen=True, slots=True)
 class Microbatches:
@@ -49,7 +52,8 @@ def batch_size(batch: Any) -> int:
 def count(size: int, *, num_microbatches: int | None, microbatch_size: int | None, num_ranks: int) -> int:
     """How many microbatches a batch of `size` rows makes.
 
-    By default the largest divisor of `size` up to four per rank: enough that the bubble is small.
+    By default the largest divisor of `size` up to four per rank: enough that the bubble is small. A batch of
+    fewer rows than `num_microbatches` makes one microbatch of each row.
     """
     if num_microbatches is not None and microbatch_size is not None:
         raise ConfigError("num_microbatches and microbatch_size say the same thing twice; give one of them")
@@ -60,13 +64,7 @@ def count(size: int, *, num_microbatches: int | None, microbatch_size: int | Non
         return math.ceil(size / microbatch_size)
     if num_microbatches is None:
         return max(n for n in range(1, 4 * num_ranks + 1) if size % n == 0)
-    if size < num_microbatches:
-        raise ConfigError(
-            f"a batch of {size} rows cannot make num_microbatches={num_microbatches}; "
-            f"use a larger batch, or num_microbatches={size} at most "
-            "(with microbatch_size= a last batch may be shorter)"
-        )
-    return num_microbatches
+    return min(num_microbatches, size)
 
 
 def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[Any]:
@@ -91,19 +89,37 @@ def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[A
     return items
 
 
-def shares(items: Sequence[Any]) -> list[float]:
-    """Each microbatch's share of the step's loss: its share of the rows."""
-    sizes = [batch_size(item) for item in items]
-    if len(set(sizes)) == 1:
-        return [1 / len(sizes)] * len(sizes)
-    return [size / sum(sizes) for size in sizes]
+def with_count_as_tensor(batch: Any) -> Any:
+    """The batch with a plain `num_items_in_batch` as a tensor: as a number it would be part of the key.
+
+    >>> with_count_as_tensor({"num_items_in_batch": 3})
+    {'num_items_in_batch': tensor(3)}
+    """
+    pairs, spec = pytree.tree_flatten_with_path(batch)
+    found = [_is_given_count(path) and type(leaf) in {int, float} for path, leaf in pairs]
+    if not any(found):
+        return batch
+    leaves = [torch.tensor(leaf) if plain else leaf for plain, (_, leaf) in zip(found, pairs, strict=True)]
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def place_of_given_count(microbatch: Any) -> int | None:
+    """Which of the microbatch's tensors is `num_items_in_batch`, if it has one."""
+    pairs = pytree.tree_flatten_with_path(microbatch)[0]
+    paths = [path for path, leaf in pairs if isinstance(leaf, torch.Tensor)]
+    return next((at for at, path in enumerate(paths) if _is_given_count(path)), None)
+
+
+def _is_given_count(path: pytree.KeyPath) -> bool:
+    return len(path) == 1 and isinstance(path[0], pytree.MappingKey) and path[0].key == GIVEN_COUNT
 
 
 def join(trees: Sequence[Any], parts: Sequence[float]) -> Any:
     """One tree out of those that the microbatches returned; a single one comes back as it is.
 
     Leaf by leaf: tensors with dimensions are concatenated along dim 0, real scalars averaged with the loss's
-    weights, whole numbers added up, equal values kept, and anything else listed.
+    weights (one that weighs nothing is left out: a mean of nothing is no number), whole numbers added up,
+    equal values kept, and anything else listed.
     """
     if len(trees) == 1:
         return trees[0]
@@ -122,12 +138,17 @@ def _join_leaf(leaves: Sequence[Any], parts: Sequence[float]) -> Any:
         if first.dim() > 0:
             return torch.cat(list(leaves))
         if first.is_floating_point() or first.is_complex():
-            return sum(leaf * share for leaf, share in zip(leaves, parts, strict=True))
+            return weighted_sum(leaves, parts)
         return (
             torch.stack(list(leaves)).any() if first.dtype == torch.bool else torch.stack(list(leaves)).sum()
         )
     if isinstance(first, float):
-        return sum(leaf * share for leaf, share in zip(leaves, parts, strict=True))
+        return weighted_sum(leaves, parts)
     if isinstance(first, int) and not isinstance(first, bool):
         return sum(leaves)
     return first if all(leaf == first for leaf in leaves) else list(leaves)
+
+
+def weighted_sum(numbers: Sequence[Any], weights: Sequence[float]) -> Any:  # tensors, or plain numbers
+    """The sum of weighted numbers, in order, without those that weigh nothing."""
+    return sum(number * weight for number, weight in zip(numbers, weights, strict=True) if weight)

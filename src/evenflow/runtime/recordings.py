@@ -1,8 +1,9 @@
 """Recordings: one per kind of microbatch, found again by key and guards, each cut for the same owners.
 
 A recording holds for one key: the tree, shapes, strides and types of the microbatch, its plain values, each
-module's training flag, autocast. Where the program looked at numbers of the batch (`if mask.all():`), a
-*guard* is computed from each microbatch, and another answer means another recording.
+module's training flag, whether gradients are computed, autocast. Where the program looked at numbers of the
+batch (`if mask.all():`), a *guard* is computed from each microbatch, and another answer means another
+recording.
 """
 
 import random
@@ -31,7 +32,7 @@ from evenflow.graph.outside import (
     seen_by_modules,
 )
 from evenflow.graph.record import Rehearsal, record
-from evenflow.graph.template import is_plain
+from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
@@ -74,16 +75,15 @@ class Recordings:
     ) -> None:
         self.entries: list[Recording] = []
         self.stage_of_parameter: dict[str, int] = {}
-        self._model, self._fakes, self._device, self._leaves = model, fakes, device, leaves
+        self.model = model
+        self._fakes, self._device, self._leaves = fakes, device, leaves
         self._accumulators = accumulators
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
-        self._self_changing: set[str] = (
-            set()
-        )  # attributes that modules change by themselves, which stay whole
+        self._self_changing: set[str] = set()  # attributes that modules, which stay whole, change themselves
         self._guards: list[list[tuple[Guard, Work]]] = []  # by recording, in program order
         self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
         for module, key, fake in fakes.slots:
@@ -95,13 +95,13 @@ class Recordings:
 
     def _look(self, program: Program) -> Snapshot:
         names = self._names_in(program)
-        seen = {**seen_by_function(program, self._model, names), **seen_by_modules(self._model, names)}
+        seen = {**seen_by_function(program, self.model, names), **seen_by_modules(self.model, names)}
         return {where: value for where, value in seen.items() if where not in self._self_changing}
 
     def _names_in(self, program: Program) -> frozenset[str]:
         key: Any = program if getattr(program, "__hash__", None) else id(program)
         if key not in self._names:
-            self._names[key] = (names_in(program, self._model), program)
+            self._names[key] = (names_in(program, self.model), program)
         return self._names[key][0]
 
     def key(self, microbatch: Any) -> Any:
@@ -131,7 +131,7 @@ class Recordings:
         Raises `RecordError` where the run changes what the recording depends on: the next would differ.
         """
         host = (random.getstate(), np.random.get_state())
-        with python_kept(self._model):
+        with python_kept(self.model):
             first, rehearsal = self._run(program, microbatch, None)
             now = self._look(program)
             changed = [where for where, value in now.items() if self._seen.get(where) != value]
@@ -169,13 +169,13 @@ class Recordings:
             values[number] = tensor.detach().clone()
 
         real = RealParameters(self._fakes)
-        with python_kept(self._model):
-            tree = record(program, self._model, microbatch, device=self._device, fakes=real, seen=keep)
+        with python_kept(self.model):
+            tree = record(program, self.model, microbatch, device=self._device, fakes=real, seen=keep)
         return self._flat(tree), values
 
     def _run(self, program: Program, microbatch: Any, rehearsal: Rehearsal | None) -> tuple[Graph, Rehearsal]:
         tree = record(
-            program, self._model, microbatch, device=self._device, fakes=self._fakes, rehearsal=rehearsal
+            program, self.model, microbatch, device=self._device, fakes=self._fakes, rehearsal=rehearsal
         )
         return self._flat(tree), tree.rehearsal
 
@@ -185,7 +185,7 @@ class Recordings:
             max_share=self._leaves.max_share,
             exact=self._leaves.exact,
             opened=self._leaves.opened,
-            is_atomic=lambda path: isinstance(self._model.get_submodule(path), self._leaves.atomic),
+            is_atomic=lambda path: isinstance(self.model.get_submodule(path), self._leaves.atomic),
         )
 
     def cut_first(self, graph: Graph, positions: Sequence[int], names: Sequence[str]) -> Cut:
@@ -220,7 +220,9 @@ class Recordings:
         }
         self._outside.append(self._seen)
         self._by_key.setdefault(self.key(microbatch), []).append(len(self.entries))
-        self._guards.append([(guard, self._guard_work(made.graph, guard)) for guard in made.graph.guards])
+        self._guards.append(
+            [(guard, self.glue_work(made.graph, guard.args, self._device)) for guard in made.graph.guards]
+        )
         self.entries.append(Recording(made.graph, made, works))
         return len(self.entries) - 1
 
@@ -243,24 +245,24 @@ class Recordings:
         return Work(
             made.sections[stage.index],
             made.graph,
-            self._model,
+            self.model,
             device=stage.device,
             streams=stage.streams,
             parameter_of=parameter_of,
             places_of=self._places.__getitem__,
         )
 
-    def _guard_work(self, graph: Graph, guard: Guard) -> Work:
-        """What computes the tensors that a guard looks at."""
+    def glue_work(self, graph: Graph, wanted: Template, device: torch.device) -> Work:
+        """What computes the values in a template, which depend on the batch alone; `extra` is that template."""
         return Work(
-            glue_section(graph, guard.args.refs),
+            glue_section(graph, wanted.refs),
             graph,
-            self._model,
-            device=self._device,
-            streams=Streams(0, self._device),
+            self.model,
+            device=device,
+            streams=Streams(0, device),
             parameter_of=partial(self._accumulators.parameter_of, {}),
             places_of=lambda _: [],
-            extra=guard.args,
+            extra=wanted,
         )
 
     def _guards_hold(self, index: int, batch: Sequence[torch.Tensor]) -> bool:
@@ -269,16 +271,23 @@ class Recordings:
         One guard after the other: what a later one computes may make sense only where the earlier ones hold.
         """
         for guard, work in self._guards[index]:
-            values: dict[int, Any] = {}
-            for leaf, value in work.section.batch:
-                tensor = batch[leaf].to(self._device)
-                values[value] = tensor.clone() if value in work.section.cloned else tensor
+            values = glue_values(work, batch, self._device)
             with torch.no_grad():
-                work.run(values)
                 args, kwargs = work.extra.fill(values, {})
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
         return True
+
+
+def glue_values(work: Work, batch: Sequence[torch.Tensor], device: torch.device) -> dict[int, Any]:
+    """What a work that depends on the batch alone computes for this microbatch."""
+    values: dict[int, Any] = {}
+    for leaf, value in work.section.batch:
+        tensor = batch[leaf].to(device)
+        values[value] = tensor.clone() if value in work.section.cloned else tensor
+    with torch.no_grad():
+        work.run(values)
+    return values
 
 
 def tensors(microbatch: Any) -> list[torch.Tensor]:

@@ -18,6 +18,17 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def zeros_at(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros that lie in memory as the tensor does.
+
+    >>> zeros_at(torch.ones(1).expand(3)).stride()
+    (0,)
+    """
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in pairs)
+    return tensor.new_zeros(length).as_strided(tensor.shape, tensor.stride())
+
+
 class Stage(torch.nn.Module):
     """One stage on one device.
 
@@ -82,7 +93,10 @@ class Stage(torch.nn.Module):
 
         `weight` is the gradient of the step's loss with respect to this microbatch's.
         """
-        self._walk(flight, loss, weight).run()
+        if loss is not None and not weight:
+            self._send_zeros(flight, loss)
+        else:
+            self._walk(flight, loss, weight).run()
         flight.received = []
 
     def run_input_grad(
@@ -93,6 +107,10 @@ class Stage(torch.nn.Module):
         Where the graph must be walked once, that is all of it; the rests of the flights `before` are then run
         first, so that each weight's gradients add up in the order of microbatches.
         """
+        if loss is not None and not weight:
+            self._send_zeros(flight, loss)
+            flight.received = []
+            return
         walk = self._walk(flight, loss, weight)
         reach = extent(walk)
         hooked = any(node.hooks for node in flight.work.section.nodes)
@@ -127,6 +145,13 @@ class Stage(torch.nn.Module):
         flight.roots = {}
         flight.output = None
         return Walk(roots, gradients)
+
+    def _send_zeros(self, flight: InFlight, loss: torch.Tensor) -> None:
+        """The backward of a microbatch that weighs nothing: the mean of no tokens would make it NaN."""
+        walk = self._walk(flight, loss, 0.0)
+        if walk.roots and flight.received:
+            walk.run_to(flight.received)
+            flight.owed.update((value, zeros_at(gradient)) for value, gradient in list(flight.owed.items()))
 
     def outgoing(self, flight: InFlight, target: int, payload: Payload) -> Parcel:
         """What leaves for another stage."""

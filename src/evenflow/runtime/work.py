@@ -207,7 +207,7 @@ class _Prepare:
                     return leaf
         if isinstance(leaf, torch.device) and leaf.type == self.graph.device.type:
             return self.device
-        if leaf in ("cuda", str(self.graph.device)) and self.device.type == "cuda":
+        if self.graph.device.type == "cuda" and leaf in ("cuda", str(self.graph.device)):
             return self.device  # `x.to("cuda")`
         return leaf
 

@@ -1,0 +1,249 @@
+"""What each microbatch counts for, so that the step's loss equals the unsplit one over the whole batch.
+
+A mean over tokens weighs microbatches by their tokens, a mean over rows by their rows, and sums are added up.
+Which of them the loss function is, its recording says (`graph.reduction`) or the user does.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from evenflow.errors import ConfigError
+from evenflow.graph.reduction import Numbers, Quotient, Reduction, Targets, Total, Unread, read_reduction
+from evenflow.graph.template import Template
+from evenflow.graph.tree import BatchLeaf
+from evenflow.runtime.microbatch import batch_size, place_of_given_count
+from evenflow.runtime.recordings import Recordings, glue_values, tensors
+from evenflow.runtime.work import Work
+
+# How a loss function reduces over its microbatch: by name, or as a function of it; None: read it.
+ReductionChoice: TypeAlias = Literal["item-mean", "token-mean", "sum"] | Callable[[Any], Any] | None
+CHOICES = ("item-mean", "token-mean", "sum")
+IGNORED = -100  # the label that torch's and Hugging Face's losses leave out
+_TWO_MEANS = (
+    "the loss is a sum of means over different numbers of things, and no weights of the microbatches make it "
+    "the unsplit loss: they are weighted by rows"
+)
+_CPU = torch.device("cpu")
+
+Unit: TypeAlias = Literal["tokens", "numbers", "items", "microbatches", "given weights", "sums"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What one microbatch counts for. `amounts`: one for each term of the loss that is a mean of its own.
+
+    `rows` is the length of its dim 0, where its tensors have a common one.
+    """
+
+    unit: Unit
+    amounts: tuple[float, ...]
+    rows: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The microbatches' factors in the step's loss; in `means` they add up to 1, for metrics.
+
+    `size` is what the batch counts for among accumulated ones, in `unit`. `differs` says why the step's loss
+    is not the unsplit one, where it is not.
+    """
+
+    losses: tuple[float, ...]
+    means: tuple[float, ...]
+    size: float
+    unit: Unit
+    differs: str | None = None
+
+
+def shares_of(weights: Sequence[Weight]) -> Shares:
+    """Each microbatch's share of the step's loss.
+
+    >>> shares_of([Weight("tokens", (6,), 2), Weight("tokens", (2,), 2)]).losses
+    (0.75, 0.25)
+    """
+    by_rows = _shares([weight.rows for weight in weights])
+    units = {weight.unit for weight in weights}
+    unit = weights[0].unit
+    num_rows = sum(weight.rows or 1 for weight in weights)
+    if len(units) > 1:
+        return Shares(
+            by_rows,
+            by_rows,
+            num_rows,
+            "items",
+            "the loss function reduces this step's microbatches in different ways "
+            f"({' and '.join(sorted(units))}): they are weighted by rows",
+        )
+    if unit == "sums":
+        return Shares((1.0,) * len(weights), by_rows, 1, unit)
+    terms = list(zip(*(weight.amounts for weight in weights), strict=True))
+    found = _shares(terms[0])
+    if all(term == terms[0] for term in terms):
+        return Shares(found, found, sum(terms[0]), unit)
+    same = all(math.isclose(*pair) for t in terms for pair in zip(_shares(t), by_rows, strict=True))
+    return Shares(by_rows, by_rows, num_rows, "items", None if same else _TWO_MEANS)
+
+
+def _shares(amounts: Sequence[float | None]) -> tuple[float, ...]:
+    """In proportion; alike where an amount is unknown or all are zero."""
+    known = [amount for amount in amounts if amount is not None]
+    total = sum(known)
+    if len(known) < len(amounts) or not total:
+        return (1 / len(amounts),) * len(amounts)
+    return tuple(amount / total for amount in known)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the microbatches of one recording are weighed."""
+
+    unit: Unit
+    counted: tuple[Targets | Quotient, ...] = ()
+    numbers: tuple[int, ...] = ()
+    work: Work | None = None  # computes what is counted
+    more: bool = False  # there is something else in a sum
+
+
+class Weigher:
+    """Weighs microbatches: as the user said, or as their recordings say."""
+
+    def __init__(self, recordings: Recordings, choice: ReductionChoice) -> None:
+        self._recordings, self._choice = recordings, choice
+        self._plans: dict[int, _Plan] = {}  # by recording
+
+    def of_loss(self, number: int, microbatch: Any) -> Weight:
+        """What this microbatch of recording `number` counts for in the step's loss.
+
+        Raises `ConfigError` where that cannot be told.
+        """
+        rows = rows_of(microbatch)
+        choice = self._choice
+        if callable(choice):
+            return Weight("given weights", (_given(choice, microbatch),), rows)
+        if choice == "sum":
+            return Weight("sums", (1,), rows)
+        if choice == "item-mean":
+            return Weight("items", (batch_size(microbatch),), rows)
+        plan = self._plan(number, microbatch)
+        if plan.unit == "tokens":
+            return Weight("tokens", self._counts(plan, microbatch), rows)
+        if plan.unit == "items":
+            return Weight("items", (batch_size(microbatch),), rows)
+        return Weight(plan.unit, plan.numbers or (1,), rows)
+
+    def of_rows(self, number: int, microbatch: Any) -> Weight:
+        """What a microbatch counts for where nothing is a loss: its rows."""
+        rows = rows_of(microbatch)
+        return Weight("microbatches" if rows is None else "items", (rows or 1,), rows)
+
+    def describe(self, number: int, microbatch: Any) -> str:
+        """How the step's loss is put together, for people."""
+        match self.of_loss(number, microbatch).unit:
+            case "tokens":
+                plan = self._plan(number, microbatch)
+                if any(isinstance(one, Quotient) for one in plan.counted):
+                    return "mean over tokens (the sum's divisor)"
+                where = "targets of its cross-entropy" if plan.counted else "labels of the batch"
+                return f"mean over tokens ({where}, without {IGNORED})"
+            case "numbers" | "items":
+                return "mean over items (rows)"
+            case "sums":
+                return "sum over microbatches"
+            case "given weights":
+                return "mean with the weights that reduction= gives"
+            case _:
+                return "mean over microbatches, each counted alike"
+
+    def guesses(self, number: int, microbatch: Any) -> bool:
+        """Whether tokens are counted in labels, some of them ignored, for want of the loss's own count."""
+        if callable(self._choice) or self._choice in {"sum", "item-mean"}:
+            return False
+        plan, labels = self._plan(number, microbatch), labels_of(microbatch)
+        unseen = plan.unit == "tokens" and not plan.counted
+        return unseen and labels is not None and labels.dim() > 1 and bool((labels == IGNORED).any())
+
+    def sums_more(self, number: int, microbatch: Any) -> bool:
+        """Whether the loss was read as a sum and something else, which every microbatch adds again."""
+        return self._choice is None and self._plan(number, microbatch).more
+
+    def _plan(self, number: int, microbatch: Any) -> _Plan:
+        if number not in self._plans:
+            self._plans[number] = self._made(number, microbatch)
+        return self._plans[number]
+
+    def _made(self, number: int, microbatch: Any) -> _Plan:
+        graph = self._recordings.entries[number].graph
+        rows, given = rows_of(microbatch), place_of_given_count(microbatch)
+        terms: tuple[Reduction, ...] = read_reduction(
+            graph, self._recordings.model, rows=rows, given_count=given
+        )
+        counted = tuple(term for term in terms if isinstance(term, Targets | Quotient))
+        if counted:
+            wanted = [one.target if isinstance(one, Targets) else one.divisor for one in counted]
+            return _Plan(
+                "tokens", counted, work=self._recordings.glue_work(graph, Template.of_values(wanted), _CPU)
+            )
+        if self._choice == "token-mean":
+            if labels_of(microbatch) is None:
+                raise ConfigError(
+                    "reduction='token-mean': the loss function calls no cross_entropy that averages, and "
+                    "the batch has no whole numbers named 'labels' to count; give a function that returns "
+                    "how many tokens of a microbatch the loss counts: reduction=lambda microbatch: …"
+                )
+            return _Plan("tokens")
+        numbers = tuple(term.count for term in terms if isinstance(term, Numbers))
+        if numbers:
+            return _Plan("numbers", numbers=numbers)
+        uses = {graph.values[ref].source for node in graph.nodes for ref in node.inputs}
+        if Total() in terms or (given is not None and BatchLeaf(given) in uses):
+            return _Plan("sums", more=Unread() in terms)
+        if labels_of(microbatch) is not None:
+            return _Plan("tokens")
+        return _Plan("microbatches" if rows is None else "items")
+
+    def _counts(self, plan: _Plan, microbatch: Any) -> tuple[float, ...]:
+        if plan.work is None:
+            labels = labels_of(microbatch)
+            assert labels is not None, "seen when the plan was made"
+            return (int((labels != IGNORED).sum()),)
+        values = glue_values(plan.work, tensors(microbatch), _CPU)
+        return tuple(self._count(one, values) for one in plan.counted)
+
+    def _count(self, counted: Targets | Quotient, values: Mapping[int, torch.Tensor]) -> float:
+        if isinstance(counted, Quotient):
+            return float(values[counted.divisor])
+        target = values[counted.target]
+        target = target[target != counted.ignore_index]
+        if counted.class_weights is None:
+            return target.numel()
+        return float(self._recordings.model.get_buffer(counted.class_weights).to(_CPU)[target].sum())
+
+
+def rows_of(microbatch: Any) -> int | None:
+    """The common length of dim 0 of a microbatch's tensors, if they have one."""
+    try:
+        return batch_size(microbatch)
+    except ConfigError:
+        return None
+
+
+def labels_of(microbatch: Any) -> torch.Tensor | None:
+    """The whole numbers that a microbatch calls its labels."""
+    labels = microbatch.get("labels") if isinstance(microbatch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex():
+        return None
+    return labels if labels.dim() > 0 else None
+
+
+def _given(choice: Callable[[Any], Any], microbatch: Any) -> float:
+    try:
+        found = float(choice(microbatch))
+    except Exception as error:
+        raise ConfigError(f"reduction= failed for a microbatch: {type(error).__name__}: {error}") from error
+    if not 0 <= found < math.inf:
+        raise ConfigError(f"reduction= returned {found} for a microbatch; a weight is at least 0 and finite")
+    return found
