@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from zoo_checks import WIDTH, Zoo
 
 ZOO = Zoo()
@@ -133,7 +132,12 @@ class EarlierMetrics(Layers):
         kept = first.detach()
         second = self.b(first)
         third = self.c(second)
-        return {"loss": self.head(self.d(third)).square().mean(), "first": kept, "x": x, "second": second.mean()}
+        return {
+            "loss": self.head(self.d(third)).square().mean(),
+            "first": kept,
+            "x": x,
+            "second": second.mean(),
+        }
 
 
 @ZOO.model()

@@ -1,7 +1,13 @@
-"""Small models in plain PyTorch, each written as a user would write it."""
+"""All plain-PyTorch models of the zoo, each written as a user would write it."""
 
-from zoo_checks import Zoo
-from zoo_inplace import ZOO as IN_PLACE
+import zoo_inplace
+import zoo_shapes
+import zoo_shared
+import zoo_state
+import zoo_unseen
 
-ZOO = Zoo()
-ZOO.cases += IN_PLACE.cases
+CASES = [
+    param
+    for module in (zoo_inplace, zoo_unseen, zoo_shared, zoo_state, zoo_shapes)
+    for param in module.ZOO.params()
+]
