@@ -64,7 +64,7 @@ class Case:
 
     `shared`: a parameter is used more than once, so that sums are associated otherwise than in the plain
     loop; `draws`: random numbers come from Evenflow's own streams. Both are compared with one stage.
-    `refused` is the message of those that are refused by name, `fails` why another ought to work and does not.
+    `library` must be there, or the test is skipped. `refused` is part of the message of those that are refused by name, `fails` why another ought to work and does not.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Case:
     draws: bool = False
     tolerance: float = 1e-6
     stages: tuple[int, int] = (2, 4)
+    library: str = ""
     refused: str = ""
     fails: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +115,8 @@ class Trained:
 
 def check(case: Case, *, seeds: tuple[int, ...] = (0,)) -> None:
     """Hold one case to what all are held to, at both numbers of stages and at random cuts."""
+    if case.library:
+        pytest.importorskip(case.library, exc_type=ImportError)
     if case.refused:
         with pytest.raises(evenflow.EvenflowError) as refusal:
             in_pipeline(case, case.stages[1], None)
