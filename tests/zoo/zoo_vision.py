@@ -131,7 +131,9 @@ def diffusers_unet():
     library="diffusers",
     items=noised(8, 4, text=lambda: torch.randn(2, 5, 12)),
     loss=denoising(
-        lambda model, x, batch: model(x, batch["t"], encoder_hidden_states=batch["text"], return_dict=False)[0]
+        lambda model, x, batch: model(x, batch["t"], encoder_hidden_states=batch["text"], return_dict=False)[
+            0
+        ]
     ),
 )
 def diffusers_conditional_unet():
@@ -197,12 +199,14 @@ def diffusers_autoencoder():
     library="diffusers",
     items=noised(8, 4, text=lambda: torch.randn(2, 5, 16), pooled=lambda: torch.randn(2, 12)),
     loss=denoising(
-        lambda model, x, batch: model(
-            hidden_states=x,
-            encoder_hidden_states=batch["text"],
-            pooled_projections=batch["pooled"],
-            timestep=batch["t"],
-        ).sample
+        lambda model, x, batch: (
+            model(
+                hidden_states=x,
+                encoder_hidden_states=batch["text"],
+                pooled_projections=batch["pooled"],
+                timestep=batch["t"],
+            ).sample
+        )
     ),
 )
 def diffusers_sd3():
