@@ -1,7 +1,6 @@
 """Published vision and diffusion models: a pipeline gives the plain loop's numbers."""
 
 import pytest
-
 from zoo_checks import Case, check
 from zoo_vision import ZOO
 

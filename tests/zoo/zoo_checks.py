@@ -64,7 +64,8 @@ class Case:
 
     `shared`: a parameter is used more than once, so that sums are associated otherwise than in the plain
     loop; `draws`: random numbers come from Evenflow's own streams. Both are compared with one stage.
-    `library` must be there, or the test is skipped. `refused` is part of the message of those that are refused by name, `fails` why another ought to work and does not.
+    `library` must be there, or the test is skipped. `refused` is part of the
+    message of those that are refused by name, `fails` why another ought to work and does not.
     """
 
     name: str

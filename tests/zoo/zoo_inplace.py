@@ -125,7 +125,12 @@ class EarlierLoss(Layers):
         return early, late
 
 
-@ZOO.model(loss=lambda model, batch: (lambda out: (out["loss"], out))(model(batch["x"])))
+def all_of_it(model, batch):
+    out = model(batch["x"])
+    return out["loss"], out
+
+
+@ZOO.model(loss=all_of_it)
 class EarlierMetrics(Layers):
     def forward(self, x):
         first = self.a(x)

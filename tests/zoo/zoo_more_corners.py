@@ -6,7 +6,6 @@ import warnings
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from zoo_checks import ROWS, WIDTH, Zoo, images, many, sequences, vectors
 from zoo_inplace import Layers
 from zoo_unseen import Block, Stack
@@ -317,7 +316,15 @@ class MaskedByATriangle(nn.Module):
         return self.head(x.mean(1) + mask.sum(1, keepdim=True))
 
 
-@ZOO.model(loss=lambda model, batch: noted_before_change(model, batch), shared=True)
+def noted_before_change(model, batch):
+    out, noted = model(batch["x"])
+    extra = batch["x"].mean(0)
+    view = extra[:2]
+    extra += 1
+    return F.mse_loss(out, batch["y"]), {"noted": noted, "view": view, "same": [extra, extra]}
+
+
+@ZOO.model(loss=noted_before_change, shared=True)
 class NotesThenChanges(Layers):
     """What is noted beside the loss is changed in place afterwards: the note changes too."""
 
@@ -327,14 +334,6 @@ class NotesThenChanges(Layers):
         noted = total[:, 0]
         total += self.head(self.d(self.c(h))).detach()
         return self.head(h), noted
-
-
-def noted_before_change(model, batch):
-    out, noted = model(batch["x"])
-    extra = batch["x"].mean(0)
-    view = extra[:2]
-    extra += 1
-    return F.mse_loss(out, batch["y"]), {"noted": noted, "view": view, "same": [extra, extra]}
 
 
 @ZOO.model(loss=lambda model, batch: model(batch["x"]))

@@ -1,5 +1,6 @@
 """How values flow through known architectures: skips, conditions, collected outputs, experts, parts."""
 
+import itertools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from zoo_inplace import Layers
 from zoo_unseen import Block, Stack
 
 ZOO = Zoo()
-CHECKS = "torch.distributions checks its arguments with `if not valid.all()`, a branch on what depends on parameters"
+CHECKS = "torch.distributions checks its arguments with `if not valid.all()`: a branch on parameters"
 
 
 def two_losses(model, batch):
@@ -26,7 +27,7 @@ class UNet(nn.Module):
         widths = (3, 4, 6, 8)
         self.down = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(2, b), nn.SiLU())
-            for a, b in zip(widths, widths[1:])
+            for a, b in itertools.pairwise(widths)
         )
         self.middle = nn.Conv2d(8, 8, 1)
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * b, a, 2, stride=2) for a, b in ((4, 6), (6, 8)))

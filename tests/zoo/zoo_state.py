@@ -77,11 +77,12 @@ def python_counter_in_blocks():
     return Stack(Inner)
 
 
-@ZOO.model(
-    loss=lambda model, batch: (lambda out: (F.mse_loss(out[0], batch["y"]) + 0.1 * out[1], out[2]))(
-        model(batch["x"])
-    )
-)
+def committed(model, batch):
+    out, commitment, notes = model(batch["x"])
+    return F.mse_loss(out, batch["y"]) + 0.1 * commitment, notes
+
+
+@ZOO.model(loss=committed)
 class VQVAE(nn.Module):
     """Vectors are replaced by their nearest in a codebook, which moves with running means."""
 
@@ -284,7 +285,7 @@ def counted(step):
 @ZOO.model(
     items=counted,
     shared=True,
-    fails="SILENT, last bits: exact sums by (use, stage), and use 2 falls on another stage in another recording",
+    fails="SILENT, last bits: exact sums by (use, stage), and a use is elsewhere in another recording",
     loss=lambda model, batch: F.mse_loss(model(batch["x"], batch["n"]), batch["y"]),
 )
 class LoopOfTheBatch(Layers):
@@ -429,9 +430,12 @@ class Output:
     name: str = "output"
 
 
-@ZOO.model(
-    loss=lambda model, batch: (lambda out: (F.mse_loss(out.logits, batch["y"]), out))(model(batch["x"]))
-)
+def with_the_output(model, batch):
+    out = model(batch["x"])
+    return F.mse_loss(out.logits, batch["y"]), out
+
+
+@ZOO.model(loss=with_the_output)
 class ReturnsADataclass(Layers):
     def forward(self, x):
         kept = []
@@ -444,11 +448,12 @@ class ReturnsADataclass(Layers):
 Pair = namedtuple("Pair", ["prediction", "features"])
 
 
-@ZOO.model(
-    loss=lambda model, batch: (
-        lambda out: (F.mse_loss(out.prediction, batch["y"]), {"all": [out, None, "x"]})
-    )(model(batch["x"]))
-)
+def with_the_pair(model, batch):
+    out = model(batch["x"])
+    return F.mse_loss(out.prediction, batch["y"]), {"all": [out, None, "x"]}
+
+
+@ZOO.model(loss=with_the_pair)
 class ReturnsANamedTuple(Layers):
     def forward(self, x):
         h = self.b(self.a(x))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-
 from zoo_checks import Zoo, many
 
 ZOO = Zoo()
