@@ -64,6 +64,7 @@ class Case:
 
     `shared`: a parameter is used more than once, so that sums are associated otherwise than in the plain
     loop; `draws`: random numbers come from Evenflow's own streams. Both are compared with one stage.
+    `between` is what the user does to the model between the steps.
     `library` must be there, or the test is skipped. `refused` is part of the
     message of those that are refused by name, `fails` why another ought to work and does not.
     """
@@ -76,6 +77,7 @@ class Case:
     draws: bool = False
     tolerance: float = 1e-6
     stages: tuple[int, int] = (2, 4)
+    between: Callable[[Any], None] = lambda _: None
     library: str = ""
     refused: str = ""
     fails: str = ""
@@ -155,6 +157,7 @@ def in_plain_loop(case: Case) -> Trained:
         steps.append(Step(step.loss, copied(step.gradients), step.buffers))
         rests.append(join(found, [1 / len(items)] * len(items)))
         optimizer.step()
+        case.between(model)
     return Trained(tuple(steps), tuple(rests))
 
 
@@ -179,6 +182,7 @@ def in_pipeline(case: Case, stages: int, max_leaf_share: float | None) -> Traine
             gradients = {name: g.clone() for name, g in pipe.named_gradients() if g is not None}
             steps.append(Step(result.loss, gradients, buffers_of(model)))
             rests.append(result.metrics)
+            case.between(model)
     return Trained(tuple(steps), tuple(rests))
 
 

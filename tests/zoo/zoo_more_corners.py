@@ -517,3 +517,85 @@ def hooks_and_checkpoints_in_halves():
             return x + h
 
     return Stack(Inner)
+
+
+# -- what the user does between the steps
+
+
+class Switchable(Block):
+    """A block with a switch, and a shift that its parent adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.doubled = False
+        self.register_buffer("shift", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        h = self.layer(self.norm(x))
+        return h * 2 if self.doubled else h
+
+
+class ShiftedStack(Stack):
+    def __init__(self):
+        super().__init__(Switchable)
+        self.wide = nn.Sequential(
+            nn.Linear(WIDTH, 256), nn.Linear(256, WIDTH)
+        )  # the blocks are light beside it
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) + block.shift
+        return self.head(self.wide(x))
+
+
+def switch(model):
+    for block in model.blocks:
+        block.doubled = True
+
+
+@ZOO.model(between=switch)
+def attribute_switched_between_steps():
+    return ShiftedStack()
+
+
+def load_shift(model):
+    for block in model.blocks:
+        block.shift.fill_(1.0)
+
+
+@ZOO.model(between=load_shift)
+def buffer_filled_between_steps():
+    return ShiftedStack()
+
+
+def replace_shift(model):
+    for block in model.blocks:
+        block.shift = torch.ones(WIDTH)
+
+
+@ZOO.model(
+    between=replace_shift,
+    fails="SILENT: a buffer of a whole child is looked up once: replaced, the old one is used",
+)
+def buffer_replaced_between_steps():
+    return ShiftedStack()
+
+
+def more_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+
+
+@ZOO.model(between=more_dropout, draws=True)
+def dropout_raised_between_steps():
+    return Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)))
+
+
+@ZOO.model(
+    between=more_dropout,
+    draws=True,
+    fails="SILENT: a dropout of 0 is recorded as one that draws nothing: raised, its draws have no key",
+)
+def dropout_raised_from_zero_between_steps():
+    return Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0)))
