@@ -282,7 +282,9 @@ class OnThreads:
         parts.updater.combine(None)
         parts.updater.step()
         return float(
-            torch.stack([loss * share for loss, share in zip(losses, agreed.shares.losses, strict=True)]).sum()
+            torch.stack(
+                [loss * share for loss, share in zip(losses, agreed.shares.losses, strict=True)]
+            ).sum()
         )
 
 

@@ -239,11 +239,18 @@ def test_a_module_that_wants_memory():
     assert_splits(seeded(lambda: Chain(ByAddress())), microbatches(), loss=mean_square)
 
 
-def test_a_mask_of_the_batch_indexes_activations():
+INDEXED = {
+    "rows": lambda found, mask: found[mask],
+    "rows of a column": lambda found, mask: found[mask, 1],
+    "a column of rows": lambda found, mask: found[:, 1][mask],
+    "selected": lambda found, mask: found.masked_select(mask[:, None]),
+}
+
+
+@pytest.mark.parametrize("way", INDEXED)
+def test_a_mask_of_the_batch_indexes_activations(way):
     def loss(model, batch):
-        found = model(batch["x"])
-        rows = functional.mse_loss(found[batch["mask"]], batch["y"][batch["mask"]])
-        return rows + found.masked_select(batch["mask"][:, None]).square().mean()
+        return INDEXED[way](model(batch["x"]), batch["mask"]).square().mean()
 
     items = microbatches().items
     for at, item in enumerate(items):

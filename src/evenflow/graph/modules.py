@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenflow.graph.outside import Snapshot, attributes, frozen, is_library
+from evenflow.graph.outside import Snapshot, attributes, frozen, is_library, without_tensors
 
 _DEPTH = 4  # of objects in objects
 _LEFT = (torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType)  # nothing of these is put back
@@ -36,17 +36,10 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
 def python_state(module: torch.nn.Module) -> Snapshot:
     """A module's own attributes, and its buffers under `_buffers.NAME`, as they can be compared."""
     return {
-        key: frozen(_without_tensors(value))
+        key: frozen(without_tensors(value))
         for key, value in attributes(module).items()
         if not key.startswith("_modules.")
     }
-
-
-def _without_tensors(value: Any) -> Any:
-    """A mapping without its tensors: where those come from and go to is seen, so keeping one is no state."""
-    if type(value) is not dict:
-        return value
-    return {key: each for key, each in value.items() if not isinstance(each, torch.Tensor)}
 
 
 @contextlib.contextmanager

@@ -143,11 +143,13 @@ class _Kernels(TorchDispatchMode):
         self.observer = observer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with unwatched():  # a scripted function's kernels would else be taken for the program's own calls
+            return self.seen(func, args, kwargs or {})
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
         if func._schema.is_mutable:
             self.note_writes(func, args, kwargs)
-        with unwatched():  # a scripted function's kernels would else be taken for the program's own calls
-            result = run_kernel(func, args, kwargs)
+        result = run_kernel(func, args, kwargs)
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 self.observer.born.add(storage_of(leaf))

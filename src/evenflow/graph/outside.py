@@ -74,7 +74,7 @@ def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
     for path, module in model.named_modules():
         freezer = library if is_library(type(module)) else own
         for key, value in attributes(module).items():
-            found[f"{path}.{key}" if path else key] = freezer.frozen(value)
+            found[f"{path}.{key}" if path else key] = freezer.frozen(without_tensors(value))
         kinds[type(module)] = None
     for kind in kinds:
         if not is_library(kind):
@@ -140,6 +140,13 @@ def attributes(module: torch.nn.Module) -> dict[str, Any]:
             hooks = [hook for hook in own[table].values() if not getattr(hook, "evenflow", False)]
             found |= {table: tuple(map(Same, hooks))} if hooks else {}
     return found
+
+
+def without_tensors(value: Any) -> Any:  # any value
+    """A mapping without its tensors: where those come from and go to is seen, so keeping one is no state."""
+    if type(value) is not dict:
+        return value
+    return {key: each for key, each in value.items() if not isinstance(each, torch.Tensor)}
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -14,7 +14,7 @@ from evenflow.graph.template import NOTHING, Template
 # The read of a shape that depends on a tensor's numbers (`nonzero`, a boolean index).
 SHAPE = "a shape that depends on numbers"
 # Functions that hand a tensor's memory to something that cannot be observed.
-ARRAYS = frozenset({"numpy", "__array__", "__dlpack__", "__reduce_ex__", "untyped_storage"})
+ARRAYS = frozenset({"numpy", "__array__", "__dlpack__", "__reduce_ex__"})
 
 
 @dataclass(frozen=True, slots=True)
