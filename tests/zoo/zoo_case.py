@@ -10,8 +10,17 @@ import evenflow
 from evenflow.runtime.microbatch import Microbatches, join, shares, split
 from unsplit import Loss, Step, buffers_of, copied, plain_step
 
+CACHES = ("past_key_values", "cache_params")
+
 
 def loss_and_output(model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
+    """The model's own loss, and as metrics all that it returned but a key/value cache."""
+    output = model(**batch)
+    kept = {key: value for key, value in output.items() if key not in CACHES}
+    return output.loss, type(output)(**kept)
+
+
+def loss_and_whole_output(model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
     """The model's own loss, and as metrics all that it returned."""
     output = model(**batch)
     return output.loss, output
