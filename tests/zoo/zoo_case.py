@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import evenflow
-from evenflow.runtime.microbatch import Microbatches, join, shares, split
+from evenflow.runtime.microbatch import Microbatches, join, split
 from unsplit import Loss, Step, buffers_of, copied, plain_step
 
 CACHES = ("past_key_values", "cache_params")
@@ -56,7 +56,7 @@ class Outcome:
 def plain_outcome(case: Case) -> Outcome:
     """What the unsplit model gives in a plain loop over the same microbatches."""
     batch, model = case.batch(), case.build()
-    items = batch.items if isinstance(batch, Microbatches) else split(batch, case.num_microbatches)
+    items = list(batch.items) if isinstance(batch, Microbatches) else split(batch, case.num_microbatches)
     model.eval()
     with torch.no_grad():
         predictions = [case.loss(model, copied(item)) for item in items]
@@ -67,9 +67,9 @@ def plain_outcome(case: Case) -> Outcome:
         returned.append(case.loss(model, item))
         return returned[-1]
 
-    step = plain_step(model, watched, list(items))
+    step = plain_step(model, watched, items)
     rests = [each[1] if isinstance(each, tuple) else None for each in returned]
-    parts = shares(items)
+    parts = [1 / len(items)] * len(items)
     return Outcome(step, join(rests, parts), join(predictions, parts))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from evenflow.runtime.microbatch import Microbatches, split
 from unsplit import Loss
 from zoo_case import Case, loss_and_output, loss_and_whole_output
 
@@ -106,6 +107,14 @@ def checkpointed(model: Any) -> None:
     model.activation_checkpointing_enable()
 
 
+CACHE = "a cache that the program returns comes back empty (Work.output fills it with a fresh copy)"
+EAGER = "the experts' loop asks which experts were hit: a branch on numbers that depend on the parameters"
+ACTIVE = "a boolean index into the logits: its shape depends on numbers that fake parameters do not have"
+RESCALED = "evaluation divides weights in place"
+ROUTER = "Module.to inside forward swaps fake parameters; and the experts' loop asks which were hit"
+FINITE = "in training, encoder layers ask whether all of their hidden states are finite"
+CTC = "torch has no fake kernel for ctc_loss, though its result's shape is known"
+HANDED = "a leaf that is handed the embedding as a module uses the parameter and not its accumulator"
 GROUPED = "torch's fake kernel of grouped_mm refuses float32, which the real one takes"
 
 DECODERS = [
@@ -114,7 +123,7 @@ DECODERS = [
     decoder("llama, hidden states", "LlamaForCausalLM", output_hidden_states=True),
     decoder("llama, tied", "LlamaForCausalLM", exact=True),
     decoder("llama, checkpointed", "LlamaForCausalLM", prepare=checkpointed),
-    decoder("llama, cache returned", "LlamaForCausalLM", loss=loss_and_whole_output),
+    decoder("llama, cache returned", "LlamaForCausalLM", loss=loss_and_whole_output, fails=CACHE),
     decoder("llama, biases and long rope", "LlamaForCausalLM", attention_bias=True, mlp_bias=True, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}),
     decoder("qwen2", "Qwen2ForCausalLM"),
     decoder("qwen3", "Qwen3ForCausalLM", head_dim=8),
@@ -138,9 +147,10 @@ DECODERS = [
     decoder("mamba2", "Mamba2ForCausalLM", state_size=4, num_heads=4, head_dim=8, n_groups=2, chunk_size=4),
     decoder("falcon-mamba", "FalconMambaForCausalLM", state_size=4, time_step_rank=4),
     decoder("recurrent-gemma", "RecurrentGemmaForCausalLM", exact=True, lru_width=16, attention_window_size=4),
-    decoder("rwkv", "RwkvForCausalLM", attention_hidden_size=16),
-    decoder("deepseek-v3", "DeepseekV3ForCausalLM", num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=12, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_mtp_layers=0),
-    decoder("deepseek-v2", "DeepseekV2ForCausalLM", num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=12, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+    decoder("rwkv", "RwkvForCausalLM", attention_hidden_size=16, fails=RESCALED),
+    decoder("deepseek-v3", "DeepseekV3ForCausalLM", num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=12, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_mtp_layers=0, fails=GROUPED),
+    decoder("deepseek-v3, batched experts", "DeepseekV3ForCausalLM", num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=12, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_mtp_layers=0, experts_implementation="batched_mm"),
+    decoder("deepseek-v2", "DeepseekV2ForCausalLM", num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=12, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, experts_implementation="batched_mm"),
     decoder("stablelm", "StableLmForCausalLM", use_qkv_bias=True, qk_layernorm=True),
     decoder("cohere", "CohereForCausalLM", exact=True, use_qk_norm=True),
     decoder("cohere2", "Cohere2ForCausalLM", exact=True, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
@@ -154,7 +164,7 @@ DECODERS = [
     decoder("codegen", "CodeGenForCausalLM", num_attention_heads=4, rotary_dim=4),
     decoder("mixtral", "MixtralForCausalLM", **EXPERTS, fails=GROUPED),
     decoder("mixtral, batched experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="batched_mm"),
-    decoder("mixtral, eager experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="eager"),
+    decoder("mixtral, eager experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="eager", fails=EAGER),
     decoder("qwen3-moe", "Qwen3MoeForCausalLM", **EXPERTS, head_dim=8, experts_implementation="batched_mm"),
     decoder("olmoe", "OlmoeForCausalLM", **EXPERTS, experts_implementation="batched_mm"),
     decoder("gpt-oss", "GptOssForCausalLM", **EXPERTS, head_dim=8, sliding_window=4, experts_implementation="batched_mm"),
@@ -257,7 +267,7 @@ ENCODERS = [
     encoder("xlm-roberta", "XLMRobertaForMaskedLM", exact=True),
     encoder("albert", "AlbertForMaskedLM", exact=True),
     encoder("electra", "ElectraForMaskedLM", exact=True),
-    encoder("electra, discriminator", "ElectraForPreTraining", batch=lambda: text() | {"labels": tokens() % 2}),
+    encoder("electra, discriminator", "ElectraForPreTraining", batch=lambda: text() | {"labels": tokens() % 2}, fails=ACTIVE),
     encoder("deberta", "DebertaForMaskedLM", exact=True, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8),
     encoder("deberta-v2", "DebertaV2ForMaskedLM", exact=True, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True, conv_kernel_size=3, position_biased_input=False),
     encoder("distilbert", "DistilBertForMaskedLM", exact=True, dim=16, hidden_dim=24, dropout=0.0),
@@ -281,7 +291,7 @@ ENCODERS = [
     encoder("nystromformer", "NystromformerForMaskedLM", num_landmarks=4, segment_means_seq_len=8, conv_kernel_size=3, batch=texts_without_mask),
     encoder("yoso", "YosoForMaskedLM", use_expectation=True),
     encoder("convbert", "ConvBertForMaskedLM", conv_kernel_size=3, head_ratio=2, num_groups=1),
-    encoder("perceiver", "PerceiverForMaskedLM", exact=True, max_position_embeddings=LENGTH, num_latents=4, d_latents=16, d_model=16, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=2, num_cross_attention_heads=2, qk_channels=16, v_channels=16),
+    encoder("perceiver", "PerceiverForMaskedLM", exact=True, fails=HANDED, max_position_embeddings=LENGTH, num_latents=4, d_latents=16, d_model=16, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=2, num_cross_attention_heads=2, qk_channels=16, v_channels=16),
 ]
 
 
@@ -351,7 +361,7 @@ ENCODER_DECODERS = [
     t5("umt5", "UMT5ForConditionalGeneration", batch=translations),
     t5("long-t5", "LongT5ForConditionalGeneration", local_radius=2, batch=translations),
     t5("long-t5, global", "LongT5ForConditionalGeneration", local_radius=2, global_block_size=2, encoder_attention_type="transient-global", batch=translations),
-    t5("switch", "SwitchTransformersForConditionalGeneration", num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0, expert_capacity=8, batch=translations),
+    t5("switch", "SwitchTransformersForConditionalGeneration", num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0, expert_capacity=8, batch=translations, fails=ROUTER),
     both("bart", "BartForConditionalGeneration"),
     both("bart, other lengths", "BartForConditionalGeneration", batch=translations),
     both("pegasus", "PegasusForConditionalGeneration", batch=translations),
@@ -415,6 +425,15 @@ def masked_pictures() -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels(), "bool_masked_pos": torch.rand(ROWS, 4, generator=generator()) < 0.6}
 
 
+def told_patches() -> Microbatches:
+    """Masked pictures with a label for each hidden patch, of which each microbatch has another number."""
+    items = split(masked_pictures(), 3)
+    for item in items:
+        hidden = int(item["bool_masked_pos"].sum())
+        item["labels"] = torch.randint(0, VOCABULARY, (hidden,), generator=generator(hidden))
+    return Microbatches(items)
+
+
 def boxes_loss(model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
     """A loss of detections that needs no assignment of boxes."""
     output = model(**batch)
@@ -433,7 +452,7 @@ PICTURES = [
     picture("deit, teacher", "DeiTForImageClassificationWithTeacher", lambda: {"pixel_values": pixels()}, loss=lambda model, batch: ((output := model(**batch)).logits.square().mean(), output)),
     picture("beit", "BeitForImageClassification", use_relative_position_bias=True, use_shared_relative_position_bias=False),
     picture("beit, shared bias", "BeitForImageClassification", use_shared_relative_position_bias=True, exact=True),
-    picture("beit, masked", "BeitForMaskedImageModeling", lambda: masked_pictures() | {"labels": torch.randint(0, 3, (9,))}, vocab_size=VOCABULARY, use_mask_token=True),
+    picture("beit, masked", "BeitForMaskedImageModeling", told_patches, vocab_size=VOCABULARY, use_mask_token=True),
     picture("data2vec-vision", "Data2VecVisionForImageClassification", use_relative_position_bias=True),
     picture("dinov2", "Dinov2ForImageClassification"),
     picture("vit-mae", "ViTMAEForPreTraining", lambda: {"pixel_values": pixels(), "noise": torch.rand(ROWS, 4, generator=generator())}, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=24),
@@ -447,14 +466,10 @@ PICTURES = [
     pyramid("resnet", "ResNetForImageClassification", **RESNET),
     pyramid("resnet, bottlenecks", "ResNetForImageClassification", **(RESNET | {"layer_type": "bottleneck"})),
     pyramid("regnet", "RegNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], groups_width=4),
-    pyramid("mobilenet-v2", "MobileNetV2ForImageClassification", depth_multiplier=0.25, classifier_dropout_prob=0.0, output_stride=8),
     pyramid("poolformer", "PoolFormerForImageClassification", depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16]),
-    pyramid("van", "PvtForImageClassification", pictures, image_size=16, num_encoder_blocks=2, depths=[1, 1], sequence_reduction_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
-    pyramid("efficientnet", "EfficientNetForImageClassification", width_coefficient=0.25, depth_coefficient=0.2, hidden_dim=64, dropout_rate=0.0, drop_connect_rate=0.0),
-    pyramid("mobilevit", "MobileViTForImageClassification", image_size=32, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16], num_attention_heads=2, hidden_dropout_prob=0.0, classifier_dropout_prob=0.0),
-    pyramid("levit", "LevitForImageClassification", pictures, image_size=16, kernel_size=3, stride=2, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8], patch_size=1),
-    pyramid("detr", "DetrForObjectDetection", lambda: {"pixel_values": pixels(32)}, loss=boxes_loss, exact=True, **DETR),
-    pyramid("conditional-detr", "ConditionalDetrForObjectDetection", lambda: {"pixel_values": pixels(32)}, loss=boxes_loss, exact=True, **DETR),
+    pyramid("pvt", "PvtForImageClassification", pictures, image_size=16, num_encoder_blocks=2, depths=[1, 1], sequence_reduction_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
+    pyramid("detr", "DetrForObjectDetection", lambda: {"pixel_values": pixels(32)}, loss=boxes_loss, exact=True, fails=FINITE, **DETR),
+    pyramid("conditional-detr", "ConditionalDetrForObjectDetection", lambda: {"pixel_values": pixels(32)}, loss=boxes_loss, exact=True, fails=FINITE, **DETR),
     pyramid("upernet", "UperNetForSemanticSegmentation", partial(segments, 32), backbone_config={"model_type": "convnext", "num_stages": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}, hidden_size=8, use_auxiliary_head=True, auxiliary_in_channels=8, auxiliary_channels=8),
 ]
 
@@ -487,13 +502,12 @@ PICTURES_AND_TEXTS = [
     other("clip", "CLIPModel", pairs, text_config=READ, vision_config=SEEN, projection_dim=8),
     other("siglip", "SiglipModel", pairs, text_config=READ, vision_config=SEEN),
     other("siglip2", "Siglip2VisionModel", lambda: {"pixel_values": torch.randn(ROWS, 4, 192, generator=generator()), "pixel_attention_mask": torch.ones(ROWS, 4).long(), "spatial_shapes": torch.full((ROWS, 2), 2)}, loss=lambda model, batch: ((output := model(**batch)).pooler_output.square().mean(), output), num_patches=16, **SIDES | {"patch_size": 8}),
-    other("align", "AltCLIPModel", pairs, text_config=READ | {"project_dim": 8}, vision_config=SEEN, projection_dim=8),
+    other("alt-clip", "AltCLIPModel", pairs, text_config=READ | {"project_dim": 8}, vision_config=SEEN, projection_dim=8),
     other("blip", "BlipForConditionalGeneration", lambda: pairs() | {"labels": tokens(), "return_loss": None} , text_config=READ | {"encoder_hidden_size": 16, "is_decoder": True}, vision_config=SEEN, projection_dim=8, exact=True),
     other("llava", "LlavaForConditionalGeneration", partial(told_pictures, image_token=63, patches=4), **LLAVA),
     other("paligemma", "PaliGemmaForConditionalGeneration", partial(told_pictures, image_token=63, patches=4), **LLAVA | {"projection_dim": 16, "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **SEEN}, "text_config": {"model_type": "gemma", **DECODER, "head_dim": 8}}),
     other("idefics3", "Idefics3ForConditionalGeneration", lambda: told_pictures(image_token=63, patches=1) | {"pixel_values": pixels()[:, None]}, image_token_id=63, scale_factor=2, text_config={"model_type": "llama", **DECODER}, vision_config=SEEN, tie_word_embeddings=False, pad_token_id=0),
     other("git", "GitForCausalLM", lambda: text() | {"pixel_values": pixels()}, vision_config=SEEN, tie_word_embeddings=False, **{key: value for key, value in READ.items() if key != "projection_dim"}),
-    other("vilt", "ViltForImagesAndTextClassification", lambda: texts_and_classes() | {"pixel_values": pixels()[:, None]}, num_images=1, num_labels=3, modality_type_vocab_size=2, max_image_length=-1, **READ | SEEN),
     other("vision-text", "VisionTextDualEncoderModel", pairs, text_config={"model_type": "bert", **READ}, vision_config={"model_type": "vit", **SEEN}, projection_dim=8),
     other("vision-encoder-decoder", "VisionEncoderDecoderModel", lambda: {"pixel_values": pixels(), "labels": tokens()}, encoder={"model_type": "vit", **SEEN}, decoder={"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": VOCABULARY, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "add_cross_attention": True, "is_decoder": True}, pad_token_id=0, decoder_start_token_id=1, exact=True),
 ]
@@ -518,17 +532,30 @@ def sound(name: str, kind: str, batch: Callable[[], Any] = sounds, **config: Any
     return other(name, kind, batch, **(SOUND | config))
 
 
+def frames_loss(model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
+    """A loss of frames that needs no alignment."""
+    output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    return output.logits.square().mean(), output
+
+
+def waves() -> dict[str, torch.Tensor]:
+    return {"input_values": sounds()["input_values"]}
+
+
 SOUNDS = [
-    sound("wav2vec2", "Wav2Vec2ForCTC"),
-    sound("wav2vec2, augmented", "Wav2Vec2ForCTC", apply_spec_augment=True, layerdrop=0.1, mask_time_length=2),
-    sound("wav2vec2, stable", "Wav2Vec2ForCTC", do_stable_layer_norm=True, feat_extract_norm="layer"),
+    sound("wav2vec2, ctc", "Wav2Vec2ForCTC", fails=CTC),
+    sound("hubert, ctc", "HubertForCTC", fails=CTC),
+    sound("wav2vec2", "Wav2Vec2ForCTC", loss=frames_loss),
+    sound("wav2vec2, augmented", "Wav2Vec2ForCTC", loss=frames_loss, apply_spec_augment=True, mask_time_length=2),
+    sound("wav2vec2, layers dropped", "Wav2Vec2ForCTC", loss=frames_loss, layerdrop=0.1),
+    sound("wav2vec2, stable", "Wav2Vec2ForCTC", loss=frames_loss, do_stable_layer_norm=True, feat_extract_norm="layer"),
     sound("wav2vec2, classes", "Wav2Vec2ForSequenceClassification", lambda: sounds() | {"labels": classes()}),
     sound("wav2vec2, weighted layers", "Wav2Vec2ForSequenceClassification", lambda: sounds() | {"labels": classes()}, use_weighted_layer_sum=True),
-    sound("hubert", "HubertForCTC"),
-    sound("wavlm", "WavLMForCTC", num_buckets=8, max_bucket_distance=8),
-    sound("sew", "SEWForCTC", squeeze_factor=2),
-    sound("unispeech", "UniSpeechForCTC"),
-    sound("data2vec-audio", "Data2VecAudioForCTC", conv_pos_kernel_size=3, num_conv_pos_embeddings=2),
+    sound("hubert", "HubertForCTC", loss=frames_loss),
+    sound("wavlm", "WavLMForCTC", waves, loss=frames_loss, num_buckets=8, max_bucket_distance=8),
+    sound("sew", "SEWForCTC", loss=frames_loss, squeeze_factor=2),
+    sound("unispeech", "UniSpeechForCTC", loss=frames_loss),
+    sound("data2vec-audio", "Data2VecAudioForCTC", loss=frames_loss, conv_pos_kernel_size=3, num_conv_pos_embeddings=2),
     other("audio-spectrogram", "ASTForAudioClassification", lambda: {"input_values": torch.randn(ROWS, 24, 16, generator=generator()), "labels": classes()}, max_length=24, num_mel_bins=16, frequency_stride=8, time_stride=8, **PICTURE),
 ]
 
@@ -554,7 +581,7 @@ OTHERS = [
     decoder("llama, full and padded rows", "LlamaForCausalLM", batch=lambda: text() | {"attention_mask": padding().index_fill(0, torch.tensor([0, 1]), 1)}),
     decoder("llama, embeddings given", "LlamaForCausalLM", batch=lambda: {"inputs_embeds": torch.randn(ROWS, LENGTH, 16, generator=generator()), "labels": tokens()}),
     decoder("llama, no cache", "LlamaForCausalLM", use_cache=False, loss=loss_and_whole_output),
-    other("patchtst", "PatchTSTForPrediction", series, num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4, d_model=16, num_attention_heads=2, num_hidden_layers=2, ffn_dim=24, loss="mse"),
+    other("patchtst", "PatchTSTForPrediction", series, num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4, d_model=16, num_attention_heads=2, num_hidden_layers=2, ffn_dim=24),
     other("patchtsmixer", "PatchTSMixerForPrediction", series, num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4, d_model=16, num_layers=2, dropout=0.0, head_dropout=0.0),
 ]
 
