@@ -32,7 +32,7 @@ class Case:
 
     `build` gives a model in training mode, with the same numbers every time; `batch` a batch whose
     microbatches hold different data. `exact`: a parameter is used in several places. `fails`: why this cannot
-    be split today, into `fails_at` stages.
+    be split today.
     """
 
     name: str
@@ -42,7 +42,6 @@ class Case:
     exact: bool = False
     num_microbatches: int = 3
     fails: str = ""
-    fails_at: tuple[int, ...] = (2, 4)
 
 
 @dataclass(frozen=True)
