@@ -1,0 +1,67 @@
+"""Filling a model's parameters and buffers with the weights of a folder, where they belong."""
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from evenflow.checkpoint.weights_in import Weights
+from evenflow.errors import ConfigError
+from evenflow.graph.fakes import FakeParameters
+
+
+def fill_buffers(model: torch.nn.Module, weights: Weights) -> None:
+    """Give the model the persistent buffers of the files; masks and tables are computed from them."""
+    slots = [
+        (f"{path}.{key}" if path else key, module, key)
+        for path, module in model.named_modules()
+        for key in module._buffers
+    ]
+    held = {name: (module, key) for name, module, key in slots}
+    with torch.no_grad():
+        for name, tensor in weights.read(held):
+            module, key = held[name]
+            buffer = module._buffers[key]
+            if buffer is None or buffer.is_meta:
+                module._buffers[key] = tensor
+            else:
+                buffer.copy_(tensor)
+
+
+def fill_parameters(
+    parameters: dict[str, torch.nn.Parameter],
+    fakes: FakeParameters,
+    weights: Weights,
+    *,
+    wanted: Collection[str],
+    device_of: Callable[[str], torch.device],
+) -> None:
+    """Fill the wanted parameters from the files; one without memory is replaced by one on its stage's device.
+
+    Raises `ConfigError` where the files hold different numbers for parameters that the model ties.
+    """
+    filled: set[str] = set()
+    with torch.no_grad():
+        for name, tensor in weights.read(wanted):
+            parameter = parameters[name]
+            if name in filled:
+                if not torch.equal(parameter.detach().cpu(), tensor):
+                    raise ConfigError(
+                        f"load={str(weights.folder)!r} holds different numbers for the names that the model ties "
+                        f"to {name}; build the model untied (tie_word_embeddings=False in its configuration)"
+                    )
+                continue
+            filled.add(name)
+            if parameter.is_meta:
+                parameters[name] = _with_memory(parameter, device_of(name))
+            parameters[name].copy_(tensor)
+    for module, key, fake in fakes.slots:
+        if fakes.names[id(fake)] in filled:
+            module._parameters[key] = parameters[fakes.names[id(fake)]]
+
+
+def _with_memory(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
+    made = torch.nn.Parameter(
+        torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad
+    )
+    made.__dict__.update(parameter.__dict__)  # what libraries note on a parameter
+    return made
