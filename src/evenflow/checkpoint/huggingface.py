@@ -5,8 +5,9 @@ Everything here asks transformers; it is imported only where a model is already 
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,3 +78,26 @@ def not_forgiven(model: Any, missing: set[str], unexpected: set[str]) -> tuple[s
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)  # noqa: SLF001 (the rules stand nowhere else)
     return info.missing_keys, info.unexpected_keys
+
+
+def stored_name(model: Any, names: Sequence[str]) -> str | None:
+    """Under which of a parameter's `names` transformers stores it: the one that others are tied to, if any."""
+    kept = [name for name in names if name not in (model._keys_to_ignore_on_save or ())]  # noqa: SLF001 (as above)
+    return next((name for name in kept if name not in model.all_tied_weights_keys), kept[0] if kept else None)
+
+
+def converted_back(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as transformers stores them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def save_configs(model: Any, folder: Path) -> None:
+    """Write the configurations of a model and of its generation, as its `save_pretrained` does."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.checkpoint.save import save_checkpoint
+from evenflow.checkpoint.weights_out import export_model
 from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph
@@ -61,6 +62,7 @@ class Parts:
     splitter: Callable[[Any], Prepared]
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
+    loaded: Path | None  # the folder that the weights came from
 
 
 class Pipeline:
@@ -177,14 +179,34 @@ class Pipeline:
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""
-        updater, buffers = self._parts.updater, self._parts.model.named_buffers()
         save_checkpoint(
             Path(folder),
             self._parts.world,
-            tensors={**dict(updater.parameters), **{n: b for n, b in buffers if n in self._parts.buffers}},
-            optimizers=updater.optimizers,
+            tensors=self._own_tensors(),
+            optimizers=self._parts.updater.optimizers,
             step=self._step,
         )
+
+    def export(self, folder: str | Path) -> None:
+        """Write a folder that others load: each rank the tensors that it owns; a collective call.
+
+        - A Hugging Face model: what `from_pretrained` loads, under the names that transformers stores, with
+          configuration, generation configuration and, from the folder of `load=`, the tokenizer's files.
+        - Any other model: safetensors under the names of its `state_dict`.
+
+        The folder appears when it is whole, in the place of an export that was there. Raises `ConfigError`
+        for a folder that holds anything else, before anything is written.
+        """
+        parts = self._parts
+        export_model(Path(folder), parts.world, parts.model, self._own_tensors(), loaded=parts.loaded)
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers that this process answers for, by the model's names."""
+        buffers = self._parts.model.named_buffers()
+        return {
+            **dict(self._parts.updater.parameters),
+            **{name: buffer for name, buffer in buffers if name in self._parts.buffers},
+        }
 
     def close(self) -> None:
         """Leave the model's modules without hooks of ours."""
