@@ -30,7 +30,8 @@ def conversions(model: Any, shapes: Mapping[str, torch.Size], expected: Mapping[
     steps, in the same order, as transformers.core_model_loading.convert_and_load_state_dict_in_model takes to
     fill a whole model.
     """
-    from transformers import conversion_mapping, core_model_loading as loading
+    from transformers import conversion_mapping
+    from transformers import core_model_loading as loading
 
     transforms = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, loading.WeightRenaming)]
@@ -81,7 +82,7 @@ def not_forgiven(model: Any, missing: set[str], unexpected: set[str]) -> tuple[s
 
 
 def stored_name(model: Any, names: Sequence[str]) -> str | None:
-    """Under which of a parameter's `names` transformers stores it: the one that others are tied to, if any."""
+    """Under which of a parameter's `names` transformers stores it: the one that others are tied to."""
     kept = [name for name in names if name not in (model._keys_to_ignore_on_save or ())]  # noqa: SLF001 (as above)
     return next((name for name in kept if name not in model.all_tied_weights_keys), kept[0] if kept else None)
 

@@ -3,14 +3,17 @@
 A process reads only what its stages own or use, so the check comes first and looks at headers alone.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from evenflow.checkpoint import adapters, huggingface
 from evenflow.checkpoint.files import TensorFiles, open_folder
-from evenflow.checkpoint.huggingface import conversions, is_pretrained, not_forgiven
+from evenflow.checkpoint.quantised import refuse_quantised
 from evenflow.checkpoint.recipes import Recipe, same_names, shapes_made
 from evenflow.errors import ConfigError
 
@@ -57,51 +60,94 @@ def _place(places: Mapping[str, tuple[str, ...]], recipe: Recipe, makes: Collect
 def find_weights(model: torch.nn.Module, folder: Path, first_names: Mapping[str, str]) -> Weights:
     """Find a model's weights in a folder of safetensors files, reading headers alone.
 
-    `first_names` maps every name of a parameter to the first one of the same tensor.
+    `first_names` maps every name of a parameter to the first one of the same tensor. For a model that
+    `peft.get_peft_model` has wrapped the folder is the base model's, or an adapter's that names its base.
 
     Raises:
         ConfigError: The folder holds no safetensors; or it lacks keys of the model, holds others, or some
-            of another shape, which are all listed.
+            of another shape, which are all listed; or its weights, or the model's, are quantised.
     """
-    tensors, places = _places(model, first_names)
-    files = open_folder(folder)
-    expected = {name: tensors[place] for name, (place,) in places.items()}
-    recipes = conversions(model, files.shapes, expected) if is_pretrained(model) else same_names(files.shapes)
-    made = {recipe.first: shapes_made(recipe, files.shapes) for recipe in recipes}
-    found = {name: shape for shapes in made.values() for name, shape in shapes.items()}
-    _check(model, folder, found, places, tensors)
-    with_names = tuple((recipe, tuple(made[recipe.first])) for recipe in recipes)
-    return Weights(folder, [Source(files, with_names, places)], tensors)
+    tensors, place_of = _tensors(model, first_names)
+    if not adapters.is_adapted(model):
+        if adapters.is_adapter_folder(folder):
+            raise ConfigError(
+                f"load={str(folder)!r} holds an adapter, and the {type(model).__name__} has none: wrap it "
+                "with peft.get_peft_model, or load the folder of a model"
+            )
+        own = {name: (place,) for name, place in place_of.items()}
+        return Weights(folder, [_source(model, folder, own, tensors)], tensors)
+    inner = adapters.base_model(model)
+    places = _gathered((base, place_of[name]) for name, base in adapters.base_names(model, place_of).items())
+    if not adapters.is_adapter_folder(folder):
+        return Weights(folder, [_source(inner, folder, places, tensors)], tensors)
+    base = _source(inner, adapters.base_folder(folder), places, tensors)
+    saved = _gathered((key, place_of[name]) for name, key in adapters.saved_names(model, place_of).items())
+    return Weights(folder, [base, _adapter_source(model, folder, saved, tensors)], tensors)
 
 
-def _places(
+def _tensors(
     model: torch.nn.Module, first_names: Mapping[str, str]
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, ...]]]:
-    """The model's distinct parameters and persistent buffers, and which of them each state name means."""
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The model's distinct parameters and persistent buffers by name, and which each state name means."""
     named = dict(model.named_parameters(remove_duplicate=False))
     first_of = {id(named[name]): first for name, first in first_names.items()}
     tensors: dict[str, torch.Tensor] = {}
-    places: dict[str, tuple[str, ...]] = {}
+    place_of: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor):  # what get_extra_state returns is no tensor
-            place = first_of.setdefault(id(tensor), name)
-            tensors.setdefault(place, tensor)
-            places[name] = (place,)
-    return tensors, places
+            place_of[name] = first_of.setdefault(id(tensor), name)
+            tensors.setdefault(place_of[name], tensor)
+    return tensors, place_of
 
 
-def _check(
+def _gathered(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """All places of each name: a module that peft trains whole is there twice."""
+    found: defaultdict[str, tuple[str, ...]] = defaultdict(tuple)
+    for name, place in pairs:
+        if place not in found[name]:
+            found[name] += (place,)
+    return dict(found)
+
+
+def _source(
     model: torch.nn.Module,
     folder: Path,
-    found: Mapping[str, torch.Size],
     places: Mapping[str, tuple[str, ...]],
     tensors: Mapping[str, torch.Tensor],
-) -> None:
+) -> Source:
+    """The folder of a model, as transformers reads it or under the model's own names."""
+    refuse_quantised(model, folder)
+    files = open_folder(folder)
+    if not huggingface.is_pretrained(model):
+        return _checked(model, files, same_names(files.shapes), places, tensors, lambda *keys: keys)
+    recipes = huggingface.conversions(model, files.shapes, places)
+    return _checked(model, files, recipes, places, tensors, partial(huggingface.not_forgiven, model))
+
+
+def _adapter_source(
+    model: torch.nn.Module,
+    folder: Path,
+    places: Mapping[str, tuple[str, ...]],
+    tensors: Mapping[str, torch.Tensor],
+) -> Source:
+    files = open_folder(folder, names=(adapters.WEIGHTS, adapters.INDEX))
+    return _checked(model, files, same_names(files.shapes), places, tensors, lambda *keys: keys)
+
+
+def _checked(
+    model: torch.nn.Module,
+    files: TensorFiles,
+    recipes: Sequence[Recipe],
+    places: Mapping[str, tuple[str, ...]],
+    tensors: Mapping[str, torch.Tensor],
+    not_forgiven: Callable[[set[str], set[str]], tuple[set[str], set[str]]],
+) -> Source:
+    """The source, if its keys are those of the model."""
+    made = [shapes_made(recipe, files.shapes) for recipe in recipes]
+    found = {name: shape for shapes in made for name, shape in shapes.items()}
     filled = {place for name in found for place in places.get(name, ())}
     missing = {name for name, held in places.items() if filled.isdisjoint(held)}
-    unexpected = set(found) - set(places)
-    if is_pretrained(model):
-        missing, unexpected = not_forgiven(model, missing, unexpected)
+    missing, unexpected = not_forgiven(missing, set(found) - set(places))
     misshapen = {
         f"{name} is {list(shape)} there and {list(tensors[place].shape)} here"
         for name, shape in found.items()
@@ -109,7 +155,7 @@ def _check(
         if tensors[place].shape != shape
     }
     faults = [
-        f"{len(keys)} {what}: {_listed(keys)}"
+        f"{len(keys)} {what}: {', '.join(sorted(keys))}"
         for what, keys in (
             ("missing from the folder", missing),
             ("unexpected in it", unexpected),
@@ -119,10 +165,8 @@ def _check(
     ]
     if faults:
         raise ConfigError(
-            f"load={str(folder)!r} does not fit the {type(model).__name__}; {'; '.join(faults)}. Load a folder of "
-            "the same model, or fill the model yourself (from_pretrained, load_state_dict) and leave load= out"
+            f"load={str(files.folder)!r} does not fit the {type(model).__name__}; "
+            f"{'; '.join(faults)}. Load a folder of the same model, or fill the model yourself "
+            "(from_pretrained, load_state_dict) and leave load= out"
         )
-
-
-def _listed(keys: Collection[str]) -> str:
-    return ", ".join(sorted(keys))
+    return Source(files, tuple(zip(recipes, map(tuple, made), strict=True)), places)

@@ -1,4 +1,4 @@
-"""Weights out: a folder that `from_pretrained` (or `load_state_dict`) reads, each rank writing what it owns."""
+"""Weights out: a folder that `from_pretrained` or `load_state_dict` reads; each rank writes what it owns."""
 
 import fnmatch
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from evenflow.checkpoint import huggingface
+from evenflow.checkpoint import adapters, huggingface
 from evenflow.checkpoint.files import INDEX, WEIGHTS
 from evenflow.checkpoint.whole import appearing
 from evenflow.errors import ConfigError
@@ -79,11 +79,54 @@ def export_model(
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}
             save_file(contiguous, partial / files[world.rank], metadata={"format": "pt"})
         if world.rank == 0:
-            if files != {rank: WEIGHTS for rank in files}:
+            if files != dict.fromkeys(files, WEIGHTS):
                 _write_index(partial / INDEX, held, files)
             if huggingface.is_pretrained(model):
                 huggingface.save_configs(model, partial)
                 _copy_preparing(loaded, partial)
+
+
+def export_adapter(
+    folder: Path,
+    world: World,
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    loaded: Path | None,
+    device: torch.device,
+) -> None:
+    """Write the adapter of a model that peft has wrapped, in the one file that peft reads; collective.
+
+    Arguments and errors are those of `export_model`; `device` carries tensors to the first rank.
+    """
+    check_replaceable(folder, world)
+    saved = adapters.saved_names(model, list(model.state_dict()))
+    mine = {name: tensor.detach() for name, tensor in tensors.items() if name in saved}
+    gathered = _on_first_rank(mine, world, device)
+    base = loaded
+    if loaded is not None and adapters.is_adapter_folder(loaded):
+        base = adapters.base_folder(loaded)
+    with appearing(folder, world) as partial:
+        if world.rank == 0:
+            adapters.save_adapter(model, gathered, partial, base=base)
+
+
+def _on_first_rank(
+    tensors: Mapping[str, torch.Tensor], world: World, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """All ranks' tensors, on the first; collective."""
+    held: list[list[tuple[str, torch.Size, torch.dtype]]] = world.gather(
+        [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    )
+    found = {name: tensor.cpu() for name, tensor in tensors.items()}
+    for rank, described in enumerate(held[1:], 1):
+        for name, shape, dtype in described:
+            if world.rank == rank:
+                world.send(tensors[name], 0)
+            elif world.rank == 0:
+                like = torch.empty(shape, dtype=dtype, device=device)
+                found[name] = world.receive(like, rank).cpu()
+    return found
 
 
 def _file_names(writes: list[bool]) -> dict[int, str]:
@@ -133,8 +176,9 @@ def _as_files_name_them(
     faults |= set(together) ^ set(made) | {name for name, count in made.items() if count > 1}
     if faults:
         raise ConfigError(
-            f"export: transformers stores {type(model).__name__} in tensors that it makes of several parameters, "
-            f"and those lie on several ranks ({', '.join(sorted(faults))}); cut between whole layers (split=)"
+            f"export: transformers stores {type(model).__name__} in tensors that it makes of several "
+            f"parameters, and those lie on several ranks ({', '.join(sorted(faults))}); cut between "
+            "whole layers (split=)"
         )
     return written
 

@@ -147,7 +147,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
     kept = _used_on(cut, owner, own)
     if weights is not None:
-        fill_parameters(parameters, fakes, weights, wanted=kept, device_of=lambda name: devices[owner[name]])
+        homes = {name: devices[owner[name]] if world.size == 1 else own_device for name in kept}
+        fill_parameters(parameters, fakes, weights, homes=homes)
     if world.size > 1:
         _let_go(fakes, parameters, keep=kept, device=own_device)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}

@@ -1,6 +1,6 @@
 """Filling a model's parameters and buffers with the weights of a folder, where they belong."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Mapping
 
 import torch
 
@@ -21,10 +21,18 @@ def fill_buffers(model: torch.nn.Module, weights: Weights) -> None:
         for name, tensor in weights.read(held):
             module, key = held[name]
             buffer = module._buffers[key]
-            if buffer is None or buffer.is_meta:
+            assert buffer is not None, "it has a place in the files"
+            if buffer.is_meta:
                 module._buffers[key] = tensor
             else:
                 buffer.copy_(tensor)
+    without = sorted(name for name, buffer in model.named_buffers() if buffer.is_meta)
+    if without:
+        raise ConfigError(
+            f"{len(without)} buffers have no memory (device 'meta'), and load="
+            f"{str(weights.folder)!r} does not hold them: {', '.join(without)}; build the model with its "
+            "buffers on the CPU"
+        )
 
 
 def fill_parameters(
@@ -32,31 +40,37 @@ def fill_parameters(
     fakes: FakeParameters,
     weights: Weights,
     *,
-    wanted: Collection[str],
-    device_of: Callable[[str], torch.device],
+    homes: Mapping[str, torch.device],
 ) -> None:
-    """Fill the wanted parameters from the files; one without memory is replaced by one on its stage's device.
+    """Fill the parameters that have a home here; one without memory is replaced by one that lies there.
 
     Raises `ConfigError` where the files hold different numbers for parameters that the model ties.
     """
     filled: set[str] = set()
     with torch.no_grad():
-        for name, tensor in weights.read(wanted):
+        for name, tensor in weights.read(homes):
             parameter = parameters[name]
             if name in filled:
                 if not torch.equal(parameter.detach().cpu(), tensor):
                     raise ConfigError(
-                        f"load={str(weights.folder)!r} holds different numbers for the names that the model ties "
-                        f"to {name}; build the model untied (tie_word_embeddings=False in its configuration)"
+                        f"load={str(weights.folder)!r} holds different numbers for the names that the model "
+                        f"ties to {name}; build it untied (tie_word_embeddings=False in its configuration)"
                     )
                 continue
             filled.add(name)
             if parameter.is_meta:
-                parameters[name] = _with_memory(parameter, device_of(name))
+                parameters[name] = _with_memory(parameter, homes[name])
             parameters[name].copy_(tensor)
+    without = sorted(name for name in homes if parameters[name].is_meta)
+    if without:
+        raise ConfigError(
+            f"{len(without)} parameters have no memory (device 'meta'), and load="
+            f"{str(weights.folder)!r} does not hold them: {', '.join(without)}; build them on the CPU"
+        )
     for module, key, fake in fakes.slots:
-        if fakes.names[id(fake)] in filled:
-            module._parameters[key] = parameters[fakes.names[id(fake)]]
+        name, held = fakes.names[id(fake)], module._parameters[key]
+        if held is not None and held.is_meta and name in filled:
+            module._parameters[key] = parameters[name]
 
 
 def _with_memory(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:

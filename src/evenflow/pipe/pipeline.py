@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.save import save_checkpoint
-from evenflow.checkpoint.weights_out import export_model
+from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph
@@ -192,13 +193,20 @@ class Pipeline:
 
         - A Hugging Face model: what `from_pretrained` loads, under the names that transformers stores, with
           configuration, generation configuration and, from the folder of `load=`, the tokenizer's files.
+        - A model that `peft.get_peft_model` has wrapped: the adapter alone, for `PeftModel.from_pretrained`.
         - Any other model: safetensors under the names of its `state_dict`.
 
         The folder appears when it is whole, in the place of an export that was there. Raises `ConfigError`
         for a folder that holds anything else, before anything is written.
         """
         parts = self._parts
-        export_model(Path(folder), parts.world, parts.model, self._own_tensors(), loaded=parts.loaded)
+        owned = self._own_tensors()
+        if is_adapted(parts.model):
+            export_adapter(
+                Path(folder), parts.world, parts.model, owned, loaded=parts.loaded, device=self._device
+            )
+        else:
+            export_model(Path(folder), parts.world, parts.model, owned, loaded=parts.loaded)
 
     def _own_tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and persistent buffers that this process answers for, by the model's names."""
