@@ -161,7 +161,7 @@ def test_tied_names_with_different_numbers_are_refused(tmp_path):
     tied_folder(tmp_path, head=2.0)
     model = without_memory(lambda: transformers.LlamaForCausalLM(llama(tie_word_embeddings=True)))
     with refused(
-        "holds different numbers for the names that the model ties to model.embed_tokens.weight; build it untied"
+        "different numbers for the names that the model ties to model.embed_tokens.weight; build it untied"
     ):
         split_over_4(model, tokens(), load=tmp_path)
 
@@ -201,7 +201,8 @@ def test_transformers_is_not_imported_for_a_plain_module(tmp_path):
     script = f"""
         import sys, torch, evenflow
         model = torch.nn.Sequential(
-            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(),
+            torch.nn.Linear(8, 1),
         )
         loss = lambda model, batch: model(batch).square().mean()
         evenflow.pipeline(model, loss=loss, example=torch.ones(8, 4), stages=2, load={str(tmp_path)!r})
