@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 
@@ -104,6 +104,32 @@ def test_a_base_model_stored_with_its_prefix_goes_back_as_the_model_names_it(tmp
     )
 
 
+def test_a_prefix_that_was_taken_off_is_put_on_again(tmp_path):
+    """transformers once stored CLIP's tower as a part of a model."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    whole = transformers.CLIPVisionModel(config)
+    stored = {f"vision_model.{name}": tensor for name, tensor in whole.state_dict().items()}
+    (tmp_path / "clip").mkdir()
+    save_file(stored, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8)}
+    options = {"loss": embedding_loss, "load": tmp_path / "clip"}
+    pipe = split_over_4(transformers.CLIPVisionModel(config), batch, **options)
+    assert_same_numbers(whole, pipe.named_parameters())
+    pipe.step(batch)
+    pipe.export(tmp_path / "exported")
+    assert keys(tmp_path / "exported") == keys(tmp_path / "clip")
+    assert_same_numbers(
+        transformers.CLIPVisionModel.from_pretrained(tmp_path / "exported"), pipe.named_parameters()
+    )
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_tied_weights_are_stored_once(tmp_path, exact):
     config = llama(tie_word_embeddings=True)
@@ -116,11 +142,10 @@ def test_tied_weights_are_stored_once(tmp_path, exact):
 
 
 def test_tied_weights_are_stored_under_the_name_that_others_are_tied_to(tmp_path):
-    """Not under the first in the model's order: BERT's decoder comes before the bias that it is tied to."""
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-    model = transformers.BertForMaskedLM(config)
+    """And not under the first in the model's order."""
+    model = transformers.LlamaForCausalLM(llama(tie_word_embeddings=True))
+    model._modules = dict(reversed(model._modules.items()))
+    assert next(iter(model.state_dict())) == "lm_head.weight"
     model.save_pretrained(tmp_path / "theirs")
     split_over_4(model, tokens()).export(tmp_path / "ours")
     assert keys(tmp_path / "ours") == keys(tmp_path / "theirs")

@@ -130,6 +130,36 @@ def test_a_base_model_is_found_inside_a_model_with_a_head_and_the_reverse(tmp_pa
     assert_same_numbers(built.from_pretrained(tmp_path), pipe.named_parameters())
 
 
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x * self.weight_g
+
+
+class Gained(transformers.PreTrainedModel):
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.Sequential(nn.Linear(4, 4), Gain(), nn.Linear(4, 4), nn.Linear(4, 1))
+        self.post_init()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_key_that_has_the_name_of_a_parameter_is_not_renamed(tmp_path):
+    """transformers takes `weight_g` for what torch's weight_norm was once stored as."""
+    whole = Gained(transformers.PretrainedConfig())
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    model = Gained(transformers.PretrainedConfig())
+    pipe = split_over_4(model, regression(), loss=mean_square, load=tmp_path)
+    assert_same_numbers(whole, pipe.named_parameters())
+
+
 # -- tied keys
 
 

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import nn
 
 import evenflow
+from evenflow.checkpoint.weights_in import find_weights
 from evenflow.errors import ConfigError
 from folders import (
     assert_same_numbers,
@@ -191,6 +192,14 @@ def test_a_module_that_is_trained_whole_starts_from_the_base_and_is_exported(fol
     base = transformers.LlamaForCausalLM.from_pretrained(folder)
     again = peft.PeftModel.from_pretrained(base, tmp_path / "exported")
     assert_same_numbers(again, pipe.named_parameters())
+
+
+def test_only_what_is_wanted_comes_out_of_a_key_that_fills_two_parameters(folder):
+    model = whole(folder, modules_to_save=["lm_head"])
+    weights = find_weights(model, folder, {name: name for name, _ in model.named_parameters()})
+    for part in ("original_module", "modules_to_save.default"):
+        wanted = f"base_model.model.lm_head.{part}.weight"
+        assert [name for name, _ in weights.read({wanted})] == [wanted]
 
 
 def test_adapters_on_a_plain_module(tmp_path):
