@@ -42,7 +42,7 @@ def embedding_loss(model: Any, batch: Any) -> torch.Tensor:
     return embeddings(model, batch).square().mean()
 
 
-def mixtral() -> transformers.MixtralConfig:
+def mixtral(**changes: Any) -> transformers.MixtralConfig:
     return transformers.MixtralConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -51,7 +51,8 @@ def mixtral() -> transformers.MixtralConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,
-        experts_implementation="batched_mm",
+        experts_implementation="batched_mm",  # the one that can be recorded in fp32
+        **changes,
     )
 
 

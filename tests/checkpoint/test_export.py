@@ -231,7 +231,7 @@ def test_where_writing_fails_the_old_folder_stays_and_nothing_else(tmp_path):
 def load_train_and_export(folder: Path):
     """On each of two ranks: what it read, what it predicts, and its parameters after a step."""
     dist.init_process_group("gloo")
-    model = without_memory(lambda: transformers.MixtralForCausalLM(mixtral()))
+    model = without_memory(lambda: transformers.MixtralForCausalLM(mixtral(tie_word_embeddings=True)))
     with reads_noted() as noted:
         pipe = evenflow.pipeline(
             model, example=tokens(), num_microbatches=2, optimizer=sgd, load=folder / "mixtral"
@@ -252,14 +252,18 @@ def load_train_and_export(folder: Path):
     }
 
 
+TIED = "model.embed_tokens.weight"
+
+
 def test_two_ranks_read_their_own_tensors_and_write_their_own_files(tmp_path):
-    transformers.MixtralForCausalLM(mixtral()).save_pretrained(tmp_path / "mixtral")
+    transformers.MixtralForCausalLM(mixtral(tie_word_embeddings=True)).save_pretrained(tmp_path / "mixtral")
     first, second = evenflow.launch(load_train_and_export, tmp_path, nproc=2)
     stored = keys(tmp_path / "mixtral")
-    assert not set(first["read"]) & set(second["read"])
+    assert set(first["read"]) & set(second["read"]) == {TIED}, "both use it"
     assert set(first["read"]) | set(second["read"]) == stored
     assert min(len(first["read"]), len(second["read"])) > len(stored) / 4
     assert set(first["meta"]) == set(second["trained"]), "a rank has no memory for what is another's"
+    assert set(second["meta"]) == set(first["trained"]) - {TIED}
 
     whole = transformers.MixtralForCausalLM.from_pretrained(
         tmp_path / "mixtral", experts_implementation="batched_mm"

@@ -40,15 +40,14 @@ def base_names(model: Any, names: Collection[str]) -> dict[str, str]:
     inside = base_model(model)
     prefix = next(path for path, module in model.named_modules() if module is inside) + "."
     own = tuple(
-        f"{path}.{attribute}"
+        f"{path}.{attribute}."
         for path, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
         for attribute in module.adapter_layer_names
     )
     found: dict[str, str] = {}
     for name in names:
-        adapter = any(name == each or name.startswith(f"{each}.") for each in own)
-        if name.startswith(prefix) and not adapter:
+        if name.startswith(prefix) and not f"{name}.".startswith(own):  # an adapter may be a bare parameter
             found[name] = _unwrapped(name.removeprefix(prefix))
     return found
 
