@@ -330,9 +330,16 @@ def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
 
 
 def test_an_index_that_is_none(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with refused("model.safetensors.index.json is no index of safetensors"):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with refused("model.safetensors.index.json is no index of safetensors: it has no weight_map"):
         plain(tmp_path)
+
+
+def test_a_configuration_that_is_none(llama_folder):
+    for text, fault in {"[1, 2]": "holds no configuration: [1, 2]", "{": "is no JSON: "}.items():
+        (llama_folder / "config.json").write_text(text)
+        with refused(f"config.json {fault}"):
+            split_over_4(transformers.LlamaForCausalLM(llama()), tokens(), load=llama_folder)
 
 
 def test_two_files_with_the_same_key(tmp_path):

@@ -254,6 +254,18 @@ def test_an_adapter_whose_base_is_not_here(folder, tmp_path):
         split_over_4(whole(folder), tokens(), load=tmp_path / "exported")
 
 
+def test_an_adapter_that_was_put_into_the_model_itself(folder, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    model.add_adapter(lora())
+    text = (
+        "the model's module model.layers.0.self_attn.q_proj carries an adapter (add_adapter?), and the model"
+    )
+    with refused(text):
+        split_over_4(model, tokens(), load=folder)
+    with refused(text):
+        split_over_4(model, tokens()).export(tmp_path / "exported")
+
+
 def test_several_adapters(folder, tmp_path):
     model = whole(folder)
     model.add_adapter("other", lora())

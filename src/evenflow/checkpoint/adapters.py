@@ -3,7 +3,6 @@
 peft is imported only where a model is already wrapped by it, and asked for the names that it saves.
 """
 
-import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from evenflow.checkpoint.files import read_json
 from evenflow.errors import ConfigError
 
 CONFIG = "adapter_config.json"
@@ -21,6 +21,20 @@ def is_adapted(model: torch.nn.Module) -> bool:
     """Whether a model was wrapped by `peft.get_peft_model`."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def refuse_injected(model: torch.nn.Module) -> None:
+    """Refuse adapters put into a model without a wrapper: its names are neither its own nor peft's."""
+    if "peft" not in sys.modules or is_adapted(model):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ConfigError(
+                f"the model's module {path} carries an adapter (add_adapter?), and the model is not wrapped; "
+                "use model = peft.get_peft_model(model, config)"
+            )
 
 
 def base_model(model: Any) -> torch.nn.Module:  # peft's classes are not typed
@@ -94,7 +108,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 def base_folder(folder: Path) -> Path:
     """The folder that an adapter names as its base model's; raises `ConfigError` if there is none."""
-    base = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if base and Path(base).is_dir():
         return Path(base)
     raise ConfigError(

@@ -85,15 +85,25 @@ def open_folder(folder: Path, *, names: tuple[str, str] = (WEIGHTS, INDEX)) -> T
     return TensorFiles(folder, shapes, file_of)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of one of a folder's configurations; raises `ConfigError` for what is none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"load={str(path.parent)!r}: {path.name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"load={str(path.parent)!r}: {path.name} holds no configuration: {content!r:.60}")
+    return content
+
+
 def _files(folder: Path, weights: str, index: str) -> list[Path]:
     if (folder / index).is_file():
-        try:
-            held = json.loads((folder / index).read_text())["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        held = read_json(folder / index).get("weight_map")
+        if not isinstance(held, dict):
             raise ConfigError(
-                f"load={str(folder)!r}: {index} is no index of safetensors: {error!r}"
-            ) from error
-        return [folder / name for name in sorted(set(held))]
+                f"load={str(folder)!r}: {index} is no index of safetensors: it has no weight_map"
+            )
+        return [folder / name for name in sorted(set(held.values()))]
     if (folder / weights).is_file():
         return [folder / weights]
     found = sorted(folder.glob("*.safetensors"))

@@ -1,11 +1,11 @@
 """Quantised weights, which are refused by name: their numbers are codes, and would be read as weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evenflow.checkpoint.files import read_json
 from evenflow.errors import ConfigError
 
 KINDS = ("Linear4bit", "Linear8bitLt", "Params4bit", "Int8Params")  # of bitsandbytes
@@ -28,7 +28,7 @@ def refuse_quantised(model: torch.nn.Module, folder: Path) -> None:
             "cannot make; remove it, and load the folder of the model before it was quantised"
         )
     config = folder / "config.json"
-    stored = _method(json.loads(config.read_text()).get("quantization_config")) if config.is_file() else None
+    stored = _method(read_json(config).get("quantization_config")) if config.is_file() else None
     if stored is not None:
         raise ConfigError(
             f"load={str(folder)!r} holds {stored} weights (quantization_config in its config.json), which "

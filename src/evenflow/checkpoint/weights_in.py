@@ -69,6 +69,7 @@ def find_weights(model: torch.nn.Module, folder: Path, first_names: Mapping[str,
     """
     tensors, place_of = _tensors(model, first_names)
     if not adapters.is_adapted(model):
+        adapters.refuse_injected(model)
         if adapters.is_adapter_folder(folder):
             raise ConfigError(
                 f"load={str(folder)!r} holds an adapter, and the {type(model).__name__} has none: wrap it "

@@ -70,6 +70,7 @@ def export_model(
         ConfigError: The folder is there and no export; or what transformers stores as one tensor lies on
             several ranks.
     """
+    adapters.refuse_injected(model)
     check_replaceable(folder, world)
     written = _as_files_name_them(model, tensors, world)
     held: list[dict[str, int]] = world.gather({name: tensor.nbytes for name, tensor in written.items()})
