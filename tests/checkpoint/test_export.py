@@ -197,7 +197,7 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "data").mkdir()
-    with refused("the folder exists and holds what no export writes (data/, thesis.tex); name"):
+    with refused("the folder exists and holds what this export does not write (data/, thesis.tex); name"):
         plain_pipe().export(tmp_path)
     assert files(tmp_path) == {"model.safetensors", "thesis.tex", "data"}
     assert not tmp_path.with_name(tmp_path.name + ".partial").exists()
@@ -287,5 +287,5 @@ def test_two_ranks_read_their_own_tensors_and_write_their_own_files(tmp_path):
     assert index["weight_map"].keys() == stored
     again = transformers.MixtralForCausalLM.from_pretrained(exported)
     assert_same_numbers(again, first["trained"] | second["trained"])
-    assert "holds what no export writes (exported/, mixtral/" in first["refusal"]
+    assert "holds what this export does not write (exported/, mixtral/" in first["refusal"]
     assert first["refusal"] == second["refusal"]

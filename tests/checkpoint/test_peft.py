@@ -222,6 +222,27 @@ def zero(module: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
+def test_an_adapter_of_another_name_lies_in_a_folder_of_that_name(folder, tmp_path):
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM.from_pretrained(folder), lora(), adapter_name="mine"
+    )
+    pipe = split_over_4(model, tokens())
+    for _ in range(2):  # the second in the place of the first
+        pipe.step(tokens())
+        pipe.export(tmp_path / "exported")
+    base = transformers.LlamaForCausalLM.from_pretrained(folder)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "exported" / "mine", adapter_name="mine")
+    assert_same_numbers(again, pipe.named_parameters())
+
+
+def test_an_adapter_does_not_take_the_place_of_its_base(folder):
+    pipe = split_over_4(whole(folder), tokens(), load=folder)
+    with refused(
+        "the folder exists and holds what this export does not write (config.json, generation_config"
+    ):
+        pipe.export(folder)
+
+
 # -- what does not fit
 
 

@@ -4,7 +4,7 @@ import fnmatch
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -31,25 +31,27 @@ PREPARING = (
     "spm.model",
     "vocab*",
 )
-WRITTEN = ("*.safetensors", INDEX, "*config.json", "README.md", *PREPARING)  # what an export consists of
+# What an export consists of.
+OF_A_MODEL = ("model*.safetensors", INDEX, "config.json", "generation_config.json", *PREPARING)
+OF_AN_ADAPTER = (adapters.WEIGHTS, adapters.CONFIG, "README.md")
 
 
-def check_replaceable(folder: Path, world: World) -> None:
-    """Refuse, on every rank, to put an export in the place of anything but another one; collective."""
-    problem = world.share(_in_the_way(folder.resolve()) if world.rank == 0 else None, 0)
+def check_replaceable(folder: Path, world: World, kinds: Collection[str]) -> None:
+    """Refuse, on every rank, to put an export in the place of anything but another such one; collective."""
+    problem = world.share(_in_the_way(folder.resolve(), kinds) if world.rank == 0 else None, 0)
     if problem is not None:
         raise ConfigError(f"export({str(folder)!r}): {problem}; name another folder")
 
 
-def _in_the_way(folder: Path) -> str | None:
+def _in_the_way(folder: Path, kinds: Collection[str]) -> str | None:
     if not folder.exists():
         return None
     if not folder.is_dir():
         return "it is a file"
     held = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
-    foreign = [name for name in held if not any(fnmatch.fnmatch(name, kind) for kind in WRITTEN)]
+    foreign = [name for name in held if not any(fnmatch.fnmatch(name, kind) for kind in kinds)]
     if foreign:
-        return f"the folder exists and holds what no export writes ({', '.join(foreign[:5])})"
+        return f"the folder exists and holds what this export does not write ({', '.join(foreign[:5])})"
     return None
 
 
@@ -71,7 +73,7 @@ def export_model(
             several ranks.
     """
     adapters.refuse_injected(model)
-    check_replaceable(folder, world)
+    check_replaceable(folder, world, OF_A_MODEL)
     written = _as_files_name_them(model, tensors, world)
     held: list[dict[str, int]] = world.gather({name: tensor.nbytes for name, tensor in written.items()})
     files = _file_names([bool(names) for names in held])
@@ -100,7 +102,8 @@ def export_adapter(
 
     Arguments and errors are those of `export_model`; `device` carries tensors to the first rank.
     """
-    check_replaceable(folder, world)
+    name = adapters.only_adapter(model)  # peft gives those of other names than "default" a folder inside
+    check_replaceable(folder, world, (*OF_AN_ADAPTER, f"{name}/"))
     saved = adapters.saved_names(model, list(model.state_dict()))
     mine = {name: tensor.detach() for name, tensor in tensors.items() if name in saved}
     gathered = _on_first_rank(mine, world, device)

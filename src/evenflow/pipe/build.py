@@ -14,7 +14,7 @@ from evenflow.graph.fakes import FakeParameters
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.fill import fill_buffers, fill_parameters
+from evenflow.pipe.fill import check_memory, fill_buffers, fill_parameters
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
@@ -149,6 +149,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     if weights is not None:
         homes = {name: devices[owner[name]] if world.size == 1 else own_device for name in kept}
         fill_parameters(parameters, fakes, weights, homes=homes)
+        check_memory(parameters, kept, weights)
     if world.size > 1:
         _let_go(fakes, parameters, keep=kept, device=own_device)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}

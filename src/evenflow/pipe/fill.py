@@ -1,6 +1,6 @@
 """Filling a model's parameters and buffers with the weights of a folder, where they belong."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -61,16 +61,22 @@ def fill_parameters(
             if parameter.is_meta:
                 parameters[name] = _with_memory(parameter, homes[name])
             parameters[name].copy_(tensor)
-    without = sorted(name for name in homes if parameters[name].is_meta)
+    for module, key, fake in fakes.slots:
+        name, held = fakes.names[id(fake)], module._parameters[key]
+        if held is not None and held.is_meta and name in filled:
+            module._parameters[key] = parameters[name]
+
+
+def check_memory(
+    parameters: Mapping[str, torch.nn.Parameter], kept: Collection[str], weights: Weights
+) -> None:
+    """Refuse parameters of this process that have no memory even now, an adapter's for example."""
+    without = sorted(name for name in kept if parameters[name].is_meta)
     if without:
         raise ConfigError(
             f"{len(without)} parameters have no memory (device 'meta'), and load="
             f"{str(weights.folder)!r} does not hold them: {', '.join(without)}; build them on the CPU"
         )
-    for module, key, fake in fakes.slots:
-        name, held = fakes.names[id(fake)], module._parameters[key]
-        if held is not None and held.is_meta and name in filled:
-            module._parameters[key] = parameters[name]
 
 
 def _with_memory(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
