@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import evenflow
 from evenflow.checkpoint.whole import appearing
@@ -228,6 +229,38 @@ def test_where_writing_fails_the_old_folder_stays_and_nothing_else(tmp_path):
 # -- two processes
 
 
+class Stored(transformers.PreTrainedModel):
+    """A model that transformers is told to store with the weights of its first and last layer as one."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self):
+        super().__init__(transformers.PretrainedConfig())
+        self.layers = nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 4), nn.Linear(4, 1))
+        self._weight_conversions = [
+            WeightConverter("fused", ["layers.0.weight", "layers.3.weight"], [Chunk(dim=0)])
+        ]
+        self.post_init()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_weights_of_two_layers_are_stored_as_one_where_one_process_holds_both(tmp_path):
+    pipe = evenflow.pipeline(Stored(), loss=mean_square, example=regression(), stages=2)
+    pipe.export(tmp_path)
+    assert keys(tmp_path) == {"fused", "layers.0.bias", "layers.2.weight", "layers.2.bias", "layers.3.bias"}
+
+
+def export_what_lies_on_both(folder: Path) -> str:
+    pipe = evenflow.pipeline(Stored(), loss=mean_square, example=regression(), split=["layers.2"])
+    try:
+        pipe.export(folder / "stored")
+    except ConfigError as error:
+        return str(error)
+    return "exported"
+
+
 def load_train_and_export(folder: Path):
     """On each of two ranks: what it read, what it predicts, and its parameters after a step."""
     dist.init_process_group("gloo")
@@ -249,6 +282,7 @@ def load_train_and_export(folder: Path):
         "trained": {name: p.detach().clone() for name, p in pipe.named_parameters()},
         "meta": [name for name, p in model.named_parameters() if p.is_meta],
         "refusal": refusal,
+        "on both": export_what_lies_on_both(folder),
     }
 
 
@@ -289,3 +323,9 @@ def test_two_ranks_read_their_own_tensors_and_write_their_own_files(tmp_path):
     assert_same_numbers(again, first["trained"] | second["trained"])
     assert "holds what this export does not write (exported/, mixtral/" in first["refusal"]
     assert first["refusal"] == second["refusal"]
+    assert first["on both"] == second["on both"]
+    assert first["on both"] == (
+        "export: transformers stores Stored in tensors that it makes of several parameters, and those lie "
+        "on several ranks (fused); cut between whole layers (split=)"
+    )
+    assert not (tmp_path / "stored").exists()
