@@ -4,10 +4,12 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from evenflow.checkpoint.weights_in import find_weights
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
@@ -17,6 +19,7 @@ from evenflow.pipe import choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
+from evenflow.pipe.fill import check_memory, fill_buffers, fill_parameters
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
@@ -55,6 +58,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     atomic: Sequence[type[torch.nn.Module]] = (),
     max_leaf_share: float | None = None,
     exact: bool = False,
+    load: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -86,6 +90,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs
       that one unsplit module may hold (default 1 / (4 * stages)).
     - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
+    - `load`: a folder of safetensors (a Hugging Face model, an export, a PEFT adapter), of which each process
+      reads only the tensors that its stages use, in the parameters' own types. The model's parameters may
+      then lie on the device "meta". Keys are named as in its `state_dict`, or as transformers stores it.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -104,7 +111,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     >>> float(second.loss) < float(first.loss)
     True
     """
-    refuse_unfit(model)
+    refuse_unfit(model, loading=load is not None)
     check_whole(stages=stages, stages_per_rank=stages_per_rank, seed=seed)
     check_whole(microbatch_size=microbatch_size, num_microbatches=num_microbatches)
     check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler, split_batch=split_batch)
@@ -134,8 +141,11 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
     own_device = devices[own[0]]
-    _share_buffers(model, world, own_device)
     fakes = FakeParameters(model, own_device)
+    weights = None if load is None else find_weights(model, Path(load), fakes.tied)
+    if weights is not None:
+        fill_buffers(model, weights)
+    _share_buffers(model, world, own_device)
     parameters = parameters_by_name(model, fakes.tied)
     accumulators = Accumulators(parameters, devices, exact=exact)
     share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
@@ -152,8 +162,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
+    kept = _used_on(cut, owner, own)
+    if weights is not None:
+        homes = {name: devices[owner[name]] if world.size == 1 else own_device for name in kept}
+        fill_parameters(parameters, fakes, weights, homes=homes)
+        check_memory(parameters, kept, weights)
     if world.size > 1:
-        _let_go(fakes, parameters, keep=_used_on(cut, owner, own), device=own_device)
+        _let_go(fakes, parameters, keep=kept, device=own_device)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
         stages_here[stage].own(held)
@@ -192,6 +207,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             summaries=_summaries(
                 cut, placement, {name: (owner[name], parameters[name].numel()) for name in parameters}
             ),
+            loaded=None if load is None else Path(load),
         )
     )
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.save import save_checkpoint
+from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph
@@ -74,6 +76,7 @@ class Parts:
     reduction: str  # how the step's loss is put together, for people
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
+    loaded: Path | None  # the folder that the weights came from
 
 
 class Pipeline:
@@ -239,14 +242,41 @@ class Pipeline:
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""
-        updater, buffers = self._parts.updater, self._parts.model.named_buffers()
         save_checkpoint(
             Path(folder),
             self._parts.world,
-            tensors={**dict(updater.parameters), **{n: b for n, b in buffers if n in self._parts.buffers}},
-            optimizers=updater.optimizers,
+            tensors=self._own_tensors(),
+            optimizers=self._parts.updater.optimizers,
             step=self._step,
         )
+
+    def export(self, folder: str | Path) -> None:
+        """Write a folder that others load: each rank the tensors that it owns; a collective call.
+
+        - A Hugging Face model: what `from_pretrained` loads, under the names that transformers stores, with
+          configuration, generation configuration and, from the folder of `load=`, the tokenizer's files.
+        - A model that `peft.get_peft_model` has wrapped: the adapter alone, for `PeftModel.from_pretrained`.
+        - Any other model: safetensors under the names of its `state_dict`.
+
+        The folder appears when it is whole, in the place of an export that was there. Raises `ConfigError`
+        for a folder that holds anything else, before anything is written.
+        """
+        parts = self._parts
+        owned = self._own_tensors()
+        if is_adapted(parts.model):
+            export_adapter(
+                Path(folder), parts.world, parts.model, owned, loaded=parts.loaded, device=self._device
+            )
+        else:
+            export_model(Path(folder), parts.world, parts.model, owned, loaded=parts.loaded)
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers that this process answers for, by the model's names."""
+        buffers = self._parts.model.named_buffers()
+        return {
+            **dict(self._parts.updater.parameters),
+            **{name: buffer for name, buffer in buffers if name in self._parts.buffers},
+        }
 
     def close(self) -> None:
         """Leave the model's modules without hooks of ours."""

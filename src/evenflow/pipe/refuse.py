@@ -12,8 +12,11 @@ from evenflow.runtime.weights import CHOICES
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
-def refuse_unfit(model: torch.nn.Module) -> None:
-    """Raise `ConfigError`, naming the line to change, for a model that is not plain or cannot be trained."""
+def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
+    """Raise `ConfigError`, naming the line to change, for a model that is not plain or cannot be trained.
+
+    Parameters may be without memory where `loading` gives them numbers.
+    """
     for path, module in model.named_modules():
         _refuse_wrapped(f"the model's module {path}" if path else "the model", module)
     if getattr(model, "hf_device_map", None) is not None:
@@ -21,10 +24,10 @@ def refuse_unfit(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ConfigError(f"the parameter {name} is a DTensor; remove the line parallelize_module(…)")
-        if parameter.is_meta:
+        if parameter.is_meta and not loading:
             raise ConfigError(
                 f"the parameter {name} has no memory (device 'meta'); build the model on the CPU, not under "
-                "torch.device('meta')"
+                "torch.device('meta'), or give load=, a folder that holds its weights"
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")

@@ -1,0 +1,114 @@
+"""A folder of safetensors files, sharded or not: its keys, and one tensor at a time."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from evenflow.errors import ConfigError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFiles:
+    """Where each key of a folder lies, and its shape. Made by `open_folder`, which reads headers alone."""
+
+    folder: Path
+    shapes: Mapping[str, torch.Size]
+    file_of: Mapping[str, Path]
+
+    def reader(self) -> "Reader":
+        """What reads single tensors; to be entered."""
+        return Reader(self)
+
+
+class Reader:
+    """Reads single tensors of a `TensorFiles`; each file is opened when it is first needed."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self._files = files
+        self._open: dict[Path, Any] = {}  # safetensors' handles have no type
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor, in memory of its own."""
+        path = self._files.file_of[key]
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        # A copy, because what safetensors returns may be the file, mapped into memory.
+        tensor: torch.Tensor = self._open[path].get_tensor(key).to(dtype, copy=True)
+        return tensor
+
+
+def open_folder(folder: Path, *, names: tuple[str, str] = (WEIGHTS, INDEX)) -> TensorFiles:
+    """Look into every file of a folder, without reading a tensor.
+
+    `names` are those of the weights in one file, and of the index of several. A folder that has neither may
+    hold files of any name.
+
+    Raises:
+        ConfigError: There is no such folder, it holds no safetensors, or a file is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"load={str(folder)!r}: there is no such folder")
+    shapes: dict[str, torch.Size] = {}
+    file_of: dict[str, Path] = {}
+    for path in _files(folder, *names):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as handle:
+                for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                    if key in file_of:
+                        raise ConfigError(
+                            f"load={str(folder)!r}: {file_of[key].name} and {path.name} both hold {key}"
+                        )
+                    shapes[key] = torch.Size(handle.get_slice(key).get_shape())
+                    file_of[key] = path
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"load={str(folder)!r}: {path.name} cannot be read: {error}") from error
+    return TensorFiles(folder, shapes, file_of)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of one of a folder's configurations; raises `ConfigError` for what is none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"load={str(path.parent)!r}: {path.name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"load={str(path.parent)!r}: {path.name} holds no configuration: {content!r:.60}")
+    return content
+
+
+def _files(folder: Path, weights: str, index: str) -> list[Path]:
+    if (folder / index).is_file():
+        held = read_json(folder / index).get("weight_map")
+        if not isinstance(held, dict):
+            raise ConfigError(
+                f"load={str(folder)!r}: {index} is no index of safetensors: it has no weight_map"
+            )
+        return [folder / name for name in sorted(set(held.values()))]
+    if (folder / weights).is_file():
+        return [folder / weights]
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    other = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+    hint = f" ({', '.join(other)}: save them with save_pretrained, which writes safetensors)" if other else ""
+    raise ConfigError(f"load={str(folder)!r}: the folder holds no *.safetensors{hint}")
