@@ -1,27 +1,42 @@
 """Kernels on fake tensors, where torch's own fake implementations give up though the answer is known.
 
-Three kinds: a grouped matrix product of another type than bfloat16 (torch's fake kernel knows only that);
-a boolean index that is itself real (how many rows it picks is known, whatever they hold); and kernels
-without a fake implementation, whose result is described by one run on real zeros.
+A grouped matrix product of another type than bfloat16 (torch's fake kernel knows only that); a boolean index that
+is itself real (how many rows it picks is known, whatever they hold); and kernels that have no fake implementation,
+or one that wants numbers, though only the real ones among their inputs decide the form of the result (lengths of
+sequences, say): those run on zeros and on ones.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedOperatorException,
+)
 from torch.utils import _pytree as pytree
 
 _GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
 _MASKS = (torch.bool, torch.uint8)
-# The most memory, in bytes, that a kernel's inputs may take for its run on zeros.
-MAX_ZEROS = 2**30
+_CANNOT = (UnsupportedOperatorException, DataDependentOutputException, DynamicOutputShapeException)
+# The most memory, in bytes, that a kernel's inputs may take for its run on real numbers.
+MAX_BYTES = 2**30
 
 
-def run_kernel(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # kernel: an OpOverload
-    """Call a kernel, of whose tensors some may be fake; raises what the kernel raises."""
+def run_kernel(
+    kernel: Any,  # an OpOverload
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, list[torch.Tensor]]:
+    """Call a kernel, of whose tensors some may be fake; raises what the kernel raises.
+
+    Also returns the real tensors whose numbers decide the form of a fake result.
+    """
     packet = kernel.overloadpacket
     if packet is _GROUPED and isinstance(args[0], FakeTensor) and args[0].dtype is not torch.bfloat16:
-        return _grouped(kernel, args, kwargs)
+        return _grouped(kernel, args, kwargs), []
     if kernel is torch.ops.aten.index.Tensor and isinstance(args[0], FakeTensor):
         args = (args[0], _positions(args[1]))
     elif (
@@ -30,14 +45,16 @@ def run_kernel(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         and isinstance(args[0], FakeTensor)
     ):
         whole = torch.broadcast_shapes(args[0].shape, args[1].shape)
-        kernel, args = (
-            torch.ops.aten.index.Tensor,
-            (args[0].expand(whole), list(args[1].expand(whole).nonzero().unbind(1))),
-        )
+        positions = list(args[1].expand(whole).nonzero().unbind(1))
+        kernel, args = torch.ops.aten.index.Tensor, (args[0].expand(whole), positions)
     try:
-        return kernel(*args, **kwargs)
-    except UnsupportedOperatorException:
-        return _on_zeros(kernel, args, kwargs)
+        return kernel(*args, **kwargs), []
+    except _CANNOT:
+        result = _on_numbers(kernel, args, kwargs)
+        if result is None:
+            raise
+        given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        return result[0], [tensor for tensor in given if not isinstance(tensor, FakeTensor)]
 
 
 def _grouped(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,21 +79,40 @@ def _positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return found
 
 
-def _on_zeros(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a kernel returns for zeros in place of every fake, as fakes."""
-    fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
-    if sum(fake.numel() * fake.element_size() for fake in fakes) > MAX_ZEROS:
-        return kernel(*args, **kwargs)  # raises again, and says what is missing
+def _on_numbers(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+    """What a kernel returns where fakes are zeros, if it is of the same form where they are ones.
 
+    A result that has the same numbers both times is real: only real inputs decide it. The others are fake.
+    """
+    fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    if sum(fake.numel() * fake.element_size() for fake in fakes) > MAX_BYTES:
+        return None
+    zeros = _run(kernel, args, kwargs, lambda tensor: tensor.zero_())
+    ones = _run(kernel, args, kwargs, lambda tensor: tensor.fill_(1))
+    if any(not isinstance(leaf, torch.Tensor) for leaf in zeros) or list(map(_form, zeros)) != list(
+        map(_form, ones)
+    ):
+        return None
+    mode = fakes[0].fake_mode
+    known = [
+        a if torch.equal(a, b) and a.numel() else mode.from_tensor(a)
+        for a, b in zip(zeros, ones, strict=True)
+    ]
+    return (known[0] if len(kernel._schema.returns) == 1 else tuple(known),)
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _run(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fill: Callable[[torch.Tensor], torch.Tensor]
+) -> list[Any]:
     def real(leaf: Any) -> Any:  # anything
         if not isinstance(leaf, FakeTensor):
             return leaf
-        empty = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.fake_device)
-        return empty.zero_()
+        return fill(torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.fake_device))
 
     real_args, real_kwargs = pytree.tree_map(real, (args, kwargs))
     result = kernel(*real_args, **real_kwargs)
-    mode = fakes[0].fake_mode
-    return pytree.tree_map(
-        lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, result
-    )
+    return list(result) if isinstance(result, (list, tuple)) else [result]

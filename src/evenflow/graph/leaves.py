@@ -48,6 +48,12 @@ def flatten(
         calls = choice.inside(tree.root)
     except _Stuck as stuck:
         raise RecordError(str(stuck)) from None
+    returned = (tree.values[ref].source for ref in tree.output.refs)
+    for source in returned:
+        if isinstance(source, ParameterSource):
+            raise RecordError(
+                f"the loss function returns the parameter {source.name} itself; return its clone()"
+            )
     reads = [call for call in calls if isinstance(call, ReadCall)]
     nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}

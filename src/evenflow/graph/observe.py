@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,12 +80,24 @@ def quiet() -> Iterator[None]:
 def observed_by(observer: Observer) -> Iterator[None]:
     """Tell the observer of everything that happens meanwhile."""
     with (
+        _unvalidated_distributions(),
         _modules_observed(observer),
         _custom_functions_observed(observer),
         _Functions(observer),
         _Kernels(observer),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Keep torch's distributions from looking at the numbers that they are given, only to raise if wrong."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextlib.contextmanager
@@ -149,7 +162,8 @@ class _Kernels(TorchDispatchMode):
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
         if func._schema.is_mutable:
             self.note_writes(func, args, kwargs)
-        result = run_kernel(func, args, kwargs)
+        result, deciding = run_kernel(func, args, kwargs)
+        self.observer.pending_dynamic += deciding
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 self.observer.born.add(storage_of(leaf))

@@ -484,12 +484,15 @@ class _Recorder:
             self.blind = False
 
     def needs_numbers(self, name: str) -> "NeedsNumbers":
+        remedy = (
+            "a branch or a shape that depends on them must lie inside one module, whose results have the same "
+            "shapes either way; a metric may be returned as the tensor that it is"
+        )
         where = self.stack[-1].path or "the loss function"
         return NeedsNumbers(
             name,
             f"{where} calls {name} on numbers that depend on the parameters, which do not exist while "
-            "recording; a branch or a shape that depends on them must lie inside one module, whose results "
-            "have the same shapes either way",
+            f"recording; {remedy}",
         )
 
     def note_draws(self, name: str) -> None:
