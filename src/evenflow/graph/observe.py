@@ -139,7 +139,7 @@ class _Kernels(TorchDispatchMode):
         result = func(*args, **kwargs)
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
-        if torch.Tag.dynamic_output_shape in func.tags and _is_dynamic(func, args):
+        if torch.Tag.dynamic_output_shape in func.tags and is_dynamic(func, args):
             self.observer.pending_dynamic = True
         packet = func.overloadpacket
         if packet.__name__ in _BATCH_NORMS and args[5]:
@@ -151,7 +151,7 @@ class _Kernels(TorchDispatchMode):
         return result
 
 
-def _is_dynamic(kernel: Any, args: tuple[Any, ...]) -> bool:  # kernel: an OpOverload
+def is_dynamic(kernel: Any, args: tuple[Any, ...]) -> bool:  # kernel: an OpOverload
     """Whether a result's shape depends on numbers; an index carries that tag but means it for masks only."""
     if kernel is not torch.ops.aten.index.Tensor:
         return True

@@ -12,6 +12,7 @@ from evenflow.graph.fakes import FakeParameters
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
+from evenflow.pipe.deferred import filled, recipes_of
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
@@ -118,9 +119,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
     own_device = devices[own[0]]
-    _share_buffers(model, world, own_device)
     fakes = FakeParameters(model, own_device)
     parameters = parameters_by_name(model, fakes.tied)
+    recipes = recipes_of(model, parameters, seed=seed)
+    _share_buffers(model, world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
     share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
@@ -135,8 +137,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
+    keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
+    for name in [name for name in parameters if name in recipes and name in keep]:
+        device = devices[owner[name]] if owner[name] in own else own_device
+        parameters[name] = filled(parameters[name], recipes.materialise(name, device))
+    _put(fakes, parameters)
     if world.size > 1:
-        _let_go(fakes, parameters, keep=_used_on(cut, owner, own), device=own_device)
+        _let_go(fakes, parameters, keep=keep, device=own_device)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
         stages_here[stage].own(held)
@@ -221,6 +228,11 @@ def _let_go(
         else:
             empty = torch.empty_like(parameter, device="meta")
             parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    _put(fakes, parameters)
+
+
+def _put(fakes: FakeParameters, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Let the model's modules hold these parameters."""
     for module, key, fake in fakes.slots:
         module._parameters[key] = parameters[fakes.names[id(fake)]]
 

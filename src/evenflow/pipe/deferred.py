@@ -1,0 +1,54 @@
+"""A model that was built under `deferred_init`: its recipes, its buffers, and its parameters once they are real."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from evenflow.errors import ConfigError
+from evenflow.graph.recipes import Recipes, memory_of
+
+
+def recipes_of(
+    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], *, seed: int
+) -> Recipes:
+    """The recipes of the parameters that have no numbers yet; buffers without numbers get theirs at once.
+
+    Every process fills in every buffer, on the CPU: masks and tables are computed from them everywhere.
+    """
+    places = list(_empty_tensors(model))
+    recipes = Recipes({**parameters, **{name: tensor for name, _, tensor in places}}, seed=seed)
+    if recipes.unknown:
+        raise ConfigError(
+            f"the model's tensor {recipes.unknown[0]} has no memory (device 'meta'), and nothing says what its "
+            "numbers are; build the model inside evenflow.deferred_init()"
+        )
+    pair = recipes.overlapping()
+    if pair is not None:
+        raise ConfigError(
+            f"{pair[0]} and {pair[1]} are different views of the same memory, which deferred_init() cannot "
+            "keep; register one parameter and compute the other in forward"
+        )
+    made: dict[int, torch.Tensor] = {}  # one tensor in two places stays one
+    for name, place, tensor in places:
+        if id(tensor) not in made:
+            made[id(tensor)] = recipes.materialise(name, torch.device("cpu"))
+        place[name.rpartition(".")[2]] = made[id(tensor)]
+    return recipes
+
+
+def filled(empty: torch.nn.Parameter, numbers: torch.Tensor) -> torch.nn.Parameter:
+    """The parameter with its numbers, and whatever the model's code wrote on the empty one."""
+    parameter = torch.nn.Parameter(numbers, requires_grad=empty.requires_grad)
+    vars(parameter).update(vars(empty))
+    return parameter
+
+
+def _empty_tensors(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, dict[str, torch.Tensor | None], torch.Tensor]]:
+    """Buffers and tensor attributes without memory: (name, the dictionary that holds it, tensor)."""
+    for path, module in model.named_modules():
+        for place in (module._buffers, vars(module)):
+            for key, tensor in list(place.items()):
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                    yield f"{path}.{key}" if path else key, place, tensor
