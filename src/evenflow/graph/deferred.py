@@ -51,6 +51,7 @@ _VERSION = "_evenflow_version"  # the attribute of a parameter: its version when
 _HUGE_BYTES = 1 << 28
 _META = torch.device("meta")
 _ARRAYS = frozenset({"numpy", "__array__"})
+_FROM_DATA = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 _INITIALISERS = {
     function.__code__: function
     for function in vars(torch.nn.init).values()
@@ -151,6 +152,10 @@ class _Functions(TorchFunctionMode):
         if name in _ARRAYS:
             with unwatched():
                 return _array(func, args, kwargs)
+        if func in _FROM_DATA and torch.device(kwargs.get("device") or "cpu") == _META:
+            kwargs = kwargs | {"device": torch.device("cpu")}  # the data is known: it must not be lost
+        if name == "new_tensor" and args[0].is_meta and kwargs.get("device") is None:
+            kwargs = {"dtype": args[0].dtype} | kwargs | {"device": torch.device("cpu")}
         if name == "__set__" and of is torch.Tensor.data:
             with unwatched(), _disable_current_modes():
                 target, new = args

@@ -39,11 +39,16 @@ class Given:
     version: int
 
     def copied(self, device: torch.device, owner: str) -> torch.UntypedStorage:
-        """A copy of the storage; raises `ConfigError` where the numbers are no longer those of then."""
+        """A copy of the storage; raises `ConfigError` where it has no numbers, or no longer those of then."""
         if not self.tensor.is_inference() and self.tensor._version != self.version:
             raise ConfigError(
                 f"{owner} is initialised from a tensor of shape {list(self.tensor.shape)} that was changed "
                 "after deferred_init(); leave that tensor as it is until the pipeline is built"
+            )
+        if self.tensor.is_meta:
+            raise ConfigError(
+                f"{owner} is initialised from a tensor of shape {list(self.tensor.shape)} without memory (device "
+                "'meta') that was made outside of deferred_init(); make it inside"
             )
         return whole(self.tensor.untyped_storage()).to(device, copy=True).untyped_storage()
 
