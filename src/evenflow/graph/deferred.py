@@ -10,7 +10,6 @@ Rejected: building on meta and calling `reset_parameters` later, which knows tor
 import contextlib
 import functools
 import inspect
-import sys
 import threading
 import types
 import weakref
@@ -50,8 +49,9 @@ _VERSION = "_evenflow_version"  # the attribute of a parameter: its version when
 # What is made this large is a parameter in all likelihood, and is not allocated even for a moment.
 _HUGE_BYTES = 1 << 28
 _META = torch.device("meta")
-_ARRAYS = frozenset({"numpy", "__array__"})
+_LOOKS = frozenset({"numpy", "__array__", "tolist"})
 _FROM_DATA = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
+_LOADING = torch.nn.Module._load_from_state_dict.__code__
 _INITIALISERS = {
     function.__code__: function
     for function in vars(torch.nn.init).values()
@@ -61,14 +61,17 @@ _INITIALISERS = {
 
 @contextlib.contextmanager
 def deferred_init() -> Iterator[None]:
-    """Let the modules that are built inside have parameters without memory, for a model too big for a process.
+    """Build a model that is too big for one process: parameters of the modules made inside have no memory.
 
     `evenflow.pipeline` later fills in the parameters of this process's own stages, with numbers that depend
     on its `seed`, the parameter's name and its own initialisation alone: not on the number of stages or
-    processes, nor on torch's generator. Buffers and other tensors are real. Change or convert the model
-    (`.to(torch.bfloat16)`, tying weights, another initialisation) inside as well.
+    processes, nor on torch's generator, nor on other parameters. All other tensors are real, their random
+    numbers torch's own; a buffer that is computed from a parameter is filled in on every process. Change or
+    convert the model (`.to(torch.bfloat16)`, tied weights, another initialisation) inside as well.
+    `load_state_dict` inside keeps the given tensors themselves until the pipeline is built.
 
-    Raises `ConfigError` where the code needs a parameter's numbers to go on.
+    Raises `ConfigError` where the code needs a parameter's random numbers to go on. Parameters of a class of
+    their own (quantised ones) and lazy modules' stay as they are.
 
     >>> import evenflow
     >>> with evenflow.deferred_init():
@@ -100,12 +103,15 @@ def deferred_init() -> Iterator[None]:
         with unwatched(), _disable_current_modes():
             return _deferred(parameter, f"{type(module).__name__}.{name}")
 
-    hook = register_module_parameter_registration_hook(registered)
+    hook = register_module_parameter_registration_hook(registered)  # type: ignore[arg-type]  # it may return one
+    kernels = _Kernels()
     try:
-        with _Functions(), _Kernels():
+        with _Functions(), kernels:
             yield
     finally:
         hook.remove()
+        for storage in kernels.real:  # it has its numbers: whatever they came from may go
+            forget(storage)
         for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.is_meta:
@@ -144,14 +150,14 @@ def _deferred(parameter: torch.nn.Parameter, label: str) -> torch.nn.Parameter |
 
 
 class _Functions(TorchFunctionMode):
-    """What no kernel tells: `.data = ...`, a look through numpy, and initialisers that pass over meta tensors."""
+    """What no kernel tells: `.data = ...`, looks through numpy, initialisers that pass over meta tensors."""
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         of, name = getattr(func, "__self__", None), getattr(func, "__name__", "")
-        if name in _ARRAYS:
+        if name in _LOOKS:
             with unwatched():
-                return _array(func, args, kwargs)
+                return _look(func, args, kwargs)
         if func in _FROM_DATA and torch.device(kwargs.get("device") or "cpu") == _META:
             kwargs = kwargs | {"device": torch.device("cpu")}  # the data is known: it must not be lost
         if name == "new_tensor" and args[0].is_meta and kwargs.get("device") is None:
@@ -165,64 +171,97 @@ class _Functions(TorchFunctionMode):
                 return None
         if name == "__get__" and of is torch.Tensor.is_meta:
             with unwatched():
-                return _asked_for_meta(args[0], sys._getframe(1))
+                return _asked_for_meta(args[0], inspect.currentframe())
         return func(*args, **kwargs)
 
 
-def _array(func: Any, args: Any, kwargs: Any) -> Any:
+def _look(func: Any, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
-    if not tensor.is_meta:
-        forget(tensor)
-        return func(*args, **kwargs)
-    return func(_numbers((tensor,), func.__name__)[0], *args[1:], **kwargs)
+    if tensor.is_meta:
+        return func(_numbers((tensor,), func.__name__)[0], *args[1:], **kwargs)
+    _looked_at((tensor,))
+    if func.__name__ != "tolist" and tensor.layout is torch.strided:
+        forget(tensor.untyped_storage())  # it may be written through the array
+    return func(*args, **kwargs)
 
 
-def _asked_for_meta(tensor: torch.Tensor, frame: types.FrameType) -> bool:
-    """Answer `tensor.is_meta`. An initialiser of `torch.nn.init` that asks does nothing then: note its call."""
+def _asked_for_meta(tensor: torch.Tensor, mode: types.FrameType | None) -> bool:
+    """Answer `tensor.is_meta`; an initialiser of `torch.nn.init` that asks returns then: note its call."""
+    assert mode is not None
+    assert mode.f_back is not None
+    frame = mode.f_back  # who asks
     function = _INITIALISERS.get(frame.f_code)
-    if function is not None and tensor.is_meta:
-        names = inspect.signature(function).parameters
-        _note(function, (), {name: frame.f_locals[name] for name in names}, (), written=(tensor,), drawn=True)
-    return tensor.is_meta
+    if frame.f_code is _LOADING:
+        return False  # or torch would warn that copying into an empty tensor does nothing
+    if function is None:
+        return tensor.is_meta
+    arguments = {name: frame.f_locals[name] for name in inspect.signature(function).parameters}
+    if not tensor.is_meta:  # its loops look at the numbers drawn: a recipe of its kernels would be wrong
+        keep_before_writing(tensor)
+        with _disable_current_modes():
+            function(**arguments)
+    if memory_of(tensor) is not None:
+        _note(function, (), arguments, (), written=(tensor,), drawn=True)
+    return True
 
 
 class _Kernels(TorchDispatchMode):
     """Notes kernels, and runs those that concern an empty tensor without numbers."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.real: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # memories made with numbers
+
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         with unwatched():
-            return _run(func, args, kwargs or {})
+            return self.run(func, args, kwargs or {})
 
-
-def _run(kernel: Any, args: Any, kwargs: Any) -> Any:
-    given = _tensors((args, kwargs))
-    written = _written(kernel, args, kwargs)
-    if any(tensor.is_meta for tensor in given):
-        real = next((tensor for tensor in written if not tensor.is_meta), None)
-        if real is not None:
-            raise ConfigError(
-                f"{kernel.__name__} writes numbers of {_label(given)} into a real {real.dtype} tensor of shape "
-                f"{list(real.shape)} inside deferred_init(), where parameters have none; make a new tensor of "
-                "them instead, register_buffer(..., parameter.clone())"
-            )
-        if _needs_numbers(kernel, args):
-            args, kwargs = _numbers((args, kwargs), kernel.__name__)
-            result = kernel(*args, **kwargs)
+    def run(self, kernel: Any, args: Any, kwargs: Any) -> Any:
+        given = _tensors((args, kwargs))
+        written = _written(kernel, args, kwargs)
+        if any(tensor.is_meta for tensor in given):
+            real = next((tensor for tensor in written if not tensor.is_meta), None)
+            if real is not None:
+                raise ConfigError(
+                    f"{_plain(kernel)} writes numbers of {_label(given)} into another tensor, of shape "
+                    f"{list(real.shape)}, inside deferred_init(), where parameters have none yet; make a new "
+                    "tensor of them instead: register_buffer(..., parameter.clone())"
+                )
+            if _needs_numbers(kernel, args):
+                real_args, real_kwargs = _numbers((args, kwargs), _plain(kernel))
+                result = kernel(*real_args, **real_kwargs)
+            else:
+                result = kernel(*_emptied(args), **_emptied(kwargs))
+        elif not given and _is_huge(kernel, args, kwargs):
+            result = kernel(*args, **_emptied(kwargs))
         else:
-            result = kernel(*_emptied(args), **_emptied(kwargs))
-    elif not given and _is_huge(kernel, args, kwargs):
-        result = kernel(*args, **_emptied(kwargs))
-    else:
-        for tensor in written:
-            keep_before_writing(tensor)
-        result = kernel(*args, **kwargs)
-    written = [tensor for tensor in written if memory_of(tensor) is not None]
-    made = _made(given, result)
-    if made and not given:
-        kwargs = _settled(kernel, kwargs, result)
-    if made or written:
-        _note(kernel, args, kwargs, made, written=written, drawn=draws(kernel, args, kwargs))
-    return result
+            if _needs_numbers(kernel, args):
+                _looked_at(given)
+            for tensor in written:
+                keep_before_writing(tensor)
+            result = kernel(*args, **kwargs)
+        written = [tensor for tensor in written if memory_of(tensor) is not None]
+        made = self.made(given, result)
+        if made and not given:
+            kwargs = _settled(kernel, kwargs, result)
+        if made or written:
+            _note(kernel, args, kwargs, made, written=written, drawn=draws(kernel, args, kwargs))
+        return result
+
+    def made(self, given: Sequence[torch.Tensor], result: Any) -> list[tuple[int, Memory]]:
+        """The memories that a kernel made, by the place of a result that lies there."""
+        made = []
+        known = {storage_of(tensor) for tensor in given}
+        for place, leaf in enumerate(pytree.tree_leaves(result)):
+            if isinstance(leaf, torch.Tensor) and storage_of(leaf) not in known:
+                known.add(storage_of(leaf))
+                if leaf.layout is torch.strided:
+                    storage = leaf.untyped_storage()
+                    made.append((place, Memory(storage.nbytes())))
+                    learn(storage, made[-1][1])
+                    if not leaf.is_meta:
+                        self.real.add(storage)
+        return made
 
 
 def _note(
@@ -237,7 +276,7 @@ def _note(
     read: dict[Memory, int] = {}
     args, kwargs = _encoded(args, read), _encoded(kwargs, read)
     overwritten = None
-    if len(written) == 1 and kernel.__name__.split(".")[0] in OVERWRITING:
+    if len(written) == 1 and _plain(kernel) in OVERWRITING:
         memory = memory_of(written[0])
         assert memory is not None
         if read[memory] == 1 and written[0].is_contiguous() and written[0].nbytes == memory.num_bytes:
@@ -248,20 +287,6 @@ def _note(
     for memory in dict.fromkeys([*changed, *(memory for _, memory in made)]):
         assert memory is not None
         memory.writers.append(call)
-
-
-def _made(given: Sequence[torch.Tensor], result: Any) -> list[tuple[int, Memory]]:
-    """The memories that a kernel made, by the place of a result that lies there."""
-    made = []
-    known = {storage_of(tensor) for tensor in given}
-    for place, leaf in enumerate(pytree.tree_leaves(result)):
-        if isinstance(leaf, torch.Tensor) and storage_of(leaf) not in known:
-            known.add(storage_of(leaf))
-            if leaf.layout is torch.strided:
-                storage = leaf.untyped_storage()
-                made.append((place, Memory(storage.nbytes())))
-                learn(storage, made[-1][1])
-    return made
 
 
 def _settled(kernel: Any, kwargs: Any, result: torch.Tensor) -> Any:
@@ -277,6 +302,12 @@ def _needs_numbers(kernel: Any, args: Any) -> bool:
     return torch.Tag.dynamic_output_shape in kernel.tags and is_dynamic(kernel, args)
 
 
+def _looked_at(tensors: Iterable[torch.Tensor]) -> None:
+    """Remember that Python learnt what was drawn, and may have gone another way with other numbers."""
+    for call in slice_of(memory for memory in map(memory_of, tensors) if memory is not None):
+        call.looked_at = True
+
+
 def _numbers(tree: Any, name: str) -> Any:
     """The arguments with real numbers for empty tensors, where no draw went into them."""
     read: dict[Memory, int] = {}
@@ -284,13 +315,19 @@ def _numbers(tree: Any, name: str) -> Any:
     calls = slice_of(read)
     if any(call.draws for call in calls):
         raise ConfigError(
-            f"{name} asks for numbers of {_label(_tensors(tree))} inside deferred_init(), where parameters have "
-            "none yet; initialise without looking at numbers, or build this model without deferred_init()"
+            f"{name} asks for numbers of {_label(_tensors(tree))} inside deferred_init(), where parameters "
+            "have none yet; initialise without looking at numbers, or build the model without deferred_init()"
         )
     with _disable_current_modes():
         replay = Replay(torch.device("cpu"), _label(_tensors(tree)))
         replay.run(calls, {})
         return replay.real(encoded)
+
+
+def _plain(kernel: Any) -> str:
+    """How a message calls a kernel."""
+    name: str = kernel.__name__.split(".")[0]
+    return "item" if name == "_local_scalar_dense" else name
 
 
 def _label(tensors: Iterable[torch.Tensor]) -> str:
@@ -353,4 +390,7 @@ def _emptied(tree: Any) -> Any:
             return None
         return _META if isinstance(leaf, torch.device) else leaf
 
-    return {key: value for key, value in pytree.tree_map(emptied, tree).items() if key != "pin_memory"} if isinstance(tree, dict) else pytree.tree_map(emptied, tree)
+    emptied_tree = pytree.tree_map(emptied, tree)
+    if isinstance(tree, dict) and "pin_memory" in tree:
+        emptied_tree["pin_memory"] = False
+    return emptied_tree

@@ -158,6 +158,13 @@ def is_dynamic(kernel: Any, args: tuple[Any, ...]) -> bool:  # kernel: an OpOver
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
+def generator_of(device: torch.device) -> torch.Generator:
+    """The default generator that kernels on `device` draw from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
 def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload
     """Whether this call of a kernel draws random numbers: by its tag, unless its dropout is zero."""
     if torch.Tag.nondeterministic_seeded not in kernel.tags:

@@ -22,10 +22,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
+from evenflow.graph.observe import generator_of
 
-# Kernels that write every element of their first argument and read none of it.
+# Kernels and initialisers that write every element of their first argument and read none of it.
 OVERWRITING = frozenset(
     {"normal_", "uniform_", "zero_", "fill_", "copy_", "random_", "bernoulli_", "exponential_", "log_normal_"}
+    | {"_no_grad_trunc_normal_", "orthogonal_", "sparse_", "dirac_"}
 )
 _LINK = "_evenflow_memory"  # the attribute of a storage that leads to its memory
 _NUMBERS = itertools.count()  # of calls, in the order in which they were made
@@ -47,8 +49,8 @@ class Given:
             )
         if self.tensor.is_meta:
             raise ConfigError(
-                f"{owner} is initialised from a tensor of shape {list(self.tensor.shape)} without memory (device "
-                "'meta') that was made outside of deferred_init(); make it inside"
+                f"{owner} is initialised from a tensor of shape {list(self.tensor.shape)} without memory "
+                "(device 'meta') that was made outside of deferred_init(); make it inside"
             )
         return whole(self.tensor.untyped_storage()).to(device, copy=True).untyped_storage()
 
@@ -82,10 +84,11 @@ class View:
 
     def overlaps(self, other: "View") -> bool:
         """Whether the two spans of bytes meet."""
-        (a, b), (c, d) = self._span(), other._span()
+        (a, b), (c, d) = self.span(), other.span()
         return self.memory is other.memory and a < d and c < b
 
-    def _span(self) -> tuple[int, int]:
+    def span(self) -> tuple[int, int]:
+        """The first byte, and the one after the last."""
         if 0 in self.shape:
             return 0, 0
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
@@ -93,7 +96,7 @@ class View:
         return self.offset * item, (self.offset + last + 1) * item
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class KernelCall:
     """One kernel that ran: its arguments with views for tensors, what it read, made and wrote."""
 
@@ -104,6 +107,7 @@ class KernelCall:
     made: tuple[tuple[int, Memory], ...]  # (place among the results, memory that this call made)
     overwritten: Memory | None  # whose earlier numbers do not matter any more
     draws: bool
+    looked_at: bool = False  # its numbers decided what the code did next
     number: int = field(default_factory=lambda: next(_NUMBERS))
 
 
@@ -121,9 +125,9 @@ def learn(storage: torch.UntypedStorage, memory: Memory, *, weak: bool = False) 
     setattr(storage, _LINK, weakref.ref(memory) if weak else memory)
 
 
-def forget(tensor: torch.Tensor) -> None:
-    """Take whatever a tensor holds in the end for numbers from outside: unseen writes may follow."""
-    vars(tensor.untyped_storage()).pop(_LINK, None)
+def forget(storage: torch.UntypedStorage) -> None:
+    """From now on take what a storage holds for numbers from outside."""
+    vars(storage).pop(_LINK, None)
 
 
 def view_of(tensor: torch.Tensor) -> View:
@@ -131,9 +135,9 @@ def view_of(tensor: torch.Tensor) -> View:
     memory = memory_of(tensor)
     if memory is None:
         storage = tensor.untyped_storage()
-        memory = Memory(storage.nbytes(), _given(tensor.detach()))
+        memory = Memory(storage.nbytes(), _given(tensor if type(tensor) is torch.Tensor else tensor.detach()))
         learn(storage, memory, weak=True)
-    return View(memory, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    return View(memory, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def twin_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,7 +163,9 @@ def keep_before_writing(tensor: torch.Tensor) -> None:
 
 def whole(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of a storage as one tensor."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
+        storage, 0, (storage.nbytes(),), (1,)
+    )
 
 
 def _given(tensor: torch.Tensor) -> Given:
@@ -198,12 +204,14 @@ class Replay:
         with torch.no_grad():
             for call in calls:
                 if call.draws:
-                    _generator_of(self._device).manual_seed(seeds[call.number])
+                    generator_of(self._device).manual_seed(seeds[call.number])
                 result = call.kernel(*self.real(call.args), **self.real(call.kwargs))
                 leaves = pytree.tree_leaves(result)
                 for place, memory in call.made:
                     storage = leaves[place].untyped_storage()
                     assert storage.nbytes() == memory.num_bytes, f"{call.kernel} made another shape"
+                    if "empty" in call.kernel.__name__:
+                        whole(storage).zero_()  # what nobody initialises is at least the same everywhere
                     self._storages[memory] = storage
 
     def real(self, tree: Any) -> Any:
@@ -248,6 +256,12 @@ class Recipes:
         self._seeds: dict[int, int] = {}
         for name, view in self._views.items():
             for ordinal, call in enumerate(call for call in slice_of([view.memory]) if call.draws):
+                if call.looked_at:
+                    raise ConfigError(
+                        f"the initialisation of {name} looks at the random numbers that it has drawn, "
+                        "inside deferred_init(), which draws others later; initialise without looking, or build "
+                        "the model without deferred_init()"
+                    )
                 self._seeds.setdefault(call.number, _key(seed, name, ordinal))
 
     def __contains__(self, name: str) -> bool:
@@ -271,22 +285,15 @@ class Recipes:
         """
         view = self._views[name]
         replay = Replay(device, name)
-        generator = _generator_of(device)
+        generator = generator_of(device)
         state = generator.get_state()
         try:
             replay.run(slice_of([view.memory]), self._seeds)
         finally:
             generator.set_state(state)
         made = replay.tensor(view)
-        # A part of a larger memory would keep all of it.
-        return made if made.nbytes == view.memory.num_bytes else made.clone()
-
-
-def _generator_of(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
+        is_part = made.numel() * made.element_size() != view.memory.num_bytes
+        return made.clone() if is_part else made  # a part would keep all of it
 
 
 def _key(seed: int, name: str, ordinal: int) -> int:

@@ -1,16 +1,14 @@
-"""A model that was built under `deferred_init`: its recipes, its buffers, and its parameters once they are real."""
+"""A model built under `deferred_init`: its recipes, its buffers, its parameters once they are real."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.graph.recipes import Recipes, memory_of
+from evenflow.graph.recipes import Recipes
 
 
-def recipes_of(
-    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], *, seed: int
-) -> Recipes:
+def recipes_of(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], *, seed: int) -> Recipes:
     """The recipes of the parameters that have no numbers yet; buffers without numbers get theirs at once.
 
     Every process fills in every buffer, on the CPU: masks and tables are computed from them everywhere.
@@ -19,8 +17,8 @@ def recipes_of(
     recipes = Recipes({**parameters, **{name: tensor for name, _, tensor in places}}, seed=seed)
     if recipes.unknown:
         raise ConfigError(
-            f"the model's tensor {recipes.unknown[0]} has no memory (device 'meta'), and nothing says what its "
-            "numbers are; build the model inside evenflow.deferred_init()"
+            f"the model's tensor {recipes.unknown[0]} has no memory (device 'meta'), and nothing says what "
+            "its numbers are; build the model inside evenflow.deferred_init()"
         )
     pair = recipes.overlapping()
     if pair is not None:
@@ -40,6 +38,8 @@ def filled(empty: torch.nn.Parameter, numbers: torch.Tensor) -> torch.nn.Paramet
     """The parameter with its numbers, and whatever the model's code wrote on the empty one."""
     parameter = torch.nn.Parameter(numbers, requires_grad=empty.requires_grad)
     vars(parameter).update(vars(empty))
+    parameter._backward_hooks = empty._backward_hooks
+    parameter._post_accumulate_grad_hooks = empty._post_accumulate_grad_hooks
     return parameter
 
 
@@ -50,5 +50,8 @@ def _empty_tensors(
     for path, module in model.named_modules():
         for place in (module._buffers, vars(module)):
             for key, tensor in list(place.items()):
-                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                is_parameter = isinstance(
+                    tensor, torch.nn.Parameter
+                )  # hidden from the module: not ours to copy
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta and not is_parameter:
                     yield f"{path}.{key}" if path else key, place, tensor

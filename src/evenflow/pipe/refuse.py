@@ -24,7 +24,8 @@ def refuse_unfit(model: torch.nn.Module) -> None:
             raise ConfigError(f"the parameter {name} is a DTensor; remove the line parallelize_module(…)")
         if parameter.is_meta and changed_since(parameter):
             raise ConfigError(
-                f"the parameter {name} was changed after deferred_init(), before it had numbers; change it inside"
+                f"the parameter {name} was changed after deferred_init(), while it has no numbers; do that "
+                "inside"
             )
     _refuse_numberless(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
