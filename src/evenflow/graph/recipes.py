@@ -259,8 +259,8 @@ class Recipes:
                 if call.looked_at:
                     raise ConfigError(
                         f"the initialisation of {name} looks at the random numbers that it has drawn, "
-                        "inside deferred_init(), which draws others later; initialise without looking, or build "
-                        "the model without deferred_init()"
+                        "inside deferred_init(), which draws others later; initialise without looking, or "
+                        "build the model without deferred_init()"
                     )
                 self._seeds.setdefault(call.number, _key(seed, name, ordinal))
 
