@@ -96,13 +96,32 @@ def test_random_numbers_have_the_same_distribution(way):
     assert found.max() <= expected.max() + 1.5 * expected.std()
 
 
+def registered(write):
+    """The weight of a layer, which is empty by the time that it is written."""
+
+    def make():
+        layer = nn.Linear(30, 40)
+        with torch.no_grad():
+            write(layer.weight)
+        return layer.weight
+
+    return make
+
+
+def copied_before_a_change(w):
+    other = nn.Linear(30, 40)
+    nn.init.ones_(other.weight)
+    w.copy_(other.weight)
+    nn.init.zeros_(other.weight)
+
+
 def zeroed_row(w):
     nn.init.ones_(w)
     w.data[3].zero_()
 
 
 def changed_twice():
-    table = torch.arange(12.0)
+    table = torch.tensor(range(12), dtype=torch.float32)
     first = nn.Parameter(torch.empty(24))
     with torch.no_grad():
         first[:12].copy_(table)
@@ -132,8 +151,13 @@ EXACT = {
     "numpy": lambda: torch.from_numpy(np.arange(6.0)),
     "written through numpy": written_through_numpy,
     "a list": lambda: torch.tensor([1.0, 2.0, 4.0]),
-    "a list on the parameter's device": in_place(lambda w: w.data.fill_(torch.tensor(3.0, device=w.device))),
-    "new_tensor": in_place(lambda w: w.data.copy_(w.new_tensor([5.0]))),
+    "a list on the parameter's device": registered(lambda w: w.fill_(torch.tensor(3.0, device=w.device))),
+    "new_tensor": registered(lambda w: w.copy_(w.new_tensor([5.0]))),
+    "copy of what changes later": registered(copied_before_a_change),
+    "a buffer's numbers": registered(lambda w: w.copy_(nn.BatchNorm1d(30).running_var)),
+    "a real index": registered(lambda w: nn.init.ones_(w)[torch.arange(0, 40, 2)].zero_()),
+    "written at a real index": registered(lambda w: nn.init.ones_(w).index_fill_(0, torch.arange(3), 2.0)),
+    "a product with a real table": registered(lambda w: nn.init.ones_(w).mul_(torch.arange(30.0))),
     "a constant that changes": changed_twice,
     "data set": set_again,
     "half precision": lambda: torch.linspace(0, 1, 9).half(),
@@ -174,7 +198,7 @@ def test_a_default_type_that_was_set_meanwhile_is_kept():
     def build():
         torch.set_default_dtype(torch.float64)
         try:
-            return nn.Linear(2, 3)
+            return nn.ModuleList([nn.Linear(2, 3), Holder(lambda: torch.ones(3))])
         finally:
             torch.set_default_dtype(torch.float32)
 

@@ -1,6 +1,7 @@
 """Pipelines of models that were built under `deferred_init`: the same weights wherever the cuts are."""
 
 import re
+import resource
 from functools import cache
 
 import pytest
@@ -86,13 +87,34 @@ def test_weights_and_losses_do_not_depend_on_the_number_of_stages(case):
         assert_equal(found[2], buffers)
 
 
-def all_trained(stages):
-    return {case: trained(case, stages) for case in CASES}
+def peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def growth_for_a_large_model():
+    """By how much building a pipeline raises the peak of memory, and what its own parameters take, in KiB."""
+    before = peak_kib()
+    with evenflow.deferred_init():
+        model = nn.Sequential(*(nn.Linear(5000, 5000) for _ in range(4)))  # 95 MiB each
+    batch = {"x": torch.zeros(2, 5000), "y": torch.zeros(2, 5000)}
+    pipe = evenflow.pipeline(model, loss=mean_square, example=batch, num_microbatches=1)
+    return peak_kib() - before, sum(p.nbytes for _, p in pipe.named_parameters()) // 1024
+
+
+def on_each_process():
+    return {"large": growth_for_a_large_model()} | {case: trained(case, 2) for case in CASES}
 
 
 @cache
 def two_processes():
-    return evenflow.launch(all_trained, 2, nproc=2)
+    return evenflow.launch(on_each_process, nproc=2)
+
+
+def test_a_process_allocates_its_own_parameters_and_no_others():
+    for found in two_processes():
+        growth, own = found["large"]
+        assert own == 2 * 5000 * 5001 * 4 // 1024
+        assert growth < own + 80 * 1024
 
 
 @pytest.mark.parametrize("case", CASES)
