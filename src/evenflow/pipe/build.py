@@ -12,7 +12,7 @@ from evenflow.graph.fakes import FakeParameters
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.deferred import filled, recipes_of
+from evenflow.pipe.deferred import materialise, recipes_of
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
@@ -138,9 +138,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
 
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
-    for name in [name for name in parameters if name in recipes and name in keep]:
-        device = devices[owner[name]] if owner[name] in own else own_device
-        parameters[name] = filled(parameters[name], recipes.materialise(name, device))
+    homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
+    parameters |= materialise(parameters, recipes, homes)
     _put(fakes, parameters)
     if world.size > 1:
         _let_go(fakes, parameters, keep=keep, device=own_device)

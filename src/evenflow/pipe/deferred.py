@@ -34,7 +34,18 @@ def recipes_of(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Paramet
     return recipes
 
 
-def filled(empty: torch.nn.Parameter, numbers: torch.Tensor) -> torch.nn.Parameter:
+def materialise(
+    parameters: Mapping[str, torch.nn.Parameter], recipes: Recipes, devices: Mapping[str, torch.device]
+) -> dict[str, torch.nn.Parameter]:
+    """Those of the named parameters that have no numbers yet, with them, each on its device; no others."""
+    return {
+        name: _filled(parameter, recipes.materialise(name, devices[name]))
+        for name, parameter in parameters.items()
+        if name in recipes and name in devices
+    }
+
+
+def _filled(empty: torch.nn.Parameter, numbers: torch.Tensor) -> torch.nn.Parameter:
     """The parameter with its numbers, and whatever the model's code wrote on the empty one."""
     parameter = torch.nn.Parameter(numbers, requires_grad=empty.requires_grad)
     vars(parameter).update(vars(empty))
