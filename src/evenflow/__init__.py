@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
+    from evenflow.graph.deferred import deferred_init
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
     from evenflow.pipe.pipeline import Pipeline
@@ -21,6 +22,7 @@ __all__ = [
     "RecordError",
     "ScheduleError",
     "StepResult",
+    "deferred_init",
     "launch",
     "pipeline",
 ]
@@ -33,6 +35,7 @@ _HOMES = {
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
     "StepResult": "evenflow.pipe.result",
+    "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
     "pipeline": "evenflow.pipe.build",
 }

@@ -246,8 +246,12 @@ def test_a_model_spread_by_device_map():
 
 
 def test_a_model_without_memory():
-    with refused("the parameter 0.weight has no memory (device 'meta'); build the model on the CPU"):
-        make(mlp(4, 1).to("meta"))
+    with refused(
+        "parameters without memory (device 'meta') that nothing says how to initialise: 0.weight, 0.bias, "
+        "2.weight, 2.bias, 4.weight and 1 more; build the model, and convert it (.to(...)), inside "
+        "evenflow.deferred_init()"
+    ):
+        make(mlp(4, 8, 8, 1).to("meta"))
 
 
 def test_nothing_to_train():

@@ -33,6 +33,11 @@ class Weights:
     def __init__(self, folder: Path, sources: list[Source], tensors: Mapping[str, torch.Tensor]) -> None:
         self.folder = folder
         self._sources, self._tensors = sources, tensors
+        made = ((source, name) for source in sources for _, makes in source.recipes for name in makes)
+        self._names = {place for source, name in made for place in source.places.get(name, ())}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of each of the wanted parameters and buffers that the files hold, on the CPU.

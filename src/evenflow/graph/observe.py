@@ -162,15 +162,15 @@ class _Kernels(TorchDispatchMode):
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
         if func._schema.is_mutable:
             self.note_writes(func, args, kwargs)
-        result, deciding = run_kernel(func, args, kwargs)
-        self.observer.pending_dynamic += deciding
+        result, lengths = run_kernel(func, args, kwargs)
+        self.observer.pending_dynamic += lengths
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 self.observer.born.add(storage_of(leaf))
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
         if torch.Tag.dynamic_output_shape in func.tags:
-            self.observer.pending_dynamic += _deciding(func, args)
+            self.observer.pending_dynamic += deciding(func, args)
         elif func is torch.ops.aten._local_scalar_dense.default:
             self.observer.pending_dynamic.append(args[0])
         packet = func.overloadpacket
@@ -191,13 +191,20 @@ class _Kernels(TorchDispatchMode):
                         self.observer.write_outside(tensor)
 
 
-def _deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload
+def deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload
     """The tensors whose numbers decide a result's shape; an index has that tag but means its masks only."""
     if kernel is torch.ops.aten.index.Tensor:
         return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
     if kernel is torch.ops.aten.masked_select.default:
         return [args[1]]
     return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The default generator that kernels on `device` draw from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload

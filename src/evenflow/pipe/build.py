@@ -18,8 +18,9 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
+from evenflow.pipe.deferred import materialise, recipes_of
+from evenflow.pipe.fill import fill_buffers, fill_parameters
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
-from evenflow.pipe.fill import check_memory, fill_buffers, fill_parameters
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
@@ -142,11 +143,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
 
     own_device = devices[own[0]]
     fakes = FakeParameters(model, own_device)
+    parameters = parameters_by_name(model, fakes.tied)
     weights = None if load is None else find_weights(model, Path(load), fakes.tied)
+    recipes = recipes_of(model, parameters, weights, seed=seed)
     if weights is not None:
         fill_buffers(model, weights)
     _share_buffers(model, world, own_device)
-    parameters = parameters_by_name(model, fakes.tied)
     accumulators = Accumulators(parameters, devices, exact=exact)
     share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
@@ -162,13 +164,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
-    kept = _used_on(cut, owner, own)
+    keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
+    homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
     if weights is not None:
-        homes = {name: devices[owner[name]] if world.size == 1 else own_device for name in kept}
-        fill_parameters(parameters, fakes, weights, homes=homes)
-        check_memory(parameters, kept, weights)
+        fill_parameters(parameters, weights, homes=homes)
+    parameters |= materialise(parameters, recipes, homes)
+    _put(fakes, parameters)
     if world.size > 1:
-        _let_go(fakes, parameters, keep=kept, device=own_device)
+        _let_go(fakes, parameters, keep=keep, device=own_device)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
         stages_here[stage].own(held)
@@ -287,6 +290,11 @@ def _let_go(
         else:
             empty = torch.empty_like(parameter, device="meta")
             parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    _put(fakes, parameters)
+
+
+def _put(fakes: FakeParameters, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Let the model's modules hold these parameters."""
     for module, key, fake in fakes.slots:
         module._parameters[key] = parameters[fakes.names[id(fake)]]
 

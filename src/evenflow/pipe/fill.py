@@ -1,12 +1,11 @@
 """Filling a model's parameters and buffers with the weights of a folder, where they belong."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from evenflow.checkpoint.weights_in import Weights
 from evenflow.errors import ConfigError
-from evenflow.graph.fakes import FakeParameters
 
 
 def fill_buffers(model: torch.nn.Module, weights: Weights) -> None:
@@ -26,18 +25,10 @@ def fill_buffers(model: torch.nn.Module, weights: Weights) -> None:
                 module._buffers[key] = tensor
             else:
                 buffer.copy_(tensor)
-    without = sorted(name for name, buffer in model.named_buffers() if buffer.is_meta)
-    if without:
-        raise ConfigError(
-            f"{len(without)} buffers have no memory (device 'meta'), and load="
-            f"{str(weights.folder)!r} does not hold them: {', '.join(without)}; build the model with its "
-            "buffers on the CPU"
-        )
 
 
 def fill_parameters(
     parameters: dict[str, torch.nn.Parameter],
-    fakes: FakeParameters,
     weights: Weights,
     *,
     homes: Mapping[str, torch.device],
@@ -61,22 +52,6 @@ def fill_parameters(
             if parameter.is_meta:
                 parameters[name] = _with_memory(parameter, homes[name])
             parameters[name].copy_(tensor)
-    for module, key, fake in fakes.slots:
-        name, held = fakes.names[id(fake)], module._parameters[key]
-        if held is not None and held.is_meta and name in filled:
-            module._parameters[key] = parameters[name]
-
-
-def check_memory(
-    parameters: Mapping[str, torch.nn.Parameter], kept: Collection[str], weights: Weights
-) -> None:
-    """Refuse parameters of this process that have no memory even now, an adapter's for example."""
-    without = sorted(name for name in kept if parameters[name].is_meta)
-    if without:
-        raise ConfigError(
-            f"{len(without)} parameters have no memory (device 'meta'), and load="
-            f"{str(weights.folder)!r} does not hold them: {', '.join(without)}; build them on the CPU"
-        )
 
 
 def _with_memory(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:

@@ -7,6 +7,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from evenflow.errors import ConfigError
+from evenflow.graph.deferred import changed_since
+from evenflow.graph.recipes import memory_of
 from evenflow.runtime.weights import CHOICES
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -24,13 +26,27 @@ def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ConfigError(f"the parameter {name} is a DTensor; remove the line parallelize_module(…)")
-        if parameter.is_meta and not loading:
+        if parameter.is_meta and changed_since(parameter):
             raise ConfigError(
-                f"the parameter {name} has no memory (device 'meta'); build the model on the CPU, not under "
-                "torch.device('meta'), or give load=, a folder that holds its weights"
+                f"the parameter {name} was changed after deferred_init(), while it has no numbers; do that "
+                "inside"
             )
+    if not loading:
+        _refuse_numberless(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+
+
+def _refuse_numberless(model: torch.nn.Module) -> None:
+    names = [name for name, p in model.named_parameters() if p.is_meta and memory_of(p) is None]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ConfigError(
+            f"parameters without memory (device 'meta') that nothing says how to initialise: "
+            f"{', '.join(names[:5])}{more}; build the model, and convert it (.to(...)), inside "
+            "evenflow.deferred_init() and not under torch.device('meta'), or give load=, a folder that holds "
+            "its weights"
+        )
 
 
 def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from evenflow.graph.modules import PythonState
-from evenflow.runtime.rng import generator_of
+from evenflow.graph.observe import generator_of
 
 
 class Snapshot:

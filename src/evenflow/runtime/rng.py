@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenflow.graph.graph import ModuleTarget
-from evenflow.graph.observe import draws
+from evenflow.graph.observe import draws, generator_of
 from evenflow.graph.tree import Draws
 
 _MASK = (1 << 64) - 1
@@ -34,13 +34,6 @@ def mix(state: int, word: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
     return z ^ z >> 31
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """The default generator that kernels on `device` draw from."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
 
 
 class Streams:

@@ -1,0 +1,79 @@
+"""A model built under `deferred_init`: its recipes, its buffers, its parameters once they are real."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from evenflow.checkpoint.weights_in import Weights
+from evenflow.errors import ConfigError
+from evenflow.graph.recipes import Recipes
+
+
+def recipes_of(
+    model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
+    weights: Weights | None,
+    *,
+    seed: int,
+) -> Recipes:
+    """The recipes of the parameters that have no numbers yet; buffers without numbers get theirs at once.
+
+    Every process fills in every buffer, on the CPU: masks and tables are computed from them everywhere. What a
+    folder's `weights` hold needs no recipe.
+    """
+    places = [place for place in _empty_tensors(model) if weights is None or place[0] not in weights]
+    wanted = {name: p for name, p in parameters.items() if weights is None or name not in weights}
+    recipes = Recipes({**wanted, **{name: tensor for name, _, tensor in places}}, seed=seed)
+    if recipes.unknown:
+        folder = "" if weights is None else f"load={str(weights.folder)!r} does not hold them and "
+        raise ConfigError(
+            f"{len(recipes.unknown)} tensors of the model have no memory (device 'meta'), and {folder}nothing "
+            f"says what their numbers are: {', '.join(recipes.unknown)}; build the model inside "
+            "evenflow.deferred_init()"
+        )
+    pair = recipes.overlapping()
+    if pair is not None:
+        raise ConfigError(
+            f"{pair[0]} and {pair[1]} are different views of the same memory, which deferred_init() cannot "
+            "keep; register one parameter and compute the other in forward"
+        )
+    made: dict[int, torch.Tensor] = {}  # one tensor in two places stays one
+    for name, place, tensor in places:
+        if id(tensor) not in made:
+            made[id(tensor)] = recipes.materialise(name, torch.device("cpu"))
+        place[name.rpartition(".")[2]] = made[id(tensor)]
+    return recipes
+
+
+def materialise(
+    parameters: Mapping[str, torch.nn.Parameter], recipes: Recipes, devices: Mapping[str, torch.device]
+) -> dict[str, torch.nn.Parameter]:
+    """Those of the named parameters that have no numbers yet, with them, each on its device; no others."""
+    return {
+        name: _filled(parameter, recipes.materialise(name, devices[name]))
+        for name, parameter in parameters.items()
+        if name in recipes and name in devices
+    }
+
+
+def _filled(empty: torch.nn.Parameter, numbers: torch.Tensor) -> torch.nn.Parameter:
+    """The parameter with its numbers, and whatever the model's code wrote on the empty one."""
+    parameter = torch.nn.Parameter(numbers, requires_grad=empty.requires_grad)
+    vars(parameter).update(vars(empty))
+    parameter._backward_hooks = empty._backward_hooks
+    parameter._post_accumulate_grad_hooks = empty._post_accumulate_grad_hooks
+    return parameter
+
+
+def _empty_tensors(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, dict[str, torch.Tensor | None], torch.Tensor]]:
+    """Buffers and tensor attributes without memory: (name, the dictionary that holds it, tensor)."""
+    for path, module in model.named_modules():
+        for place in (module._buffers, vars(module)):
+            for key, tensor in list(place.items()):
+                is_parameter = isinstance(
+                    tensor, torch.nn.Parameter
+                )  # hidden from the module: not ours to copy
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta and not is_parameter:
+                    yield f"{path}.{key}" if path else key, place, tensor
