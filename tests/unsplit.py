@@ -117,6 +117,7 @@ def assert_splits(
                 "example": batch,
                 "stages": number,
                 "max_leaf_share": 0.0,
+                "reduction": "item-mean",
                 "num_microbatches": None if isinstance(batch, Microbatches) else num_microbatches,
             }
             if seed is None:

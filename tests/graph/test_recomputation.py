@@ -1,4 +1,4 @@
-"""Gradient checkpointing that the model brings along: respected, counted once, and dropout draws the same again."""
+"""A model's own gradient checkpointing: respected, counted once, and dropout draws the same again."""
 
 import pytest
 import torch

@@ -84,6 +84,7 @@ def pipeline_outcome(case: Case, *, stages: int, max_leaf_share: float | None) -
         num_microbatches=None if isinstance(batch, Microbatches) else case.num_microbatches,
         max_leaf_share=max_leaf_share,
         exact=case.exact,
+        reduction="item-mean",
     )
     prediction = pipe.predict(batch, case.loss)
     result = pipe.step(batch)

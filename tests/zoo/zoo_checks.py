@@ -171,6 +171,7 @@ def in_pipeline(case: Case, stages: int, max_leaf_share: float | None) -> Traine
         stages=stages,
         max_leaf_share=max_leaf_share,
         exact=case.shared,
+        reduction="item-mean",
         **case.options,
     )
     with contextlib.closing(pipe):

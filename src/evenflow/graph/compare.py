@@ -1,7 +1,7 @@
 """Two recordings of one program on one microbatch: where they differ, Python told the program something else.
 
-A counter, a clock, a random number of Python's own: what would be frozen by one recording shows when the program
-runs again.
+A counter, a clock, a random number of Python's own: what would be frozen by one recording shows when the
+program runs again.
 """
 
 from collections.abc import Iterator

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Graph, Node
+from evenflow.graph.template import Shared
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 from evenflow.ir.flow import Flow
 
@@ -97,7 +98,15 @@ def legal_positions(graph: Graph) -> list[bool]:
             users.append(len(graph.chain) - 1)  # the last stage returns it as it is after this microbatch
         for position in range(users[0] + 1, users[-1] + 1):
             legal[position] = False
+    for number in graph.changing_objects:  # each stage has a copy of its own
+        users = [at for at, node in enumerate(graph.chain) if _is_handed(node, number)]
+        for position in range(users[0] + 1, users[-1] + 1) if users else ():
+            legal[position] = False
     return legal
+
+
+def _is_handed(node: Node, number: int) -> bool:
+    return any(isinstance(leaf, Shared) and leaf.number == number for leaf in node.args.leaves)
 
 
 def cut(graph: Graph, positions: Sequence[int]) -> Cut:

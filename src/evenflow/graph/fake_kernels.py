@@ -1,9 +1,9 @@
 """Kernels on fake tensors, where torch's own fake implementations give up though the answer is known.
 
-A grouped matrix product of another type than bfloat16 (torch's fake kernel knows only that); a boolean index that
-is itself real (how many rows it picks is known, whatever they hold); and kernels that have no fake implementation,
-or one that wants numbers, though only the real ones among their inputs decide the form of the result (lengths of
-sequences, say): those run on zeros and on ones.
+A grouped matrix product of another type than bfloat16 (torch's fake kernel knows only that); a boolean
+index that is itself real (how many rows it picks is known, whatever they hold); and kernels that have no
+fake implementation, or one that wants numbers, though only the real ones among their inputs decide the form
+of the result (lengths of sequences, say): those run on zeros and on ones.
 """
 
 from collections.abc import Callable

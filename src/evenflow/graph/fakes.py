@@ -32,16 +32,16 @@ class FakeParameters:
                     raise ConfigError(f"{name} has no shape yet: run the lazy module once before")
                 if type(parameter) is not torch.nn.Parameter:
                     raise ConfigError(
-                        f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of which only "
-                        "its own code knows how it computes; use plain parameters"
+                        f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of "
+                        "which only its own code knows how it computes; use plain parameters"
                     )
                 fake = made.get(id(parameter))
                 if fake is None:
                     memory = storage_of(parameter)
                     if memory in memories and parameter.numel():
                         raise ConfigError(
-                            f"{name} and {memories[memory]} are two parameters in one memory, which an optimizer "
-                            "would change twice; to tie them, assign the parameter itself "
+                            f"{name} and {memories[memory]} are two parameters in one memory, which "
+                            "an optimizer would change twice; to tie them, assign the parameter itself "
                             "(head.weight = embedding.weight)"
                         )
                     memories[memory] = name

@@ -97,6 +97,7 @@ class Graph:
     constants: dict[
         str, Any
     ]  # tensors of Python's own, by the name of the `BufferSource` that stands for them
+    changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     device: Any  # torch.device of the recording; arguments that name it are moved to the stage's own
 
     @cached_property

@@ -67,6 +67,7 @@ def flatten(
         tuple(choice.apart),
         tree.same_tensor,
         tree.constants,
+        tree.changing_objects,
         tree.device,
     )
 
@@ -144,7 +145,7 @@ class _Choice:
         )
 
     def looks_at_the_batch(self, call: ModuleCall) -> bool:
-        """Whether a number of the batch decides what happens inside: it must be seen, to be asked of the next."""
+        """Whether a number of the batch decides what happens inside: the next batch must be asked for it."""
         reads = (inner for inner in walk(call) if isinstance(inner, ReadCall))
         return any(read.name == SHAPE or self.derived.issuperset(read.args.refs) for read in reads)
 
@@ -176,7 +177,7 @@ def _batch_derived(tree: CallTree) -> set[int]:
 
 
 def _draws_recomputed(call: ModuleCall) -> str | None:
-    """Why a call that holds a checkpoint with draws must be taken apart: seen from here, each can be keyed."""
+    """Why a call that holds a checkpoint with draws must be taken apart: then each can be keyed."""
     inner = [each for each in walk(call) if each is not call]
     regions = (
         isinstance(each, FunctionCall)

@@ -20,6 +20,7 @@ from evenflow.errors import RecordError
 from evenflow.graph.fake_kernels import run_kernel
 from evenflow.graph.fakes import storage_of
 
+_ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
 # Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
 _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 _PATCH = threading.Lock()  # Module.__call__ is one per process
@@ -92,7 +93,7 @@ def observed_by(observer: Observer) -> Iterator[None]:
 @contextlib.contextmanager
 def _unvalidated_distributions() -> Iterator[None]:
     """Keep torch's distributions from looking at the numbers that they are given, only to raise if wrong."""
-    before = Distribution._validate_args
+    before = Distribution._validate_args  # noqa: SLF001 (torch has no other way to ask)
     Distribution.set_default_validate_args(False)
     try:
         yield
@@ -171,7 +172,7 @@ class _Kernels(TorchDispatchMode):
             self.observer.pending_draws += 1
         if torch.Tag.dynamic_output_shape in func.tags:
             self.observer.pending_dynamic += deciding(func, args)
-        elif func is torch.ops.aten._local_scalar_dense.default:
+        elif func is _ITEM:
             self.observer.pending_dynamic.append(args[0])
         packet = func.overloadpacket
         if packet.__name__ in _BATCH_NORMS and args[5]:

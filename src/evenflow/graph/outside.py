@@ -1,10 +1,11 @@
 """What Python could have told a program besides its arguments, as values that can be compared.
 
-A recording repeats what the program did; a number that came from an attribute, a closure or a global was part of
-that and is not asked for again. So it belongs to the key: another number is another recording. Compared are plain
-values, containers and objects by their contents, functions by what they are made of, tensors by identity. Of
-objects that the loss function or a user's own module can reach, only those attributes count whose names occur in
-its code: a trainer's step counter must not make every step another program.
+A recording repeats what the program did; a number that came from an attribute, a closure or a global was
+part of that and is not asked for again. So it belongs to the key: another number is another recording.
+Compared are plain values, containers and objects by their contents, functions by what they are made of,
+tensors by identity. Of objects that the loss function or a user's own module can reach, only those
+attributes count whose names occur in its code: a trainer's step counter must not make every step another
+program.
 """
 
 import functools
@@ -66,7 +67,7 @@ def seen_by_function(program: Callable[..., Any], model: torch.nn.Module, names:
 
 
 def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
-    """What a model's modules are made of: attributes, hooks, submodules, buffers, and their classes' values."""
+    """What a model's modules are made of: attributes, hooks, submodules, buffers, values of classes."""
     inside = {id(module) for module in model.modules()}
     own, library = Freezer(names, inside), Freezer(None, inside)
     found: dict[str, Any] = {}
@@ -177,11 +178,13 @@ def _filled(function: FunctionType) -> list[Any]:
 class Freezer:
     """Makes stand-ins; each object once. `names`: the attributes of objects that count, all by default.
 
-    Modules whose id is in `model` are compared elsewhere.
+    Modules whose id is in `model` are compared elsewhere. Without `tensors` all tensors are alike.
     """
 
-    def __init__(self, names: frozenset[str] | None = None, model: Iterable[int] = ()) -> None:
-        self.names, self.model = names, frozenset(model)
+    def __init__(
+        self, names: frozenset[str] | None = None, model: Iterable[int] = (), *, tensors: bool = True
+    ) -> None:
+        self.names, self.model, self.tensors = names, frozenset(model), tensors
         self.known: dict[int, Any] = {}
 
     def frozen(self, value: Any, depth: int = _DEPTH) -> Any:  # any value
@@ -190,6 +193,8 @@ class Freezer:
             return kind, value
         if kind in (float, complex):
             return kind, repr(value)  # repr: nan equals itself, 0.0 is not -0.0
+        if isinstance(value, torch.Tensor) and not self.tensors:
+            return torch.Tensor
         if isinstance(value, (Same, *_LEFT)):
             return value if isinstance(value, Same) else Same(value)
         if id(value) not in self.known:
@@ -197,7 +202,7 @@ class Freezer:
             self.known[id(value)] = self.inside(value, depth - 1)
         return self.known[id(value)]
 
-    def inside(self, value: Any, depth: int) -> Any:
+    def inside(self, value: Any, depth: int) -> Any:  # noqa: PLR0911 (one for each kind of value)
         if depth < 0:
             return Same(value)
         match value:
@@ -232,7 +237,7 @@ class Freezer:
                 return Same(value), self.named(value, own, depth)
 
     def named(self, value: Any, own: Mapping[str, Any], depth: int) -> Any:
-        """The attributes that count; of a namespace only data, of which a program does not change the rest."""
+        """The attributes that count; of a namespace only its data, for the rest does not change."""
         if isinstance(value, ModuleType):
             names = own.keys() & (self.names or ())
             own = {n: own[n] for n in names if isinstance(own[n], (*PLAIN, list, dict, set))}
@@ -288,7 +293,7 @@ class Freezer:
                 return {**self.parts(function.func, where, depth), f"{where}: arguments": arguments}
             case _:
                 found = {where: self.frozen(function, depth)}
-                call = getattr(type(function), "__call__", None)
+                call = vars(type(function)).get("__call__")
                 return found | (
                     self.parts(call, f"{where}: call", depth) if isinstance(call, FunctionType) else {}
                 )

@@ -30,9 +30,9 @@ from evenflow.errors import RecordError
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
 from evenflow.graph.modules import python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
-from evenflow.graph.outside import Snapshot, changed_names
+from evenflow.graph.outside import Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
-from evenflow.graph.template import NOTHING, Ref, Shared, Template, flatten_tree, is_plain
+from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
     SHAPE,
@@ -88,8 +88,8 @@ def record(
 
     The run works on copies of the microbatch's tensors and of the buffers, and leaves the random generators
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
-    at the outermost level; the program's own errors come with a note of where they arose. With the `rehearsal`
-    of an earlier run, a tensor counts as Python's constant only if that run met the same.
+    at the outermost level; the program's own errors come with a note of where they arose. With the
+    `rehearsal` of an earlier run, a tensor counts as Python's constant only if that run met the same.
     """
     leaves, spec = flatten_tree(microbatch)
     given = [leaf for leaf in leaves if is_tensor(leaf)]
@@ -151,10 +151,43 @@ def _choices() -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a run leaves to the next: tensors of Python's own and those that it made of nothing else, by id."""
+    """What a run leaves to the next: tensors of Python's own, and those that it made of nothing else."""
 
     constants: dict[int, torch.Tensor]
     born: frozenset[int]  # memory that the run made
+
+
+class _Used(dict[int, Any]):
+    """A memo for `deepcopy` that knows what was looked up in it."""
+
+    def __init__(self, known: dict[int, Any]) -> None:
+        super().__init__(known)
+        self.used: dict[int, Ref] = {}
+
+    def __or__(self, other: Any) -> Any:  # as a dict's, but the same object
+        self.update(other)
+        return self
+
+    def get(self, key: int, default: Any = None) -> Any:
+        found = super().get(key, default)
+        if isinstance(found, Ref):
+            self.used[key] = found
+        return found
+
+
+class _Lost:
+    """In the place of a tensor that did not exist when an object was copied."""
+
+    def __deepcopy__(self, memo: Any) -> "_Lost":
+        return self
+
+
+_LOST = _Lost()
+
+
+def _is_cache(thing: object) -> bool:
+    """Whether an object is a key/value cache of transformers, of which each layer touches its own part."""
+    return type(thing).__module__.startswith("transformers.")
 
 
 class NeedsNumbers(RecordError):
@@ -178,7 +211,8 @@ class _Recorder:
         seen: Callable[[int, torch.Tensor], None] | None,
     ) -> None:
         self.values = Values(seen)
-        self.shared: dict[int, tuple[object, Shared]] = {}
+        self.shared: dict[int, tuple[object, Shared, Any]] = {}  # by id: object, stand-in, its first state
+        self.changing_objects: set[int] = set()  # numbers of those that are not as they were when first seen
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.clock = 0
         self.model, self.fakes, self.device = model, fakes, device
@@ -237,21 +271,22 @@ class _Recorder:
         return self.unseen(tensor, used_by)
 
     def is_constant(self, tensor: torch.Tensor, used_by: str) -> bool:
-        """Whether a tensor was there before the program began: in a closure, a global, a cache of Python's."""
+        """Whether a tensor was there before the program began: in a closure, a global, a cache."""
         if isinstance(tensor, FakeTensor) or storage_of(tensor) in self.born:
             return False
         if tensor.requires_grad:
             raise RecordError(
-                f"{used_by} uses a tensor {list(tensor.shape)} that requires a gradient and is neither a parameter "
-                "of the model nor in the batch: register it as a parameter"
+                f"{used_by} uses a tensor {list(tensor.shape)} that requires a gradient and is "
+                "neither a parameter of the model nor in the batch: register it as a parameter"
             )
         if self.rehearsal is None or id(tensor) in self.rehearsal.constants:
             return True
         if storage_of(tensor) in self.rehearsal.born:
             raise RecordError(
-                f"{used_by} uses a tensor {list(tensor.shape)} that an earlier call of the program made from the "
-                "batch or the parameters, and kept: evenflow cannot carry it from one microbatch to the next; "
-                "keep it in a buffer of a module"
+                f"{used_by} uses a tensor {list(tensor.shape)} that an earlier call of the program "
+                "made from the "
+                "batch or the parameters, and kept: evenflow cannot carry it from one microbatch to "
+                "the next; keep it in a buffer of a module"
             )
         return False
 
@@ -278,6 +313,17 @@ class _Recorder:
         leaves, spec = flatten_tree(tree)
         return Template(tuple(self.encode_leaf(leaf, used_by) for leaf in leaves), spec)
 
+    def encode_result(self, result: Any) -> Template:
+        """What the program returned; tensors inside its objects are returned too."""
+        leaves, spec = flatten_tree(result)
+        what = "the result of the loss function"
+        shells = (None if is_tensor(leaf) or is_plain(leaf) else self.shell(leaf, what) for leaf in leaves)
+        encoded = (
+            self.encode_leaf(leaf, what) if shell is None else shell
+            for leaf, shell in zip(leaves, shells, strict=True)
+        )
+        return Template(tuple(encoded), spec)
+
     def encode_leaf(self, leaf: Any, used_by: str) -> Any:
         if is_tensor(leaf):
             return Ref(self.number(leaf, used_by))
@@ -286,14 +332,30 @@ class _Recorder:
         if isinstance(leaf, torch.Generator):
             self.keep_whole(f"{used_by} draws from a torch.Generator of its own")
             self.generators.append((leaf, leaf.get_state()))
+        state = Freezer(tensors=False).frozen(leaf)
         if id(leaf) not in self.shared:
-            self.shared[id(leaf)] = (leaf, self.shared_object(leaf, used_by))
-        return self.shared[id(leaf)][1]
+            self.shared[id(leaf)] = (leaf, self.shared_object(leaf, used_by), state)
+        _, shared, before = self.shared[id(leaf)]
+        if state != before and not _is_cache(leaf):
+            self.changing_objects.add(shared.number)
+        return shared
 
     def shared_object(self, leaf: Any, used_by: str) -> Shared:
-        keep = {id(module): module for module in self.model.modules()}  # a copy of a module would train apart
+        # A copy of a module would train apart; what is fake has no numbers to copy.
+        keep = {id(module): module for module in self.modules.values()}
+        fakes = {id(tensor): _LOST for tensor in self.values.tensors() if isinstance(tensor, FakeTensor)}
+        return Shared(len(self.shared), self.copied(leaf, keep | fakes, used_by), keep)
+
+    def shell(self, leaf: Any, used_by: str) -> Shell | None:
+        """What is returned in an object: the object without its tensors, and which they were."""
+        keep = {id(module): module for module in self.modules.values()}
+        refs = _Used({id(tensor): Ref(number) for number, tensor in enumerate(self.values.tensors())})
+        prototype = self.copied(leaf, refs | keep, used_by)
+        return Shell(prototype, tuple(refs.used.values()), keep) if refs.used else None
+
+    def copied(self, leaf: Any, memo: dict[int, Any], used_by: str) -> Any:  # as `leaf`
         try:
-            return Shared(len(self.shared), copy.deepcopy(leaf, dict(keep)), keep)
+            return copy.deepcopy(leaf, memo)
         except Exception as error:
             raise RecordError(
                 f"{used_by} is handed a {type(leaf).__name__}, which cannot be copied for each microbatch "
@@ -307,7 +369,7 @@ class _Recorder:
         try:
             with observed_by(self), quiet():
                 result = program(self.model, microbatch)
-            output = self.encode(result, "the result of the loss function")
+            output = self.encode_result(result)
         except RecordError:
             raise
         except Exception as error:
@@ -337,6 +399,7 @@ class _Recorder:
             self.values.same_tensor,
             self.parameter_names,
             self.constants,
+            frozenset(self.changing_objects),
             self.device,
             Rehearsal(constants, frozenset(self.born)),
         )
@@ -348,18 +411,19 @@ class _Recorder:
             if changed:
                 where = f"{path}.{changed[0]}" if path else f"the model's {changed[0]}"
                 raise RecordError(
-                    f"{where} is changed while the program runs, by code that is not the module's own forward; "
+                    f"{where} is changed while the program runs, by code that is not the module's own "
+                    "forward; "
                     "evenflow repeats what modules do, not what is done to them: change it in the forward of "
                     "its own module, or between steps"
                 )
             if tuple(module._parameters) != self.parameters[path]:
                 raise RecordError(
-                    f"{path or 'the model'} makes or removes parameters while it runs, which no optimizer would "
-                    "know: run it once before the pipeline is built"
+                    f"{path or 'the model'} makes or removes parameters while it runs, which no "
+                    "optimizer would know: run it once before the pipeline is built"
                 )
 
     def note_caught(self) -> None:
-        """An error that was raised and did not end the program was caught here: another batch may not raise."""
+        """An error that did not end the program was caught here: another batch may not raise it."""
         if self.raised:
             self.keep_whole(f"it catches {self.raised}")
             self.raised = ""
@@ -485,8 +549,8 @@ class _Recorder:
 
     def needs_numbers(self, name: str) -> "NeedsNumbers":
         remedy = (
-            "a branch or a shape that depends on them must lie inside one module, whose results have the same "
-            "shapes either way; a metric may be returned as the tensor that it is"
+            "a branch or a shape that depends on them must lie inside one module, whose results have "
+            "the same shapes either way; a metric may be returned as the tensor that it is"
         )
         where = self.stack[-1].path or "the loss function"
         return NeedsNumbers(
@@ -502,9 +566,10 @@ class _Recorder:
         call = self.stack[-1]
         if torch.default_generator.initial_seed() != SEED:
             raise RecordError(
-                f"{call.path or 'the loss function'} seeds torch's random generator (manual_seed) before {name} "
-                "draws; every draw is keyed by the pipeline's seed=: take that line out, or pass the numbers in "
-                "the batch"
+                f"{call.path or 'the loss function'} seeds torch's random generator (manual_seed) "
+                f"before {name} "
+                "draws; every draw is keyed by the pipeline's seed=: take that line out, or pass the "
+                "numbers in the batch"
             )
         # A reentrant checkpoint gives its recomputation the generator's state of its own beginning.
         call.sequential |= name == "CheckpointFunction.apply"

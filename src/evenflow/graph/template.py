@@ -49,8 +49,20 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
+class Shell:
+    """Stands for an object that holds tensors: a copy of `prototype` with those in place of its `Ref`s."""
+
+    prototype: Any  # any object
+    refs: tuple[Ref, ...]  # those in it, by identity
+    keep: dict[int, Any]  # as deepcopy's memo
+
+    def filled(self, values: Mapping[int, Any]) -> Any:  # as `prototype`
+        return copy.deepcopy(self.prototype, self.keep | {id(ref): values[ref.value] for ref in self.refs})
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
-    """A tree with `Ref` and `Shared` leaves among its plain ones."""
+    """A tree with `Ref`, `Shared` and `Shell` leaves among its plain ones."""
 
     leaves: tuple[Any, ...]  # leaves are whatever the program passes
     spec: pytree.TreeSpec
@@ -64,7 +76,14 @@ class Template:
     @property
     def refs(self) -> tuple[int, ...]:
         """The numbers of the values in the tree, in order of appearance, repeats included."""
-        return tuple(leaf.value for leaf in self.leaves if isinstance(leaf, Ref))
+        found: list[int] = []
+        for leaf in self.leaves:
+            match leaf:
+                case Ref(value):
+                    found.append(value)
+                case Shell(refs=refs):
+                    found.extend(ref.value for ref in refs)
+        return tuple(found)
 
     def rewrite(self, change: Callable[[Any], Any]) -> "Template":
         """The same tree with `change` applied to every leaf."""
@@ -84,6 +103,8 @@ class Template:
                     if number not in shared:
                         shared[number] = leaf.fresh()
                     filled.append(shared[number])
+                case Shell():
+                    filled.append(leaf.filled(values))
                 case _:
                     filled.append(leaf)
         return pytree.tree_unflatten(filled, self.spec)

@@ -151,5 +151,6 @@ class CallTree:
     constants: dict[
         str, Any
     ]  # tensors of Python's own, by the name of the `BufferSource` that stands for them
+    changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     device: Any  # torch.device on which it was recorded
     rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`

@@ -55,6 +55,10 @@ class Values:
         """The value that a tensor holds, if it was ever seen."""
         return self._number_of.get(id(tensor))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that held the values, in order of numbers."""
+        return self._holder
+
     def tensor(self, number: int) -> torch.Tensor:
         """The tensor that held a value."""
         return self._holder[number]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from evenflow.checkpoint.weights_in import find_weights
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
@@ -18,8 +17,7 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.deferred import materialise, recipes_of
-from evenflow.pipe.fill import fill_buffers, fill_parameters
+from evenflow.pipe.fill import Numbers
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
 from evenflow.pipe.programs import Programs, fingerprint
@@ -117,10 +115,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_whole(microbatch_size=microbatch_size, num_microbatches=num_microbatches)
     check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler, split_batch=split_batch)
     check_reduction(reduction)
-    if isinstance(split, str):
-        raise ConfigError(f"split={split!r} is one string; give a list of module names: split=[{split!r}]")
-    if max_leaf_share is not None and not 0 <= max_leaf_share <= 1:
-        raise ConfigError(f"max_leaf_share={max_leaf_share} must lie between 0 and 1")
+    choices.check_share(max_leaf_share)
     if not isinstance(schedule, str):
         check_callable(schedule=schedule, needed=True)
     choices.check_split(model, split or ())
@@ -144,10 +139,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     own_device = devices[own[0]]
     fakes = FakeParameters(model, own_device)
     parameters = parameters_by_name(model, fakes.tied)
-    weights = None if load is None else find_weights(model, Path(load), fakes.tied)
-    recipes = recipes_of(model, parameters, weights, seed=seed)
-    if weights is not None:
-        fill_buffers(model, weights)
+    numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
     _share_buffers(model, world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
     share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
@@ -166,9 +158,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
-    if weights is not None:
-        fill_parameters(parameters, weights, homes=homes)
-    parameters |= materialise(parameters, recipes, homes)
+    numbers.fill(parameters, homes)
     _put(fakes, parameters)
     if world.size > 1:
         _let_go(fakes, parameters, keep=keep, device=own_device)

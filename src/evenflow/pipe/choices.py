@@ -150,8 +150,16 @@ def devices_of(kind: str, placement: Placement) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", _cuda_index(rank)) for rank in placement.rank_of)
 
 
+def check_share(max_leaf_share: float | None) -> None:
+    """Refuse a share that is none."""
+    if max_leaf_share is not None and not 0 <= max_leaf_share <= 1:
+        raise ConfigError(f"max_leaf_share={max_leaf_share} must lie between 0 and 1")
+
+
 def check_split(model: torch.nn.Module, split: Sequence[str]) -> None:
     """Refuse names that the model does not have, with the nearest that it has."""
+    if isinstance(split, str):
+        raise ConfigError(f"split={split!r} is one string; give a list of module names: split=[{split!r}]")
     names = [name for name, _ in model.named_modules() if name]
     for name in split:
         if name not in names:

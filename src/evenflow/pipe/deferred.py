@@ -18,8 +18,8 @@ def recipes_of(
 ) -> Recipes:
     """The recipes of the parameters that have no numbers yet; buffers without numbers get theirs at once.
 
-    Every process fills in every buffer, on the CPU: masks and tables are computed from them everywhere. What a
-    folder's `weights` hold needs no recipe.
+    Every process fills in every buffer, on the CPU: masks and tables are computed from them everywhere.
+    What a folder's `weights` hold needs no recipe.
     """
     places = [place for place in _empty_tensors(model) if weights is None or place[0] not in weights]
     wanted = {name: p for name, p in parameters.items() if weights is None or name not in weights}
@@ -27,7 +27,8 @@ def recipes_of(
     if recipes.unknown:
         folder = "" if weights is None else f"load={str(weights.folder)!r} does not hold them and "
         raise ConfigError(
-            f"{len(recipes.unknown)} tensors of the model have no memory (device 'meta'), and {folder}nothing "
+            f"{len(recipes.unknown)} tensors of the model have no memory (device 'meta'), and "
+            f"{folder}nothing "
             f"says what their numbers are: {', '.join(recipes.unknown)}; build the model inside "
             "evenflow.deferred_init()"
         )

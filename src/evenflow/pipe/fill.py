@@ -1,11 +1,40 @@
 """Filling a model's parameters and buffers with the weights of a folder, where they belong."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from evenflow.checkpoint.weights_in import Weights
+from evenflow.checkpoint.weights_in import Weights, find_weights
 from evenflow.errors import ConfigError
+from evenflow.pipe.deferred import materialise, recipes_of
+
+
+class Numbers:
+    """Where a model's numbers come from: a folder's files, recipes, or the memory that they lie in already.
+
+    Buffers get theirs at once. Raises `ConfigError` for what has no numbers and no source of any.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        parameters: Mapping[str, torch.nn.Parameter],
+        first_names: Mapping[str, str],
+        *,
+        load: str | Path | None,
+        seed: int,
+    ) -> None:
+        self.weights = None if load is None else find_weights(model, Path(load), first_names)
+        self.recipes = recipes_of(model, parameters, self.weights, seed=seed)
+        if self.weights is not None:
+            fill_buffers(model, self.weights)
+
+    def fill(self, parameters: dict[str, torch.nn.Parameter], homes: Mapping[str, torch.device]) -> None:
+        """Fill in the parameters that have a home here, in `parameters`; the others are left as they are."""
+        if self.weights is not None:
+            fill_parameters(parameters, self.weights, homes=homes)
+        parameters |= materialise(parameters, self.recipes, homes)
 
 
 def fill_buffers(model: torch.nn.Module, weights: Weights) -> None:

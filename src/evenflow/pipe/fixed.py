@@ -32,17 +32,17 @@ class FixedParameters:
                 name = f"{path}.{key}" if path else key
                 if parameter is not before:
                     raise ConfigError(
-                        f"the parameter {name} is another one than when the pipeline was built, which the optimizer "
-                        "does not know: change its numbers in place (load_state_dict without assign=True), or "
-                        "build the pipeline anew"
+                        f"the parameter {name} is another one than when the pipeline was built, which "
+                        "the optimizer does not know: change its numbers in place (load_state_dict without "
+                        "assign=True), or build the pipeline anew"
                     )
                 if parameter is not None and parameter.requires_grad != self._trains[id(parameter)]:
                     was, now_is = (
                         ("trained", "frozen") if self._trains[id(parameter)] else ("frozen", "trained")
                     )
                     raise ConfigError(
-                        f"the parameter {name} was {was} when the pipeline was built and is to be {now_is} now, "
-                        "which neither recording nor optimizer knows: build the pipeline anew"
+                        f"the parameter {name} was {was} when the pipeline was built and is to be "
+                        f"{now_is} now, which neither recording nor optimizer knows: build the pipeline anew"
                     )
 
 
@@ -52,7 +52,8 @@ def refuse_shared_hooks(names: Iterable[str], parameter_of: Callable[[str], torc
         parameter = parameter_of(name)
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ConfigError(
-                f"the parameter {name} carries a gradient hook and is used in several places, of which each has "
-                "an accumulator of its own: the hook would see parts of the gradient; change gradients after the "
-                "step (pipe.step(batch, update=False)), or use fewer stages"
+                f"the parameter {name} carries a gradient hook and is used in several places, of "
+                "which each has "
+                "an accumulator of its own: the hook would see parts of the gradient; change "
+                "gradients after the step (pipe.step(batch, update=False)), or use fewer stages"
             )

@@ -253,7 +253,7 @@ class Recordings:
         )
 
     def glue_work(self, graph: Graph, wanted: Template, device: torch.device) -> Work:
-        """What computes the values in a template, which depend on the batch alone; `extra` is that template."""
+        """What computes a template's values, which depend on the batch alone; `extra` is that template."""
         return Work(
             glue_section(graph, wanted.refs),
             graph,

@@ -92,7 +92,7 @@ class Work:
 
 
 class _Run:
-    """Calls in a row of one autocast region and one checkpoint region; the latter's are computed again later."""
+    """Calls in a row, of one autocast region and one checkpoint region, which is computed again later."""
 
     def __init__(
         self, calls: "tuple[_Call, ...]", kept: set[int], nodes: tuple[Node, ...], streams: Streams
@@ -219,7 +219,8 @@ class _Prepare:
                 return _Call(
                     node,
                     self.template(node.args, node),
-                    # Not `module(…)`: what a `__call__` of its own does around this one was recorded by itself.
+                    # Not `module(…)`: what a `__call__` of its own does around this one was recorded by
+                    # itself.
                     partial(torch.nn.Module.__call__, module),
                     drops,
                     self.swaps(node),
@@ -365,7 +366,8 @@ class _Call:
                 )
             if differs:
                 raise RecordError(
-                    f"{self.node.name} returned {_shown(mine)}, and {_shown(leaf)} when it was recorded: what it "
+                    f"{self.node.name} returned {_shown(mine)}, and {_shown(leaf)} when it was "
+                    "recorded: what it "
                     "returns depends on more than its shapes; keep the code that uses it in the same module "
                     "(atomic=[…])"
                 )
