@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
-from evenflow.runtime.microbatch import Microbatches
+from evenflow.runtime.microbatch import Microbatches, batch_size
 from unsplit import buffers_of, random_cuts, sgd
 
 WIDTH = 4
@@ -82,14 +82,18 @@ def plain(program: Program) -> Iterator[Numbers]:
         program.change(model, step)
         optimizer.zero_grad()
         items = copy.deepcopy(program.batch(step))
-        losses = []
-        for item in items:
+        losses, parts = [], shares([batch_size(item) for item in items])
+        for item, part in zip(items, parts, strict=True):
             loss = program.loss(model, item)
-            loss.backward(torch.full_like(loss, 1 / len(items)))
-            losses.append(loss.detach() * (1 / len(items)))
+            loss.backward(torch.full_like(loss, part))
+            losses.append(loss.detach() * part)
         gradients = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         yield outcome(torch.stack(losses).sum(), gradients, model)
+
+
+def shares(rows: list[int]) -> list[float]:
+    return [1 / len(rows)] * len(rows) if len(set(rows)) == 1 else [each / sum(rows) for each in rows]
 
 
 def piped(program: Program, **arguments: Any) -> Iterator[Numbers]:
@@ -98,7 +102,11 @@ def piped(program: Program, **arguments: Any) -> Iterator[Numbers]:
     program.change(model, 0)
     example = Microbatches(copy.deepcopy(program.batch(0)))
     pipe = evenflow.pipeline(
-        model, loss=program.loss, example=example, optimizer=sgd, **(arguments | program.options)
+        model,
+        loss=program.loss,
+        example=example,
+        optimizer=sgd,
+        **({"reduction": "item-mean"} | arguments | program.options),
     )
     with contextlib.closing(pipe):
         for step in range(STEPS):

@@ -129,7 +129,7 @@ def drawing(draw):
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        (counting(), "changes Python values that it also reads"),
+        (counting(), r"the loss function: counter\), so that no two calls are the same"),
         (drawing(random.random), "draws from Python's or numpy's random module"),
         (drawing(lambda: float(np.random.rand())), "draws from Python's or numpy's random module"),
     ],

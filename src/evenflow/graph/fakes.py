@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +19,7 @@ class FakeParameters:
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        made: dict[int, torch.nn.Parameter] = {}  # id(real) -> fake
+        made: dict[Any, torch.nn.Parameter] = {}  # id(real), or its place in its storage -> fake
         memories: dict[int, str] = {}  # memory of a parameter -> its first name
         self.names: dict[int, str] = {}  # id(fake) -> first name
         self.slots: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
@@ -35,10 +36,13 @@ class FakeParameters:
                         f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of "
                         "which only its own code knows how it computes; use plain parameters"
                     )
-                fake = made.get(id(parameter))
+                memory = storage_of(parameter)
+                # Without memory, one storage is the only sign that is left of a tie that a library undid.
+                place = (memory, parameter.storage_offset(), parameter.shape, parameter.stride())
+                identity = place if parameter.is_meta else id(parameter)
+                fake = made.get(identity)
                 if fake is None:
-                    memory = storage_of(parameter)
-                    if memory in memories and parameter.numel():
+                    if memory in memories and parameter.numel() and not parameter.is_meta:
                         raise ConfigError(
                             f"{name} and {memories[memory]} are two parameters in one memory, which "
                             "an optimizer would change twice; to tie them, assign the parameter itself "
@@ -51,7 +55,7 @@ class FakeParameters:
                         )
                         fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
                     vars(fake).update(vars(parameter))  # what a program may ask of it
-                    made[id(parameter)] = fake
+                    made[identity] = fake
                     self.names[id(fake)] = name
                 self.slots.append((module, key, fake))
                 self.tied[name] = self.names[id(fake)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenflow.graph.outside import Snapshot, attributes, frozen, is_library, without_tensors
+from evenflow.graph.outside import Freezer, Snapshot, attributes, is_library, without_tensors
 
 _DEPTH = 4  # of objects in objects
 _LEFT = (torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType)  # nothing of these is put back
@@ -35,8 +35,9 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
 
 def python_state(module: torch.nn.Module) -> Snapshot:
     """A module's own attributes, and its buffers under `_buffers.NAME`, as they can be compared."""
+    freezer = Freezer(objects=False)
     return {
-        key: frozen(without_tensors(value))
+        key: freezer.frozen(without_tensors(value))
         for key, value in attributes(module).items()
         # That a module keeps a tensor is no state: where tensors come from and go to is seen.
         if not key.startswith("_modules.") and not _is_tensor(key, value) and value is not None

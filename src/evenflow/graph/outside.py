@@ -9,6 +9,7 @@ program.
 """
 
 import functools
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ _LIBRARIES = frozenset(
     {"torch", "numpy", "transformers", "timm", "diffusers", "peft", "builtins", "functools"}
 )
 # What every module has; `training` aside, it is compared by other means or not at all.
-_MODULES_OWN = frozenset(vars(torch.nn.Module())) - {"training"}
+MODULES_OWN = frozenset(vars(torch.nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEPTH = 4  # of objects in objects
 _LARGEST_ARRAY = 2**20  # numbers that are compared; a larger array counts by identity
@@ -60,16 +61,19 @@ def changed_names(before: Snapshot, after: Snapshot) -> list[str]:
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-def seen_by_function(program: Callable[..., Any], model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
+def seen_by_function(
+    program: Callable[..., Any], model: torch.nn.Module, names: frozenset[str], *, tensors: bool = True
+) -> Snapshot:
     """What a loss function is made of: its code, closure, defaults and the globals that it names."""
-    freezer = Freezer(names, {id(module) for module in model.modules()})
-    return freezer.parts(program, THE_LOSS_FUNCTION)
+    freezer = Freezer(names, {id(module) for module in model.modules()}, tensors=tensors)
+    found = freezer.parts(program, THE_LOSS_FUNCTION)
+    return found | ({"os.environ": freezer.frozen(dict(os.environ))} if names & {"environ", "getenv"} else {})
 
 
-def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
+def seen_by_modules(model: torch.nn.Module, names: frozenset[str], *, tensors: bool = True) -> Snapshot:
     """What a model's modules are made of: attributes, hooks, submodules, buffers, values of classes."""
     inside = {id(module) for module in model.modules()}
-    own, library = Freezer(names, inside), Freezer(None, inside)
+    own, library = Freezer(names, inside, tensors=tensors), Freezer(None, inside, tensors=tensors)
     found: dict[str, Any] = {}
     kinds: dict[type[torch.nn.Module], None] = {}
     for path, module in model.named_modules():
@@ -133,7 +137,7 @@ def is_library(thing: Any) -> bool:  # a class or a function
 def attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module carries besides its parameters: its own attributes, submodules, buffers and hooks."""
     own = vars(module)
-    found = {key: value for key, value in own.items() if key not in _MODULES_OWN}
+    found = {key: value for key, value in own.items() if key not in MODULES_OWN}
     found |= {f"_modules.{key}": part for key, part in module._modules.items()}
     found |= {f"_buffers.{key}": part for key, part in module._buffers.items()}
     for table in _HOOKS:
@@ -178,13 +182,20 @@ def _filled(function: FunctionType) -> list[Any]:
 class Freezer:
     """Makes stand-ins; each object once. `names`: the attributes of objects that count, all by default.
 
-    Modules whose id is in `model` are compared elsewhere. Without `tensors` all tensors are alike.
+    Modules whose id is in `model` are compared elsewhere. Without `tensors` all tensors are alike; without
+    `objects` those that are neither plain, containers nor generators count by identity.
     """
 
     def __init__(
-        self, names: frozenset[str] | None = None, model: Iterable[int] = (), *, tensors: bool = True
+        self,
+        names: frozenset[str] | None = None,
+        model: Iterable[int] = (),
+        *,
+        tensors: bool = True,
+        objects: bool = True,
     ) -> None:
-        self.names, self.model, self.tensors = names, frozenset(model), tensors
+        self.names, self.model = names, frozenset(model)
+        self.tensors, self.objects = tensors, objects
         self.known: dict[int, Any] = {}
 
     def frozen(self, value: Any, depth: int = _DEPTH) -> Any:  # any value
@@ -230,6 +241,8 @@ class Freezer:
                 return Same(value), self.named(value, vars(value), depth)
             case torch.nn.Module():
                 return self.outer_module(value, depth)
+            case _ if not self.objects:
+                return Same(value)
             case _:
                 own = dict(getattr(value, "__dict__", ()))
                 slots = (n for kind in type(value).__mro__ for n in _slots(kind) if hasattr(value, n))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.graph.fakes import FakeParameters, storage_of
 from evenflow.graph.modules import python_kept, python_state
-from evenflow.graph.outside import changed_names
+from evenflow.graph.outside import MODULES_OWN, changed_names
 from evenflow.graph.template import flatten_tree
 
 _PATTERN = 2**22  # numbers that are drawn for a large tensor, which repeats them
@@ -173,22 +173,25 @@ class _Watch:
 def _watched(module: torch.nn.Module) -> Iterator[_Watch]:
     """See which attributes a run changes anywhere inside, and put attributes and buffers back."""
     watch = _Watch()
-    before = [(path, inner, python_state(inner)) for path, inner in module.named_modules()]
+    before = [(path, inner, python_state(inner), dict(vars(inner))) for path, inner in module.named_modules()]
     numbers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with python_kept(module):
         yield watch
         attributes, kept = [], []
-        for path, inner, state in before:
-            for key in changed_names(state, python_state(inner)):
-                name = f"{path}.{key}" if path else key
-                attributes.append(name)
-                now = pytree.tree_leaves(vars(inner).get(key))
-                if any(isinstance(leaf, torch.Tensor) for leaf in now):
-                    kept.append(name)
+        for path, inner, state, own in before:
+            inside = f"{path}." if path else ""
+            attributes += [inside + key for key in changed_names(state, python_state(inner))]
+            for key, value in vars(inner).items():
+                if key not in MODULES_OWN and _tensors(value) != _tensors(own.get(key)):
+                    kept.append(inside + key)
         watch.attributes, watch.kept_tensors = tuple(attributes), tuple(kept)
     with torch.no_grad():
         for buffer, value in numbers:
             buffer.copy_(value)
+
+
+def _tensors(value: Any) -> list[int]:  # any value
+    return [id(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class _Shadow:

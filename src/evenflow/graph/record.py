@@ -96,7 +96,8 @@ def record(
     copies = {id(leaf): _copied(leaf, device) for leaf in leaves if is_tensor(leaf)}  # one tensor stays one
     leaves = [copies.get(id(leaf), leaf) for leaf in leaves]
     with fakes.installed(), buffers_copied(model, device), torch.random.fork_rng():
-        torch.default_generator.manual_seed(SEED)  # two runs draw alike, whatever the draws decide
+        if isinstance(fakes, FakeParameters):
+            torch.default_generator.manual_seed(SEED)  # two runs draw alike, whatever the draws decide
         tensors = [leaf for leaf in leaves if is_tensor(leaf)]
         recorder = _Recorder(model, fakes, tensors, device, rehearsal, seen)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
@@ -155,6 +156,7 @@ class Rehearsal:
 
     constants: dict[int, torch.Tensor]
     born: frozenset[int]  # memory that the run made
+    self_changed: frozenset[str]  # attributes that modules changed in their own forward
 
 
 class _Used(dict[int, Any]):
@@ -212,6 +214,7 @@ class _Recorder:
     ) -> None:
         self.values = Values(seen)
         self.shared: dict[int, tuple[object, Shared, Any]] = {}  # by id: object, stand-in, its first state
+        self.self_changed: set[str] = set()  # attributes that modules changed in their own forward
         self.changing_objects: set[int] = set()  # numbers of those that are not as they were when first seen
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.clock = 0
@@ -401,7 +404,7 @@ class _Recorder:
             self.constants,
             frozenset(self.changing_objects),
             self.device,
-            Rehearsal(constants, frozenset(self.born)),
+            Rehearsal(constants, frozenset(self.born), frozenset(self.self_changed)),
         )
 
     def check_modules(self) -> None:
@@ -564,7 +567,7 @@ class _Recorder:
         if not self.pending_draws:
             return
         call = self.stack[-1]
-        if torch.default_generator.initial_seed() != SEED:
+        if isinstance(self.fakes, FakeParameters) and torch.default_generator.initial_seed() != SEED:
             raise RecordError(
                 f"{call.path or 'the loss function'} seeds torch's random generator (manual_seed) "
                 f"before {name} "
@@ -627,6 +630,7 @@ class _Recorder:
         self.expected[path] = python_state(module)
         changed = changed_names(state, self.expected[path])
         if changed:
+            self.self_changed.update(f"{path}.{key}" if path else key for key in changed)
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
             call.stateful = True
         self.values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))
@@ -722,6 +726,7 @@ class _Recorder:
         )
         call.real = True
         call.stateful = bool(run.attributes)
+        self.self_changed.update(f"{call.path}.{name}" if call.path else name for name in run.attributes)
 
     def assume_gradients(self, call: ModuleCall) -> None:
         """Let results of unseen operations require a gradient, which fakes do not carry through all.

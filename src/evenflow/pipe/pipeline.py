@@ -102,6 +102,7 @@ class Pipeline:
 
     # -- training
 
+    @torch.enable_grad()
     def step(self, batch: Any, *, update: bool = True) -> StepResult:
         """Run one batch forward and backward and, unless `update=False`, update the parameters.
 
@@ -111,10 +112,8 @@ class Pipeline:
         yields. Raises `ConfigError` for a batch that cannot work, before anything has run, and `PeerError`
         when another rank is lost. An error in mid-step drops all gradients since the last update.
         """
-        if not torch.is_grad_enabled():
-            raise ConfigError(
-                "step() was called under no_grad or inference_mode: it would train nothing; use evaluate()"
-            )
+        if torch.is_inference_mode_enabled():
+            raise ConfigError("step() was called in inference mode, in which nothing can be trained")
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
@@ -195,6 +194,7 @@ class Pipeline:
                 gradient = parameter.grad
                 yield name, gradient if gradient is None or scale is None else gradient * scale
 
+    @torch.enable_grad()
     def check(self, batch: Any, *, progress: Callable[[str], None] | None = None) -> CheckReport:
         """Run one step of `batch` split and one whole, update nothing, and compare all that they made.
 

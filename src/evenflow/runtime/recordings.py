@@ -6,8 +6,9 @@ batch (`if mask.all():`), a *guard* is computed from each microbatch, and anothe
 recording.
 """
 
+import contextlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +25,8 @@ from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
 from evenflow.graph.modules import python_kept
 from evenflow.graph.outside import (
-    THE_LOSS_FUNCTION,
     Snapshot,
+    changed_names,
     frozen,
     names_in,
     seen_by_function,
@@ -93,9 +94,10 @@ class Recordings:
         """See what Python tells the program now; to be called once before `find`, `trace` and `add`."""
         self._seen = self._look(program)
 
-    def _look(self, program: Program) -> Snapshot:
+    def _look(self, program: Program, *, tensors: bool = True) -> Snapshot:
         names = self._names_in(program)
-        seen = {**seen_by_function(program, self.model, names), **seen_by_modules(self.model, names)}
+        function = seen_by_function(program, self.model, names, tensors=tensors)
+        seen = {**function, **seen_by_modules(self.model, names, tensors=tensors)}
         return {where: value for where, value in seen.items() if where not in self._self_changing}
 
     def _names_in(self, program: Program) -> frozenset[str]:
@@ -126,35 +128,37 @@ class Recordings:
         return None
 
     def trace(self, program: Program, microbatch: Any) -> Graph:
-        """Record the program on one microbatch.
+        """Record the program on one microbatch, after `look`; everything is left as it was.
 
-        Raises `RecordError` where the run changes what the recording depends on: the next would differ.
+        The program runs twice. Raises `RecordError` where the second run differs from the first, or changes
+        what a recording depends on: something that nobody can see from here would be frozen.
         """
-        host = (random.getstate(), np.random.get_state())
-        with python_kept(self.model):
-            first, rehearsal = self._run(program, microbatch, None)
-            now = self._look(program)
-            changed = [where for where, value in now.items() if self._seen.get(where) != value]
-            graph, rehearsal = self._run(program, microbatch, rehearsal)
-            difference = find_difference(first, graph)
-            if difference and not changed:  # a cache was filled, of which nothing else can be seen
-                difference = find_difference(graph, self._run(program, microbatch, rehearsal)[0])
-        drawn = random.getstate() != host[0] or repr(np.random.get_state()) != repr(host[1])
-        random.setstate(host[0])
-        np.random.set_state(host[1])
-        if drawn:
+        with python_kept(self.model), _host_random_kept():
+            return self._rehearsed(program, microbatch)
+
+    def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
+        host, before = _host_random(), self._look(program, tensors=False)
+        first, rehearsal = self._run(program, microbatch, None)
+        between = self._look(program, tensors=False)
+        graph, rehearsal = self._run(program, microbatch, rehearsal)
+        after = self._look(program, tensors=False)
+        if repr(_host_random()) != repr(host):
             raise RecordError(
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
                 "torch, or pass the number in the batch"
             )
-        if changed and changed[0].startswith(THE_LOSS_FUNCTION):
-            raise RecordError(
-                f"the loss function changes Python values that it also reads ({changed[0]}), "
-                "so that no two calls are the same; count outside of it, or pass the number in the batch"
-            )
+        for name in changed_names(between, after):
+            if name not in rehearsal.self_changed:
+                raise RecordError(
+                    f"the program changes Python values that it also reads ({name}), so that no two "
+                    "calls are the same; count outside of it, or pass the number in the batch"
+                )
+        difference = find_difference(first, graph)
+        if difference and not changed_names(before, between):  # a cache was filled, which cannot be seen
+            difference = find_difference(graph, self._run(program, microbatch, rehearsal)[0])
         if difference:
             raise RecordError(difference)
-        self._self_changing.update(changed)
+        self._self_changing |= rehearsal.self_changed
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
         return graph
 
@@ -277,6 +281,22 @@ class Recordings:
                 if guard.function(*args, **kwargs) != guard.result:
                     return False
         return True
+
+
+def _host_random() -> tuple[Any, Any]:
+    """The states of Python's and numpy's random modules."""
+    return random.getstate(), np.random.get_state()
+
+
+@contextlib.contextmanager
+def _host_random_kept() -> Iterator[None]:
+    """Put the states of Python's and numpy's random modules back."""
+    python, numpy = _host_random()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def glue_values(work: Work, batch: Sequence[torch.Tensor], device: torch.device) -> dict[int, Any]:
