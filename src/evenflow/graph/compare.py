@@ -4,18 +4,19 @@ A counter, a clock, a random number of Python's own: what would be frozen by one
 program runs again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
+from evenflow.graph.leaves import walk
 from evenflow.graph.outside import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
-from evenflow.graph.tree import BufferSource
+from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, Value
 
 
 def find_difference(first: Graph, second: Graph) -> str:
     """What to say of the first step that differs between two recordings; nothing if none does."""
-    mine, theirs = _Described(first), _Described(second)
+    mine, theirs = (_Described(graph.values, graph.constants) for graph in (first, second))
     for step, other in zip(_steps(first), _steps(second), strict=False):
         before, after = mine.step(step), theirs.step(other)
         if before != after:
@@ -28,6 +29,14 @@ def find_difference(first: Graph, second: Graph) -> str:
     return ""
 
 
+def same_functions(first: CallTree, second: CallTree) -> bool:
+    """Whether two runs called the same functions on the same values, whatever else Python did."""
+    runs = [[call for call in walk(tree.root) if isinstance(call, FunctionCall)] for tree in (first, second)]
+    described = (_Described(tree.values, tree.constants) for tree in (first, second))
+    mine, theirs = ([each.call(call) for call in run] for each, run in zip(described, runs, strict=True))
+    return mine == theirs
+
+
 def _steps(graph: Graph) -> Iterator[Node | Guard | Template]:
     yield from graph.nodes
     yield from graph.guards
@@ -35,11 +44,15 @@ def _steps(graph: Graph) -> Iterator[Node | Guard | Template]:
 
 
 class _Described:
-    """A graph's steps as values to compare; its own values are numbered in order of appearance."""
+    """A recording's steps as values to compare; its own values are numbered in order of appearance."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, values: Sequence[Value], constants: Mapping[str, Any]) -> None:
+        self.values, self.constants = values, constants
         self.numbers: dict[int, int] = {}
+
+    def call(self, call: FunctionCall) -> tuple[Any, ...]:
+        modes = (call.grad_enabled, call.autocast, call.changed_buffers, len(call.rebinds), call.draws)
+        return call.name, call.path, *self.tree(call.args), *self.tree(call.output), *modes
 
     def step(self, step: Node | Guard | Template) -> tuple[Any, ...]:
         match step:
@@ -63,9 +76,9 @@ class _Described:
     def leaf(self, leaf: Any) -> Any:  # any leaf of a template
         match leaf:
             case Ref(value):
-                source = self.graph.values[value].source
+                source = self.values[value].source
                 if isinstance(source, BufferSource):
-                    constant = self.graph.constants.get(source.name)
+                    constant = self.constants.get(source.name)
                     return ("a tensor of Python's", id(constant)) if constant is not None else source
                 return Ref(self.numbers.setdefault(value, len(self.numbers)))
             case Shared(number):

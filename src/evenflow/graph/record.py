@@ -237,6 +237,7 @@ class _Recorder:
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
         self.rehearsal = rehearsal
+        self.seed = SEED  # that of torch's generator, as far as is known
         self.regions: dict[int, tuple[int, Any]] = {}  # by id of a checkpoint's hook, which is kept alive
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
         self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
@@ -385,7 +386,7 @@ class _Recorder:
             for generator, state in reversed(self.generators):
                 generator.set_state(state)
         self.note_caught()
-        self.check_modules()
+        self.check_parameters()
         root.output, root.end = output, self.clock
         if root.whole is not None:
             raise RecordError(
@@ -407,18 +408,9 @@ class _Recorder:
             Rehearsal(constants, frozenset(self.born), frozenset(self.self_changed)),
         )
 
-    def check_modules(self) -> None:
-        """Refuse what the program did to modules behind their backs: a replay would not do it."""
+    def check_parameters(self) -> None:
+        """Refuse parameters that come or go while the program runs."""
         for path, module in self.modules.items():
-            changed = changed_names(self.expected[path], python_state(module))
-            if changed:
-                where = f"{path}.{changed[0]}" if path else f"the model's {changed[0]}"
-                raise RecordError(
-                    f"{where} is changed while the program runs, by code that is not the module's own "
-                    "forward; "
-                    "evenflow repeats what modules do, not what is done to them: change it in the forward of "
-                    "its own module, or between steps"
-                )
             if tuple(module._parameters) != self.parameters[path]:
                 raise RecordError(
                     f"{path or 'the model'} makes or removes parameters while it runs, which no "
@@ -497,7 +489,7 @@ class _Recorder:
             state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
-        if self.pending_dynamic and made:
+        if self.pending_dynamic and made and not isinstance(function, MethodType):
             self.note_shape(name, made)
         return result
 
@@ -523,10 +515,15 @@ class _Recorder:
         return self.function(torch.Tensor.__index__, (bound,), {}) if is_tensor(bound) else bound
 
     def note_shape(self, name: str, made: list[torch.Tensor]) -> None:
-        """Note that a result's shape depends on numbers: its own shape, or what decides it if it is fake."""
-        read, looked_at = shapes_of, made
-        if any(isinstance(tensor, FakeTensor) for tensor in made):
-            read, looked_at = numbers_of, list(self.pending_dynamic)
+        """Note that a result's shape depends on numbers: on those that decide it, where they are few or it is fake.
+
+        Otherwise its own shape is noted, which may be the same for other numbers.
+        """
+        deciding = [tensor for tensor in self.pending_dynamic if not isinstance(tensor, FakeTensor)]
+        known = deciding and all(self.values.find(tensor) is not None for tensor in deciding)
+        few = known and all(tensor.numel() == 1 for tensor in deciding)
+        fake = any(isinstance(tensor, FakeTensor) for tensor in made)
+        read, looked_at = (numbers_of, deciding) if few or fake else (shapes_of, made)
         self.clock += 1
         args = self.encode((tuple(looked_at), {}), name)
         call = ReadCall(read, SHAPE, self.stack[-1].path, self.clock, args, read(*looked_at))
@@ -567,13 +564,9 @@ class _Recorder:
         if not self.pending_draws:
             return
         call = self.stack[-1]
-        if isinstance(self.fakes, FakeParameters) and torch.default_generator.initial_seed() != SEED:
-            raise RecordError(
-                f"{call.path or 'the loss function'} seeds torch's random generator (manual_seed) "
-                f"before {name} "
-                "draws; every draw is keyed by the pipeline's seed=: take that line out, or pass the "
-                "numbers in the batch"
-            )
+        if isinstance(self.fakes, FakeParameters) and torch.default_generator.initial_seed() != self.seed:
+            self.keep_whole(f"it seeds torch's random generator (manual_seed) before {name} draws")
+            self.seed, call.sequential = torch.default_generator.initial_seed(), True
         # A reentrant checkpoint gives its recomputation the generator's state of its own beginning.
         call.sequential |= name == "CheckpointFunction.apply"
 
@@ -627,6 +620,8 @@ class _Recorder:
             self.stack[-1].looks |= call.looks
             self.clock += 1
         call.end = self.clock
+        if call.unseen or call.sequential:  # its modules ran unseen, perhaps
+            self.note_inner_changes(call)
         self.expected[path] = python_state(module)
         changed = changed_names(state, self.expected[path])
         if changed:
@@ -635,6 +630,16 @@ class _Recorder:
             call.stateful = True
         self.values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))
         return result
+
+    def note_inner_changes(self, call: ModuleCall) -> None:
+        """Note which modules inside a call changed their attributes while nobody looked."""
+        inside = f"{call.path}." if call.path else ""
+        for path, module in self.modules.items():
+            if path.startswith(inside) and path != call.path:
+                state = python_state(module)
+                changed = changed_names(self.expected[path], state)
+                self.self_changed.update(f"{path}.{key}" for key in changed)
+                self.expected[path], call.stateful = state, call.stateful or bool(changed)
 
     def note_foreign(self, call: ModuleCall, state: Snapshot) -> None:
         """Note where other code changed the module since the program began: run whole, it would not be so."""

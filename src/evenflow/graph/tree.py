@@ -128,7 +128,7 @@ class ModuleCall:
     whole: str | None = None  # why this call must not be taken apart, where it must not
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
     region: int | None = None  # the checkpoint region in which it was called, if any
-    sequential: bool = False  # it draws in a checkpoint that restores the generator: keyed at entry alone
+    sequential: bool = False  # it sets the generator's state itself: its draws are keyed at entry alone
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
