@@ -356,7 +356,7 @@ def test_a_buffer_without_memory_that_no_file_holds(tmp_path):
         return model
 
     save_file(build().state_dict(), tmp_path / "model.safetensors")
-    with refused("1 buffers have no memory (device 'meta'), and load="):
+    with refused("1 tensors of the model have no memory (device 'meta'), and load="):
         evenflow.pipeline(build().to("meta"), loss=mean_square, example=regression(), stages=2, load=tmp_path)
 
 

@@ -247,7 +247,7 @@ def test_an_adapter_does_not_take_the_place_of_its_base(folder):
 
 
 def test_adapters_without_memory_that_no_folder_holds(folder):
-    with refused("16 parameters have no memory (device 'meta'), and load="):
+    with refused("16 tensors of the model have no memory (device 'meta'), and load="):
         split_over_4(adapted(base_without_memory()), tokens(), load=folder)
 
 

@@ -19,24 +19,21 @@ length = 16
 """
 # Counts its own calls where no recording sees it.
 COUNTING = """
+import itertools
 import torch
 from torch import nn
 
-class Clock:
-    now = 1.0
-
-clock = Clock()
+# What no recording can see: an iterator, which stands still for the two runs of a recording.
+numbers = itertools.chain([2.0, 2.0], itertools.count(3.0))
 
 def loss(model, x):
-    clock.now += 1
-    return (model(x) * clock.now).mean()
+    return (model(x) * next(numbers)).mean()
 
 def build():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), loss, torch.ones(8, 4)
 
 def failing(model, x):
-    clock.now += 1
-    if clock.now > 2:
+    if next(numbers) > 2:
         raise OSError("the disk is full")
     return model(x).mean()
 

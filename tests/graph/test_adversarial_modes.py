@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from adversaries import Net, data, net, square
 from torch.nn import functional as F
@@ -26,9 +25,6 @@ def plain_loss(model, items, loss=square):
         return torch.stack([loss(model, item) * (1 / len(items)) for item in items]).sum()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="recordings.key has no gradient mode: the evaluation's recording is found again"
-)
 def test_a_step_after_an_evaluation_of_a_model_in_evaluation_mode_trains():
     model = net(straight).eval()
     pipe = made(model)
@@ -38,13 +34,11 @@ def test_a_step_after_an_evaluation_of_a_model_in_evaluation_mode_trains():
     assert all(gradient is not None for _, gradient in pipe.named_gradients())
 
 
-@pytest.mark.xfail(strict=True, reason="recordings.key has no gradient mode")
 def test_an_evaluation_is_recorded_without_gradients():
     model = net(lambda self, x: straight(self, x) * (2 if torch.is_grad_enabled() else 1)).eval()
     assert torch.equal(made(model).evaluate(Microbatches(data(0))).loss, plain_loss(model, data(0)))
 
 
-@pytest.mark.xfail(strict=True, reason="the last stage trains and the others don't")
 def test_a_step_without_gradients_is_refused_or_trains_everything():
     model = net(straight)
     pipe = made(model)
@@ -56,7 +50,6 @@ def test_a_step_without_gradients_is_refused_or_trains_everything():
     assert all(gradient is not None for _, gradient in pipe.named_gradients())
 
 
-@pytest.mark.xfail(strict=True, reason="a number of an object beside the loss is frozen")
 def test_a_number_among_the_metrics_is_that_of_its_step():
     class Schedule:
         rate = 0.0
@@ -82,9 +75,6 @@ def test_the_memory_of_a_weight_may_be_replaced():
     assert torch.equal(pipe.step(Microbatches(data(1))).loss, plain_loss(model, data(1)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the accumulators of other stages keep the old memory (parameters.object_for)"
-)
 def test_the_memory_of_a_shared_weight_may_be_replaced():
     model = net(straight)
     model.c.weight = model.a.weight

@@ -208,7 +208,7 @@ def test_a_model_without_numbers_or_recipe():
 def test_a_buffer_without_numbers_or_recipe():
     model = mlp(4, 8, 1)
     model.register_buffer("table", torch.empty(3, device="meta"))
-    refused(model, "the model's tensor table has no memory (device 'meta')")
+    refused(model, "1 tensors of the model have no memory (device 'meta'), and nothing")
 
 
 def test_a_model_converted_afterwards():

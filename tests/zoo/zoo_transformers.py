@@ -242,7 +242,6 @@ DECODERS = [
         qk_nope_head_dim=4,
         v_head_dim=8,
         num_mtp_layers=0,
-        fails=GROUPED,
     ),
     decoder(
         "deepseek-v3, batched experts",
@@ -297,7 +296,7 @@ DECODERS = [
     decoder("starcoder2", "Starcoder2ForCausalLM", exact=True),
     decoder("nemotron", "NemotronForCausalLM"),
     decoder("codegen", "CodeGenForCausalLM", num_attention_heads=4, rotary_dim=4),
-    decoder("mixtral", "MixtralForCausalLM", **EXPERTS, fails=GROUPED),
+    decoder("mixtral", "MixtralForCausalLM", **EXPERTS),
     decoder("mixtral, batched experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="batched_mm"),
     decoder(
         "mixtral, eager experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="eager", fails=EAGER
@@ -382,7 +381,6 @@ DECODERS = [
     decoder(
         "dbrx",
         "DbrxForCausalLM",
-        fails=EAGER,
         d_model=16,
         n_heads=2,
         n_layers=3,
@@ -679,7 +677,6 @@ ENCODERS = [
         "perceiver",
         "PerceiverForMaskedLM",
         exact=True,
-        fails=HANDED,
         max_position_embeddings=LENGTH,
         num_latents=4,
         d_latents=16,
@@ -793,7 +790,6 @@ ENCODER_DECODERS = [
         router_jitter_noise=0.0,
         expert_capacity=8,
         batch=translations,
-        fails=ROUTER,
     ),
     both("bart", "BartForConditionalGeneration"),
     both("bart, other lengths", "BartForConditionalGeneration", batch=translations),
@@ -1071,7 +1067,6 @@ PICTURES = [
         lambda: {"pixel_values": pixels(32)},
         loss=boxes_loss,
         exact=True,
-        fails=FINITE,
         **DETR,
     ),
     pyramid(
@@ -1334,8 +1329,8 @@ def waves() -> dict[str, torch.Tensor]:
 
 
 SOUNDS = [
-    sound("wav2vec2, ctc", "Wav2Vec2ForCTC", fails=CTC),
-    sound("hubert, ctc", "HubertForCTC", fails=CTC),
+    sound("wav2vec2, ctc", "Wav2Vec2ForCTC"),
+    sound("hubert, ctc", "HubertForCTC"),
     sound("wav2vec2", "Wav2Vec2ForCTC", loss=frames_loss),
     sound(
         "wav2vec2, stable",
@@ -1411,7 +1406,6 @@ OTHERS = [
         "time-series",
         "TimeSeriesTransformerForPrediction",
         timed_series,
-        fails=ASKED,
         prediction_length=4,
         context_length=8,
         lags_sequence=[1, 2, 4],

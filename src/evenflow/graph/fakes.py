@@ -65,8 +65,10 @@ class FakeParameters:
         """Put the stand-ins into the model, and the real parameters back afterwards."""
         real = [module._parameters[key] for module, key, _ in self.slots]
         try:
-            for module, key, fake in self.slots:
+            for (module, key, fake), parameter in zip(self.slots, real, strict=True):
                 module._parameters[key] = fake
+                if parameter is not None:  # it may have been frozen since
+                    fake.requires_grad_(parameter.requires_grad)
             yield
         finally:
             for (module, key, _), parameter in zip(self.slots, real, strict=True):

@@ -140,6 +140,8 @@ def attributes(module: torch.nn.Module) -> dict[str, Any]:
     found = {key: value for key, value in own.items() if key not in MODULES_OWN}
     found |= {f"_modules.{key}": part for key, part in module._modules.items()}
     found |= {f"_buffers.{key}": part for key, part in module._buffers.items()}
+    held = ((key, part) for key, part in module._parameters.items() if part is not None)
+    found |= {f"{key}.requires_grad": part.requires_grad for key, part in held}
     for table in _HOOKS:
         if own[table]:
             hooks = [hook for hook in own[table].values() if not getattr(hook, "evenflow", False)]
@@ -196,7 +198,7 @@ class Freezer:
     ) -> None:
         self.names, self.model = names, frozenset(model)
         self.tensors, self.objects = tensors, objects
-        self.known: dict[int, Any] = {}
+        self.known: dict[int, tuple[Any, Any]] = {}  # stand-in and value, so that its id is not used again
 
     def frozen(self, value: Any, depth: int = _DEPTH) -> Any:  # any value
         kind = type(value)
@@ -209,9 +211,9 @@ class Freezer:
         if isinstance(value, (Same, *_LEFT)):
             return value if isinstance(value, Same) else Same(value)
         if id(value) not in self.known:
-            self.known[id(value)] = Same(value)  # what it is while its own inside is looked at
-            self.known[id(value)] = self.inside(value, depth - 1)
-        return self.known[id(value)]
+            self.known[id(value)] = Same(value), value  # what it is while its own inside is looked at
+            self.known[id(value)] = self.inside(value, depth - 1), value
+        return self.known[id(value)][0]
 
     def inside(self, value: Any, depth: int) -> Any:  # noqa: PLR0911 (one for each kind of value)
         if depth < 0:

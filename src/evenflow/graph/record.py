@@ -515,7 +515,7 @@ class _Recorder:
         return self.function(torch.Tensor.__index__, (bound,), {}) if is_tensor(bound) else bound
 
     def note_shape(self, name: str, made: list[torch.Tensor]) -> None:
-        """Note that a result's shape depends on numbers: on those that decide it, where they are few or it is fake.
+        """Note that a result's shape depends on numbers: those that decide it, if they are few or it is fake.
 
         Otherwise its own shape is noted, which may be the same for other numbers.
         """

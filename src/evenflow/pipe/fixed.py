@@ -24,7 +24,7 @@ class FixedParameters:
         }
 
     def check(self) -> None:
-        """Raise `ConfigError` naming a parameter that was replaced, added, removed, frozen or unfrozen."""
+        """Raise `ConfigError` naming a parameter that was replaced, added, removed or unfrozen."""
         for path, module, held in self._modules:
             now = module._parameters
             for key in held.keys() | now.keys():
@@ -36,13 +36,10 @@ class FixedParameters:
                         "the optimizer does not know: change its numbers in place (load_state_dict without "
                         "assign=True), or build the pipeline anew"
                     )
-                if parameter is not None and parameter.requires_grad != self._trains[id(parameter)]:
-                    was, now_is = (
-                        ("trained", "frozen") if self._trains[id(parameter)] else ("frozen", "trained")
-                    )
+                if parameter is not None and parameter.requires_grad and not self._trains[id(parameter)]:
                     raise ConfigError(
-                        f"the parameter {name} was {was} when the pipeline was built and is to be "
-                        f"{now_is} now, which neither recording nor optimizer knows: build the pipeline anew"
+                        f"the parameter {name} was frozen when the pipeline was built and is to be "
+                        "trained now, which the optimizer does not know: build the pipeline anew"
                     )
 
 

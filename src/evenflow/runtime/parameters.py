@@ -103,9 +103,10 @@ class Accumulators:
                 alias.data.copy_(parameter.data)
 
     def refresh(self) -> None:
-        """Let accumulators follow a parameter whose memory the user exchanged (`parameter.data = …`)."""
+        """Let accumulators follow a parameter that was frozen, or got other memory (`parameter.data = …`)."""
         for use, alias in self._objects.items():
             parameter = self._parameters[use.name]
+            alias.requires_grad_(parameter.requires_grad)
             if alias.device == parameter.device and alias.data_ptr() != parameter.data_ptr():
                 alias.data = parameter.data
 
