@@ -211,14 +211,17 @@ def _parameter_uses(call: Call, values: tuple[Value, ...]) -> Counter[str]:
     return Counter(_parameters(call, values))
 
 
-def _first(tree: CallTree, value: int) -> int:
-    """When the first version of a value's memory was made."""
-    storage = tree.values[value].storage
-    return min(other.born for other in tree.values if other.storage == storage)
+def _births(tree: CallTree) -> dict[int, int]:
+    """When the first version of each memory was made."""
+    births: dict[int, int] = {}
+    for value in tree.values:
+        births[value.storage] = min(births.get(value.storage, value.born), value.born)
+    return births
 
 
 def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
     """Calls that a value enters or leaves without passing through arguments or result, and which value."""
+    births = _births(tree)
     homes: dict[int, tuple[ModuleCall, ...]] = {}  # clock of a call -> the module calls around it
     uses: list[tuple[int, str, tuple[ModuleCall, ...]]] = []  # value, its user's name, calls around the user
     given: dict[ModuleCall, frozenset[int]] = {}
@@ -228,7 +231,7 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
         if isinstance(call, ModuleCall):
             given[call] = frozenset(call.args.refs)
             rebinds = (pair for c in walk(call) if isinstance(c, FunctionCall) for pair in c.rebinds)
-            changed = (new for old, new in rebinds if _first(tree, old) < call.start)
+            changed = (new for old, new in rebinds if births[tree.values[old].storage] < call.start)
             shown[call] = frozenset((*call.output.refs, *changed))
             for child in call.children:
                 visit(child, (*around, call))

@@ -26,16 +26,11 @@ _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch
 _PATCH = threading.Lock()  # Module.__call__ is one per process
 
 
-class Observer(Protocol):
+class Listener(Protocol):
     """What is told of each call, and makes it."""
 
     paths: dict[int, str]  # id(module) -> its path in the model
     blind: bool  # inside a custom autograd function, whose own steps are not the program's
-    pending_draws: int
-    pending_flops: int
-    pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
-    born: set[int]  # memory that the run made, by `storage_of`
-    pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
 
     def module(
         self,
@@ -50,11 +45,21 @@ class Observer(Protocol):
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a torch function."""
 
-    def write_outside(self, tensor: torch.Tensor) -> None:
-        """A kernel is about to change a real tensor, perhaps one that the run did not make."""
-
     def custom_function(self, apply: types.MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a custom autograd function's `apply`, blind to what is inside."""
+
+
+class Observer(Listener, Protocol):
+    """What is told of the kernels too that a function runs."""
+
+    pending_draws: int
+    pending_flops: int
+    pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
+    born: set[int]  # memory that the run made, by `storage_of`
+    pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
+
+    def write_outside(self, tensor: torch.Tensor) -> None:
+        """A kernel is about to change a real tensor, perhaps one that the run did not make."""
 
 
 def unwatched() -> contextlib.AbstractContextManager[None]:
@@ -78,14 +83,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observed_by(observer: Observer) -> Iterator[None]:
-    """Tell the observer of everything that happens meanwhile."""
+def observed_by(observer: Listener, *, kernels: Observer | None = None) -> Iterator[None]:
+    """Tell an observer of all calls that happen meanwhile, and `kernels` of all kernels below them."""
     with (
         _unvalidated_distributions(),
         _modules_observed(observer),
         _custom_functions_observed(observer),
         _Functions(observer),
-        _Kernels(observer),
+        contextlib.nullcontext() if kernels is None else _Kernels(kernels),
     ):
         yield
 
@@ -102,7 +107,7 @@ def _unvalidated_distributions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _modules_observed(observer: Observer) -> Iterator[None]:
+def _modules_observed(observer: Listener) -> Iterator[None]:
     forward = torch.nn.Module.__call__
 
     def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
@@ -125,7 +130,7 @@ def _modules_observed(observer: Observer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _custom_functions_observed(observer: Observer) -> Iterator[None]:
+def _custom_functions_observed(observer: Listener) -> Iterator[None]:
     """Custom autograd functions bypass `__torch_function__`: each `apply` is shown as one torch function."""
     own = torch.autograd.Function.__dict__["apply"]
 
@@ -141,7 +146,7 @@ def _custom_functions_observed(observer: Observer) -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Listener) -> None:
         super().__init__()
         self.observer = observer
 

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
+from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
 from evenflow.graph.modules import python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
@@ -81,6 +82,7 @@ def record(
     fakes: FakeParameters | RealParameters,
     rehearsal: "Rehearsal | None" = None,
     seen: Callable[[int, torch.Tensor], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
 
@@ -90,6 +92,9 @@ def record(
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
     at the outermost level; the program's own errors come with a note of where they arose. With the
     `rehearsal` of an earlier run, a tensor counts as Python's constant only if that run met the same.
+
+    With `between` the program runs once more, after that was called, without computing anything: the tree's
+    `difference` says what it did differently.
     """
     leaves, spec = flatten_tree(microbatch)
     given = [leaf for leaf in leaves if is_tensor(leaf)]
@@ -101,6 +106,9 @@ def record(
         tensors = [leaf for leaf in leaves if is_tensor(leaf)]
         recorder = _Recorder(model, fakes, tensors, device, rehearsal, seen)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
+        if between is not None:
+            between()
+            tree.difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
     _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
     return tree
@@ -237,6 +245,11 @@ class _Recorder:
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
         self.rehearsal = rehearsal
+        self.noted: list[Noted] = []
+        self.result: Any = None
+        self.noted_before: list[int] = []  # for each open call, how many there were before it
+        self.opaque: dict[tuple[str, int], Any] = {}  # what calls returned that ran for real
+        self.unseen_tensors: dict[int, torch.Tensor] = {}
         self.seed = SEED  # that of torch's generator, as far as is known
         self.regions: dict[int, tuple[int, Any]] = {}  # by id of a checkpoint's hook, which is kept alive
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
@@ -302,6 +315,7 @@ class _Recorder:
             "cannot be recorded"
         )
         self.stack[-1].unseen = True
+        self.unseen_tensors[id(tensor)] = tensor
         self.clock += 1
         number = self.values.add(tensor, CallSource(), self.clock)
         output = Template((Ref(number),), NOTHING.spec)
@@ -336,11 +350,11 @@ class _Recorder:
         if isinstance(leaf, torch.Generator):
             self.keep_whole(f"{used_by} draws from a torch.Generator of its own")
             self.generators.append((leaf, leaf.get_state()))
-        state = Freezer(tensors=False).frozen(leaf)
+        state = None if _is_cache(leaf) else Freezer(tensors=False).frozen(leaf)
         if id(leaf) not in self.shared:
             self.shared[id(leaf)] = (leaf, self.shared_object(leaf, used_by), state)
         _, shared, before = self.shared[id(leaf)]
-        if state != before and not _is_cache(leaf):
+        if state != before:
             self.changing_objects.add(shared.number)
         return shared
 
@@ -371,8 +385,9 @@ class _Recorder:
     def run(self, program: Callable[[Any, Any], Any], microbatch: Any) -> CallTree:
         root = self.stack[0]
         try:
-            with observed_by(self), quiet():
+            with observed_by(self, kernels=self), quiet():
                 result = program(self.model, microbatch)
+            self.result = result
             output = self.encode_result(result)
         except RecordError:
             raise
@@ -408,6 +423,17 @@ class _Recorder:
             Rehearsal(constants, frozenset(self.born), frozenset(self.self_changed)),
         )
 
+    def echo(self, program: Callable[[], Any]) -> str | None:
+        """Run the program once more on what its functions gave; what it does differently, if anything."""
+        return echo(
+            program,
+            self.noted,
+            paths=self.paths,
+            opaque=self.opaque,
+            unseen=self.unseen_tensors,
+            result=self.result,
+        )
+
     def check_parameters(self) -> None:
         """Refuse parameters that come or go while the program runs."""
         for path, module in self.modules.items():
@@ -429,7 +455,7 @@ class _Recorder:
             self.outside_tensors[id(tensor)] = (tensor, tensor.detach().clone())
 
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = f"{getattr(apply.__self__, '__name__', 'Function')}.apply"
+        name = name_of(apply)
         with unwatched():
             if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
                 self.keep_whole(f"it hands a function to {name}")
@@ -439,24 +465,31 @@ class _Recorder:
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
     ) -> Any:
-        name = name or getattr(function, "__name__", repr(function))
+        name = name or name_of(function)
         self.note_caught()
         if torch.is_inference_mode_enabled():
             raise RecordError(
                 f"{self.stack[-1].path or 'the loss function'} calls {name} in inference mode, whose tensors "
                 "keep no record of changes; use torch.no_grad()"
             )
-        if name in ("__getitem__", "__setitem__"):
-            args = (args[0], self.without_tensors_in_slices(args[1]), *args[2:])
-        inputs = self.encode((args, kwargs), name)
-        changed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_tensor(leaf)]
+        if name in INDEXING:
+            args = (args[0], without_tensors_in_slices(args[1], self.whole_number), *args[2:])
+        leaves, spec = flatten_tree((args, kwargs))
+        inputs = Template(tuple(self.encode_leaf(leaf, name) for leaf in leaves), spec)
+        changed = [leaf for leaf in leaves if is_tensor(leaf)]
         versions = [tensor._version for tensor in changed]
         self.clock += 1
         self.pending_draws = self.pending_flops = 0
         self.pending_dynamic.clear()
         self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
-        result = self.call(function, name, args, kwargs)
+        given = described(leaves)
+        try:
+            result = self.call(function, name, args, kwargs)
+        except Exception as error:
+            self.noted.append(Noted(name, given, None, error))
+            raise
+        self.noted.append(Noted(name, given, result))
         self.note_draws(name)
         changed = [
             tensor
@@ -502,17 +535,9 @@ class _Recorder:
             for tensor in changed:
                 self.pure.pop(id(tensor), None)
 
-    def without_tensors_in_slices(self, index: Any) -> Any:
-        """An index whose slices hold numbers: one that is a tensor is read, as indexing does."""
-        if isinstance(index, tuple):
-            return tuple(self.without_tensors_in_slices(each) for each in index)
-        if not isinstance(index, slice):
-            return index
-        return slice(*(self.whole_number(each) for each in (index.start, index.stop, index.step)))
-
-    def whole_number(self, bound: Any) -> Any:
-        """A slice's bound as a number."""
-        return self.function(torch.Tensor.__index__, (bound,), {}) if is_tensor(bound) else bound
+    def whole_number(self, tensor: torch.Tensor) -> Any:
+        """A tensor as a slice's bound."""
+        return self.function(torch.Tensor.__index__, (tensor,), {})
 
     def note_shape(self, name: str, made: list[torch.Tensor]) -> None:
         """Note that a result's shape depends on numbers: those that decide it, if they are few or it is fake.
@@ -596,7 +621,9 @@ class _Recorder:
     ) -> Any:
         with unwatched():
             call = self.open_call(module, path, args, kwargs)
-        state, mark, own = python_state(module), self.values.mark(), dict(vars(module))
+            state = python_state(module)
+        mark, own = self.values.mark(), dict(vars(module))
+        self.noted_before.append(len(self.noted))
         self.note_foreign(call, state)
         try:
             try:
@@ -617,12 +644,14 @@ class _Recorder:
             raise
         finally:
             self.stack.pop()
+            self.noted_before.pop()
             self.stack[-1].looks |= call.looks
             self.clock += 1
         call.end = self.clock
-        if call.unseen or call.sequential:  # its modules ran unseen, perhaps
-            self.note_inner_changes(call)
-        self.expected[path] = python_state(module)
+        with unwatched():
+            if call.unseen or call.sequential:  # its modules ran unseen, perhaps
+                self.note_inner_changes(call)
+            self.expected[path] = python_state(module)
         changed = changed_names(state, self.expected[path])
         if changed:
             self.self_changed.update(f"{path}.{key}" if path else key for key in changed)
@@ -696,6 +725,8 @@ class _Recorder:
             self.blind = False
         self.failed_in = self.raised = ""
         self.note_real_run(call, run)
+        self.opaque[call.path, call.call] = run.result
+        del self.noted[self.noted_before[-1] :]
         if isinstance(error, NeedsNumbers):
             call.whole = f"it calls {error.function} on numbers that depend on the parameters"
         else:

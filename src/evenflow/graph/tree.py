@@ -139,7 +139,7 @@ class ModuleCall:
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallTree:
     """All of one recorded run; `root` is the call of the program (the loss function) itself."""
 
@@ -154,3 +154,4 @@ class CallTree:
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     device: Any  # torch.device on which it was recorded
     rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`
+    difference: str | None = None  # what the program did differently when it ran once more
