@@ -82,7 +82,7 @@ def a_private_attribute():
     return Program(net(lambda self, x: self.head(self.b(self.a(x)) * self._scale)), change=change)
 
 
-@program(culprit="config", wrong=OPAQUE)
+@program(culprit="config")
 def an_attribute_of_an_attribute():
     def change(model, step):
         model.config.alpha = 1.0 + step
@@ -128,27 +128,27 @@ def the_environment():
     )
 
 
-@program(culprit="knob", wrong=APART)
+@program(culprit="knob")
 def an_attribute_of_a_module_that_is_never_called():
     return Program(
         net(lambda self, x: self.head(self.b(self.a(x)) * self.knob.alpha), knob=Scale()), change=turn
     )
 
 
-@program(culprit="knob", wrong=APART)
+@program(culprit="knob")
 def an_attribute_of_a_leaf_read_by_the_loss():
     return Program(
         net(knobbed, knob=Scale()), lambda model, batch: square(model, batch) * model.knob.alpha, change=turn
     )
 
 
-@program(culprit="knob", wrong=APART)
+@program(culprit="knob")
 def an_attribute_of_a_module_whose_forward_is_called():
     run = lambda self, x: self.head(self.knob.forward(self.b(self.a(x))))  # noqa: E731
     return Program(net(run, knob=Scale()), change=turn)
 
 
-@program(culprit="knob", wrong=APART)
+@program(culprit="knob")
 def a_buffer_of_a_module_that_is_never_called():
     def change(model, step):
         model.knob.scale = torch.tensor(1.0 + step)
@@ -187,7 +187,6 @@ class Configured(nn.Module):
 
 @program(
     culprit="config|Namespace",
-    wrong="an object among the arguments is copied once, when recording (template.Shared)",
 )
 def an_object_among_the_arguments():
     def change(model, step):
@@ -257,7 +256,7 @@ def a_loss_with_a_helper():
     return Program(net(straight), loss, change=weighing(lambda alpha: settings.update(alpha=alpha)))
 
 
-@program(culprit="settings", wrong=CODE)
+@program(culprit="settings")
 def a_loss_with_a_function_inside():
     def loss(model, batch):
         def inner(value):
@@ -281,7 +280,7 @@ def a_loss_that_is_wrapped():
     return Program(net(straight), loss, change=weighing(lambda alpha: settings.update(alpha=alpha)))
 
 
-@program(culprit="criterion", wrong=CODE)
+@program(culprit="criterion")
 def a_loss_whose_criterion_is_replaced():
     criteria = {"now": F.mse_loss}
 
@@ -318,7 +317,7 @@ class Trainer(nn.Module):
         return square(model, batch) * self.alpha
 
 
-@program(culprit="alpha", wrong="outside._inside ignores the attributes of an nn.Module")
+@program(culprit="alpha")
 def a_loss_that_is_a_modules_method():
     trainer = Trainer()
     return Program(
@@ -339,14 +338,14 @@ def a_loss_with_a_class_attribute():
     return Program(net(straight), loss().loss, change=weighing(lambda alpha: setattr(loss, "alpha", alpha)))
 
 
-@program(culprit="HuberLoss|delta", wrong=OPAQUE)
+@program(culprit="HuberLoss|delta")
 def a_loss_with_a_module_without_parameters():
     huber = nn.HuberLoss()
     loss = lambda model, batch: huber(model(batch["x"]), batch["y"])  # noqa: E731
     return Program(net(straight), loss, change=weighing(lambda alpha: setattr(huber, "delta", 0.3 / alpha)))
 
 
-@program(culprit="Dropout|training", wrong=OPAQUE)
+@program(culprit="Dropout|training")
 def a_loss_with_a_module_in_training():
     dropout = nn.Dropout(1.0)
     loss = lambda model, batch: F.mse_loss(dropout(model(batch["x"])), batch["y"])  # noqa: E731
@@ -396,12 +395,12 @@ def a_public_counter():
     return Program(net(knobbed, knob=Counter()))
 
 
-@program(culprit="knob", wrong=METHOD)
+@program(culprit="knob")
 def a_counter_whose_forward_is_called():
     return Program(net(lambda self, x: self.head(self.knob.forward(self.b(self.a(x)))), knob=Counter()))
 
 
-@program(culprit="calls", wrong=METHOD)
+@program(culprit="calls")
 def a_counter_in_another_method():
     def encode(self, x):
         self.calls += 1
@@ -412,7 +411,7 @@ def a_counter_in_another_method():
     return Program(model, lambda model, batch: F.mse_loss(model.encode(batch["x"]), batch["y"]))
 
 
-@program(culprit="last", wrong=METHOD)
+@program(culprit="last")
 def state_that_the_loss_keeps_on_the_model():
     def loss(model, batch):
         found = square(model, batch)
@@ -456,7 +455,7 @@ class Nested(nn.Module):
         return x * self.state["calls"][0]
 
 
-@program(wrong="modules.Attribute puts back only the outer container: the recording counts as a call")
+@program()
 def a_counter_in_a_nested_list():
     return Program(net(knobbed, knob=Nested()))
 
@@ -479,7 +478,7 @@ def a_counter_in_the_class():
     return Program(net(run))
 
 
-@program(culprit="differ|same|twice", wrong=TWICE)
+@program(culprit="differ|same|twice")
 def a_counter_in_a_closure_of_forward():
     calls = []
 
@@ -496,12 +495,12 @@ def an_iterator():
     return Program(net(run, numbers=itertools.cycle([1.0, 2.0, 3.0, 4.0])))
 
 
-@program(culprit="random|differ|same|twice", wrong=TWICE)
+@program(culprit="random|differ|same|twice")
 def a_random_generator_of_python():
     return Program(net(lambda self, x: self.head(self.b(self.a(x)) * self.r.random()), r=random.Random(0)))
 
 
-@program(culprit="random|differ|same|twice", wrong=TWICE)
+@program(culprit="random|differ|same|twice")
 def a_random_generator_of_numpy():
     run = lambda self, x: self.head(self.b(self.a(x)) * float(self.r.random()))  # noqa: E731
     return Program(net(run, r=np.random.default_rng(0)))
@@ -513,7 +512,7 @@ def a_clock():
     return Program(net(straight), lambda model, batch: square(model, batch) * next(time))
 
 
-@program(culprit="differ|same|twice", wrong=TWICE)
+@program(culprit="that an earlier call of the program made")
 def an_activation_kept_for_the_next_microbatch():
     kept = []
 
@@ -577,12 +576,12 @@ class Unregistered(nn.Module):
 UNREGISTERED = "a tensor that is no buffer is really changed by the recording, which counts as a call"
 
 
-@program(culprit="knob", wrong=UNREGISTERED)
+@program(culprit="knob")
 def a_counter_in_a_tensor_attribute():
     return Program(net(knobbed, knob=Unregistered("attribute")))
 
 
-@program(culprit="knob", wrong=UNREGISTERED)
+@program(culprit="knob")
 def a_counter_in_a_listed_tensor():
     return Program(net(knobbed, knob=Unregistered("list")))
 
@@ -601,7 +600,7 @@ def masks_cached_by_length():
 # -- buffers
 
 
-@program(wrong=VIEW)
+@program()
 def a_buffer_changed_through_a_view():
     def run(self, x):
         first = self.k[:1]
@@ -632,7 +631,6 @@ def a_codebook():
 
 @program(
     culprit="k2?|memory",
-    wrong="fakes.buffers_copied copies each buffer by itself: what shares memory no longer does",
 )
 def two_buffers_over_one_memory():
     def run(self, x):
@@ -675,7 +673,7 @@ def a_buffer_read_after_its_owner_replaced_it():
     return Program(net(run, knob=Replacing()))
 
 
-@program(raises=KeyError, culprit="calls", wrong=GUARD)
+@program(culprit="calls")
 def a_branch_on_a_counting_buffer():
     def run(self, x):
         h = self.a(x)
@@ -752,7 +750,6 @@ class Sharing(nn.Module):
 
 @program(
     culprit="Context",
-    wrong="each stage has a copy of its own of an object that is handed around (template.Shared)",
 )
 def a_counter_in_an_object_that_is_handed_around():
     def run(self, x):
@@ -816,7 +813,7 @@ def a_leaf_that_detaches():
     return Program(net(run, knob=knob), options={"atomic": [Branching]})
 
 
-@program(wrong=LEAF)
+@program()
 def a_leaf_that_uses_its_parameter_at_times():
     def run(self, x):
         k = self.knob(x, x)
@@ -832,7 +829,7 @@ class Noting(nn.Module):
         return x * 1.0, 2 if self.positive else 3
 
 
-@program(culprit="knob", wrong=LEAF)
+@program(culprit="knob")
 def a_number_of_the_batch_returned_by_a_leaf():
     def run(self, x):
         h, scale = self.knob(x)
@@ -854,7 +851,7 @@ def a_call_of_its_own():
     return Program(net(knobbed, knob=Calling()))
 
 
-@program(culprit="training", wrong="a leaf runs with the training flag of replay, not of its recorded call")
+@program(culprit="training")
 def a_loss_that_switches_training():
     def loss(model, batch):
         model.eval()
@@ -866,7 +863,7 @@ def a_loss_that_switches_training():
     return Program(net(lambda self, x: self.head(self.norm(self.a(x))), norm=nn.BatchNorm1d(WIDTH)), loss)
 
 
-@program(culprit="alpha", wrong="a leaf runs with the attributes of replay, not of its recorded call")
+@program(culprit="alpha")
 def a_parent_that_sets_an_attribute():
     def run(self, x):
         self.knob.alpha = 2.0
@@ -908,7 +905,7 @@ def forwards_replaced_on_instances():
     return Program(model, change=change)
 
 
-@program(culprit="forward", wrong="a class's functions are not compared")
+@program(culprit="forward")
 def a_forward_replaced_on_the_class():
     def change(model, step):
         type(model).forward = (lambda self, x: straight(self, x) * 2) if step else straight
@@ -925,7 +922,7 @@ def a_hook_that_comes_to_a_layer():
     return Program(net(straight), change=change)
 
 
-@program(culprit="hook", wrong="hooks are not compared: one on a module that was taken apart never runs")
+@program(culprit="hook")
 def a_hook_that_comes_to_a_module_taken_apart():
     def change(model, step):
         if step:

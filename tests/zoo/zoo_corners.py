@@ -28,7 +28,6 @@ GLOBAL = "a tensor that the loss function finds outside of batch and model is re
 
 @ZOO.model(
     shared=True,
-    fails="SILENT: a whole module runs with its attributes at replay, not with those of the call",
 )
 class ParentSetsAnAttribute(nn.Module):
     class Scaled(nn.Module):
@@ -555,7 +554,7 @@ def weighted(model, batch):
     return F.cross_entropy(model(batch["x"]), labels, weight=CLASS_WEIGHTS)
 
 
-@ZOO.model(loss=weighted, fails=GLOBAL)
+@ZOO.model(loss=weighted)
 def class_weights_in_a_global():
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)), nn.Linear(WIDTH, 5))
 
@@ -575,7 +574,7 @@ def by_weighted_criterion(model, batch):
     return WEIGHTED_CRITERION(model(batch["x"]), labels)
 
 
-@ZOO.model(loss=by_weighted_criterion, fails=GLOBAL)
+@ZOO.model(loss=by_weighted_criterion)
 def criterion_module_with_class_weights():
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)), nn.Linear(WIDTH, 5))
 

@@ -411,7 +411,6 @@ def masked_loss(model, batch):
 @ZOO.model(
     items=tokens,
     loss=masked_loss,
-    fails="a boolean index, known from the batch, into what depends on parameters",
 )
 def boolean_index_of_results():
     return nn.Sequential(

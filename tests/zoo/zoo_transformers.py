@@ -147,7 +147,7 @@ DECODERS = [
     decoder("llama, hidden states", "LlamaForCausalLM", output_hidden_states=True),
     decoder("llama, tied", "LlamaForCausalLM", exact=True),
     decoder("llama, checkpointed", "LlamaForCausalLM", prepare=checkpointed),
-    decoder("llama, cache returned", "LlamaForCausalLM", loss=loss_and_whole_output, fails=CACHE),
+    decoder("llama, cache returned", "LlamaForCausalLM", loss=loss_and_whole_output),
     decoder(
         "llama, biases and long rope",
         "LlamaForCausalLM",
@@ -298,9 +298,7 @@ DECODERS = [
     decoder("codegen", "CodeGenForCausalLM", num_attention_heads=4, rotary_dim=4),
     decoder("mixtral", "MixtralForCausalLM", **EXPERTS),
     decoder("mixtral, batched experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="batched_mm"),
-    decoder(
-        "mixtral, eager experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="eager", fails=EAGER
-    ),
+    decoder("mixtral, eager experts", "MixtralForCausalLM", **EXPERTS, experts_implementation="eager"),
     decoder("qwen3-moe", "Qwen3MoeForCausalLM", **EXPERTS, head_dim=8, experts_implementation="batched_mm"),
     decoder("olmoe", "OlmoeForCausalLM", **EXPERTS, experts_implementation="batched_mm"),
     decoder(
@@ -528,7 +526,6 @@ ENCODERS = [
         "electra, discriminator",
         "ElectraForPreTraining",
         batch=lambda: text() | {"labels": tokens() % 2},
-        fails=ACTIVE,
     ),
     encoder(
         "deberta",
@@ -1075,7 +1072,6 @@ PICTURES = [
         lambda: {"pixel_values": pixels(32)},
         loss=boxes_loss,
         exact=True,
-        fails=FINITE,
         **DETR,
     ),
     pyramid(

@@ -102,7 +102,7 @@ with warnings.catch_warnings():
     torch.func.jvp(torch.tanh, (torch.ones(1),), (torch.ones(1),))  # scripts its own rules the first time
 
 
-@ZOO.model(fails=SCRIPT)
+@ZOO.model()
 def scripted_function_in_blocks():
     class Inner(Block):
         def forward(self, x):

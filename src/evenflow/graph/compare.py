@@ -11,13 +11,13 @@ from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Nod
 from evenflow.graph.leaves import walk
 from evenflow.graph.outside import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
-from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, Value
+from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value
 
 
 def find_difference(first: Graph, second: Graph) -> str:
     """What to say of the first step that differs between two recordings; nothing if none does."""
-    mine, theirs = (_Described(graph.values, graph.constants) for graph in (first, second))
-    for step, other in zip(_steps(first), _steps(second), strict=False):
+    mine, theirs = (_Described(graph.values, _pure_outside_leaves(graph)) for graph in (first, second))
+    for step, other in zip(_steps(first, mine), _steps(second, theirs), strict=False):
         before, after = mine.step(step), theirs.step(other)
         if before != after:
             name = "its result" if isinstance(step, Template) else step.name
@@ -29,16 +29,36 @@ def find_difference(first: Graph, second: Graph) -> str:
     return ""
 
 
+def _pure_outside_leaves(graph: Graph) -> dict[int, Any]:
+    """What Python alone decides, without leaves, which may change their minds, and what follows from them."""
+    pure = {value: numbers for value, numbers in graph.pure.items() if value not in graph.maker}
+    for node in graph.nodes:
+        if isinstance(node.target, FunctionTarget) and all(value in pure for value in node.inputs):
+            pure |= {value: graph.pure[value] for value in node.makes if value in graph.pure}
+    return pure
+
+
 def same_functions(first: CallTree, second: CallTree) -> bool:
     """Whether two runs called the same functions on the same values, whatever else Python did."""
-    runs = [[call for call in walk(tree.root) if isinstance(call, FunctionCall)] for tree in (first, second)]
-    described = (_Described(tree.values, tree.constants) for tree in (first, second))
-    mine, theirs = ([each.call(call) for call in run] for each, run in zip(described, runs, strict=True))
-    return mine == theirs
+    found = []
+    for tree in (first, second):
+        describe = _Described(tree.values, tree.pure)
+        calls = (call for call in walk(tree.root) if isinstance(call, FunctionCall))
+        found.append([describe.call(call) for call in calls if not describe.is_pure(call)])
+    return found[0] == found[1]
 
 
-def _steps(graph: Graph) -> Iterator[Node | Guard | Template]:
-    yield from graph.nodes
+def keep_whole_alike(first: CallTree, second: CallTree) -> None:
+    """Keep whole in a second run what changed its own state in the first, though it did not do so again."""
+    calls = [call for call in walk(first.root) if isinstance(call, ModuleCall) and call.stateful]
+    reasons = {call.path: call.whole for call in calls}
+    for call in walk(second.root):
+        if isinstance(call, ModuleCall) and call.path in reasons:
+            call.whole, call.stateful = call.whole or reasons[call.path], True
+
+
+def _steps(graph: Graph, describe: "_Described") -> Iterator[Node | Guard | Template]:
+    yield from (node for node in graph.nodes if not describe.is_pure(node))
     yield from graph.guards
     yield graph.output
 
@@ -46,9 +66,14 @@ def _steps(graph: Graph) -> Iterator[Node | Guard | Template]:
 class _Described:
     """A recording's steps as values to compare; its own values are numbered in order of appearance."""
 
-    def __init__(self, values: Sequence[Value], constants: Mapping[str, Any]) -> None:
-        self.values, self.constants = values, constants
+    def __init__(self, values: Sequence[Value], pure: Mapping[int, Any]) -> None:
+        self.values, self.pure = values, pure
         self.numbers: dict[int, int] = {}
+
+    def is_pure(self, step: Node | FunctionCall) -> bool:
+        """Whether a step makes nothing but what Python decides, which a cache may keep: its numbers count."""
+        made = (*step.output.refs, *(new for _, new in step.rebinds))
+        return bool(made) and all(value in self.pure for value in made)
 
     def call(self, call: FunctionCall) -> tuple[Any, ...]:
         modes = (call.grad_enabled, call.autocast, call.changed_buffers, len(call.rebinds), call.draws)
@@ -75,11 +100,11 @@ class _Described:
 
     def leaf(self, leaf: Any) -> Any:  # any leaf of a template
         match leaf:
+            case Ref(value) if value in self.pure:
+                return "a constant", self.pure[value]
+            case Ref(value) if isinstance(self.values[value].source, BufferSource):
+                return self.values[value].source
             case Ref(value):
-                source = self.values[value].source
-                if isinstance(source, BufferSource):
-                    constant = self.constants.get(source.name)
-                    return ("a tensor of Python's", id(constant)) if constant is not None else source
                 return Ref(self.numbers.setdefault(value, len(self.numbers)))
             case Shared(number):
                 return "object", number

@@ -94,9 +94,8 @@ class Graph:
     guards: tuple[Guard, ...]
     apart: tuple[str, ...]  # paths of the modules that were taken apart
     same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
-    constants: dict[
-        str, Any
-    ]  # tensors of Python's own, by the name of the `BufferSource` that stands for them
+    constants: dict[str, Any]  # tensors of Python's own, by the name of the `BufferSource` for them
+    pure: dict[int, Any]  # values that only Python's constants decided -> equal for equal numbers
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     device: Any  # torch.device of the recording; arguments that name it are moved to the stage's own
 

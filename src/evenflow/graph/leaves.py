@@ -67,6 +67,7 @@ def flatten(
         tuple(choice.apart),
         tree.same_tensor,
         tree.constants,
+        tree.pure,
         tree.changing_objects,
         tree.device,
     )

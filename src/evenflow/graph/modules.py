@@ -39,13 +39,8 @@ def python_state(module: torch.nn.Module) -> Snapshot:
     return {
         key: freezer.frozen(without_tensors(value))
         for key, value in attributes(module).items()
-        # That a module keeps a tensor is no state: where tensors come from and go to is seen.
-        if not key.startswith("_modules.") and not _is_tensor(key, value) and value is not None
+        if not key.startswith("_modules.")
     }
-
-
-def _is_tensor(key: str, value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not key.startswith("_buffers.")
 
 
 @contextlib.contextmanager

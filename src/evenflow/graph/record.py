@@ -68,6 +68,7 @@ _METADATA = {
     "data_ptr",
 }
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
+_MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; of a larger one, its identity
 # Of the generator while recording: two runs of a program draw the same numbers.
 SEED = 20_260
 IMPURE = frozenset(_METADATA | _HOOKS | {"manual_seed", "set_rng_state", "__setstate__"})
@@ -163,8 +164,17 @@ class Rehearsal:
     """What a run leaves to the next: tensors of Python's own, and those that it made of nothing else."""
 
     constants: dict[int, torch.Tensor]
+    made: dict[int, torch.Tensor]  # all that it met
     born: frozenset[int]  # memory that the run made
     self_changed: frozenset[str]  # attributes that modules changed in their own forward
+
+
+def _numbers_in(tensor: torch.Tensor) -> Any:
+    """Something that is equal for tensors with equal numbers."""
+    if tensor.numel() > _MOST_COMPARED or tensor.layout != torch.strided:
+        return id(tensor)
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), raw
 
 
 class _Used(dict[int, Any]):
@@ -283,12 +293,21 @@ class _Recorder:
                     return self.values.add(tensor, BufferSource(f"{path}.{key}" if path else key))
         if self.is_constant(tensor, used_by):
             name = f"constant {len(self.constants)}"
-            self.constants[name] = tensor
+            self.constants[name] = self.pure[id(tensor)] = tensor
             return self.values.add(tensor, BufferSource(name))
         return self.unseen(tensor, used_by)
 
     def is_constant(self, tensor: torch.Tensor, used_by: str) -> bool:
         """Whether a tensor was there before the program began: in a closure, a global, a cache."""
+        if self.rehearsal is not None:
+            kept = id(tensor) in self.rehearsal.made or storage_of(tensor) in self.rehearsal.born - self.born
+            if kept and id(tensor) not in self.rehearsal.constants:
+                raise RecordError(
+                    f"{used_by} uses a tensor {list(tensor.shape)} that an earlier call of the "
+                    "program made from "
+                    "the batch or the parameters, and kept: evenflow cannot carry it from one "
+                    "microbatch to the next; keep it in a buffer of a module"
+                )
         if isinstance(tensor, FakeTensor) or storage_of(tensor) in self.born:
             return False
         if tensor.requires_grad:
@@ -296,16 +315,7 @@ class _Recorder:
                 f"{used_by} uses a tensor {list(tensor.shape)} that requires a gradient and is "
                 "neither a parameter of the model nor in the batch: register it as a parameter"
             )
-        if self.rehearsal is None or id(tensor) in self.rehearsal.constants:
-            return True
-        if storage_of(tensor) in self.rehearsal.born:
-            raise RecordError(
-                f"{used_by} uses a tensor {list(tensor.shape)} that an earlier call of the program "
-                "made from the "
-                "batch or the parameters, and kept: evenflow cannot carry it from one microbatch to "
-                "the next; keep it in a buffer of a module"
-            )
-        return False
+        return self.rehearsal is None or id(tensor) in self.rehearsal.constants
 
     def unseen(self, tensor: torch.Tensor, used_by: str) -> int:
         """A value from nowhere: the current call stays whole, and may have used any parameter inside it."""
@@ -407,9 +417,11 @@ class _Recorder:
             raise RecordError(
                 f"the loss function itself cannot be recorded: {root.whole}; move that into a module"
             )
-        constants = self.pure | {id(tensor): tensor for tensor in self.constants.values()}
+        constants = own = self.pure | {id(tensor): tensor for tensor in self.constants.values()}
+        made = {id(tensor): tensor for tensor in self.values.tensors()}
         if self.rehearsal is not None:
-            constants |= self.rehearsal.constants
+            constants = own | self.rehearsal.constants
+            made |= self.rehearsal.made
             self.born |= self.rehearsal.born
         return CallTree(
             root,
@@ -418,9 +430,10 @@ class _Recorder:
             self.values.same_tensor,
             self.parameter_names,
             self.constants,
+            {at: _numbers_in(tensor) for at, tensor in enumerate(self.values.tensors()) if id(tensor) in own},
             frozenset(self.changing_objects),
             self.device,
-            Rehearsal(constants, frozenset(self.born), frozenset(self.self_changed)),
+            Rehearsal(constants, made, frozenset(self.born), frozenset(self.self_changed)),
         )
 
     def echo(self, program: Callable[[], Any]) -> str | None:

@@ -148,9 +148,8 @@ class CallTree:
     output: Template
     same_tensor: dict[int, int]  # a value -> the earlier value of which it was the very same tensor
     parameter_names: dict[str, str]  # every name of a parameter -> its first
-    constants: dict[
-        str, Any
-    ]  # tensors of Python's own, by the name of the `BufferSource` that stands for them
+    constants: dict[str, Any]  # tensors of Python's own, by the name of the `BufferSource` for them
+    pure: dict[int, Any]  # values that only Python's constants decided -> equal for equal numbers
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     device: Any  # torch.device on which it was recorded
     rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`

@@ -19,7 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
-from evenflow.graph.compare import find_difference, same_functions
+from evenflow.graph.compare import find_difference, keep_whole_alike, same_functions
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
@@ -154,26 +154,29 @@ class Recordings:
             )
         for before, after in itertools.pairwise(states[1:]):
             for name in changed_names(before, after):
-                if name not in tree.rehearsal.self_changed:
+                if name not in first.rehearsal.self_changed | tree.rehearsal.self_changed:
                     raise RecordError(
                         f"the program changes Python values that it also reads ({name}), so that no "
                         "two calls are the same; count outside of it, or pass the number in the batch"
                     )
-        graph = self._flat(tree)
         if tree is not first:
-            self._check_second(first, tree, graph, steady=not changed_names(states[0], states[1]))
-        self._self_changing |= tree.rehearsal.self_changed
+            self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
+        graph = self._flat(tree)
+        self._self_changing |= first.rehearsal.self_changed | tree.rehearsal.self_changed
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
         return graph
 
-    def _check_second(self, first: CallTree, second: CallTree, graph: Graph, *, steady: bool) -> None:
+    def _check_second(self, first: CallTree, second: CallTree, *, steady: bool) -> None:
         """Accept a second recording that differs from the first in what does not matter; refuse any other.
 
         What does not matter: what goes on inside of leaves, and, where Python's state is `steady` and a third
         run is as the second, what a cache that cannot be seen has taken over.
         """
-        difference = find_difference(self._flat(first), graph)
-        if difference and not same_functions(first, second) and not (steady and second.difference is None):
+        if same_functions(first, second):
+            return
+        keep_whole_alike(first, second)
+        difference = find_difference(self._flat(first), self._flat(second))
+        if difference and not (steady and second.difference is None):
             raise RecordError(difference)
 
     def observe(self, program: Program, microbatch: Any) -> tuple[Graph, dict[int, torch.Tensor]]:
