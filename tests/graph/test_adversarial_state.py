@@ -526,7 +526,7 @@ def an_activation_kept_for_the_next_microbatch():
     return Program(net(run))
 
 
-@program(culprit="_first", wrong=UNDERSCORE)
+@program(culprit="_first")
 def the_first_batch_kept():
     def run(self, x):
         if self._first is None:
@@ -536,7 +536,7 @@ def the_first_batch_kept():
     return Program(net(run, _first=None))
 
 
-@program(culprit="_sum", wrong=UNDERSCORE)
+@program(culprit="_sum")
 def what_depends_on_the_first_weights_kept():
     def run(self, x):
         if self._sum is None:

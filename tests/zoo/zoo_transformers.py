@@ -981,7 +981,6 @@ PICTURES = [
         "BeitForImageClassification",
         use_relative_position_bias=True,
         prepare=uncached("BeitRelativePositionBias"),
-        fails=CACHED,
     ),
     picture(
         "beit, shared bias",
@@ -1003,7 +1002,6 @@ PICTURES = [
         "Data2VecVisionForImageClassification",
         use_relative_position_bias=True,
         prepare=uncached("Data2VecVisionRelativePositionBias"),
-        fails=CACHED,
     ),
     picture("dinov2", "Dinov2ForImageClassification"),
     picture(

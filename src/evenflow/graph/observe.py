@@ -87,6 +87,7 @@ def observed_by(observer: Listener, *, kernels: Observer | None = None) -> Itera
     """Tell an observer of all calls that happen meanwhile, and `kernels` of all kernels below them."""
     with (
         _unvalidated_distributions(),
+        _needless_conversions_left_out(),
         _modules_observed(observer),
         _custom_functions_observed(observer),
         _Functions(observer),
@@ -104,6 +105,27 @@ def _unvalidated_distributions() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+@contextlib.contextmanager
+def _needless_conversions_left_out() -> Iterator[None]:
+    """Let `module.to(…)` in a forward leave alone what is right already: fakes cannot be swapped."""
+    apply = torch.nn.Module._apply
+
+    def applied(
+        module: torch.nn.Module, convert: Callable[..., Any], recurse: bool = True
+    ) -> torch.nn.Module:
+        with unwatched():
+            tensors = (*module.parameters(recurse), *module.buffers(recurse))
+            if all(convert(tensor) is tensor for tensor in tensors):
+                return module
+        return apply(module, convert, recurse)
+
+    torch.nn.Module._apply = applied  # type: ignore[method-assign]  # the patch is the point
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = apply  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -171,10 +171,10 @@ class Rehearsal:
 
 def _numbers_in(tensor: torch.Tensor) -> Any:
     """Something that is equal for tensors with equal numbers."""
-    if tensor.numel() > _MOST_COMPARED or tensor.layout != torch.strided:
+    if type(tensor) is not torch.Tensor or tensor.numel() > _MOST_COMPARED or storage_of(tensor) < 0:
         return id(tensor)
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return tensor.dtype, tuple(tensor.shape), raw
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
 class _Used(dict[int, Any]):
