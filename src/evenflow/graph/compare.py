@@ -48,6 +48,13 @@ def same_functions(first: CallTree, second: CallTree) -> bool:
     return found[0] == found[1]
 
 
+def forget_changes(tree: CallTree, names: frozenset[str]) -> None:
+    """Let modules be taken apart that changed only these attributes, which proved not to matter."""
+    for call in walk(tree.root):
+        if isinstance(call, ModuleCall) and call.changed and names.issuperset(call.changed):
+            call.whole, call.stateful, call.changed = call.whole_besides, False, ()
+
+
 def keep_whole_alike(first: CallTree, second: CallTree) -> None:
     """Keep whole in a second run what changed its own state in the first, though it did not do so again."""
     calls = [call for call in walk(first.root) if isinstance(call, ModuleCall) and call.stateful]

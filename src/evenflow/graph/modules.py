@@ -12,6 +12,7 @@ import torch
 
 from evenflow.graph.outside import Freezer, Snapshot, attributes, is_library, without_tensors
 
+_COLLECTING = "transformers.utils.output_capturing"
 _DEPTH = 4  # of objects in objects
 _LEFT = (torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType)  # nothing of these is put back
 
@@ -24,13 +25,18 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    if any(not getattr(hook, "evenflow", False) for table in hooks for hook in table.values()):
+    if not all(_only_watches(hook) for table in hooks for hook in table.values()):
         return "it carries hooks"
     if type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
         module, torch.nn.Sequential | torch.nn.ModuleList
     ):
         return "it is one of torch's own layers"
     return None
+
+
+def _only_watches(hook: Any) -> bool:
+    """Whether a hook changes nothing: ours, and those by which transformers collects outputs of layers."""
+    return getattr(hook, "evenflow", False) or getattr(hook, "__module__", "") == _COLLECTING
 
 
 def python_state(module: torch.nn.Module) -> Snapshot:

@@ -110,7 +110,7 @@ def _unvalidated_distributions() -> Iterator[None]:
 @contextlib.contextmanager
 def _needless_conversions_left_out() -> Iterator[None]:
     """Let `module.to(…)` in a forward leave alone what is right already: fakes cannot be swapped."""
-    apply = torch.nn.Module._apply
+    apply: Callable[..., torch.nn.Module] = torch.nn.Module._apply  # noqa: SLF001 (the place to patch)
 
     def applied(
         module: torch.nn.Module, convert: Callable[..., Any], recurse: bool = True
@@ -121,11 +121,11 @@ def _needless_conversions_left_out() -> Iterator[None]:
                 return module
         return apply(module, convert, recurse)
 
-    torch.nn.Module._apply = applied  # type: ignore[method-assign]  # the patch is the point
+    torch.nn.Module._apply = applied  # type: ignore[method-assign]  # noqa: SLF001 (the patch is the point)
     try:
         yield
     finally:
-        torch.nn.Module._apply = apply  # type: ignore[method-assign]
+        torch.nn.Module._apply = apply  # type: ignore[method-assign]  # noqa: SLF001
 
 
 @contextlib.contextmanager

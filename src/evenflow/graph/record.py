@@ -667,7 +667,9 @@ class _Recorder:
             self.expected[path] = python_state(module)
         changed = changed_names(state, self.expected[path])
         if changed:
-            self.self_changed.update(f"{path}.{key}" if path else key for key in changed)
+            call.changed = tuple(f"{path}.{key}" if path else key for key in changed)
+            call.whole_besides = call.whole
+            self.self_changed.update(call.changed)
             call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
             call.stateful = True
         self.values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))

@@ -132,6 +132,8 @@ class ModuleCall:
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
+    changed: tuple[str, ...] = ()  # which, by their full names
+    whole_besides: str | None = None  # why it must not be taken apart even if that does not matter
     hooks: bool = False  # it put hooks of its own on the backward
     foreign: str | None = None  # what other code changed of the module: why it must be taken apart
 

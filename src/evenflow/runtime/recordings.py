@@ -19,7 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
-from evenflow.graph.compare import find_difference, keep_whole_alike, same_functions
+from evenflow.graph.compare import find_difference, forget_changes, keep_whole_alike, same_functions
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
@@ -159,10 +159,14 @@ class Recordings:
                         f"the program changes Python values that it also reads ({name}), so that no "
                         "two calls are the same; count outside of it, or pass the number in the batch"
                     )
+        changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
         if tree is not first:
             self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
+        else:  # what changed once and made no difference does not matter: a flag, hooks put in place
+            changing &= frozenset(changed_names(states[1], states[2]))
+            forget_changes(first, first.rehearsal.self_changed - changing)
         graph = self._flat(tree)
-        self._self_changing |= first.rehearsal.self_changed | tree.rehearsal.self_changed
+        self._self_changing |= changing
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
         return graph
 
