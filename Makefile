@@ -19,7 +19,7 @@ train: setup
 	$(BIN)/evenflow train examples/train_gpt.toml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

@@ -219,9 +219,7 @@ class _Prepare:
                 return _Call(
                     node,
                     self.template(node.args, node),
-                    # Not `module(…)`: what a `__call__` of its own does around this one was recorded by
-                    # itself.
-                    partial(torch.nn.Module.__call__, module),
+                    _plain_call(module),
                     drops,
                     self.swaps(node),
                     self.streams,
@@ -257,6 +255,12 @@ def _attribute(model: torch.nn.Module, name: str) -> torch.Tensor:
     return found
 
 
+def _plain_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """A module's call without what a `__call__` of its class does around it, which was recorded by itself."""
+    plain = torch.nn.Module.__call__
+    return module if type(module).__call__ is plain else partial(plain, module)
+
+
 class _Call:
     """One node, ready to be called."""
 
@@ -270,6 +274,7 @@ class _Call:
         "function",
         "held",
         "node",
+        "plain",
         "rebinds",
         "results",
         "streams",
@@ -302,8 +307,27 @@ class _Call:
         self.results: int | list[int | None] | None = leaves[0] if single else leaves
         self.checked = {value: infos[value].info for value in node.results} if node.opaque else {}
         self.checks = node.opaque or node.stateful
+        # Most nodes: one tensor comes out, and nothing is to be done around the call.
+        special = (swaps, self.draws, node.rebinds, self.checks, self.flat is None)
+        self.plain = isinstance(self.results, int) and not any(special)
 
     def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
+        if self.plain:
+            assert self.flat is not None, "so it is where a call is plain"
+            assert isinstance(self.results, int), "so it is where a call is plain"
+            constants, holes, names = self.flat
+            filled = constants.copy()
+            for position, value in holes:
+                filled[position] = values[value]
+            if names:
+                first = len(filled) - len(names)
+                named = dict(zip(names, filled[first:], strict=True))
+                values[self.results] = self.function(*filled[:first], **named)
+            else:
+                values[self.results] = self.function(*filled)
+            for value in self.drops:
+                values.pop(value, None)
+            return
         if self.flat is None:
             args, kwargs = self.args.fill(values, shared)
         else:
