@@ -337,7 +337,7 @@ def hooks_on_modules():
     return stack
 
 
-@ZOO.model(fails="a list filled by hooks: the next microbatch is another recording, which is refused wrongly")
+@ZOO.model()
 def hooks_that_collect_features():
     """Features for the head are caught by hooks, as feature extractors do."""
 

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -140,8 +140,11 @@ class Recordings:
     def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
         host, states = _host_random(), [self._look(program, tensors=False)]
 
+        exactly = []
+
         def look() -> None:
             states.append(self._look(program, tensors=False))
+            exactly.append(self._look(program))
 
         first = self._run(program, microbatch, None, look)
         look()
@@ -163,12 +166,12 @@ class Recordings:
         if tree is not first:
             self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place
-            changing &= frozenset(changed_names(states[1], states[2]))
+            changing &= frozenset(changed_names(*exactly[:2]))
             forget_changes(first, first.rehearsal.self_changed - changing)
         graph = self._flat(tree)
         self._self_changing |= changing
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
-        return graph
+        return replace(graph, pure={})  # it was there to be compared
 
     def _check_second(self, first: CallTree, second: CallTree, *, steady: bool) -> None:
         """Accept a second recording that differs from the first in what does not matter; refuse any other.

@@ -221,7 +221,7 @@ class _Prepare:
                     self.template(node.args, node),
                     _plain_call(module),
                     drops,
-                    self.swaps(node),
+                    self.swaps(node, module),
                     self.streams,
                     self.graph.values,
                 )
@@ -235,15 +235,21 @@ class _Prepare:
             return module
         return copy.deepcopy(module).to(self.device) if glue else module.to(self.device)
 
-    def swaps(self, node: Node) -> Swaps:
+    def swaps(self, node: Node, module: torch.nn.Module) -> Swaps:
         """Places where this node's own accumulator stands in for a shared parameter.
 
-        All its places, for a leaf may reach another module (as an argument, in a list), not only its own.
+        Those inside the leaf, or all if there is none: then it reaches another module (an argument, a list).
         """
+        inside = {id(inner) for inner in module.modules()}
+
+        def places(name: str) -> list[tuple[torch.nn.Module, str]]:
+            every = self.places_of(name)
+            return [place for place in every if id(place[0]) in inside] or every
+
         return tuple(
             (owner, key, self.parameter_of(name, node))
             for name in node.parameters
-            for owner, key in self.places_of(name)
+            for owner, key in places(name)
             if owner._parameters[key] is not self.parameter_of(name, node)
         )
 
