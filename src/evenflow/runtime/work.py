@@ -20,7 +20,7 @@ from evenflow.errors import RecordError
 from evenflow.graph.cut import Section
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.outside import PLAIN
-from evenflow.graph.template import NOTHING, Ref, Shared, Template
+from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, TensorInfo, Value
 from evenflow.runtime.rng import Streams
 
@@ -447,11 +447,22 @@ def _swapped(swaps: Swaps) -> Iterator[None]:
 
 
 def _flat(args: Template) -> tuple[list[Any], list[tuple[int, int]], list[str]] | None:
-    """(leaves, [(position, value)], keyword names) where no argument is a container; else nothing."""
-    if any(isinstance(leaf, Shared) for leaf in args.leaves):
+    """(arguments, [(position, value)], keyword names) where no container holds a tensor; else nothing.
+
+    A tuple of plain values (the slices of an index) is handed over as it is; other containers are made anew.
+    """
+    if any(isinstance(leaf, Shared | Shell) for leaf in args.leaves):
         return None
-    positional, keywords = pytree.tree_unflatten(list(range(len(args.leaves))), args.spec)
-    if not all(type(argument) is int for argument in (*positional, *keywords.values())):
+    positional, keywords = pytree.tree_unflatten(list(args.leaves), args.spec)
+    given = [*positional, *keywords.values()]
+    if not all(isinstance(argument, Ref) or _is_constant(argument) for argument in given):
         return None
-    holes = [(at, leaf.value) for at, leaf in enumerate(args.leaves) if isinstance(leaf, Ref)]
-    return list(args.leaves), holes, list(keywords)
+    holes = [(at, argument.value) for at, argument in enumerate(given) if isinstance(argument, Ref)]
+    return given, holes, list(keywords)
+
+
+def _is_constant(argument: Any) -> bool:
+    """Whether an argument may be handed over again and again: nobody can change it."""
+    if type(argument) is tuple:
+        return all(_is_constant(each) for each in argument)
+    return not isinstance(argument, Ref) and pytree.tree_is_leaf(argument)
