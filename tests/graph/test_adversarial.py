@@ -209,7 +209,6 @@ def values_of_a_sparse_tensor_changed(self, x):
 
 @forward(
     culprit="swap_tensors",
-    wrong="torch.utils.swap_tensors goes unseen: values are known by id (graph/values.py)",
 )
 def swapped_tensors(self, x):
     mask, other = torch.zeros(WIDTH), x[0].clone()
@@ -510,7 +509,9 @@ NUMBERS = {
     ),
     "tensor_split": (
         lambda n: torch.tensor_split(torch.ones(5), n[:1])[0].shape[0],
-        {"culprit": "tensor_split", "wrong": SHAPES},
+        {
+            "culprit": "tensor_split",
+        },
     ),
     "a slice": (
         lambda n: torch.arange(5.0)[: n.max()].sum(),
@@ -530,7 +531,12 @@ NUMBERS = {
             "culprit": "slice|setitem",
         },
     ),
-    "padded rows": (lambda n: padded(n).shape[1], {"culprit": "pad_packed", "wrong": SHAPES}),
+    "padded rows": (
+        lambda n: padded(n).shape[1],
+        {
+            "culprit": "pad_packed",
+        },
+    ),
     "f-string": (
         lambda n: float(f"{n[0]}"),
         {
@@ -551,7 +557,7 @@ for name, (scale, options) in NUMBERS.items():
     program(**options)(build)
 
 
-@forward(culprit="_version", wrong="a tensor's _version is a number that nobody compares")
+@forward(culprit="_version")
 def the_version_of_a_tensor(self, x):
     x.add_(1)
     return self.head(self.c(self.b(self.a(x.clone()) * x._version)))
@@ -589,13 +595,13 @@ def an_exception_that_comes_later():
     return Program(net(run), lambda m, b: F.mse_loss(m(b["x"], b["n"]), b["y"]), counted)
 
 
-@forward(culprit="grad", wrong="fake parameters have no grad: another branch")
+@forward(culprit="grad")
 def a_branch_on_a_gradient(self, x):
     h = self.a(x)
     return self.head(self.c(self.b(h * 2 if self.b.weight.grad is not None else h)))
 
 
-@program(culprit="grad", wrong="as a_branch_on_a_gradient")
+@program(culprit="grad")
 def a_loss_weighted_by_the_norm_of_gradients():
     def loss(model, batch):
         norms = sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
@@ -763,7 +769,7 @@ class Own(nn.Module):
         return x * self.w
 
 
-@program(culprit="knob.w", wrong="a parameter that was replaced goes unseen: work.py holds the old object")
+@program(culprit="is another one than when")
 def parameters_assigned_between_steps():
     def change(model, step):
         if step == 1:

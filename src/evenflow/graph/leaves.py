@@ -54,6 +54,7 @@ def flatten(
             raise RecordError(
                 f"the loss function returns the parameter {source.name} itself; return its clone()"
             )
+    _refuse_replaced_buffers(tree, calls)
     reads = [call for call in calls if isinstance(call, ReadCall)]
     nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
@@ -71,6 +72,30 @@ def flatten(
         tree.changing_objects,
         tree.device,
     )
+
+
+def _refuse_replaced_buffers(tree: CallTree, calls: list[Call]) -> None:
+    """Refuse to read a buffer in one place that a module puts another in the place of in another."""
+    modules = (call for call in walk(tree.root) if isinstance(call, ModuleCall))
+    replaced = {
+        name.replace("_buffers.", ""): call
+        for call in modules
+        for name in call.changed
+        if "_buffers." in name
+    }
+    for call in calls:
+        inside = {id(inner) for inner in walk(call)}
+        for function in (inner for inner in walk(call) if isinstance(inner, FunctionCall)):
+            for ref in function.args.refs:
+                source = tree.values[ref].source
+                if not isinstance(source, BufferSource) or source.name not in replaced:
+                    continue
+                owner = replaced[source.name]
+                if id(owner) not in inside:
+                    raise RecordError(
+                        f"{function.path or 'the loss function'} uses the buffer {source.name}, which "
+                        f"{owner.path} replaces by another in its forward: change it in place (copy_)"
+                    )
 
 
 def walk(call: Call) -> Iterator[Call]:

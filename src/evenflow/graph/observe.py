@@ -88,6 +88,7 @@ def observed_by(observer: Listener, *, kernels: Observer | None = None) -> Itera
     with (
         _unvalidated_distributions(),
         _needless_conversions_left_out(),
+        _swaps_refused(),
         _modules_observed(observer),
         _custom_functions_observed(observer),
         _Functions(observer),
@@ -126,6 +127,22 @@ def _needless_conversions_left_out() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module._apply = apply  # type: ignore[method-assign]  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _swaps_refused() -> Iterator[None]:
+    swap = torch.utils.swap_tensors
+
+    def refused(*_: torch.Tensor) -> None:
+        raise RecordError(
+            "the program calls torch.utils.swap_tensors, of which a recording cannot follow the tensors"
+        )
+
+    torch.utils.swap_tensors = refused
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap
 
 
 @contextlib.contextmanager

@@ -249,7 +249,9 @@ class Freezer:
                 own = dict(getattr(value, "__dict__", ()))
                 slots = (n for kind in type(value).__mro__ for n in _slots(kind) if hasattr(value, n))
                 own |= {name: getattr(value, name) for name in slots}
-                return Same(value), self.named(value, own, depth)
+                kind = type(value)
+                shared = () if self.names is None or is_library(kind) else self.class_values(kind).items()
+                return Same(value), self.named(value, own, depth), *shared
 
     def named(self, value: Any, own: Mapping[str, Any], depth: int) -> Any:
         """The attributes that count; of a namespace only its data, for the rest does not change."""
@@ -270,14 +272,16 @@ class Freezer:
         )
 
     def class_values(self, kind: type) -> dict[str, Any]:
-        """Plain values and containers that a user's class and its bases hold."""
-        return {
-            f"{base.__qualname__}.{key}": self.frozen(value)
-            for base in kind.__mro__
-            if not is_library(base)
-            for key, value in vars(base).items()
-            if isinstance(value, (*PLAIN, list, dict, set, tuple)) and not key.startswith("__")
-        }
+        """Plain values, containers and properties that a user's class and its bases hold."""
+        found: dict[str, Any] = {}
+        for base in reversed(kind.__mro__):  # a class goes before its bases, which may have its name
+            for key, value in vars(base).items() if not is_library(base) else ():
+                where = f"{base.__qualname__}.{key}"
+                if isinstance(value, property) and value.fget is not None:
+                    found |= self.parts(value.fget, where)
+                elif isinstance(value, (*PLAIN, list, dict, set, tuple)) and not key.startswith("__"):
+                    found[where] = self.frozen(value)
+        return found
 
     def parts(self, function: Callable[..., Any], where: str, depth: int = _DEPTH) -> dict[str, Any]:
         """What a function is made of, each part under its place."""

@@ -54,7 +54,11 @@ from evenflow.graph.values import Values
 _NUMBERS = {"item", "tolist", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__"}
 _TEXT = {"__format__", "__repr__", "__str__"}
 READS = frozenset(_NUMBERS | _TEXT | ARRAYS | {"equal", "allclose", "is_nonzero"})
+# Attributes of tensors that a replay would not give: each is compared with the function that reads it.
 _READ_GRADIENT = vars(torch._C.TensorBase)["grad"].__get__
+_READ_VERSION = vars(torch._C.TensorBase)["_version"].__get__
+# Functions that read lengths from the memory of whole numbers, which no kernel shows.
+_READS_LENGTHS = frozenset({"tensor_split", "_pad_packed_sequence"})
 # Functions whose effect is not in what they return: repeating the call elsewhere would not repeat the effect.
 _METADATA = {
     "requires_grad_",
@@ -515,8 +519,16 @@ class _Recorder:
             call.hooks = call.hooks or name in _HOOKS
         if _choices() != self.choices:
             self.keep_whole(f"it calls {name} under a context that chooses kernels or types")
-        if function is _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
-            self.keep_whole("it looks at a parameter's gradient")
+        if function == _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
+            raise RecordError(
+                f"{path or 'the loss function'} looks at a parameter's gradient (grad), which is there at "
+                "the step's end alone; look at pipe.named_gradients() between steps"
+            )
+        if function == _READ_VERSION:
+            self.keep_whole("it looks at how often a tensor was changed (_version)")
+        if name in _READS_LENGTHS:
+            whole = (leaf for leaf in leaves if is_tensor(leaf) and not isinstance(leaf, FakeTensor))
+            self.pending_dynamic += [leaf for leaf in whole if leaf.dtype == torch.long]
         if name in READS:
             call.children.append(ReadCall(function, name, path, self.clock, inputs, result))
             call.looks = True

@@ -310,11 +310,14 @@ class Recordings:
         One guard after the other: what a later one computes may make sense only where the earlier ones hold.
         """
         for guard, work in self._guards[index]:
-            values = glue_values(work, batch, self._device)
-            with torch.no_grad():
-                args, kwargs = work.extra.fill(values, {})
-                if guard.function(*args, **kwargs) != guard.result:
-                    return False
+            try:
+                values = glue_values(work, batch, self._device)
+                with torch.no_grad():
+                    args, kwargs = work.extra.fill(values, {})
+                    if guard.function(*args, **kwargs) != guard.result:
+                        return False
+            except Exception:  # noqa: BLE001 (this batch does not even get there: recording it will tell)
+                return False
         return True
 
 
@@ -355,7 +358,7 @@ def describe(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         form = tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.requires_grad
         return (*form, frozen(vars(leaf))) if vars(leaf) else form
-    if is_plain(leaf) and not isinstance(leaf, torch.nn.Module):
+    if is_plain(leaf) and not callable(leaf):
         return type(leaf).__name__, repr(leaf)
     raise ConfigError(
         f"the batch holds a {type(leaf).__name__}; a batch is a tree of tensors, numbers, strings and None "
