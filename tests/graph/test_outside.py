@@ -137,3 +137,15 @@ def drawing(draw):
 def test_what_differs_with_every_call_is_refused(loss, text):
     with pytest.raises(evenflow.RecordError, match=text):
         evenflow.pipeline(made(), loss=loss, example=BATCH, stages=2)
+
+
+def test_a_loss_function_may_hold_several_tensors():
+    """Cells of a closure are no values to be compared: tensors in them would be, number by number."""
+    scale, shift = torch.ones(1), torch.zeros(1)
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch["x"]) * scale.sum() + shift.sum(), batch["y"])
+
+    scale, shift = torch.ones(3), torch.zeros(3)
+    pipe = evenflow.pipeline(made(), loss=loss, example=BATCH, stages=2, num_microbatches=1)
+    assert torch.equal(pipe.step(BATCH).loss, loss(made(), BATCH))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 _GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
-_MASKS = (torch.bool, torch.uint8)
+MASKS = (torch.bool, torch.uint8)  # an index of these types picks where it is true
 _CANNOT = (UnsupportedOperatorException, DataDependentOutputException, DynamicOutputShapeException)
 # The most memory, in bytes, that a kernel's inputs may take for its run on real numbers.
 MAX_BYTES = 2**30
@@ -68,7 +68,7 @@ def _grouped(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_mask(index: Any) -> bool:
-    return isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor) and index.dtype in _MASKS
+    return isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor) and index.dtype in MASKS
 
 
 def _positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

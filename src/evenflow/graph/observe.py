@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from evenflow.errors import RecordError
-from evenflow.graph.fake_kernels import run_kernel
+from evenflow.graph.fake_kernels import MASKS, run_kernel
 from evenflow.graph.fakes import storage_of
 
 _ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
@@ -239,7 +239,7 @@ class _Kernels(TorchDispatchMode):
 def deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload
     """The tensors whose numbers decide a result's shape; an index has that tag but means its masks only."""
     if kernel is torch.ops.aten.index.Tensor:
-        return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return [index for index in args[1] if index is not None and index.dtype in MASKS]
     if kernel is torch.ops.aten.masked_select.default:
         return [args[1]]
     return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]

@@ -8,6 +8,7 @@ attributes count whose names occur in its code: a trainer's step counter must no
 program.
 """
 
+import contextlib
 import functools
 import os
 import random
@@ -106,7 +107,7 @@ def names_in(program: Callable[..., Any], model: torch.nn.Module) -> frozenset[s
                     continue
                 codes = list(_codes(thing.__code__))
                 names.update(name for code in codes for name in _words(code))
-                waiting += [cell.cell_contents for cell in _filled(thing)]
+                waiting += _closure(thing).values()
                 waiting += [thing.__globals__[n] for c in codes for n in c.co_names if n in thing.__globals__]
                 waiting += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
                 waiting += [thing.__wrapped__] if hasattr(thing, "__wrapped__") else []
@@ -168,17 +169,13 @@ def _words(code: CodeType) -> Iterable[str]:
     return (*code.co_names, *(each for each in code.co_consts if isinstance(each, str) and len(each) < 50))
 
 
-def _filled(function: FunctionType) -> list[Any]:
-    """The closure's cells that hold something."""
-
-    def holds(cell: Any) -> bool:
-        try:
-            cell.cell_contents  # noqa: B018 (an empty cell raises)
-        except ValueError:
-            return False
-        return True
-
-    return [cell for cell in function.__closure__ or () if holds(cell)]
+def _closure(function: FunctionType) -> dict[str, Any]:
+    """What the closure's cells hold, by name."""
+    found: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # an empty cell
+            found[name] = cell.cell_contents
+    return found
 
 
 class Freezer:
@@ -290,9 +287,8 @@ class Freezer:
                 return {where: Same(function)}
             case FunctionType(__code__=code):
                 found: dict[str, Any] = {where: code}
-                for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-                    if cell in _filled(function):
-                        found[f"{where}: {name}"] = self.frozen(cell.cell_contents, depth)
+                for name, value in _closure(function).items():
+                    found[f"{where}: {name}"] = self.frozen(value, depth)
                 for name in dict.fromkeys(name for inner in _codes(code) for name in inner.co_names):
                     if name in function.__globals__:
                         found[f"{where}: global {name}"] = self.frozen(function.__globals__[name], depth)

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
 from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
+from evenflow.graph.fake_kernels import MASKS
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
 from evenflow.graph.modules import python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
@@ -159,7 +160,6 @@ def _choices() -> tuple[Any, ...]:
         cuda.cudnn_sdp_enabled(),
         torch.backends.mkldnn.enabled,
         torch.get_default_dtype(),
-        torch.is_inference_mode_enabled(),
     )
 
 
@@ -291,7 +291,7 @@ class _Recorder:
                     f"a tensor was changed in place, before {used_by}, by something that cannot be recorded"
                 )
             return known
-        for path, module in self.model.named_modules():
+        for path, module in self.modules.items():
             for key, attribute in vars(module).items():
                 if attribute is tensor:
                     return self.values.add(tensor, BufferSource(f"{path}.{key}" if path else key))
@@ -610,7 +610,7 @@ class _Recorder:
         )
 
     def note_draws(self, name: str) -> None:
-        """Refuse draws in a checkpointed region: its recomputation would draw again, with another key."""
+        """Note where the program sets the generator's state itself: its draws are keyed at entry alone."""
         if not self.pending_draws:
             return
         call = self.stack[-1]
@@ -811,8 +811,7 @@ def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 def numbers_of(*tensors: torch.Tensor) -> tuple[Any, ...]:
     """What decides a shape: how many entries of a mask are true, or the numbers themselves."""
-    masks = (torch.bool, torch.uint8)
-    return tuple(int(t.count_nonzero()) if t.dtype in masks else t.tolist() for t in tensors)
+    return tuple(int(t.count_nonzero()) if t.dtype in MASKS else t.tolist() for t in tensors)
 
 
 def _never(*_: Any) -> Any:

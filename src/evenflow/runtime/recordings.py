@@ -139,17 +139,18 @@ class Recordings:
 
     def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
         host, states = _host_random(), [self._look(program, tensors=False)]
-
-        exactly = []
+        exactly: list[Snapshot] = []
 
         def look() -> None:
             states.append(self._look(program, tensors=False))
             exactly.append(self._look(program))
 
-        first = self._run(program, microbatch, None, look)
+        tree = first = self._run(program, microbatch, None, look)
         look()
-        tree = first if first.difference is None else self._run(program, microbatch, first.rehearsal, look)
-        look()
+        if first.difference is not None:
+            tree = self._run(program, microbatch, first.rehearsal, look)
+            look()
+        changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
         if repr(_host_random()) != repr(host):
             raise RecordError(
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
@@ -157,12 +158,11 @@ class Recordings:
             )
         for before, after in itertools.pairwise(states[1:]):
             for name in changed_names(before, after):
-                if name not in first.rehearsal.self_changed | tree.rehearsal.self_changed:
+                if name not in changing:
                     raise RecordError(
                         f"the program changes Python values that it also reads ({name}), so that no "
                         "two calls are the same; count outside of it, or pass the number in the batch"
                     )
-        changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
         if tree is not first:
             self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place

@@ -318,31 +318,21 @@ class _Call:
         self.plain = isinstance(self.results, int) and not any(special)
 
     def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
-        if self.plain:
-            assert self.flat is not None, "so it is where a call is plain"
-            assert isinstance(self.results, int), "so it is where a call is plain"
-            constants, holes, names = self.flat
-            filled = constants.copy()
-            for position, value in holes:
-                filled[position] = values[value]
-            if names:
-                first = len(filled) - len(names)
-                named = dict(zip(names, filled[first:], strict=True))
-                values[self.results] = self.function(*filled[:first], **named)
-            else:
-                values[self.results] = self.function(*filled)
-            for value in self.drops:
-                values.pop(value, None)
-            return
         if self.flat is None:
             args, kwargs = self.args.fill(values, shared)
         else:
             constants, holes, names = self.flat
-            filled = list(constants)
+            filled = constants.copy()
             for position, value in holes:
                 filled[position] = values[value]
             args = filled[: len(filled) - len(names)]
-            kwargs = dict(zip(names, filled[len(args) :], strict=True))
+            kwargs = dict(zip(names, filled[len(args) :], strict=True)) if names else {}
+        if self.plain:
+            assert isinstance(self.results, int), "so it is where a call is plain"
+            values[self.results] = self.function(*args, **kwargs)
+            for value in self.drops:
+                values.pop(value, None)
+            return
         if self.swaps:
             with _swapped(self.swaps):
                 result = self.called(args, kwargs)
