@@ -66,7 +66,7 @@ def measure(share: float | None, rounds: int) -> None:
 
     def replayed() -> torch.Tensor:
         flight = InFlight(entry.works[0])
-        stage.run_forward(flight, leaves, step=0, microbatch=0, train=True)
+        stage.run_forward(flight, leaves, step=0, microbatch=0)
         found: torch.Tensor = flight.output
         return found
 

@@ -65,6 +65,23 @@ def test_with_exact_shared_parameters_have_the_bits_of_one_stage(name, dropout):
     assert "shared parameters against one stage" in str(report)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_under_autocast_shared_gradients_agree_to_the_last_bits_of_its_type(exact):
+    def loss(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.mse_loss(model(batch["x"]).float(), batch["y"])
+
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDTH, WIDTH)
+    model = nn.Sequential(layer, nn.Linear(WIDTH, WIDTH), layer, nn.Linear(WIDTH, 1))
+    report = piped(model, loss=loss, split=["1"], exact=exact).check(regression(8, WIDTH))
+    assert report.equal, report
+    shared = [row for row in rows(report, "gradient") if row.difference > 0]
+    assert [row.name for row in shared] == ["0.weight", "0.bias"]
+    assert all(1e-6 < row.difference < row.allowed == 4 * torch.finfo(torch.bfloat16).eps for row in shared)
+    assert [row.difference for row in rows(report, "gradient (one stage)")] == [0.0] * 2 * exact
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "zb-h1", "interleaved-1f1b", "dualpipe-v"])
 def test_every_kind_of_schedule_is_equal(schedule):
     batch = batches()[0]
@@ -265,17 +282,29 @@ def test_evaluation_mode_and_no_grad_are_left_as_they_are():
 # -- what differs is named
 
 
-def calls_of(pipe):
-    for recording in pipe._parts.recordings.entries:
+def calls_of(pipe, name):
+    """(recording, function) of each node of this name, in all recordings."""
+    return [(at, call.function) for at, _, call in places_of(pipe) if call.node.name == name]
+
+
+def places_of(pipe):
+    for at, recording in enumerate(pipe._parts.recordings.entries):
         for work in recording.works.values():
-            yield from (call for run in work.runs for _, calls in run.groups for call in calls)
+            yield from ((at, run, call) for run in work.runs for call in run.calls)
+
+
+def replace_call(pipe, name, function, recording=0):
+    """Let a node of the split call another function."""
+    for at, run, call in places_of(pipe):
+        if (at, call.node.name) == (recording, name):
+            call.function = function
+            vars(run).pop("plainly", None)  # its code names the function
 
 
 def break_node(pipe, name):
     """Let one node of the split add 1e-3 to all that it makes."""
-    (call,) = (call for call in calls_of(pipe) if call.node.name == name)
-    right = call.function
-    call.function = lambda *args, **kwargs: right(*args, **kwargs) + 1e-3
+    ((_, right),) = calls_of(pipe, name)
+    replace_call(pipe, name, lambda *args, **kwargs: right(*args, **kwargs) + 1e-3)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("0", 0), ("1", 0), ("3", 1), ("4", 1)])
@@ -297,10 +326,8 @@ def test_a_node_is_named_where_the_model_draws_and_in_a_recording_of_its_own():
         microbatch_size=3,
     )
     pipe.check(regression(8, WIDTH))  # learns the recording of the last, shorter microbatch
-    (first, last) = (call for call in calls_of(pipe) if call.node.name == "2")
-    assert first.node is not last.node
-    right = last.function
-    last.function = lambda *args: right(*args) + 1e-3
+    (_, (last, right)) = calls_of(pipe, "2")
+    replace_call(pipe, "2", lambda *args: right(*args) + 1e-3, recording=last)
     report = pipe.check(regression(8, WIDTH))
     assert (report.first_node.node, report.first_node.microbatch) == ("2", 2)
 
@@ -308,9 +335,8 @@ def test_a_node_is_named_where_the_model_draws_and_in_a_recording_of_its_own():
 def test_a_node_after_running_statistics_is_named():
     """What a node makes in a later microbatch depends on the buffers that the earlier ones left."""
     pipe = piped(stateful_model())
-    (call,) = (call for call in calls_of(pipe) if call.node.name == "4")
-    right, numbers = call.function, itertools.cycle(range(4))
-    call.function = lambda *args: right(*args) + 1e-3 * (next(numbers) == 2)
+    ((_, right),), numbers = calls_of(pipe, "4"), itertools.cycle(range(4))
+    replace_call(pipe, "4", lambda *args: right(*args) + 1e-3 * (next(numbers) == 2))
     report = pipe.check(regression(8, WIDTH))
     assert (report.first_node.node, report.first_node.microbatch) == ("4", 2)
 
@@ -344,8 +370,7 @@ def test_the_first_gradient_is_the_first_in_backward_order():
     handle = model[2].weight.register_hook(lambda gradient: gradient * 1.5)
     other = model[4].bias.register_hook(lambda gradient: gradient)
     pipe.check(regression(8, WIDTH))
-    (call,) = (call for call in calls_of(pipe) if call.node.name == "4")
-    right = call.function
+    ((_, right),) = calls_of(pipe, "4")
 
     def doubled(x):
         made = right(x)
@@ -353,7 +378,7 @@ def test_the_first_gradient_is_the_first_in_backward_order():
             made.register_hook(lambda gradient: gradient * 2)
         return made
 
-    call.function = doubled
+    replace_call(pipe, "4", doubled)
     report = pipe.check(regression(8, WIDTH))
     assert report.first_node is None
     assert (report.first_gradient.node, report.first_gradient.stage) == ("4", 2)

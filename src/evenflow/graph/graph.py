@@ -55,7 +55,7 @@ class Node:
     changed_buffers: tuple[str, ...]
     flops: int
     grad_enabled: bool
-    autocast: tuple[tuple[str, Any], ...]  # (device type, torch.dtype)
+    autocast: tuple[tuple[str, Any], ...]  # (device type, dtype) of each active one; ("nesting", depth)
     region: int | None = None  # the checkpoint region in which it ran: recomputed in the backward
     whole: str | None = None  # why a module was not taken apart, where something forbade it
     stateful: bool = False  # it keeps Python state, so it must run once per microbatch, on its owner

@@ -44,8 +44,11 @@ class Shared:
     prototype: Any  # any object that the program hands around
     keep: dict[int, Any]  # as deepcopy's memo
 
-    def fresh(self) -> Any:  # as `prototype`
-        return copy.deepcopy(self.prototype, dict(self.keep))
+    def among(self, shared: dict[int, Any]) -> Any:  # as `prototype`
+        """The microbatch's copy: the one in `shared`, where it is put if that has none yet."""
+        if self.number not in shared:
+            shared[self.number] = copy.deepcopy(self.prototype, dict(self.keep))
+        return shared[self.number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Shell:
     keep: dict[int, Any]  # as deepcopy's memo
 
     def filled(self, values: Mapping[int, Any]) -> Any:  # as `prototype`
+        """The copy with these values in it."""
         return copy.deepcopy(self.prototype, self.keep | {id(ref): values[ref.value] for ref in self.refs})
 
 
@@ -99,10 +103,8 @@ class Template:
             match leaf:
                 case Ref(value):
                     filled.append(values[value])
-                case Shared(number):
-                    if number not in shared:
-                        shared[number] = leaf.fresh()
-                    filled.append(shared[number])
+                case Shared():
+                    filled.append(leaf.among(shared))
                 case Shell():
                     filled.append(leaf.filled(values))
                 case _:

@@ -137,11 +137,23 @@ class _Check:
                 yield Compared("output", path, None, share, note=note)
         for name, gradient in whole.gradients.items():
             share, note = compared(split.gradients[name], gradient)
-            allowed = SHARED_TOLERANCE if name in self.shared else 0.0
-            yield Compared("gradient", name, self._owner(name), share, allowed, note)
+            yield Compared("gradient", name, self._owner(name), share, self._allowed(name), note)
         for name in dict.fromkeys((*whole.buffers, *split.buffers)):
             share, note = compared(split.buffers.get(name), whole.buffers.get(name))
             yield Compared("buffer", name, None, share, note=note)
+
+    def _allowed(self, name: str) -> float:
+        """How far a parameter's gradient may be from the whole model's, as a share of its largest number.
+
+        Under autocast the whole model adds a shared one's up in the smaller type, in each microbatch.
+        """
+        if name not in self.shared:
+            return 0.0
+        nodes = (node for job in self.jobs for node in job.cut.graph.nodes if name in node.parameters)
+        modes = {mode for node in nodes for _, mode in node.autocast}
+        types = {self._owned[name].dtype, *(mode for mode in modes if isinstance(mode, torch.dtype))}
+        small = [torch.finfo(dtype).eps for dtype in types if dtype.itemsize < 4]
+        return max([SHARED_TOLERANCE, *(len(self.jobs) * eps for eps in small)])
 
     def _rows_of_one_stage(self, split: Outcome) -> Iterator[Compared]:
         """With `exact` a shared parameter has the same bits at every cut: those of one stage."""

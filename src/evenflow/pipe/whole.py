@@ -77,7 +77,7 @@ def run_on_one_stage(stage: Stage, jobs: Sequence[Job], work_of: Callable[[int],
     """Replay the recordings of `jobs`, uncut, on a stage of its own; gradients add up in the parameters."""
     for number, job in enumerate(jobs):
         flight = InFlight(work_of(job.recording))
-        stage.run_forward(flight, job.batch, step=step, microbatch=number, train=True)
+        stage.run_forward(flight, job.batch, step=step, microbatch=number)
         loss, _ = read_loss(flight.output)
         stage.run_backward(flight, loss=loss, weight=job.weight)
 

@@ -184,9 +184,7 @@ class Executor:
 
     def _forward(self, stage: int, microbatch: int) -> None:
         job, flight = self.jobs[microbatch], self._flight(stage, microbatch)
-        self.stages[stage].run_forward(
-            flight, job.batch, step=self.step, microbatch=microbatch, train=self.trains
-        )
+        self.stages[stage].run_forward(flight, job.batch, step=self.step, microbatch=microbatch)
         if flight.work.section.needs_output:
             loss, rest = self.reading(flight.output)
             self.results[microbatch] = Result(None if loss is None else loss.detach(), without_graph(rest))

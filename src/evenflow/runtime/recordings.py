@@ -36,10 +36,11 @@ from evenflow.graph.outside import (
 from evenflow.graph.record import Rehearsal, record
 from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
+from evenflow.runtime.call import ParameterOf
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
-from evenflow.runtime.work import ParameterOf, Work
+from evenflow.runtime.work import Work
 
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
 
