@@ -56,7 +56,7 @@ def flatten(
             )
     _refuse_replaced_buffers(tree, calls)
     reads = [call for call in calls if isinstance(call, ReadCall)]
-    nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
+    nodes = [_node(call, tree, choice.stuck.get(call)) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
@@ -124,6 +124,7 @@ class _Choice:
         self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
         self.limit = max_share * _flops(tree.root)
         self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
+        self.stuck: dict[Call, str] = {}  # calls that stay whole because of one inside, and why that is so
         self.hides = _hidden_values(tree)
         self.derived = _batch_derived(tree)
         counts = _parameter_uses(tree.root, tree.values)
@@ -139,17 +140,19 @@ class _Choice:
 
     def choose(self, call: ModuleCall) -> list[Call]:
         hidden = self.hides.get(call) or call.foreign or _draws_recomputed(call)
-        if hidden is None and call.whole is not None and _has_dynamic_shape(call):
+        kept = call.whole is not None or call.layer
+        if hidden is None and kept and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
-        if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
+        if hidden is None and (kept or not self.wanted_apart(call)):
             return [call]
         if call.whole is not None:
             where = call.path or "the model"
             raise _Stuck(f"{where} cannot be taken apart ({call.whole}), nor can it stay whole ({hidden})")
         try:
             return self.inside(call)
-        except _Stuck:
+        except _Stuck as stuck:
             if hidden is None:
+                self.stuck[call] = str(stuck)
                 return [call]
             raise
 
@@ -285,7 +288,7 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
+def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
@@ -316,11 +319,18 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         region=call.region,
-        whole=call.whole if isinstance(call, ModuleCall) else None,
+        whole=_reason(call) or stuck,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
     )
+
+
+def _reason(call: FunctionCall | ModuleCall) -> str | None:
+    """Why a call was not taken apart, where it was not its weight that decided."""
+    if not isinstance(call, ModuleCall):
+        return None
+    return call.whole or ("it is one of torch's own layers" if call.layer else None)
 
 
 def _is_opaque(call: ModuleCall) -> bool:

@@ -55,6 +55,7 @@ class Observer(Listener, Protocol):
     pending_draws: int
     pending_flops: int
     pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
+    pending_known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
     born: set[int]  # memory that the run made, by `storage_of`
     pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
 
@@ -212,6 +213,8 @@ class _Kernels(TorchDispatchMode):
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 self.observer.born.add(storage_of(leaf))
+                if lengths:
+                    self.observer.pending_known.append(leaf)
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
         if torch.Tag.dynamic_output_shape in func.tags:

@@ -28,9 +28,10 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
 from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
-from evenflow.graph.fake_kernels import MASKS
+from evenflow.graph.fake_kernels import MASKS, run_padding
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
-from evenflow.graph.modules import python_state, reason_to_stay_whole
+from evenflow.graph.known_results import result_at, zeros_like
+from evenflow.graph.modules import is_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
@@ -255,6 +256,7 @@ class _Recorder:
         self.pending_draws = 0
         self.pending_flops = 0
         self.pending_dynamic: list[torch.Tensor] = []
+        self.pending_known: list[torch.Tensor] = []
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
@@ -498,6 +500,7 @@ class _Recorder:
         self.clock += 1
         self.pending_draws = self.pending_flops = 0
         self.pending_dynamic.clear()
+        self.pending_known.clear()
         self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
         given = described(leaves)
@@ -546,10 +549,36 @@ class _Recorder:
             modes = (grad_enabled, _autocast(), self.region())
             state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
+        self.note_known(function, name, leaves, spec, result)
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made and not isinstance(function, MethodType):
             self.note_shape(name, made)
         return result
+
+    def note_known(
+        self, function: Callable[..., Any], name: str, leaves: list[Any], spec: pytree.TreeSpec, result: Any
+    ) -> None:
+        """Note each result that real arguments alone decide as a call that does without the others."""
+        known = {storage_of(tensor) for tensor in self.pending_known}
+        for at, tensor in enumerate(pytree.tree_leaves(result)):
+            if is_tensor(tensor) and not isinstance(tensor, FakeTensor) and storage_of(tensor) in known:
+                self.clock += 1
+                fakes = (isinstance(leaf, FakeTensor) for leaf in leaves)
+                args = Template(
+                    tuple(
+                        zeros_like(leaf) if fake else self.encode_leaf(leaf, name)
+                        for leaf, fake in zip(leaves, fakes, strict=True)
+                    ),
+                    spec,
+                )
+                self.values.result(tensor, self.clock, changed=False)
+                output = self.encode(tensor, name)
+                path, modes = self.stack[-1].path, (torch.is_grad_enabled(), _autocast(), self.region())
+                self.stack[-1].children.append(
+                    FunctionCall(
+                        result_at(function, at), name, path, self.clock, args, output, (), (), None, 0, *modes
+                    )
+                )
 
     def note_pure(self, inputs: Template, made: list[torch.Tensor], changed: list[torch.Tensor]) -> None:
         """Keep what a function made of Python's constants alone: a cache may give it to the next run."""
@@ -588,6 +617,9 @@ class _Recorder:
             raise self.needs_numbers(name)
         try:
             self.blind = isinstance(function, MethodType)  # what a custom function does inside is its own
+            if name == "_pad_packed_sequence":
+                result, self.pending_known = run_padding(function, args, kwargs)
+                return result
             return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
@@ -711,7 +743,7 @@ class _Recorder:
         self.clock += 1
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
         call.region = self.region()
-        call.whole = reason_to_stay_whole(module)
+        call.whole, call.layer = reason_to_stay_whole(module), is_layer(module)
         self.calls[path] += 1
         self.stack[-1].children.append(call)
         self.stack.append(call)
