@@ -717,11 +717,7 @@ def a_queue_of_activations():
     return Program(net(run, queue=torch.ones(3, WIDTH), at=torch.zeros(1, dtype=torch.long)))
 
 
-@program(
-    culprit="average",
-    raises=RuntimeError,
-    wrong="torch's error about versions from the backward (loud); the plain loop runs",
-)
+@program()
 def an_average_of_weights_that_is_used():
     def run(self, x):
         with torch.no_grad():

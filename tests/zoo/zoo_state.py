@@ -322,9 +322,7 @@ def ragged_loss(model, batch):
     return F.mse_loss(model(batch["x"], batch["lengths"]), batch["y"])
 
 
-@ZOO.model(
-    items=ragged, loss=ragged_loss, fails="_pack_padded_sequence of fake data, though its lengths are real"
-)
+@ZOO.model(items=ragged, loss=ragged_loss)
 class PackedLSTM(nn.Module):
     def __init__(self):
         super().__init__()
@@ -484,10 +482,7 @@ class ReturnsADict(Layers):
         return {"prediction": self.head(self.d(h)), "cache": None, "kind": "regression"}
 
 
-@ZOO.model(
-    loss=lambda model, batch: model(batch["x"]),
-    fails="SILENT: the last stage reads a buffer that goes out when an earlier stage has changed it again",
-)
+@ZOO.model(loss=lambda model, batch: model(batch["x"]))
 class ReturnsABuffer(Layers):
     """What comes back beside the loss is a counter that the next microbatch changes."""
 
@@ -508,7 +503,7 @@ class ReturnsANormOfAWeight(Layers):
 
 @ZOO.model(
     loss=lambda model, batch: (model(batch["x"]).square().mean(), model.d.bias),
-    fails="assertion: a bare parameter is not a result",
+    refused="returns the parameter d.bias itself; return its clone()",
 )
 class ReturnsAParameter(Layers):
     def forward(self, x):

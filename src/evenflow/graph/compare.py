@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
-from evenflow.graph.leaves import walk
 from evenflow.graph.outside import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
-from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value
+from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value, walk
 
 
 def find_difference(first: Graph, second: Graph) -> str:

@@ -27,7 +27,7 @@ class Section:
     Each of the four traffic maps takes the other stage to the values that travel, in one fixed order.
     `relayed` are received values whose gradient also arrives from a later stage, `cloned` are received or
     batch values that the section changes in place, `live` values that leave while their memory is that of a
-    buffer which the next microbatch will change.
+    buffer which the next microbatch will change, `kept_buffers` changed ones that the backward may look at.
     """
 
     stage: int
@@ -40,6 +40,7 @@ class Section:
     relayed: frozenset[int]
     cloned: frozenset[int]
     live: frozenset[int]
+    kept_buffers: frozenset[str]
     needs_output: bool  # the last stage hands back what the loss function returned
 
 
@@ -140,6 +141,7 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
             live=_live(
                 graph, (*graph.output.refs, *(v for sent in traffic.sends[stage].values() for v in sent))
             ),
+            kept_buffers=frozenset(name for node in need.nodes for name in node.kept_buffers),
             needs_output=stage == num_stages - 1,
         )
         for stage, need in enumerate(needs)
@@ -185,6 +187,7 @@ def glue_section(graph: Graph, values: Sequence[int]) -> Section:
         relayed=frozenset(),
         cloned=_changed(graph, need),
         live=frozenset(),
+        kept_buffers=frozenset(),
         needs_output=False,
     )
 

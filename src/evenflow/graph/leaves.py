@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
+from evenflow.graph.kept import KeptBuffers
+from evenflow.graph.snapshots import with_snapshots
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
     ARRAYS,
@@ -26,6 +28,7 @@ from evenflow.graph.tree import (
     ParameterSource,
     ReadCall,
     Value,
+    walk,
 )
 
 
@@ -56,14 +59,16 @@ def flatten(
             )
     _refuse_replaced_buffers(tree, calls)
     reads = [call for call in calls if isinstance(call, ReadCall)]
-    nodes = [_node(call, tree, choice.stuck.get(call)) for call in calls if not isinstance(call, ReadCall)]
-    needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
-    nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
-    guards = tuple(_guard(read, nodes, tree.values) for read in reads)
+    kept = KeptBuffers(tree)
+    nodes = [_node(call, tree, choice.stuck.get(call), kept) for call in calls if not isinstance(call, ReadCall)]
+    nodes, values, output = with_snapshots(nodes, tree.values, tree.output)
+    needed = {*output.refs, *(ref for read in reads for ref in read.args.refs)}
+    nodes = _mark_glue(_without_unused(nodes, needed, values), values)
+    guards = tuple(_guard(read, nodes, values) for read in reads)
     return Graph(
         tuple(nodes),
-        tree.values,
-        tree.output,
+        values,
+        output,
         guards,
         tuple(choice.apart),
         tree.same_tensor,
@@ -96,14 +101,6 @@ def _refuse_replaced_buffers(tree: CallTree, calls: list[Call]) -> None:
                         f"{function.path or 'the loss function'} uses the buffer {source.name}, which "
                         f"{owner.path} replaces by another in its forward: change it in place (copy_)"
                     )
-
-
-def walk(call: Call) -> Iterator[Call]:
-    """A call and everything inside it, in program order."""
-    yield call
-    if isinstance(call, ModuleCall):
-        for child in call.children:
-            yield from walk(child)
 
 
 class _Stuck(Exception):
@@ -288,7 +285,9 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None) -> Node:
+def _node(
+    call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, kept: KeptBuffers
+) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
@@ -315,6 +314,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None) ->
         parameters=tuple(dict.fromkeys((*_parameters(call, tree.values), *_unseen_parameters(call, tree)))),
         buffers=tuple(dict.fromkeys((*(s.name for s in sources if isinstance(s, BufferSource)), *changed))),
         changed_buffers=changed,
+        kept_buffers=kept.by(call),
         flops=_flops(call),
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,

@@ -5,7 +5,7 @@ Its inner nodes are calls of the model's modules, its leaves calls of torch func
 choice of leaves be a pure function of one recording.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -140,6 +140,14 @@ class ModuleCall:
 
 
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
+
+
+def walk(call: Call) -> Iterator[Call]:
+    """A call and everything inside it, in program order."""
+    yield call
+    if isinstance(call, ModuleCall):
+        for child in call.children:
+            yield from walk(child)
 
 
 @dataclass(slots=True)
