@@ -285,7 +285,6 @@ def counted(step):
 @ZOO.model(
     items=counted,
     shared=True,
-    fails="SILENT, last bits: exact sums by (use, stage), and a use is elsewhere in another recording",
     loss=lambda model, batch: F.mse_loss(model(batch["x"], batch["n"]), batch["y"]),
 )
 class LoopOfTheBatch(Layers):
