@@ -843,7 +843,7 @@ def a_call_of_its_own():
     return Program(net(knobbed, knob=Calling()))
 
 
-@program(culprit="training")
+@program(tolerance=1e-6)
 def a_loss_that_switches_training():
     def loss(model, batch):
         model.eval()

@@ -74,7 +74,8 @@ def test_a_buffer_read_after_its_last_change_may_be_on_another_stage():
 
 def test_buffers_that_only_count_are_not_kept():
     model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(2)), nn.Linear(WIDTH, 1)
+        *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(2)),
+        nn.Linear(WIDTH, 1),
     )
     with pytest.warns(UserWarning, match="BatchNorm"):
         pipe = evenflow.pipeline(model, loss=mean_square, example=regression(), stages=2, num_microbatches=2)
@@ -95,7 +96,13 @@ def test_all_that_is_kept_of_one_memory_is_copied_once():
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.randn(4, 4)[:, 1:3], torch.randn(3).expand(2, 3), torch.randn(2, 3).t(), torch.ones(()), torch.ones(0)],
+    [
+        torch.randn(4, 4)[:, 1:3],
+        torch.randn(3).expand(2, 3),
+        torch.randn(2, 3).t(),
+        torch.ones(()),
+        torch.ones(0),
+    ],
 )
 def test_a_copy_lies_in_memory_as_what_it_is_of(tensor):
     copied = copy_of(tensor)

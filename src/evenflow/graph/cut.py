@@ -191,8 +191,8 @@ def positions_for_owners(
         if min(stages) > highest and not places:
             raise RecordError(
                 f"for this batch {node.name} begins stage {min(stages)}, but between stages {highest} and "
-                f"{min(stages)} is no place to cut: a tensor that is changed in place, or what else cannot be "
-                "parted, is used on both; use fewer stages, or split= so that these modules share a stage"
+                f"{min(stages)} is no place to cut: a tensor that is changed in place, or what else cannot "
+                "be parted, is used on both; use fewer stages, or split= so that these modules share a stage"
             )
         positions += places[-1:] * (min(stages) - highest)
         highest, free = min(stages), at + 1

@@ -94,7 +94,9 @@ def run_padding(
     if found is None:
         return function(*args, **kwargs), []
     trains = torch.is_grad_enabled() and any(fake.requires_grad for fake in fakes)
-    made = (leaf.requires_grad_().clone() if trains and isinstance(leaf, FakeTensor) else leaf for leaf in found)
+    made = (
+        leaf.requires_grad_().clone() if trains and isinstance(leaf, FakeTensor) else leaf for leaf in found
+    )
     return tuple(made), [leaf for leaf in found if not isinstance(leaf, FakeTensor)]
 
 

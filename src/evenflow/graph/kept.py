@@ -30,9 +30,11 @@ class KeptBuffers:
         match call:
             case FunctionCall(grad_enabled=True):
                 if any(self._values[ref].info.requires_grad for ref in call.output.refs):
-                    taken = (name for ref in call.args.refs for name in self._names[self._values[ref].storage])
+                    taken = (
+                        name for ref in call.args.refs for name in self._names[self._values[ref].storage]
+                    )
                     # What it changes itself are running statistics, which its backward does without.
                     yield from (name for name in taken if name not in call.changed_buffers)
             case ModuleCall() if call.unseen or call.real:
                 inside = f"{call.path}." if call.path else ""
-                yield from (name for name in self._changed if name.startswith(inside))
+                yield from (name for name in sorted(self._changed) if name.startswith(inside))

@@ -1,8 +1,8 @@
 """Results that real arguments alone decide, of a function that is handed fake ones too.
 
-Packing a sequence returns how many rows each step has, which follows from the lengths, whatever the rows hold.
-The recorder notes such a result as a call of its own, in which zeros stand for what was fake: it then depends
-on the batch alone, and can be asked of the next microbatch before that runs.
+Packing a sequence returns how many rows each step has, which follows from the lengths, whatever the rows
+hold. The recorder notes such a result as a call of its own, in which zeros stand for what was fake: it then
+depends on the batch alone, and can be asked of the next microbatch before that runs.
 """
 
 from collections.abc import Callable

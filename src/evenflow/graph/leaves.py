@@ -60,7 +60,9 @@ def flatten(
     _refuse_replaced_buffers(tree, calls)
     reads = [call for call in calls if isinstance(call, ReadCall)]
     kept = KeptBuffers(tree)
-    nodes = [_node(call, tree, choice.stuck.get(call), kept) for call in calls if not isinstance(call, ReadCall)]
+    nodes = [
+        _node(call, tree, choice.stuck.get(call), kept) for call in calls if not isinstance(call, ReadCall)
+    ]
     nodes, values, output = with_snapshots(nodes, tree.values, tree.output)
     needed = {*output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, values), values)
@@ -285,9 +287,7 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(
-    call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, kept: KeptBuffers
-) -> Node:
+def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, kept: KeptBuffers) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]

@@ -26,7 +26,7 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
         module._backward_pre_hooks,
     )
     if not all(_only_watches(hook) for table in hooks for hook in table.values()):
-        return "it carries hooks"
+        return "it carries hooks: put them on a module inside it, or do what they do in its forward"
     return None
 
 

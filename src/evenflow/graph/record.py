@@ -73,6 +73,7 @@ _METADATA = {
     "__delete__",
     "data_ptr",
 }
+_PLAIN_KINDS = {torch.Tensor, torch.nn.Parameter, FakeTensor}  # no subclass of a user's
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
 _MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; of a larger one, its identity
 # Of the generator while recording: two runs of a program draw the same numbers.
@@ -325,10 +326,12 @@ class _Recorder:
 
     def unseen(self, tensor: torch.Tensor, used_by: str) -> int:
         """A value from nowhere: the current call stays whole, and may have used any parameter inside it."""
-        shape = list(tensor.shape)
+        shape, kind = list(tensor.shape), type(tensor)
+        plain = kind in _PLAIN_KINDS
         self.keep_whole(
-            f"a {tensor.dtype} tensor of shape {shape}, used by {used_by}, came from an operation that "
-            "cannot be recorded"
+            f"a {tensor.dtype} {'tensor' if plain else kind.__name__} of shape {shape}, used by "
+            f"{used_by or 'the model'}, came from an operation that cannot be recorded"
+            + ("" if plain else " (as_subclass); hand plain tensors to layers with parameters")
         )
         self.stack[-1].unseen = True
         self.unseen_tensors[id(tensor)] = tensor
@@ -624,6 +627,9 @@ class _Recorder:
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
         except Exception as error:
+            kinds = {type(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            for kind in kinds - _PLAIN_KINDS if FakeTensor in kinds else ():
+                raise self.no_subclass(name, kind) from error
             self.raised = f"{type(error).__name__} of {name}"
             raise
         finally:
@@ -639,6 +645,15 @@ class _Recorder:
             name,
             f"{where} calls {name} on numbers that depend on the parameters, which do not exist while "
             f"recording; {remedy}",
+        )
+
+    def no_subclass(self, name: str, kind: type[torch.Tensor]) -> "NeedsNumbers":
+        where = self.stack[-1].path or "the loss function"
+        return NeedsNumbers(
+            name,
+            f"{where} calls {name} on a {kind.__name__}, a subclass of Tensor, and on what depends on the "
+            "parameters, which have stand-ins of a class of their own while recording; hand over plain "
+            "tensors (x.as_subclass(torch.Tensor)), or do it inside one module, which returns plain ones",
         )
 
     def note_draws(self, name: str) -> None:

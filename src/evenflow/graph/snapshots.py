@@ -31,9 +31,7 @@ def with_snapshots(
         ):
             continue
         made = len(known)
-        known.append(
-            dataclasses.replace(known[buffer], number=made, source=CallSource(), storage=-1 - made)
-        )
+        known.append(dataclasses.replace(known[buffer], number=made, source=CallSource(), storage=-1 - made))
         later = [_reading(node, name, buffer, made) for node in found[at + 1 :]]
         _follow(later, known, buffer, made)
         output = _renamed(output, buffer, made)
@@ -56,14 +54,14 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _snapshot(after: Node, name: str, buffer: int, made: int) -> Node:
-    taken, returned = ((Ref(buffer),), {}), Ref(made)
-    args, output = (Template(tuple(leaves), spec) for leaves, spec in map(pytree.tree_flatten, (taken, returned)))
+    args, args_spec = pytree.tree_flatten(((Ref(buffer),), {}))
+    output, output_spec = pytree.tree_flatten(Ref(made))
     return dataclasses.replace(
         after,
         name=f"{name} (copied)",
         target=FunctionTarget(copy_of, None),
-        args=args,
-        output=output,
+        args=Template(tuple(args), args_spec),
+        output=Template(tuple(output), output_spec),
         results=(made,),
         rebinds=(),
         parameters=(),

@@ -157,10 +157,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
-    found = partial(buffers_at, model)
-    stages_here = {
-        stage: Stage(stage, devices[stage], Streams(seed, devices[stage]), found) for stage in own
-    }
+    stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
     numbers.fill(parameters, homes)
@@ -208,6 +205,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             loaded=None if load is None else Path(load),
         )
     )
+
+
+def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:
+    return Stage(index, device, Streams(seed, device), partial(buffers_at, model))
 
 
 def _warn_of_differences(
