@@ -852,7 +852,9 @@ def a_loss_that_switches_training():
         model.train()
         return F.mse_loss(model(batch["x"]), wanted) + square(model, batch)
 
-    return Program(net(lambda self, x: self.head(self.norm(self.a(x))), norm=nn.BatchNorm1d(WIDTH)), loss)
+    return Program(
+        net(lambda self, x: self.head(self.norm(self.a(x).tanh())), norm=nn.BatchNorm1d(WIDTH)), loss
+    )
 
 
 @program(culprit="alpha")
