@@ -8,7 +8,7 @@ from torch.nn import functional
 import evenflow
 from evenflow.graph.snapshots import copy_of
 from evenflow.runtime.kept import kept_as_left
-from unsplit import assert_splits, mean_square, regression, seeded
+from unsplit import assert_splits, mean_square, mlp, regression, seeded
 
 WIDTH = 4
 
@@ -109,3 +109,54 @@ def test_a_copy_lies_in_memory_as_what_it_is_of(tensor):
     assert torch.equal(copied, tensor)
     assert copied.stride() == tensor.stride()
     assert copied.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() or not tensor.numel()
+
+
+class Output:
+    def __init__(self, logits, mean):
+        self.logits, self.mean = logits, mean
+
+
+@pytest.mark.parametrize("factor", [1.1, None])
+def test_a_buffer_may_come_back_in_an_object(factor):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp(WIDTH, WIDTH, WIDTH, 1)
+            self.register_buffer("mean", torch.ones(WIDTH))
+
+        def forward(self, x):
+            if factor is not None:
+                self.mean.mul_(factor)
+            return Output(self.layers(x), self.mean)
+
+    def loss(model, batch):
+        output = model(batch["x"])
+        return functional.mse_loss(output.logits, batch["y"]), output
+
+    model = seeded(Returning)()
+    pipe = evenflow.pipeline(
+        model, loss=loss, example=regression(), stages=2, num_microbatches=2, max_leaf_share=0.0
+    )
+    first, second = pipe.step(regression()).metrics
+    pipe.close()
+    expected = torch.ones(WIDTH)
+    for found in (first, second):
+        expected = expected if factor is None else expected * factor
+        assert torch.equal(found.mean, expected)
+    assert torch.equal(model.mean, expected)
+
+
+def test_gradients_of_functions_beside_buffers_that_are_kept_are_refused():
+    class Both(Norm):
+        def forward(self, x):
+            self.spread.mul_(1.1)
+            inner = torch.func.grad(lambda z: (z * self.spread).sum())
+            return self.layer(x) / self.spread + inner(x.detach())
+
+    model = nn.Sequential(Both("before"), nn.Linear(WIDTH, 1))
+    pipe = evenflow.pipeline(
+        model, loss=mean_square, example=regression(), stages=2, num_microbatches=2, atomic=[Both]
+    )
+    with pytest.raises(evenflow.RecordError, match=r"calls torch\.func\.grad .* clone\(\) of the buffer"):
+        pipe.step(regression())
+    pipe.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
 from evenflow.graph.kept import KeptBuffers
+from evenflow.graph.recomputed import refuse_changes
 from evenflow.graph.snapshots import with_snapshots
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
@@ -58,6 +59,7 @@ def flatten(
                 f"the loss function returns the parameter {source.name} itself; return its clone()"
             )
     _refuse_replaced_buffers(tree, calls)
+    refuse_changes(tree)
     reads = [call for call in calls if isinstance(call, ReadCall)]
     kept = KeptBuffers(tree)
     nodes = [

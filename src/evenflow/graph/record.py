@@ -35,6 +35,7 @@ from evenflow.graph.modules import is_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
+from evenflow.graph.recomputed import REMEDY
 from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
@@ -507,6 +508,7 @@ class _Recorder:
         self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
         given = described(leaves)
+        before = self.buffer_versions() if name == "CheckpointFunction.apply" else {}
         try:
             result = self.call(function, name, args, kwargs)
         except Exception as error:
@@ -520,6 +522,9 @@ class _Recorder:
             if tensor._version != version or id(tensor) in self.pending_changed
         ]
         call, path = self.stack[-1], self.stack[-1].path
+        if name == "CheckpointFunction.apply":  # (a reentrant one: what happens inside is not seen)
+            self.refuse_recomputed_changes(before)
+            call.recomputes = grad_enabled
         if name in IMPURE:
             self.keep_whole(f"it calls {name}")
             call.hooks = call.hooks or name in _HOOKS
@@ -557,6 +562,14 @@ class _Recorder:
         if self.pending_dynamic and made and not isinstance(function, MethodType):
             self.note_shape(name, made)
         return result
+
+    def buffer_versions(self) -> dict[str, int]:
+        return {name: buffer._version for name, buffer in self.model.named_buffers()}
+
+    def refuse_recomputed_changes(self, before: dict[str, int]) -> None:
+        for name, version in self.buffer_versions().items():
+            if torch.is_grad_enabled() and version != before.get(name):
+                raise RecordError(f"a gradient checkpoint in the program changes the buffer {name}: {REMEDY}")
 
     def note_known(
         self, function: Callable[..., Any], name: str, leaves: list[Any], spec: pytree.TreeSpec, result: Any
@@ -741,8 +754,10 @@ class _Recorder:
             if path.startswith(inside) and path != call.path:
                 state = python_state(module)
                 changed = changed_names(self.expected[path], state)
-                self.self_changed.update(f"{path}.{key}" for key in changed)
+                names = tuple(f"{path}.{key}" for key in changed)
+                self.self_changed.update(names)
                 self.expected[path], call.stateful = state, call.stateful or bool(changed)
+                call.recomputed += names if call.recomputes else ()
 
     def note_foreign(self, call: ModuleCall, state: Snapshot) -> None:
         """Note where other code changed the module since the program began: run whole, it would not be so."""

@@ -8,12 +8,13 @@ the buffer. The copy lies in memory as the buffer does, for kernels may add in a
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.graph.graph import FunctionTarget, Node
-from evenflow.graph.template import Ref, Template
+from evenflow.graph.template import Ref, Shell, Template
 from evenflow.graph.tree import BufferSource, CallSource, Value
 
 
@@ -24,6 +25,10 @@ def with_snapshots(
     found, known = list(nodes), list(values)
     last = {name: at for at, node in enumerate(nodes) for name in node.changed_buffers}
     numbers = {v.source.name: v.number for v in values if isinstance(v.source, BufferSource)}
+    shells = (leaf for leaf in output.leaves if isinstance(leaf, Shell))
+    inside = {ref.value for shell in shells for ref in shell.refs}
+    for name in (name for name, number in numbers.items() if number in inside):
+        last.setdefault(name, len(nodes) - 1)  # objects are filled with values alone
     for name, at in sorted(last.items(), key=lambda pair: -pair[1]):  # the last first: places stay right
         buffer = numbers.get(name)
         if buffer is None or not (
@@ -102,4 +107,9 @@ def _follow(nodes: Sequence[Node], values: list[Value], buffer: int, made: int) 
 
 
 def _renamed(template: Template, old: int, new: int) -> Template:
-    return template.rewrite(lambda leaf: Ref(new) if leaf == Ref(old) else leaf)
+    def change(leaf: Any) -> Any:  # any leaf of a template
+        if isinstance(leaf, Shell):
+            return leaf.renamed(old, new)
+        return Ref(new) if leaf == Ref(old) else leaf
+
+    return template.rewrite(change)

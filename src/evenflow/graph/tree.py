@@ -130,6 +130,8 @@ class ModuleCall:
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
     region: int | None = None  # the checkpoint region in which it was called, if any
     sequential: bool = False  # it sets the generator's state itself: its draws are keyed at entry alone
+    recomputes: bool = False  # it calls a reentrant checkpoint, whose inside was not seen
+    recomputed: tuple[str, ...] = ()  # the attributes that were changed in there
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from evenflow.errors import RecordError
 from evenflow.graph.fakes import storage_of
 
 
@@ -36,7 +37,7 @@ def kept_as_left(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
     def unpack(packed: torch.Tensor | _Kept) -> torch.Tensor:
         return packed.tensor if isinstance(packed, _Kept) else packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), _gradients_refused():
         yield
     copies: dict[int, torch.UntypedStorage] = {}
     for kept in found:
@@ -46,6 +47,20 @@ def kept_as_left(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
             copies[memory] = tensor.untyped_storage().clone()
         place = tensor.storage_offset(), tensor.shape, tensor.stride()
         kept.tensor = tensor.new_empty(0).set_(copies[memory], *place)
+
+
+@contextlib.contextmanager
+def _gradients_refused() -> Iterator[None]:
+    """Say what to do where torch.func.grad is called, which allows no hooks on what is kept."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+        raise RecordError(
+            "a stage calls torch.func.grad or one of its kin, and its backward may look at a buffer that the "
+            "program changes: the one forbids what the other needs; hand functions a clone() of the buffer"
+        ) from error
 
 
 def buffers_at(model: torch.nn.Module, names: Iterable[str]) -> list[torch.Tensor]:
