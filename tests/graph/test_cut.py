@@ -195,17 +195,19 @@ def test_a_cut_never_parts_the_users_of_a_buffer_that_is_changed():
             self.register_buffer("calls", torch.zeros(1))
 
         def forward(self, x):
-            x = self.layers[0](x)
-            self.calls += 1
+            x = self.layers[0](x) + self.calls
             x = self.layers[2](self.layers[1](x))
+            self.calls += 1
             return self.layers[4](self.layers[3](x + self.calls))
 
     graph = graph_of(mean_square, Model())
     legal = legal_positions(graph)
-    first, last = at(graph, "add_"), at(graph, "add")
-    assert not any(legal[first + 1 : last + 1])
+    first, change, copied = at(graph, "add"), at(graph, "add_"), at(graph, "calls (copied)")
+    assert not any(legal[first + 1 : change + 1])
     assert legal[first]
-    assert legal[last + 1]
+    assert change < copied, "what reads it later takes a copy"
+    assert not legal[copied]
+    assert all(legal[copied + 1 :])
 
 
 def test_crossing_bytes_are_those_of_the_values_alive():
@@ -235,6 +237,46 @@ def test_a_stage_that_a_recording_does_not_use_stays_empty():
     owners = {f"{name}.{kind}": stage for stage, name in enumerate("abcd") for kind in ("weight", "bias")}
     sections = cut(graph, positions_for_owners(graph, owners, 4)).sections
     assert [bool(section.nodes) for section in sections] == [True, False, False, True]
+
+
+def test_another_recording_is_cut_at_a_legal_place_between_owners():
+    def program(model, batch):
+        h = model["a"](batch["x"]) * 2
+        part = h[:1]
+        k = model["b"](h)
+        part.add_(1)
+        return (k + h).mean()
+
+    graph = graph_of(program)
+    assert not legal_positions(graph)[at(graph, "b")]
+    assert positions_for_owners(graph, {"a.weight": 0, "b.weight": 1}, 2) == (at(graph, "__getitem__"),)
+
+
+def test_owners_that_no_legal_place_parts_are_refused():
+    def program(model, batch):
+        h = model["c"](batch["x"])
+        part = h[:1]
+        k = model["b"](h) + model["a"](h)
+        part.add_(1)
+        return (k + h).mean()
+
+    graph = graph_of(program)
+    with pytest.raises(RecordError, match="a begins stage 1, but between stages 0 and 1 is no place to cut"):
+        positions_for_owners(graph, {"b.weight": 0, "a.weight": 1}, 2)
+
+
+def test_each_use_of_a_shared_parameter_stays_on_its_stage():
+    def program(model, batch):
+        h = model["b"](model["a"](batch["x"]))
+        return model["c"](model["a"](h)).mean()
+
+    graph = graph_of(program)
+    uses = {("a.weight", 0): 0, ("a.weight", 1): 1}
+    assert positions_for_owners(graph, {"c.weight": 1}, 2, uses) == (2,)
+    with pytest.raises(
+        RecordError, match=r"a is use number 2 of the shared parameter a\.weight, .* stage 0 before"
+    ):
+        positions_for_owners(graph, {"b.weight": 1}, 2, {("a.weight", 1): 0})
 
 
 def test_an_order_that_no_cut_follows_is_refused():

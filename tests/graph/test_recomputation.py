@@ -207,3 +207,39 @@ def test_what_a_checkpoint_made_is_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pipe.step(regression())
     assert max(saved) < 1000 * 8, "an activation of the wide layer was saved"
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) / self.calls
+
+
+@pytest.mark.parametrize("kind", [ByModule, Reentrant])
+@pytest.mark.parametrize(
+    ("inner", "name"),
+    [(lambda: nn.BatchNorm1d(WIDTH), r"the buffer blocks\.1\..*tracked"), (Counting, r"blocks\.1\..*calls")],
+)
+def test_state_that_a_recomputation_would_change_again_is_refused(kind, inner, name):
+    model = kind()
+    model.blocks[1] = inner() if kind is ByModule else Around(inner())
+    with pytest.raises(evenflow.RecordError, match=f"a gradient checkpoint in the program changes {name}"):
+        evenflow.pipeline(model, loss=mean_square, example=regression(), stages=2, num_microbatches=2)
+
+
+def test_a_frozen_norm_in_a_checkpoint_is_right():
+    def frozen():
+        model = ByModule()
+        model.blocks[1] = nn.BatchNorm1d(WIDTH)
+        return model
+
+    def build():
+        model = seeded(frozen)()
+        model.blocks[1].eval()
+        return model
+
+    assert_splits(build, regression(), loss=mean_square)

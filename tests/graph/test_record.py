@@ -272,7 +272,7 @@ def test_modules_with_hooks_stay_whole(kind):
             model[0].register_full_backward_hook(lambda *_: None)
     graph = graph_of(model)
     assert names(graph)[0] == "0"
-    assert graph.nodes[0].whole == "it carries hooks"
+    assert graph.nodes[0].whole.startswith("it carries hooks: put them on")
     assert "1.a" in names(graph)
 
 
@@ -406,3 +406,25 @@ def test_a_change_of_a_batch_tensor_that_overlaps_another_is_refused():
     batch = {"x": rows[:, :-1], "y": rows[:, 1:]}
     with pytest.raises(RecordError, match="shares its memory with another one; clone one of them"):
         record(changing, model, batch, device=CPU, fakes=FakeParameters(model, CPU))
+
+
+class Named(torch.Tensor):
+    """A class of tensors that a user made."""
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        (
+            lambda model, batch: model(batch["x"]).as_subclass(Named).mean(),
+            "loss function calls as_subclass on a",
+        ),
+        (
+            lambda model, batch: nn.functional.mse_loss(model(batch["x"]), batch["y"].as_subclass(Named)),
+            "loss function calls mse_loss on a",
+        ),
+    ],
+)
+def test_subclasses_of_tensor_that_meet_parameters_are_refused(program, told):
+    with pytest.raises(RecordError, match=f"{told} Named, a subclass of Tensor"):
+        tree_of(mlp(WIDTH, WIDTH, 1), program)

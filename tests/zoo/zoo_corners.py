@@ -13,9 +13,6 @@ from zoo_unseen import Block, Stack
 
 ZOO = Zoo()
 SETTINGS = "SILENT: {} is not among what is recorded of a call, so that it is repeated without"
-FLAGS = (
-    "SILENT: a whole module runs in the mode that it has at replay, not in the one it had when it was called"
-)
 NUMBERS = (
     "SILENT: C++ reads a number of the batch, which makes no guard: a size computed from it in Python is kept"
 )
@@ -75,7 +72,7 @@ def both_modes(model, batch):
     return F.mse_loss(model(batch["x"]), batch["y"] + 0.1 * target)
 
 
-@ZOO.model(loss=both_modes, fails=FLAGS)
+@ZOO.model(loss=both_modes)
 def evaluated_in_the_loss():
     return nn.Sequential(
         *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(4)),
@@ -83,7 +80,7 @@ def evaluated_in_the_loss():
     )
 
 
-@ZOO.model(draws=True, loss=both_modes, fails=FLAGS)
+@ZOO.model(draws=True, loss=both_modes)
 def evaluated_in_the_loss_with_dropout():
     return nn.Sequential(
         *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3), nn.ReLU()) for _ in range(4)),
@@ -91,7 +88,7 @@ def evaluated_in_the_loss_with_dropout():
     )
 
 
-@ZOO.model(fails=FLAGS)
+@ZOO.model()
 class EvaluatesAPart(Layers):
     """A norm is frozen by eval() in the forward itself."""
 

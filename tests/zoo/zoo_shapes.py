@@ -429,7 +429,7 @@ def adversaries():
 @ZOO.model(
     loss=adversarial,
     shared=True,
-    fails="item() of a loss, for the metrics: a number that depends on parameters",
+    refused="calls item on numbers that depend on the parameters",
 )
 def adversaries_with_item():
     """`.item()` of a loss beside the loss: a number that depends on parameters."""

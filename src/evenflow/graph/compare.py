@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
-from evenflow.graph.leaves import walk
 from evenflow.graph.outside import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
-from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value
+from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value, walk
 
 
 def find_difference(first: Graph, second: Graph) -> str:
@@ -21,12 +20,27 @@ def find_difference(first: Graph, second: Graph) -> str:
         before, after = mine.step(step), theirs.step(other)
         if before != after:
             name = "its result" if isinstance(step, Template) else step.name
+            kept = _whole_in_one(step, other) or _whole_in_one(other, step)
+            if kept is not None:
+                return (
+                    f"{kept.name} does something else when it runs again: in one of two runs it is one node, "
+                    f"because {kept.whole}. What a module makes in one call and uses in the next (a table, a "
+                    "mask) must be there before: make it in __init__, as a buffer"
+                )
             return (
                 f"two runs of the program on one microbatch differ at {name}: {_difference(before, after)}; "
                 "something outside of the batch changes with every call (a counter, a clock, a random number "
                 "of Python's): keep it inside one module (atomic=[…]), or pass it in the batch"
             )
     return ""
+
+
+def _whole_in_one(step: Node | Guard | Template, other: Node | Guard | Template) -> Node | None:
+    """The first of two steps if it is a module that stays whole for a reason, and the second is inside it."""
+    match step, other:
+        case Node(target=ModuleTarget(path), whole=str()), Node(name=name) if name != step.name:
+            return step if name.startswith(path) else None
+    return None
 
 
 def _pure_outside_leaves(graph: Graph) -> dict[int, Any]:

@@ -9,9 +9,10 @@ differs in the last bits.)
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Graph, Node
@@ -27,7 +28,7 @@ class Section:
     Each of the four traffic maps takes the other stage to the values that travel, in one fixed order.
     `relayed` are received values whose gradient also arrives from a later stage, `cloned` are received or
     batch values that the section changes in place, `live` values that leave while their memory is that of a
-    buffer which the next microbatch will change.
+    buffer which the next microbatch will change, `kept_buffers` changed ones that the backward may look at.
     """
 
     stage: int
@@ -40,6 +41,7 @@ class Section:
     relayed: frozenset[int]
     cloned: frozenset[int]
     live: frozenset[int]
+    kept_buffers: frozenset[str]
     needs_output: bool  # the last stage hands back what the loss function returned
 
 
@@ -140,6 +142,7 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
             live=_live(
                 graph, (*graph.output.refs, *(v for sent in traffic.sends[stage].values() for v in sent))
             ),
+            kept_buffers=frozenset(name for node in need.nodes for name in node.kept_buffers),
             needs_output=stage == num_stages - 1,
         )
         for stage, need in enumerate(needs)
@@ -148,16 +151,34 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
 
 
 def positions_for_owners(
-    graph: Graph, stage_of_parameter: Mapping[str, int], num_stages: int
+    graph: Graph,
+    stage_of_parameter: Mapping[str, int],
+    num_stages: int,
+    stage_of_use: Mapping[tuple[str, int], int] = MappingProxyType({}),
 ) -> tuple[int, ...]:
     """Cuts of another recording of the same model under which every stage uses only parameters it owns.
 
-    `stage_of_parameter` names the parameters that one stage alone uses. Raises `RecordError` when the
-    recording uses them in an order that no cut follows.
+    `stage_of_parameter` names the parameters that one stage alone uses, `stage_of_use` the stage of single
+    uses (by name and how many came before) of shared ones. Raises `RecordError` when the recording uses them
+    in an order that no cut follows.
     """
-    highest, positions = 0, []
+    highest, free, positions = 0, 0, []  # free: the first position after the last node that has a stage
+    legal = legal_positions(graph)
+    uses: Counter[str] = Counter()
     for at, node in enumerate(graph.chain):
         stages = {stage_of_parameter[name] for name in node.parameters if name in stage_of_parameter}
+        used = [(name, uses[name]) for name in node.parameters]
+        uses.update(node.parameters)
+        held = {use: stage_of_use[use] for use in used if use in stage_of_use}
+        for (name, before), stage in held.items():
+            if {stage, *stages} != {stage} or stage < highest:
+                raise RecordError(
+                    f"for this batch {node.name} is use number {before + 1} of the shared parameter {name}, "
+                    f"which was on stage {stage} before and cannot be there now; exact=True adds up the "
+                    "gradients of each use on one stage: use fewer stages, or exact=False, which may differ "
+                    "in the last bits"
+                )
+        stages.update(held.values())
         if not stages:
             continue
         if len(stages) > 1 or min(stages) < highest:
@@ -166,8 +187,15 @@ def positions_for_owners(
                 f"{min(stages)}: the program changes the order of its modules with the batch; use fewer "
                 "stages, or split= so that these modules share a stage"
             )
-        positions += [at] * (min(stages) - highest)
-        highest = min(stages)
+        places = [position for position in range(free, at + 1) if legal[position]]
+        if min(stages) > highest and not places:
+            raise RecordError(
+                f"for this batch {node.name} begins stage {min(stages)}, but between stages {highest} and "
+                f"{min(stages)} is no place to cut: a tensor that is changed in place, or what else cannot "
+                "be parted, is used on both; use fewer stages, or split= so that these modules share a stage"
+            )
+        positions += places[-1:] * (min(stages) - highest)
+        highest, free = min(stages), at + 1
     return tuple(positions + [len(graph.chain)] * (num_stages - 1 - len(positions)))
 
 
@@ -185,6 +213,7 @@ def glue_section(graph: Graph, values: Sequence[int]) -> Section:
         relayed=frozenset(),
         cloned=_changed(graph, need),
         live=frozenset(),
+        kept_buffers=frozenset(),
         needs_output=False,
     )
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 _GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
 MASKS = (torch.bool, torch.uint8)  # an index of these types picks where it is true
@@ -50,11 +51,12 @@ def run_kernel(
     try:
         return kernel(*args, **kwargs), []
     except _CANNOT:
-        result = _on_numbers(kernel, args, kwargs)
-        if result is None:
+        results = _on_numbers(kernel, args, kwargs)
+        if results is None:
             raise
         given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        return result[0], [tensor for tensor in given if not isinstance(tensor, FakeTensor)]
+        result = results[0] if len(kernel._schema.returns) == 1 else tuple(results)
+        return result, [tensor for tensor in given if not isinstance(tensor, FakeTensor)]
 
 
 def _grouped(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,8 +81,29 @@ def _positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return found
 
 
-def _on_numbers(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-    """What a kernel returns where fakes are zeros, if it is of the same form where they are ones.
+def run_padding(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[torch.Tensor]]:
+    """Call `_pad_packed_sequence`, which writes fakes into a new tensor that would be taken for real.
+
+    Also returns the real tensors among the results: the lengths, which the fakes do not decide.
+    """
+    fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    with _disable_current_modes(), torch.no_grad():
+        found = _on_numbers(function, args, kwargs) if fakes else None
+    if found is None:
+        return function(*args, **kwargs), []
+    trains = torch.is_grad_enabled() and any(fake.requires_grad for fake in fakes)
+    made = (
+        leaf.requires_grad_().clone() if trains and isinstance(leaf, FakeTensor) else leaf for leaf in found
+    )
+    return tuple(made), [leaf for leaf in found if not isinstance(leaf, FakeTensor)]
+
+
+def _on_numbers(
+    kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor] | None:
+    """All that a kernel returns where fakes are zeros, if it is of the same form where they are ones.
 
     A result that has the same numbers both times is real: only real inputs decide it. The others are fake.
     """
@@ -94,11 +117,10 @@ def _on_numbers(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     ):
         return None
     mode = fakes[0].fake_mode
-    known = [
+    return [
         a if torch.equal(a, b) and a.numel() else mode.from_tensor(a)
         for a, b in zip(zeros, ones, strict=True)
     ]
-    return (known[0] if len(kernel._schema.returns) == 1 else tuple(known),)
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -106,7 +128,10 @@ def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _run(
-    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fill: Callable[[torch.Tensor], torch.Tensor]
+    kernel: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fill: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[Any]:
     def real(leaf: Any) -> Any:  # anything
         if not isinstance(leaf, FakeTensor):

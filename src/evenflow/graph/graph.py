@@ -53,6 +53,7 @@ class Node:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     changed_buffers: tuple[str, ...]
+    kept_buffers: tuple[str, ...]  # those of changed ones whose numbers autograd may keep for the backward
     flops: int
     grad_enabled: bool
     autocast: tuple[tuple[str, Any], ...]  # (device type, dtype) of each active one; ("nesting", depth)

@@ -12,6 +12,9 @@ from collections.abc import Callable, Collection, Iterator
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
+from evenflow.graph.kept import KeptBuffers
+from evenflow.graph.recomputed import refuse_changes
+from evenflow.graph.snapshots import with_snapshots
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
     ARRAYS,
@@ -26,6 +29,7 @@ from evenflow.graph.tree import (
     ParameterSource,
     ReadCall,
     Value,
+    walk,
 )
 
 
@@ -55,15 +59,20 @@ def flatten(
                 f"the loss function returns the parameter {source.name} itself; return its clone()"
             )
     _refuse_replaced_buffers(tree, calls)
+    refuse_changes(tree)
     reads = [call for call in calls if isinstance(call, ReadCall)]
-    nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
-    needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
-    nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
-    guards = tuple(_guard(read, nodes, tree.values) for read in reads)
+    kept = KeptBuffers(tree)
+    nodes = [
+        _node(call, tree, choice.stuck.get(call), kept) for call in calls if not isinstance(call, ReadCall)
+    ]
+    nodes, values, output = with_snapshots(nodes, tree.values, tree.output)
+    needed = {*output.refs, *(ref for read in reads for ref in read.args.refs)}
+    nodes = _mark_glue(_without_unused(nodes, needed, values), values)
+    guards = tuple(_guard(read, nodes, values) for read in reads)
     return Graph(
         tuple(nodes),
-        tree.values,
-        tree.output,
+        values,
+        output,
         guards,
         tuple(choice.apart),
         tree.same_tensor,
@@ -98,14 +107,6 @@ def _refuse_replaced_buffers(tree: CallTree, calls: list[Call]) -> None:
                     )
 
 
-def walk(call: Call) -> Iterator[Call]:
-    """A call and everything inside it, in program order."""
-    yield call
-    if isinstance(call, ModuleCall):
-        for child in call.children:
-            yield from walk(child)
-
-
 class _Stuck(Exception):
     """A call can neither stay whole nor be taken apart."""
 
@@ -124,6 +125,7 @@ class _Choice:
         self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
         self.limit = max_share * _flops(tree.root)
         self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
+        self.stuck: dict[Call, str] = {}  # calls that stay whole because of one inside, and why that is so
         self.hides = _hidden_values(tree)
         self.derived = _batch_derived(tree)
         counts = _parameter_uses(tree.root, tree.values)
@@ -139,17 +141,19 @@ class _Choice:
 
     def choose(self, call: ModuleCall) -> list[Call]:
         hidden = self.hides.get(call) or call.foreign or _draws_recomputed(call)
-        if hidden is None and call.whole is not None and _has_dynamic_shape(call):
+        kept = call.whole is not None or call.layer
+        if hidden is None and kept and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
-        if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
+        if hidden is None and (kept or not self.wanted_apart(call)):
             return [call]
         if call.whole is not None:
             where = call.path or "the model"
             raise _Stuck(f"{where} cannot be taken apart ({call.whole}), nor can it stay whole ({hidden})")
         try:
             return self.inside(call)
-        except _Stuck:
+        except _Stuck as stuck:
             if hidden is None:
+                self.stuck[call] = str(stuck)
                 return [call]
             raise
 
@@ -285,7 +289,7 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
+def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, kept: KeptBuffers) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
@@ -312,15 +316,23 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         parameters=tuple(dict.fromkeys((*_parameters(call, tree.values), *_unseen_parameters(call, tree)))),
         buffers=tuple(dict.fromkeys((*(s.name for s in sources if isinstance(s, BufferSource)), *changed))),
         changed_buffers=changed,
+        kept_buffers=kept.by(call),
         flops=_flops(call),
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         region=call.region,
-        whole=call.whole if isinstance(call, ModuleCall) else None,
+        whole=_reason(call) or stuck,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
     )
+
+
+def _reason(call: FunctionCall | ModuleCall) -> str | None:
+    """Why a call was not taken apart, where it was not its weight that decided."""
+    if not isinstance(call, ModuleCall):
+        return None
+    return call.whole or ("it is one of torch's own layers" if call.layer else None)
 
 
 def _is_opaque(call: ModuleCall) -> bool:

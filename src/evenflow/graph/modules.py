@@ -26,12 +26,15 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
         module._backward_pre_hooks,
     )
     if not all(_only_watches(hook) for table in hooks for hook in table.values()):
-        return "it carries hooks"
-    if type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-        module, torch.nn.Sequential | torch.nn.ModuleList
-    ):
-        return "it is one of torch's own layers"
+        return "it carries hooks: put them on a module inside it, or do what they do in its forward"
     return None
+
+
+def is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is one of torch's own layers, which are not taken apart without need."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+        module, torch.nn.Sequential | torch.nn.ModuleList
+    )
 
 
 def _only_watches(hook: Any) -> bool:

@@ -55,8 +55,12 @@ class Observer(Listener, Protocol):
     pending_draws: int
     pending_flops: int
     pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
+    pending_known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
     born: set[int]  # memory that the run made, by `storage_of`
     pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
+
+    def no_subclass(self, name: str, kind: type[torch.Tensor]) -> Exception:
+        """What to raise where a subclass of Tensor meets a fake one."""
 
     def write_outside(self, tensor: torch.Tensor) -> None:
         """A kernel is about to change a real tensor, perhaps one that the run did not make."""
@@ -89,6 +93,7 @@ def observed_by(observer: Listener, *, kernels: Observer | None = None) -> Itera
         _unvalidated_distributions(),
         _needless_conversions_left_out(),
         _swaps_refused(),
+        contextlib.nullcontext() if kernels is None else _subclasses_refused(kernels),
         _modules_observed(observer),
         _custom_functions_observed(observer),
         _Functions(observer),
@@ -143,6 +148,23 @@ def _swaps_refused() -> Iterator[None]:
         yield
     finally:
         torch.utils.swap_tensors = swap
+
+
+@contextlib.contextmanager
+def _subclasses_refused(observer: Observer) -> Iterator[None]:
+    """Refuse by name to make another class of a fake tensor, which is of a class of its own."""
+    own = torch.Tensor.as_subclass
+
+    def as_subclass(tensor: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor) and kind is not torch.Tensor:
+            raise observer.no_subclass("as_subclass", kind)
+        return tensor if isinstance(tensor, FakeTensor) else own(tensor, kind)
+
+    torch.Tensor.as_subclass = as_subclass  # type: ignore[method-assign, assignment]  # the patch is the point
+    try:
+        yield
+    finally:
+        del torch.Tensor.as_subclass  # it is inherited
 
 
 @contextlib.contextmanager
@@ -212,6 +234,8 @@ class _Kernels(TorchDispatchMode):
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 self.observer.born.add(storage_of(leaf))
+                if lengths:
+                    self.observer.pending_known.append(leaf)
         if draws(func, args, kwargs):
             self.observer.pending_draws += 1
         if torch.Tag.dynamic_output_shape in func.tags:

@@ -28,12 +28,14 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
 from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
-from evenflow.graph.fake_kernels import MASKS
+from evenflow.graph.fake_kernels import MASKS, run_padding
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
-from evenflow.graph.modules import python_state, reason_to_stay_whole
+from evenflow.graph.known_results import result_at, zeros_like
+from evenflow.graph.modules import is_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
+from evenflow.graph.recomputed import REMEDY
 from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
@@ -72,6 +74,7 @@ _METADATA = {
     "__delete__",
     "data_ptr",
 }
+_PLAIN_KINDS = {torch.Tensor, torch.nn.Parameter, FakeTensor}  # no subclass of a user's
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
 _MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; of a larger one, its identity
 # Of the generator while recording: two runs of a program draw the same numbers.
@@ -255,6 +258,7 @@ class _Recorder:
         self.pending_draws = 0
         self.pending_flops = 0
         self.pending_dynamic: list[torch.Tensor] = []
+        self.pending_known: list[torch.Tensor] = []
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
@@ -323,10 +327,12 @@ class _Recorder:
 
     def unseen(self, tensor: torch.Tensor, used_by: str) -> int:
         """A value from nowhere: the current call stays whole, and may have used any parameter inside it."""
-        shape = list(tensor.shape)
+        shape, kind = list(tensor.shape), type(tensor)
+        plain = kind in _PLAIN_KINDS
         self.keep_whole(
-            f"a {tensor.dtype} tensor of shape {shape}, used by {used_by}, came from an operation that "
-            "cannot be recorded"
+            f"a {tensor.dtype} {'tensor' if plain else kind.__name__} of shape {shape}, used by "
+            f"{used_by or 'the model'}, came from an operation that cannot be recorded"
+            + ("" if plain else " (as_subclass); hand plain tensors to layers with parameters")
         )
         self.stack[-1].unseen = True
         self.unseen_tensors[id(tensor)] = tensor
@@ -498,9 +504,11 @@ class _Recorder:
         self.clock += 1
         self.pending_draws = self.pending_flops = 0
         self.pending_dynamic.clear()
+        self.pending_known.clear()
         self.pending_changed.clear()
         grad_enabled = torch.is_grad_enabled()
         given = described(leaves)
+        before = self.buffer_versions() if name == "CheckpointFunction.apply" else {}
         try:
             result = self.call(function, name, args, kwargs)
         except Exception as error:
@@ -514,6 +522,9 @@ class _Recorder:
             if tensor._version != version or id(tensor) in self.pending_changed
         ]
         call, path = self.stack[-1], self.stack[-1].path
+        if name == "CheckpointFunction.apply":  # (a reentrant one: what happens inside is not seen)
+            self.refuse_recomputed_changes(before)
+            call.recomputes = grad_enabled
         if name in IMPURE:
             self.keep_whole(f"it calls {name}")
             call.hooks = call.hooks or name in _HOOKS
@@ -546,10 +557,44 @@ class _Recorder:
             modes = (grad_enabled, _autocast(), self.region())
             state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
+        self.note_known(function, name, leaves, spec, result)
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made and not isinstance(function, MethodType):
             self.note_shape(name, made)
         return result
+
+    def buffer_versions(self) -> dict[str, int]:
+        return {name: buffer._version for name, buffer in self.model.named_buffers()}
+
+    def refuse_recomputed_changes(self, before: dict[str, int]) -> None:
+        for name, version in self.buffer_versions().items():
+            if torch.is_grad_enabled() and version != before.get(name):
+                raise RecordError(f"a gradient checkpoint in the program changes the buffer {name}: {REMEDY}")
+
+    def note_known(
+        self, function: Callable[..., Any], name: str, leaves: list[Any], spec: pytree.TreeSpec, result: Any
+    ) -> None:
+        """Note each result that real arguments alone decide as a call that does without the others."""
+        known = {storage_of(tensor) for tensor in self.pending_known}
+        for at, tensor in enumerate(pytree.tree_leaves(result)):
+            if is_tensor(tensor) and not isinstance(tensor, FakeTensor) and storage_of(tensor) in known:
+                self.clock += 1
+                fakes = (isinstance(leaf, FakeTensor) for leaf in leaves)
+                args = Template(
+                    tuple(
+                        zeros_like(leaf) if fake else self.encode_leaf(leaf, name)
+                        for leaf, fake in zip(leaves, fakes, strict=True)
+                    ),
+                    spec,
+                )
+                self.values.result(tensor, self.clock, changed=False)
+                output = self.encode(tensor, name)
+                path, modes = self.stack[-1].path, (torch.is_grad_enabled(), _autocast(), self.region())
+                self.stack[-1].children.append(
+                    FunctionCall(
+                        result_at(function, at), name, path, self.clock, args, output, (), (), None, 0, *modes
+                    )
+                )
 
     def note_pure(self, inputs: Template, made: list[torch.Tensor], changed: list[torch.Tensor]) -> None:
         """Keep what a function made of Python's constants alone: a cache may give it to the next run."""
@@ -588,10 +633,16 @@ class _Recorder:
             raise self.needs_numbers(name)
         try:
             self.blind = isinstance(function, MethodType)  # what a custom function does inside is its own
+            if name == "_pad_packed_sequence":
+                result, self.pending_known = run_padding(function, args, kwargs)
+                return result
             return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
         except Exception as error:
+            kinds = {type(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            for kind in kinds - _PLAIN_KINDS if FakeTensor in kinds else ():
+                raise self.no_subclass(name, kind) from error
             self.raised = f"{type(error).__name__} of {name}"
             raise
         finally:
@@ -607,6 +658,15 @@ class _Recorder:
             name,
             f"{where} calls {name} on numbers that depend on the parameters, which do not exist while "
             f"recording; {remedy}",
+        )
+
+    def no_subclass(self, name: str, kind: type[torch.Tensor]) -> "NeedsNumbers":
+        where = self.stack[-1].path or "the loss function"
+        return NeedsNumbers(
+            name,
+            f"{where} calls {name} on a {kind.__name__}, a subclass of Tensor, and on what depends on the "
+            "parameters, which have stand-ins of a class of their own while recording; hand over plain "
+            "tensors (x.as_subclass(torch.Tensor)), or do it inside one module, which returns plain ones",
         )
 
     def note_draws(self, name: str) -> None:
@@ -694,8 +754,10 @@ class _Recorder:
             if path.startswith(inside) and path != call.path:
                 state = python_state(module)
                 changed = changed_names(self.expected[path], state)
-                self.self_changed.update(f"{path}.{key}" for key in changed)
+                names = tuple(f"{path}.{key}" for key in changed)
+                self.self_changed.update(names)
                 self.expected[path], call.stateful = state, call.stateful or bool(changed)
+                call.recomputed += names if call.recomputes else ()
 
     def note_foreign(self, call: ModuleCall, state: Snapshot) -> None:
         """Note where other code changed the module since the program began: run whole, it would not be so."""
@@ -711,7 +773,7 @@ class _Recorder:
         self.clock += 1
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
         call.region = self.region()
-        call.whole = reason_to_stay_whole(module)
+        call.whole, call.layer = reason_to_stay_whole(module), is_layer(module)
         self.calls[path] += 1
         self.stack[-1].children.append(call)
         self.stack.append(call)

@@ -59,6 +59,11 @@ class Shell:
     refs: tuple[Ref, ...]  # those in it, by identity
     keep: dict[int, Any]  # as deepcopy's memo
 
+    def renamed(self, old: int, new: int) -> "Shell":
+        """The same object, with a value under another number."""
+        refs = {id(ref): Ref(new) if ref.value == old else ref for ref in self.refs}
+        return Shell(copy.deepcopy(self.prototype, self.keep | refs), tuple(refs.values()), self.keep)
+
     def filled(self, values: Mapping[int, Any]) -> Any:  # as `prototype`
         """The copy with these values in it."""
         return copy.deepcopy(self.prototype, self.keep | {id(ref): values[ref.value] for ref in self.refs})

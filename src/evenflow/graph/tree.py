@@ -5,7 +5,7 @@ Its inner nodes are calls of the model's modules, its leaves calls of torch func
 choice of leaves be a pure function of one recording.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -126,9 +126,12 @@ class ModuleCall:
     output: Template = NOTHING  # until it has returned
     num_draws: int = 0
     whole: str | None = None  # why this call must not be taken apart, where it must not
+    layer: bool = False  # one of torch's own layers: taken apart only where it cannot stay whole
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
     region: int | None = None  # the checkpoint region in which it was called, if any
     sequential: bool = False  # it sets the generator's state itself: its draws are keyed at entry alone
+    recomputes: bool = False  # it calls a reentrant checkpoint, whose inside was not seen
+    recomputed: tuple[str, ...] = ()  # the attributes that were changed in there
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
@@ -139,6 +142,14 @@ class ModuleCall:
 
 
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
+
+
+def walk(call: Call) -> Iterator[Call]:
+    """A call and everything inside it, in program order."""
+    yield call
+    if isinstance(call, ModuleCall):
+        for child in call.children:
+            yield from walk(child)
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_callable, check_reduction, check_whole, refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
+from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.process_group import ProcessGroupLink
@@ -155,7 +157,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
-    stages_here = {stage: Stage(stage, devices[stage], Streams(seed, devices[stage])) for stage in own}
+    stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
     numbers.fill(parameters, homes)
@@ -203,6 +205,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             loaded=None if load is None else Path(load),
         )
     )
+
+
+def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:
+    return Stage(index, device, Streams(seed, device), partial(buffers_at, model))
 
 
 def _warn_of_differences(

@@ -159,7 +159,7 @@ class _Check:
         """With `exact` a shared parameter has the same bits at every cut: those of one stage."""
         self.progress("one step, on one stage")
         device = self.first.device
-        stage = Stage(0, device, self.first.streams.another())
+        stage = Stage(0, device, self.first.streams.another(), self.first.buffers_at)
         accumulators = Accumulators(dict(self._owned), (device,), exact=True)
         recordings = self.parts.recordings
         try:

@@ -76,6 +76,15 @@ class Accumulators:
                     known.sort()
         return serving
 
+    @property
+    def stage_of_use(self) -> dict[tuple[str, int], int]:
+        """With `exact`: for each use of a shared parameter, the one stage on which all recordings have it.
+
+        Microbatches then add up in each use alike for every cut, however many uses each of them has.
+        """
+        uses = (use for known in self.uses.values() for use in known) if self._exact else ()
+        return {(use.name, use.index): use.stage for use in uses}
+
     def object_for(self, use: Use) -> torch.nn.Parameter:
         """The accumulator: the parameter itself for its first use, else another over the same numbers."""
         parameter = self._parameters[use.name]

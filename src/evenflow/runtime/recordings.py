@@ -249,7 +249,8 @@ class Recordings:
         model = self.entries[0]
         if [node.name for node in graph.chain] == [node.name for node in model.graph.chain]:
             return cut(graph, model.cut.positions)
-        return cut(graph, positions_for_owners(graph, self.stage_of_parameter, len(model.cut.sections)))
+        num_stages, uses = len(model.cut.sections), self._accumulators.stage_of_use
+        return cut(graph, positions_for_owners(graph, self.stage_of_parameter, num_stages, uses))
 
     def add(self, program: Program, microbatch: Any, made: Cut, stages: Mapping[int, Stage]) -> int:
         """Keep a cut recording and make its works for these stages; returns its number."""

@@ -1,6 +1,6 @@
 """A stage: owns the parameters of its nodes and runs them. Knows no rank and no link."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from evenflow.ir.op import Payload
 from evenflow.runtime.backward import receive
 from evenflow.runtime.inflight import InFlight, Parcel
+from evenflow.runtime.kept import kept_as_left
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.split_backward import Walk, extent
 
@@ -36,12 +37,19 @@ class Stage(torch.nn.Module):
     Its parameters carry the model's own names with `/` for `.`, since torch allows no dots in names.
     """
 
-    def __init__(self, index: int, device: torch.device, streams: Streams) -> None:
+    def __init__(
+        self,
+        index: int,
+        device: torch.device,
+        streams: Streams,
+        buffers_at: Callable[[Iterable[str]], list[torch.Tensor]],  # finds the model's buffers by name
+    ) -> None:
         super().__init__()
         self.index = index
         self.device = device
         self._current = partial(on, device) if device.type == "cuda" else nullcontext  # `type` takes 10 us
         self.streams = streams
+        self.buffers_at = buffers_at
 
     def own(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Take parameters, by the model's names, and move them to the stage's device."""
@@ -73,7 +81,8 @@ class Stage(torch.nn.Module):
                 values[value] = self._enter(flight, value, arrived, train)
         if work.draws:
             self.streams.begin(step, microbatch)
-        work.run(values)
+        with self._keeping(flight) if train else nullcontext():
+            work.run(values)
         values.update((value, values[value].clone()) for value in section.live if value in values)
         if train:
             awaited = (value for group in section.gradient_receives.values() for value in group)
@@ -81,6 +90,14 @@ class Stage(torch.nn.Module):
         flight.made = {value: values[value].detach() for group in section.sends.values() for value in group}
         if section.needs_output:
             flight.output = work.output(values)
+
+    def _keeping(self, flight: InFlight) -> AbstractContextManager[object]:
+        """What lets the backward find buffers as this forward leaves them; nothing, where none is changed."""
+        names, constants = flight.work.section.kept_buffers, flight.work.graph.constants
+        if not names:
+            return nullcontext()
+        own = (constants[name] for name in names & constants.keys())
+        return kept_as_left([*own, *self.buffers_at(names - constants.keys())])
 
     def _enter(self, flight: InFlight, value: int, arrived: torch.Tensor, train: bool) -> torch.Tensor:
         """A received value as the section may use it."""

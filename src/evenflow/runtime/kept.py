@@ -1,0 +1,70 @@
+"""Numbers of buffers that a backward will look at, kept as its microbatch's forward left them.
+
+Autograd keeps tensors themselves. A buffer that the next microbatch's forward changes would raise an error in
+the backward, or, if it is changed through `.data`, give wrong gradients. So whatever is kept of such a
+buffer's memory is, when the forward ends, replaced by a copy: the numbers that a plain loop's backward, which
+follows at once, would find. Rejected: copies for each reader, which would miss what is changed after it read.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from evenflow.errors import RecordError
+from evenflow.graph.fakes import storage_of
+
+
+class _Kept:
+    """A kept tensor; once the forward has ended, one over a copy of its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextlib.contextmanager
+def kept_as_left(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let autograd keep the numbers that these buffers have when the context ends."""
+    memories = {storage_of(buffer) for buffer in buffers}
+    found: list[_Kept] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | _Kept:
+        if storage_of(tensor) not in memories:
+            return tensor
+        found.append(_Kept(tensor))
+        return found[-1]
+
+    def unpack(packed: torch.Tensor | _Kept) -> torch.Tensor:
+        return packed.tensor if isinstance(packed, _Kept) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), _gradients_refused():
+        yield
+    copies: dict[int, torch.UntypedStorage] = {}
+    for kept in found:
+        tensor = kept.tensor
+        memory = storage_of(tensor)
+        if memory not in copies:
+            copies[memory] = tensor.untyped_storage().clone()
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        kept.tensor = tensor.new_empty(0).set_(copies[memory], *place)
+
+
+@contextlib.contextmanager
+def _gradients_refused() -> Iterator[None]:
+    """Say what to do where torch.func.grad is called, which allows no hooks on what is kept."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+        raise RecordError(
+            "a stage calls torch.func.grad or one of its kin, and its backward may look at a buffer that the "
+            "program changes: the one forbids what the other needs; hand functions a clone() of the buffer"
+        ) from error
+
+
+def buffers_at(model: torch.nn.Module, names: Iterable[str]) -> list[torch.Tensor]:
+    """Those of a model's buffers, or of its modules' other attributes, that are tensors now."""
+    places = (name.rpartition(".") for name in names)
+    found = (getattr(model.get_submodule(path), key, None) for path, _, key in places)
+    return [each for each in found if isinstance(each, torch.Tensor)]
