@@ -41,6 +41,7 @@ class Case:
     loss: Loss = loss_and_output
     exact: bool = False
     num_microbatches: int = 3
+    reduction: Any = "item-mean"
     fails: str = ""
 
 
@@ -84,7 +85,7 @@ def pipeline_outcome(case: Case, *, stages: int, max_leaf_share: float | None) -
         num_microbatches=None if isinstance(batch, Microbatches) else case.num_microbatches,
         max_leaf_share=max_leaf_share,
         exact=case.exact,
-        reduction="item-mean",
+        reduction=case.reduction,
     )
     prediction = pipe.predict(batch, case.loss)
     result = pipe.step(batch)

@@ -71,8 +71,9 @@ def crossing_bytes(graph: Graph) -> list[int]:
 def legal_positions(graph: Graph) -> list[bool]:
     """Where a cut changes nothing.
 
-    It must not separate a change in place from an alias that still matters, nor the users of a buffer that
-    is changed; and one tensor must not cross it under two numbers, whose gradients would be summed apart.
+    It must not separate a change in place from an alias that still matters, nor from an earlier user whose
+    backward sees the change, nor the users of a buffer that is changed; and one tensor must not cross it
+    under two numbers, whose gradients would be summed apart.
     """
     legal = [True] * (len(graph.chain) + 1)
     lives = _lifetimes(graph)
@@ -84,6 +85,9 @@ def legal_positions(graph: Graph) -> list[bool]:
             for position in range(1, at + 1):
                 across = [v for v in by_storage[storage] if lives[v][0] < position <= lives[v][1]]
                 legal[position] = legal[position] and len(across) < 2
+            first = _first_user(graph, storage) if node.hidden else at
+            for position in range(first + 1, at + 1):
+                legal[position] = False
     for later in graph.same_tensor:
         earlier = later
         while earlier in graph.same_tensor:
@@ -103,6 +107,15 @@ def legal_positions(graph: Graph) -> list[bool]:
         for position in range(users[0] + 1, users[-1] + 1) if users else ():
             legal[position] = False
     return legal
+
+
+def _first_user(graph: Graph, storage: int) -> int:
+    """Where in the chain a memory is made or used first."""
+    touched = (
+        any(graph.values[value].storage == storage for value in (*node.inputs, *node.makes))
+        for node in graph.chain
+    )
+    return next(at for at, touches in enumerate(touched) if touches)
 
 
 def _is_handed(node: Node, number: int) -> bool:
@@ -160,6 +173,12 @@ def positions_for_owners(
         stages = {stage_of_parameter[name] for name in node.parameters if name in stage_of_parameter}
         if not stages:
             continue
+        if len(stages) > 1 and node.whole is not None:
+            raise RecordError(
+                f"for this batch {node.name} stays whole ({node.whole}), and it uses parameters of stages "
+                f"{', '.join(map(str, sorted(stages)))}, which another kind of batch parted; use one stage, "
+                "or leave out what needs this kind of batch"
+            )
         if len(stages) > 1 or min(stages) < highest:
             raise RecordError(
                 f"for this batch {node.name} runs after parameters of stage {highest} but owns some of stage "

@@ -70,6 +70,7 @@ def flatten(
         tree.constants,
         tree.pure,
         tree.changing_objects,
+        tree.changed_leaves,
         tree.device,
     )
 
@@ -320,6 +321,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
+        hidden=any(inner.hidden for inner in functions),
     )
 
 
@@ -403,7 +405,8 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
     derived |= {
         v.number for v in values if isinstance(v.source, BufferSource) and v.source.name not in changed
     }
-    marked = []
+    marked: list[Node] = []
+    kept: set[int] = set()  # memory that the backward of a stage may look at again
     for node in nodes:
         draws = node.target.draws
         stateless = (
@@ -411,8 +414,11 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
         )
         glue = stateless and derived.issuperset(node.inputs) and not _has_shared(node)
         glue = glue and not any(values[value].info.requires_grad for value in node.makes)
+        glue = glue and not (node.hidden and any(values[old].storage in kept for old, _ in node.rebinds))
         if glue:
             derived.update(node.makes)
+        else:
+            kept.update(values[value].storage for value in node.inputs)
         marked.append(dataclasses.replace(node, glue=glue))
     return marked
 

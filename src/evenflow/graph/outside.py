@@ -9,7 +9,9 @@ program.
 """
 
 import contextlib
+import dis
 import functools
+import itertools
 import os
 import random
 from collections import deque
@@ -91,7 +93,12 @@ def seen_by_modules(model: torch.nn.Module, names: frozenset[str], *, tensors: b
 
 def names_in(program: Callable[..., Any], model: torch.nn.Module) -> frozenset[str]:
     """Every name in the code of a loss function and of the user's own modules, and of what they call."""
-    names: set[str] = set()
+    codes = (code for function in _functions(program, model) for code in _codes(function.__code__))
+    return frozenset(name for code in codes for name in _words(code))
+
+
+def _functions(program: Callable[..., Any], model: torch.nn.Module) -> Iterator[FunctionType]:
+    """A loss function, the user's own modules' functions, and what they call, without libraries'."""
     seen: set[int] = set()
     kinds = {type(module) for module in model.modules()}
     waiting: list[Any] = [program, *(kind for kind in kinds if not is_library(kind))]
@@ -105,8 +112,8 @@ def names_in(program: Callable[..., Any], model: torch.nn.Module) -> frozenset[s
             case FunctionType():
                 if is_library(thing):
                     continue
+                yield thing
                 codes = list(_codes(thing.__code__))
-                names.update(name for code in codes for name in _words(code))
                 waiting += _closure(thing).values()
                 waiting += [thing.__globals__[n] for c in codes for n in c.co_names if n in thing.__globals__]
                 waiting += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
@@ -127,7 +134,19 @@ def names_in(program: Callable[..., Any], model: torch.nn.Module) -> frozenset[s
                 pass
             case _:
                 waiting += [type(thing)]
-    return frozenset(names)
+
+
+def catches_errors(program: Callable[..., Any], model: torch.nn.Module) -> bool:
+    """Whether the code of a loss function, of the user's own modules, or of what they call catches errors."""
+    codes = (code for function in _functions(program, model) for code in _codes(function.__code__))
+    return any("suppress" in code.co_names or _has_except(code) for code in codes)
+
+
+def _has_except(code: CodeType) -> bool:
+    """Whether code has an `except` clause: one that compares the error, or one that drops it unseen."""
+    steps = [step.opname for step in dis.get_instructions(code)]
+    dropped = ("PUSH_EXC_INFO", "POP_TOP") in itertools.pairwise(steps)
+    return dropped or any(step.startswith("CHECK_E") for step in steps)
 
 
 def is_library(thing: Any) -> bool:  # a class or a function

@@ -115,15 +115,14 @@ def record(
         if between is not None:
             between()
             tree.difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
-    changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
-    _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
+    _refuse_overlaps(given, tree.changed_leaves)
     return tree
 
 
-def _refuse_overlaps(given: list[torch.Tensor], changed: list[int]) -> None:
+def _refuse_overlaps(given: list[torch.Tensor], changed: frozenset[int]) -> None:
     """Refuse a change in place of a batch tensor that shares memory with another: copies of them do not."""
     sharing = Counter(storage_of(tensor) for tensor in {id(tensor): tensor for tensor in given}.values())
-    for index in changed:
+    for index in sorted(changed):
         if sharing[storage_of(given[index])] > 1:
             raise RecordError(
                 f"the program changes the batch's tensor number {index} (shape {list(given[index].shape)}) "
@@ -436,6 +435,7 @@ class _Recorder:
             self.constants,
             {at: _numbers_in(tensor) for at, tensor in enumerate(self.values.tensors()) if id(tensor) in own},
             frozenset(self.changing_objects),
+            self.values.changed_leaves(),
             self.device,
             Rehearsal(constants, made, frozenset(self.born), frozenset(self.self_changed)),
         )
@@ -544,7 +544,7 @@ class _Recorder:
             output = self.encode(result, name)
             self.note_pure(inputs, made, changed)
             modes = (grad_enabled, _autocast(), self.region())
-            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
+            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes, changes.hidden)
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made and not isinstance(function, MethodType):

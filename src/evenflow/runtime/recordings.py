@@ -27,6 +27,7 @@ from evenflow.graph.leaves import flatten
 from evenflow.graph.modules import python_kept
 from evenflow.graph.outside import (
     Snapshot,
+    catches_errors,
     changed_names,
     frozen,
     names_in,
@@ -83,6 +84,7 @@ class Recordings:
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
+        self._catches: dict[Any, bool] = {}  # by program too: whether its code catches errors
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
         self._self_changing: set[str] = set()  # attributes that modules, which stay whole, change themselves
@@ -102,9 +104,10 @@ class Recordings:
         return {where: value for where, value in seen.items() if where not in self._self_changing}
 
     def _names_in(self, program: Program) -> frozenset[str]:
-        key: Any = program if getattr(program, "__hash__", None) else id(program)
+        key = _name(program)
         if key not in self._names:
             self._names[key] = (names_in(program, self.model), program)
+            self._catches[key] = catches_errors(program, self.model)
         return self._names[key][0]
 
     def key(self, microbatch: Any) -> Any:
@@ -171,7 +174,8 @@ class Recordings:
         graph = self._flat(tree)
         self._self_changing |= changing
         self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
-        return replace(graph, pure={})  # it was there to be compared
+        # What is pure was there to be compared.
+        return replace(graph, pure={}, catches=self._catches[_name(program)])
 
     def _check_second(self, first: CallTree, second: CallTree, *, steady: bool) -> None:
         """Accept a second recording that differs from the first in what does not matter; refuse any other.
@@ -319,6 +323,11 @@ class Recordings:
             except Exception:  # noqa: BLE001 (this batch does not even get there: recording it will tell)
                 return False
         return True
+
+
+def _name(program: Program) -> Any:
+    """What a program goes by in a dictionary that keeps it: itself, unless it has no hash."""
+    return program if getattr(program, "__hash__", None) else id(program)
 
 
 def _host_random() -> tuple[Any, Any]:
