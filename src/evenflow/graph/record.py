@@ -11,6 +11,7 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 `torch.from_numpy`) marks the module call that used it as `whole`: it will run as the module's own code.
 """
 
+import contextlib
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def record(
     rehearsal: "Rehearsal | None" = None,
     seen: Callable[[int, torch.Tensor], None] | None = None,
     between: Callable[[], None] | None = None,
+    by_others: Callable[[], contextlib.AbstractContextManager[list[str]]] = lambda: contextlib.nullcontext([]),
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
 
@@ -100,7 +102,8 @@ def record(
     `rehearsal` of an earlier run, a tensor counts as Python's constant only if that run met the same.
 
     With `between` the program runs once more, after that was called, without computing anything: the tree's
-    `difference` says what it did differently.
+    `difference` says what it did differently. It runs likewise under `by_others`, which changes attributes
+    and gives their names: `dependence` says what it does differently with those.
     """
     leaves, spec = flatten_tree(microbatch)
     given = [leaf for leaf in leaves if is_tensor(leaf)]
@@ -115,6 +118,10 @@ def record(
         if between is not None:
             between()
             tree.difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
+            with by_others() as names:
+                if names and tree.difference is None:
+                    difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
+                    tree.dependence = f"{', '.join(names)}: {difference}" if difference else None
     _refuse_overlaps(given, tree.changed_leaves)
     return tree
 

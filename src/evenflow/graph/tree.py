@@ -160,3 +160,4 @@ class CallTree:
     device: Any  # torch.device on which it was recorded
     rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`
     difference: str | None = None  # what the program did differently when it ran once more
+    dependence: str | None = None  # what it does differently where another kind of call left a tensor

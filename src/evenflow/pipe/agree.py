@@ -108,7 +108,7 @@ def agree(
     if all(row[0] == _BATCH for row in rows):
         assert mine is not None
         new = {at: item for at, item in enumerate(mine.items) if mine.recordings[at] is None}
-        numbers, shares = learning.complete(mine.recordings, mine.weights, new, mine.overlaps)
+        numbers, shares = learning.complete(mine.recordings, mine.weights, new, mine.overlaps, mine.items)
         return Agreed(tuple(dict(enumerate(tensors(item))) for item in mine.items), numbers, shares)
     absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
     return _sent(world, recordings, mine, learning, absent, device, placement)
@@ -154,13 +154,20 @@ class _Learning:
         weights: Sequence[Weight | None],
         new: Mapping[int, Any],
         shared: Sequence[Overlap],
+        items: Sequence[Any] = (),
     ) -> tuple[tuple[int, ...], Shares]:
-        """Record and weigh the new microbatches, of which several may be of one kind."""
+        """Record and weigh the new microbatches, of which several may be of one kind; `items` are all."""
         numbers, weighed = list(found), list(weights)
-        for at, item in new.items():
-            known = self.recordings.find(self.program, item)
-            number = self.learn(item) if known is None else known
-            numbers[at], weighed[at] = number, self.weigh(number, item)
+        waiting = dict(new)
+        while waiting:
+            for at, item in waiting.items():
+                known = self.recordings.find(self.program, item)
+                number = self.learn(item) if known is None else known
+                numbers[at], weighed[at] = number, self.weigh(number, item)
+            # One that was known may have to be asked again, for what a new one does.
+            waiting = {
+                at: each for at, each in enumerate(items) if self.recordings.find(self.program, each) is None
+            }
         complete = tuple(number for number in numbers if number is not None)
         refuse_changes_between(shared, [self.recordings.entries[number].graph for number in complete])
         return complete, shares_of([weight for weight in weighed if weight is not None])

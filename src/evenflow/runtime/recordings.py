@@ -24,6 +24,7 @@ from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
+from evenflow.graph.left_behind import LeftBehind
 from evenflow.graph.modules import python_kept
 from evenflow.graph.outside import (
     Snapshot,
@@ -85,6 +86,7 @@ class Recordings:
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
         self._catches: dict[Any, bool] = {}  # by program too: whether its code catches errors
+        self._left = LeftBehind(model)
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
         self._self_changing: set[str] = set()  # attributes that modules, which stay whole, change themselves
@@ -101,7 +103,16 @@ class Recordings:
         names = self._names_in(program)
         function = seen_by_function(program, self.model, names, tensors=tensors)
         seen = {**function, **seen_by_modules(self.model, names, tensors=tensors)}
-        return {where: value for where, value in seen.items() if where not in self._self_changing}
+        return self._without_own(seen)
+
+    def _without_own(self, seen: Snapshot) -> Snapshot:
+        """A snapshot without what modules change themselves, but with what they leave behind.
+
+        That is a part of it because what was recorded earlier was not asked about it.
+        """
+        own = self._self_changing | self._left.tensors
+        rest = {where: value for where, value in seen.items() if where not in own}
+        return rest | {"left behind": frozenset(self._left.values)}
 
     def _names_in(self, program: Program) -> frozenset[str]:
         key = _name(program)
@@ -143,16 +154,26 @@ class Recordings:
     def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
         host, states = _host_random(), [self._look(program, tensors=False)]
         exactly: list[Snapshot] = []
+        attributes = self._left.now()
 
         def look() -> None:
             states.append(self._look(program, tensors=False))
             exactly.append(self._look(program))
 
-        tree = first = self._run(program, microbatch, None, look)
+        def by_others() -> contextlib.AbstractContextManager[list[str]]:
+            return self._left.by_others(attributes)
+
+        tree = first = self._run(program, microbatch, None, look, by_others)
         look()
         if first.difference is not None:
-            tree = self._run(program, microbatch, first.rehearsal, look)
+            tree = self._run(program, microbatch, first.rehearsal, look, by_others)
             look()
+        if tree.dependence is not None:
+            raise RecordError(
+                "the program does something else once another kind of microbatch has changed an attribute "
+                f"({tree.dependence}), and evenflow cannot carry that from one microbatch to the next: "
+                "pass it in the batch, or keep it in a buffer"
+            )
         changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
         if repr(_host_random()) != repr(host):
             raise RecordError(
@@ -170,10 +191,12 @@ class Recordings:
             self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place
             changing &= frozenset(changed_names(*exactly[:2]))
-            forget_changes(first, first.rehearsal.self_changed - changing)
+            forgotten = first.rehearsal.self_changed - changing
+            forget_changes(first, forgotten)
+            self._left.learn(forgotten, first.rehearsal.constants)
         graph = self._flat(tree)
         self._self_changing |= changing
-        self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
+        self._seen = self._without_own(self._seen)
         # What is pure was there to be compared.
         return replace(graph, pure={}, catches=self._catches[_name(program)])
 
@@ -211,6 +234,7 @@ class Recordings:
         microbatch: Any,
         rehearsal: Rehearsal | None,
         between: Callable[[], None],
+        by_others: Callable[[], contextlib.AbstractContextManager[list[str]]],
     ) -> CallTree:
         return record(
             program,
@@ -220,6 +244,7 @@ class Recordings:
             fakes=self._fakes,
             rehearsal=rehearsal,
             between=between,
+            by_others=by_others,
         )
 
     def _flat(self, tree: CallTree) -> Graph:
