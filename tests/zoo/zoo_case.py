@@ -31,8 +31,8 @@ class Case:
     """A tiny model and a batch for it.
 
     `build` gives a model in training mode, with the same numbers every time; `batch` a batch whose
-    microbatches hold different data. `exact`: a parameter is used in several places. `fails`: why this cannot
-    be split today.
+    microbatches hold different data. `exact`: a parameter is used in several places. `refused`: a pattern of
+    what is said of one that is refused by name.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
     exact: bool = False
     num_microbatches: int = 3
     reduction: Any = "item-mean"
-    fails: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Graph, Node
+from evenflow.graph.regions import first_in_region
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 from evenflow.ir.flow import Flow
@@ -86,6 +87,8 @@ def legal_positions(graph: Graph) -> list[bool]:
                 across = [v for v in by_storage[storage] if lives[v][0] < position <= lives[v][1]]
                 legal[position] = legal[position] and len(across) < 2
             first = _first_user(graph, storage) if node.hidden else at
+            if node.region is not None:  # computed again, a part would change what it was given twice
+                first = min(first, first_in_region(graph.chain, graph.values, at, storage))
             for position in range(first + 1, at + 1):
                 legal[position] = False
     for later in graph.same_tensor:

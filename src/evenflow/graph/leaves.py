@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
+from evenflow.graph.regions import refuse_changes_across_autocast
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
     ARRAYS,
@@ -59,6 +60,7 @@ def flatten(
     nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
+    refuse_changes_across_autocast(nodes, tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
     return Graph(
         tuple(nodes),

@@ -30,7 +30,7 @@ class LeftBehind:
         return frozenset(name for name, value in self.values.items() if isinstance(value, torch.Tensor))
 
     def learn(self, changed: Collection[str], pure: Collection[int]) -> None:
-        """Note what attributes that a run changed hold now: tensors, but for those of ids `pure`, and numbers."""
+        """Note what attributes that a run changed hold now: numbers, and tensors but for those of ids `pure`."""
         for name in changed:
             own, key = self._place(name)
             match own.get(key):
@@ -46,7 +46,7 @@ class LeftBehind:
 
     @contextlib.contextmanager
     def by_others(self, before: Mapping[str, Any]) -> Iterator[list[str]]:
-        """Put there what others left and this run, which found `before`, did not; gives the attributes' names."""
+        """Put there what others left and this run, which found `before`, did not; gives the names."""
         now = self.now()
         names = [name for name in sorted(self.values) if now.get(name, self) is before.get(name, self)]
         try:

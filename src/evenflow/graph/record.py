@@ -72,6 +72,9 @@ _METADATA = {
     "__set__",
     "__delete__",
     "data_ptr",
+    "apply_",  # these hand each number to a Python function, which may keep it
+    "map_",
+    "map2_",
 }
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
 _MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; of a larger one, its identity
@@ -90,7 +93,9 @@ def record(
     rehearsal: "Rehearsal | None" = None,
     seen: Callable[[int, torch.Tensor], None] | None = None,
     between: Callable[[], None] | None = None,
-    by_others: Callable[[], contextlib.AbstractContextManager[list[str]]] = lambda: contextlib.nullcontext([]),
+    by_others: Callable[[], contextlib.AbstractContextManager[list[str]]] = lambda: contextlib.nullcontext(
+        []
+    ),
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
 
@@ -274,6 +279,7 @@ class _Recorder:
         self.regions: dict[int, tuple[int, Any]] = {}  # by id of a checkpoint's hook, which is kept alive
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
         self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
+        self.handed: list[tuple[str, Any, Any]] = []  # containers that custom functions may keep, as they were
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
         self.choices = _choices()
         self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
@@ -422,6 +428,7 @@ class _Recorder:
                 generator.set_state(state)
         self.note_caught()
         self.check_parameters()
+        self.check_handed()
         root.output, root.end = output, self.clock
         if root.whole is not None:
             raise RecordError(
@@ -467,6 +474,16 @@ class _Recorder:
                     "optimizer would know: run it once before the pipeline is built"
                 )
 
+    def check_handed(self) -> None:
+        """Refuse to change a container that a custom function was handed: a replay hands over another one."""
+        for name, container, (leaves, spec) in self.handed:
+            now, its_spec = flatten_tree(container)
+            if its_spec != spec or described(now) != described(leaves):
+                raise RecordError(
+                    f"{name} is handed a {type(container).__name__} that the program changes afterwards, "
+                    "which its backward might see; hand it a copy"
+                )
+
     def note_caught(self) -> None:
         """An error that did not end the program was caught here: another batch may not raise it."""
         if self.raised:
@@ -484,7 +501,10 @@ class _Recorder:
             if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
                 self.keep_whole(f"it hands a function to {name}")
                 self.stack[-1].unseen = True
-            return self.function(apply, args, kwargs, name=name)
+            result = self.function(apply, args, kwargs, name=name)
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, dict | list)]
+            self.handed += [(name, each, flatten_tree(each)) for each in given]
+            return result
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable
 import torch
 
 from evenflow.graph.fakes import storage_of
-from evenflow.graph.tree import BatchLeaf, BufferSource, CallSource, ParameterSource, Source, TensorInfo, Value
+from evenflow.graph.tree import (
+    BatchLeaf,
+    BufferSource,
+    CallSource,
+    ParameterSource,
+    Source,
+    TensorInfo,
+    Value,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -184,9 +184,7 @@ def _sent(
 ) -> Agreed:
     message = world.share(_first_message(mine) if mine is not None else None, source=0)
     assert message is not None, "the first rank has a batch"
-    numbers, shares = learning.complete(
-        message.recordings, message.weights, message.new, message.overlaps
-    )
+    numbers, shares = learning.complete(message.recordings, message.weights, message.new, message.overlaps)
     if mine is not None:
         batches = tuple(dict(enumerate(tensors(item))) for item in mine.items)
     else:

@@ -247,8 +247,8 @@ class Executor:
 def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:
     """An error that the program, whose code catches some, would perhaps have caught; a split does not."""
     return RecordError(
-        f"microbatch {microbatch} raised {type(error).__name__} on stage {stage} ({error}), which none did when "
-        "this program was recorded. Its code catches errors (except): if it would catch this one, ask "
+        f"microbatch {microbatch} raised {type(error).__name__} on stage {stage} ({error}), which none did "
+        "when this program was recorded. Its code catches errors (except): if it would catch this one, ask "
         "before for what may go wrong (if), or keep the code that catches it inside one module (atomic=[…]); "
         "otherwise the error is the program's own"
     )
