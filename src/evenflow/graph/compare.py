@@ -9,7 +9,7 @@ from typing import Any
 
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
 from evenflow.graph.leaves import walk
-from evenflow.graph.outside import PLAIN
+from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
 from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value
 

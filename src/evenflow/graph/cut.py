@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Graph, Node
-from evenflow.graph.regions import first_in_region
+from evenflow.graph.regions import first_in_region, memory_of
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 from evenflow.ir.flow import Flow
@@ -86,10 +86,7 @@ def legal_positions(graph: Graph) -> list[bool]:
             for position in range(1, at + 1):
                 across = [v for v in by_storage[storage] if lives[v][0] < position <= lives[v][1]]
                 legal[position] = legal[position] and len(across) < 2
-            first = _first_user(graph, storage) if node.hidden else at
-            if node.region is not None:  # computed again, a part would change what it was given twice
-                first = min(first, first_in_region(graph.chain, graph.values, at, storage))
-            for position in range(first + 1, at + 1):
+            for position in range(_tied_to(graph, at, storage) + 1, at + 1):
                 legal[position] = False
     for later in graph.same_tensor:
         earlier = later
@@ -112,13 +109,17 @@ def legal_positions(graph: Graph) -> list[bool]:
     return legal
 
 
-def _first_user(graph: Graph, storage: int) -> int:
-    """Where in the chain a memory is made or used first."""
-    touched = (
-        any(graph.values[value].storage == storage for value in (*node.inputs, *node.makes))
-        for node in graph.chain
-    )
-    return next(at for at, touches in enumerate(touched) if touches)
+def _tied_to(graph: Graph, at: int, storage: int) -> int:
+    """The first node that must not be parted from node `at`, which changes a memory in place."""
+    node = graph.chain[at]
+    first = at
+    if node.hidden:  # the backward of whoever used it sees the change
+        first = next(
+            place for place, each in enumerate(graph.chain) if storage in memory_of(each, graph.values)
+        )
+    if node.region is not None:  # computed again, a part would change twice what it was given
+        first = min(first, first_in_region(graph.chain, graph.values, at, storage))
+    return first
 
 
 def _is_handed(node: Node, number: int) -> bool:

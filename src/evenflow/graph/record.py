@@ -279,7 +279,9 @@ class _Recorder:
         self.regions: dict[int, tuple[int, Any]] = {}  # by id of a checkpoint's hook, which is kept alive
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
         self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
-        self.handed: list[tuple[str, Any, Any]] = []  # containers that custom functions may keep, as they were
+        self.handed: list[
+            tuple[str, Any, Any]
+        ] = []  # containers that custom functions may keep, as they were
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
         self.choices = _choices()
         self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)

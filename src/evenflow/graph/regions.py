@@ -5,7 +5,7 @@ autocast. What one part changes in place of another's, its recomputation would c
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Node
@@ -18,7 +18,7 @@ def refuse_changes_across_autocast(nodes: Sequence[Node], values: Sequence[Value
     first: dict[tuple[int, int], int] = {}  # region and memory -> the part that touched it first
     for number, ((region, _), inside) in enumerate(parts):
         for node in inside if region is not None else ():
-            for storage in _touched(node, values):
+            for storage in memory_of(node, values):
                 first.setdefault((region, storage), number)
             for old, _new in node.rebinds:
                 if first[region, values[old].storage] != number:
@@ -33,9 +33,12 @@ def first_in_region(nodes: Sequence[Node], values: Sequence[Value], at: int, sto
     """Where the region of node `at` first makes or uses a memory."""
     region = nodes[at].region
     return next(
-        place for place, node in enumerate(nodes) if node.region == region and storage in _touched(node, values)
+        place
+        for place, node in enumerate(nodes)
+        if node.region == region and storage in memory_of(node, values)
     )
 
 
-def _touched(node: Node, values: Sequence[Value]) -> Iterator[int]:
-    return (values[value].storage for value in (*node.inputs, *node.makes))
+def memory_of(node: Node, values: Sequence[Value]) -> set[int]:
+    """The memory that a node uses or makes."""
+    return {values[value].storage for value in (*node.inputs, *node.makes)}

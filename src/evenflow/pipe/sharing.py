@@ -59,10 +59,12 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The first byte of a tensor in its memory, and the one behind its last."""
     if tensor.layout != torch.strided:
         return 0, 1
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     if not tensor.numel():
         return start, start
-    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    length = 1 + sum(
+        (size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return start, start + length * tensor.element_size()
 
 
@@ -72,6 +74,7 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
         return True
     places = torch.arange(max(_extent(each)[1] for each in (one, other)) // one.element_size())
     mine, theirs = (
-        places.as_strided(each.shape, each.stride(), each.storage_offset()) for each in (one, other)
+        places.as_strided(each.shape, each.stride(), each.storage_offset()).reshape(-1)
+        for each in (one, other)
     )
     return bool(torch.isin(mine, theirs).any())

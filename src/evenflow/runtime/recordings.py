@@ -28,13 +28,12 @@ from evenflow.graph.left_behind import LeftBehind
 from evenflow.graph.modules import python_kept
 from evenflow.graph.outside import (
     Snapshot,
-    catches_errors,
     changed_names,
     frozen,
-    names_in,
     seen_by_function,
     seen_by_modules,
 )
+from evenflow.graph.reach import Reach
 from evenflow.graph.record import Rehearsal, record
 from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
@@ -112,13 +111,14 @@ class Recordings:
         """
         own = self._self_changing | self._left.tensors
         rest = {where: value for where, value in seen.items() if where not in own}
-        return rest | {"left behind": frozenset(self._left.values)}
+        return rest | {"left behind": frozen(self._left.values)}
 
     def _names_in(self, program: Program) -> frozenset[str]:
         key = _name(program)
         if key not in self._names:
-            self._names[key] = (names_in(program, self.model), program)
-            self._catches[key] = catches_errors(program, self.model)
+            reach = Reach(program, self.model)
+            self._names[key] = (frozenset(reach.names), program)
+            self._catches[key] = reach.catches_errors()
         return self._names[key][0]
 
     def key(self, microbatch: Any) -> Any:
