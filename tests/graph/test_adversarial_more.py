@@ -38,6 +38,26 @@ def a_batch_tensor_written_through_data_and_used_again(self, x):
     return self.head(self.c(y) * x)
 
 
+@program(culprit="buffer scale")
+def a_buffer_written_through_data_and_used():
+    def run(self, x):
+        self.scale.data.mul_(1.5)
+        return self.head(self.c(self.b(self.a(x) * self.scale[:])))
+
+    return Program(net(run, scale=torch.ones(WIDTH)))
+
+
+@program()
+def a_buffer_written_through_data_and_used_without_gradient():
+    def run(self, x):
+        self.scale.data.mul_(1.5)
+        h = self.b(self.a(x))
+        nearest = (h * self.scale).argmax(1, keepdim=True)
+        return self.head(self.c(h * self.scale.clone())) * nearest
+
+    return Program(net(run, scale=torch.ones(WIDTH)))
+
+
 @program(culprit="microbatch 0")
 def columns_of_one_tensor_of_which_one_is_changed_in_the_next():
     def run(self, x):

@@ -23,6 +23,7 @@ from evenflow.graph.compare import find_difference, forget_changes, keep_whole_a
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
+from evenflow.graph.hidden import refuse_hidden_changes
 from evenflow.graph.leaves import flatten
 from evenflow.graph.left_behind import LeftBehind
 from evenflow.graph.modules import python_kept
@@ -194,6 +195,7 @@ class Recordings:
             forgotten = first.rehearsal.self_changed - changing
             forget_changes(first, forgotten)
             self._left.learn(forgotten, first.rehearsal.constants)
+        refuse_hidden_changes(tree)
         graph = self._flat(tree)
         self._self_changing |= changing
         self._seen = self._without_own(self._seen)
