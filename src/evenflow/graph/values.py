@@ -86,13 +86,17 @@ class Values:
         pairs: list[tuple[int, int]] = []
         buffers: list[str] = []
         parameters: list[str] = []
-        storages = {storage_of(tensor) for tensor in tensors}
+        given = list(tensors)
+        # Batch norms count no change of their statistics at all, which no backward needs.
+        counted = {storage_of(t) for t in given if t._version != self._version_of.get(id(t))}
+        storages = {storage_of(tensor) for tensor in given}
         self.changed_storages |= storages
         hidden = False
         for storage in storages:
             for tensor in self._aliases[storage]:
                 old = self._number_of[id(tensor)]
-                hidden = hidden or tensor._version == self._version_of[id(tensor)]
+                same = tensor._version == self._version_of[id(tensor)]
+                hidden = hidden or (same and storage in counted)
                 self._version_of[id(tensor)] = tensor._version
                 match self.all[old].source:
                     case ParameterSource(name):
