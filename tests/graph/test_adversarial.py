@@ -78,10 +78,7 @@ def written_through_data(self, x):
     return self.head(self.c(h) + y)
 
 
-@forward(
-    culprit="data",
-    wrong="leaves._without_unused drops a change of what an earlier function kept for backward",
-)
+@forward()
 def written_through_data_after_the_last_use(self, x):
     h = self.a(x) * 1.0
     y = self.b(h)
@@ -236,7 +233,6 @@ def an_alias_from_the_second_step_on():
 
 @program(
     culprit="microbatch",
-    wrong="a tensor of two microbatches that is changed in place: each gets a copy of its own",
 )
 def one_tensor_in_two_microbatches_changed():
     def run(self, x):
@@ -451,13 +447,6 @@ def scaled_by(scale):
     return build
 
 
-SHAPES = (
-    "a C++ .item() makes a shape of a number, unseen: observe._Kernels asks for dynamic_output_shape only"
-)
-SLICE = "a slice is plain for template.IMMUTABLE, with the tensor inside it"
-TEXT = "record.READS knows neither __format__ nor __repr__ nor __reduce_ex__"
-
-
 def assigned(n):
     mask = torch.ones(8)
     mask[n[0] :] = 0.0
@@ -546,7 +535,7 @@ NUMBERS = {
             "culprit": "__repr__",
         },
     ),
-    "pickle": (lambda n: sum(pickle.dumps(n)) % 7, {"culprit": "__reduce_ex__", "wrong": TEXT}),
+    "pickle": (lambda n: sum(pickle.dumps(n)) % 7, {"culprit": "untyped_storage"}),
 }
 for name, (scale, options) in NUMBERS.items():
     build = scaled_by(scale)
@@ -577,8 +566,6 @@ def an_exception_that_depends_on_numbers():
 
 @program(
     culprit="IndexError|getitem",
-    wrong="the same the other way round: raised in the step (loud)",
-    raises=IndexError,
 )
 def an_exception_that_comes_later():
     def run(self, x, n):

@@ -171,6 +171,34 @@ def seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
+def changing_what_it_has_twice(model, batch):
+    """Changes a tensor in place that the batch holds under another name too, with an attribute on it."""
+    factor = getattr(batch["x"], "factor", 1.0)
+    batch["x"].mul_(2)
+    return mean_square(model, {"x": batch["again"] * factor, "y": batch["y"]})
+
+
+def twice(rows: int):
+    items = split(regression(rows), 2)
+    for item in items:
+        item["x"].factor = 3.0
+        item["again"] = item["x"]
+    return Microbatches(items)
+
+
+def fed_one_tensor_twice(folder):
+    """A kind of microbatch that the other rank must record as the first one does."""
+    pipe = make(
+        loss=changing_what_it_has_twice,
+        example=twice(8),
+        num_microbatches=None,
+        optimizer=None,
+        split=["2"],
+        reduction="item-mean",
+    )
+    return [float(pipe.step(batch).loss) for batch in pipe.feed([twice(4)] if is_first() else unread())]
+
+
 def the_same_on_every_rank(folder):
     def loss(model, batch):
         prediction = model(batch["x"])
@@ -265,6 +293,7 @@ SCENARIOS = [
     fed,
     fed_from_a_failing_loader,
     fed_with_branches,
+    fed_one_tensor_twice,
     the_same_on_every_rank,
     owned,
     accumulated,
@@ -383,6 +412,11 @@ def test_fed_with_branches(found):
         float(plain_step(branching_model(), branching, branches(*signs).items).loss) for signs in SIGNS
     ]
     assert found == [expected] * 2
+
+
+def test_fed_one_tensor_twice(found):
+    expected = [float(changing_what_it_has_twice(build(), item).detach()) for item in twice(4).items]
+    assert found == [[pytest.approx(sum(expected) / 2)]] * 2
 
 
 def test_the_same_on_every_rank(found):

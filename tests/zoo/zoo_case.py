@@ -31,8 +31,8 @@ class Case:
     """A tiny model and a batch for it.
 
     `build` gives a model in training mode, with the same numbers every time; `batch` a batch whose
-    microbatches hold different data. `exact`: a parameter is used in several places. `fails`: why this cannot
-    be split today.
+    microbatches hold different data. `exact`: a parameter is used in several places. `refused`: a pattern of
+    what is said of one that is refused by name.
     """
 
     name: str
@@ -41,7 +41,8 @@ class Case:
     loss: Loss = loss_and_output
     exact: bool = False
     num_microbatches: int = 3
-    fails: str = ""
+    reduction: Any = "item-mean"
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def pipeline_outcome(case: Case, *, stages: int, max_leaf_share: float | None) -
         num_microbatches=None if isinstance(batch, Microbatches) else case.num_microbatches,
         max_leaf_share=max_leaf_share,
         exact=case.exact,
-        reduction="item-mean",
+        reduction=case.reduction,
     )
     prediction = pipe.predict(batch, case.loss)
     result = pipe.step(batch)

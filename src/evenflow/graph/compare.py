@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
-from evenflow.graph.outside import PLAIN
+from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
 from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value, walk
 

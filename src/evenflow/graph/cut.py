@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Graph, Node
+from evenflow.graph.regions import first_in_region, memory_of
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 from evenflow.ir.flow import Flow
@@ -73,8 +74,9 @@ def crossing_bytes(graph: Graph) -> list[int]:
 def legal_positions(graph: Graph) -> list[bool]:
     """Where a cut changes nothing.
 
-    It must not separate a change in place from an alias that still matters, nor the users of a buffer that
-    is changed; and one tensor must not cross it under two numbers, whose gradients would be summed apart.
+    It must not separate a change in place from an alias that still matters, nor from an earlier user whose
+    backward sees the change, nor the users of a buffer that is changed; and one tensor must not cross it
+    under two numbers, whose gradients would be summed apart.
     """
     legal = [True] * (len(graph.chain) + 1)
     lives = _lifetimes(graph)
@@ -86,6 +88,8 @@ def legal_positions(graph: Graph) -> list[bool]:
             for position in range(1, at + 1):
                 across = [v for v in by_storage[storage] if lives[v][0] < position <= lives[v][1]]
                 legal[position] = legal[position] and len(across) < 2
+            for position in range(_tied_to(graph, at, storage) + 1, at + 1):
+                legal[position] = False
     for later in graph.same_tensor:
         earlier = later
         while earlier in graph.same_tensor:
@@ -105,6 +109,19 @@ def legal_positions(graph: Graph) -> list[bool]:
         for position in range(users[0] + 1, users[-1] + 1) if users else ():
             legal[position] = False
     return legal
+
+
+def _tied_to(graph: Graph, at: int, storage: int) -> int:
+    """The first node that must not be parted from node `at`, which changes a memory in place."""
+    node = graph.chain[at]
+    first = at
+    if node.hidden:  # the backward of whoever used it sees the change
+        first = next(
+            place for place, each in enumerate(graph.chain) if storage in memory_of(each, graph.values)
+        )
+    if node.region is not None:  # computed again, a part would change twice what it was given
+        first = min(first, first_in_region(graph.chain, graph.values, at, storage))
+    return first
 
 
 def _is_handed(node: Node, number: int) -> bool:
@@ -181,6 +198,12 @@ def positions_for_owners(
         stages.update(held.values())
         if not stages:
             continue
+        if len(stages) > 1 and node.whole is not None:
+            raise RecordError(
+                f"for this batch {node.name} stays whole ({node.whole}), and it uses parameters of stages "
+                f"{', '.join(map(str, sorted(stages)))}, which another kind of batch parted; use one stage, "
+                "or leave out what needs this kind of batch"
+            )
         if len(stages) > 1 or min(stages) < highest:
             raise RecordError(
                 f"for this batch {node.name} runs after parameters of stage {highest} but owns some of stage "

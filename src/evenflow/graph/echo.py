@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from evenflow.graph.observe import observed_by, quiet, unwatched
-from evenflow.graph.outside import PLAIN
+from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import flatten_tree
 
 

@@ -62,6 +62,7 @@ class Node:
     stateful: bool = False  # it keeps Python state, so it must run once per microbatch, on its owner
     opaque: bool = False  # what it does inside was not seen: only running it shows what it returns
     hooks: bool = False  # it puts hooks on its backward, so that must run once per microbatch
+    hidden: bool = False  # autograd is not told of what it changes in place
     glue: bool = False
 
     @property
@@ -98,7 +99,9 @@ class Graph:
     constants: dict[str, Any]  # tensors of Python's own, by the name of the `BufferSource` for them
     pure: dict[int, Any]  # values that only Python's constants decided -> equal for equal numbers
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
+    changed_leaves: frozenset[int]  # places of the batch's tensors that the program changes in place
     device: Any  # torch.device of the recording; arguments that name it are moved to the stage's own
+    catches: bool = False  # the program's own code catches errors
 
     @cached_property
     def maker(self) -> dict[int, Node]:

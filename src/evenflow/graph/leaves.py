@@ -14,6 +14,7 @@ from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
 from evenflow.graph.kept import KeptBuffers
 from evenflow.graph.recomputed import refuse_changes
+from evenflow.graph.regions import refuse_changes_across_autocast
 from evenflow.graph.snapshots import with_snapshots
 from evenflow.graph.template import Shared
 from evenflow.graph.tree import (
@@ -68,6 +69,7 @@ def flatten(
     nodes, values, output = with_snapshots(nodes, tree.values, tree.output)
     needed = {*output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, values), values)
+    refuse_changes_across_autocast(nodes, values)
     guards = tuple(_guard(read, nodes, values) for read in reads)
     return Graph(
         tuple(nodes),
@@ -79,6 +81,7 @@ def flatten(
         tree.constants,
         tree.pure,
         tree.changing_objects,
+        tree.changed_leaves,
         tree.device,
     )
 
@@ -325,6 +328,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, ke
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
+        hidden=any(inner.hidden for inner in functions),
     )
 
 
@@ -415,7 +419,8 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
     derived |= {
         v.number for v in values if isinstance(v.source, BufferSource) and v.source.name not in changed
     }
-    marked = []
+    marked: list[Node] = []
+    kept: set[int] = set()  # memory that the backward of a stage may look at again
     for node in nodes:
         draws = node.target.draws
         stateless = (
@@ -423,8 +428,11 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
         )
         glue = stateless and derived.issuperset(node.inputs) and not _has_shared(node)
         glue = glue and not any(values[value].info.requires_grad for value in node.makes)
+        glue = glue and not (node.hidden and any(values[old].storage in kept for old, _ in node.rebinds))
         if glue:
             derived.update(node.makes)
+        else:
+            kept.update(values[value].storage for value in node.inputs)
         marked.append(dataclasses.replace(node, glue=glue))
     return marked
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenflow.graph.outside import Freezer, Snapshot, attributes, is_library, without_tensors
+from evenflow.graph.outside import Freezer, Snapshot, attributes, without_tensors
+from evenflow.graph.reach import is_library
 
 _COLLECTING = "transformers.utils.output_capturing"
 _DEPTH = 4  # of objects in objects

@@ -8,28 +8,26 @@ attributes count whose names occur in its code: a trainer's step counter must no
 program.
 """
 
-import contextlib
 import functools
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from evenflow.graph.reach import PLAIN as PLAIN  # noqa: PLC0414 (told to others as well)
+from evenflow.graph.reach import closure_of, codes_of, is_library
+
 THE_LOSS_FUNCTION = "the loss function"  # where a snapshot says that a value was found
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
-# Libraries whose functions and classes do not change under us, so that their code is not followed.
-_LIBRARIES = frozenset(
-    {"torch", "numpy", "transformers", "timm", "diffusers", "peft", "builtins", "functools"}
-)
 # What every module has; `training` aside, it is compared by other means or not at all.
 MODULES_OWN = frozenset(vars(torch.nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_DEPTH = 4  # of objects in objects
+_DEPTH = 10  # of objects in objects
 _LARGEST_ARRAY = 2**20  # numbers that are compared; a larger array counts by identity
 
 Snapshot = Mapping[str, Any]  # where a value was found -> a stand-in that can be compared
@@ -89,52 +87,6 @@ def seen_by_modules(model: torch.nn.Module, names: frozenset[str], *, tensors: b
     return found
 
 
-def names_in(program: Callable[..., Any], model: torch.nn.Module) -> frozenset[str]:
-    """Every name in the code of a loss function and of the user's own modules, and of what they call."""
-    names: set[str] = set()
-    seen: set[int] = set()
-    kinds = {type(module) for module in model.modules()}
-    waiting: list[Any] = [program, *(kind for kind in kinds if not is_library(kind))]
-    waiting += [module.forward for module in model.modules() if "forward" in vars(module)]
-    while waiting:
-        thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, (*PLAIN, torch.Tensor)) or len(seen) > 10_000:
-            continue
-        seen.add(id(thing))
-        match thing:
-            case FunctionType():
-                if is_library(thing):
-                    continue
-                codes = list(_codes(thing.__code__))
-                names.update(name for code in codes for name in _words(code))
-                waiting += _closure(thing).values()
-                waiting += [thing.__globals__[n] for c in codes for n in c.co_names if n in thing.__globals__]
-                waiting += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-                waiting += [thing.__wrapped__] if hasattr(thing, "__wrapped__") else []
-            case MethodType():
-                waiting += [thing.__func__, thing.__self__]
-            case functools.partial():
-                waiting += [thing.func, *thing.args, *thing.keywords.values()]
-            case list() | tuple() | set() | frozenset() | deque():
-                waiting += list(thing)[:100]
-            case dict():
-                waiting += list(thing.values())[:100]
-            case property():
-                waiting += [thing.fget]
-            case type() if not is_library(thing):
-                waiting += [v for kind in thing.__mro__ if not is_library(kind) for v in vars(kind).values()]
-            case type() | ModuleType() | torch.nn.Module():
-                pass
-            case _:
-                waiting += [type(thing)]
-    return frozenset(names)
-
-
-def is_library(thing: Any) -> bool:  # a class or a function
-    """Whether a class or function comes with a library, whose code does not change under us."""
-    return (getattr(thing, "__module__", None) or "").partition(".")[0] in _LIBRARIES
-
-
 def attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module carries besides its parameters: its own attributes, submodules, buffers and hooks."""
     own = vars(module)
@@ -155,27 +107,6 @@ def without_tensors(value: Any) -> Any:  # any value
     if type(value) is not dict:
         return value
     return {key: each for key, each in value.items() if not isinstance(each, torch.Tensor)}
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _words(code: CodeType) -> Iterable[str]:
-    """Names that code uses; a string may be the name that `getattr` is given."""
-    return (*code.co_names, *(each for each in code.co_consts if isinstance(each, str) and len(each) < 50))
-
-
-def _closure(function: FunctionType) -> dict[str, Any]:
-    """What the closure's cells hold, by name."""
-    found: dict[str, Any] = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # an empty cell
-            found[name] = cell.cell_contents
-    return found
 
 
 class Freezer:
@@ -208,13 +139,13 @@ class Freezer:
         if isinstance(value, (Same, *_LEFT)):
             return value if isinstance(value, Same) else Same(value)
         if id(value) not in self.known:
+            if not depth:
+                return Same(value)  # this time: it may stand elsewhere too, where its inside is in reach
             self.known[id(value)] = Same(value), value  # what it is while its own inside is looked at
             self.known[id(value)] = self.inside(value, depth - 1), value
         return self.known[id(value)][0]
 
     def inside(self, value: Any, depth: int) -> Any:  # noqa: PLR0911 (one for each kind of value)
-        if depth < 0:
-            return Same(value)
         match value:
             case list() | tuple() | deque():
                 return type(value), tuple(self.frozen(each, depth) for each in value)
@@ -236,6 +167,8 @@ class Freezer:
                 return tuple(self.parts(value, "", depth).items())
             case type():
                 return Same(value) if is_library(value) else (Same(value), *self.class_values(value).items())
+            case ContextVar():
+                return Same(value), self.frozen(value.get(None), depth)
             case ModuleType():
                 return Same(value), self.named(value, vars(value), depth)
             case torch.nn.Module():
@@ -287,9 +220,9 @@ class Freezer:
                 return {where: Same(function)}
             case FunctionType(__code__=code):
                 found: dict[str, Any] = {where: code}
-                for name, value in _closure(function).items():
+                for name, value in closure_of(function).items():
                     found[f"{where}: {name}"] = self.frozen(value, depth)
-                for name in dict.fromkeys(name for inner in _codes(code) for name in inner.co_names):
+                for name in dict.fromkeys(name for inner in codes_of(code) for name in inner.co_names):
                     if name in function.__globals__:
                         found[f"{where}: global {name}"] = self.frozen(function.__globals__[name], depth)
                 found[f"{where}: defaults"] = self.frozen(

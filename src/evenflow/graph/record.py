@@ -11,6 +11,7 @@ What cannot be seen is never guessed. A tensor that appears from nowhere (`vmap`
 `torch.from_numpy`) marks the module call that used it as `whole`: it will run as the module's own code.
 """
 
+import contextlib
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -73,6 +74,9 @@ _METADATA = {
     "__set__",
     "__delete__",
     "data_ptr",
+    "apply_",  # these hand each number to a Python function, which may keep it
+    "map_",
+    "map2_",
 }
 _PLAIN_KINDS = {torch.Tensor, torch.nn.Parameter, FakeTensor}  # no subclass of a user's
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
@@ -92,6 +96,9 @@ def record(
     rehearsal: "Rehearsal | None" = None,
     seen: Callable[[int, torch.Tensor], None] | None = None,
     between: Callable[[], None] | None = None,
+    by_others: Callable[[], contextlib.AbstractContextManager[list[str]]] = lambda: contextlib.nullcontext(
+        []
+    ),
 ) -> CallTree:
     """Run `program(model, microbatch)` once with fake parameters and return everything that it did.
 
@@ -103,7 +110,8 @@ def record(
     `rehearsal` of an earlier run, a tensor counts as Python's constant only if that run met the same.
 
     With `between` the program runs once more, after that was called, without computing anything: the tree's
-    `difference` says what it did differently.
+    `difference` says what it did differently. It runs likewise under `by_others`, which changes attributes
+    and gives their names: `dependence` says what it does differently with those.
     """
     leaves, spec = flatten_tree(microbatch)
     given = [leaf for leaf in leaves if is_tensor(leaf)]
@@ -118,15 +126,18 @@ def record(
         if between is not None:
             between()
             tree.difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
-    changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
-    _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
+            with by_others() as names:
+                if names and tree.difference is None:
+                    difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
+                    tree.dependence = f"{', '.join(names)}: {difference}" if difference else None
+    _refuse_overlaps(given, tree.changed_leaves)
     return tree
 
 
-def _refuse_overlaps(given: list[torch.Tensor], changed: list[int]) -> None:
+def _refuse_overlaps(given: list[torch.Tensor], changed: frozenset[int]) -> None:
     """Refuse a change in place of a batch tensor that shares memory with another: copies of them do not."""
     sharing = Counter(storage_of(tensor) for tensor in {id(tensor): tensor for tensor in given}.values())
-    for index in changed:
+    for index in sorted(changed):
         if sharing[storage_of(given[index])] > 1:
             raise RecordError(
                 f"the program changes the batch's tensor number {index} (shape {list(given[index].shape)}) "
@@ -272,6 +283,9 @@ class _Recorder:
         self.regions: dict[int, tuple[int, Any]] = {}  # by id of a checkpoint's hook, which is kept alive
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
         self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
+        self.handed: list[
+            tuple[str, Any, Any]
+        ] = []  # containers that custom functions may keep, as they were
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
         self.choices = _choices()
         self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
@@ -422,6 +436,7 @@ class _Recorder:
                 generator.set_state(state)
         self.note_caught()
         self.check_parameters()
+        self.check_handed()
         root.output, root.end = output, self.clock
         if root.whole is not None:
             raise RecordError(
@@ -442,6 +457,7 @@ class _Recorder:
             self.constants,
             {at: _numbers_in(tensor) for at, tensor in enumerate(self.values.tensors()) if id(tensor) in own},
             frozenset(self.changing_objects),
+            self.values.changed_leaves(),
             self.device,
             Rehearsal(constants, made, frozenset(self.born), frozenset(self.self_changed)),
         )
@@ -466,6 +482,16 @@ class _Recorder:
                     "optimizer would know: run it once before the pipeline is built"
                 )
 
+    def check_handed(self) -> None:
+        """Refuse to change a container that a custom function was handed: a replay hands over another one."""
+        for name, container, (leaves, spec) in self.handed:
+            now, its_spec = flatten_tree(container)
+            if its_spec != spec or described(now) != described(leaves):
+                raise RecordError(
+                    f"{name} is handed a {type(container).__name__} that the program changes afterwards, "
+                    "which its backward might see; hand it a copy"
+                )
+
     def note_caught(self) -> None:
         """An error that did not end the program was caught here: another batch may not raise it."""
         if self.raised:
@@ -483,7 +509,10 @@ class _Recorder:
             if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
                 self.keep_whole(f"it hands a function to {name}")
                 self.stack[-1].unseen = True
-            return self.function(apply, args, kwargs, name=name)
+            result = self.function(apply, args, kwargs, name=name)
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, dict | list)]
+            self.handed += [(name, each, flatten_tree(each)) for each in given]
+            return result
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
@@ -555,7 +584,7 @@ class _Recorder:
             output = self.encode(result, name)
             self.note_pure(inputs, made, changed)
             modes = (grad_enabled, _autocast(), self.region())
-            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
+            state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes, changes.hidden)
             call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
         self.note_known(function, name, leaves, spec, result)
         call.num_draws += self.pending_draws

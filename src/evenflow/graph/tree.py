@@ -14,7 +14,9 @@ from evenflow.graph.template import NOTHING, Template
 # The read of a shape that depends on a tensor's numbers (`nonzero`, a boolean index).
 SHAPE = "a shape that depends on numbers"
 # Functions that hand a tensor's memory to something that cannot be observed.
-ARRAYS = frozenset({"numpy", "__array__", "__dlpack__", "__reduce_ex__"})
+ARRAYS = frozenset(
+    {"numpy", "__array__", "__dlpack__", "__reduce_ex__", "untyped_storage", "_typed_storage", "storage"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class FunctionCall:
     grad_enabled: bool = True
     autocast: tuple[tuple[str, Any], ...] = ()  # (device type, dtype) of each active one; ("nesting", depth)
     region: int | None = None  # the checkpoint region in which it ran, if any
+    hidden: bool = False  # it changed something in place of which autograd is not told
 
 
 @dataclass(slots=True, eq=False)
@@ -164,6 +167,8 @@ class CallTree:
     constants: dict[str, Any]  # tensors of Python's own, by the name of the `BufferSource` for them
     pure: dict[int, Any]  # values that only Python's constants decided -> equal for equal numbers
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
+    changed_leaves: frozenset[int]  # places of the batch's tensors that it changes in place
     device: Any  # torch.device on which it was recorded
     rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`
     difference: str | None = None  # what the program did differently when it ran once more
+    dependence: str | None = None  # what it does differently where another kind of call left a tensor

@@ -11,16 +11,28 @@ from collections.abc import Callable, Iterable
 import torch
 
 from evenflow.graph.fakes import storage_of
-from evenflow.graph.tree import BufferSource, CallSource, ParameterSource, Source, TensorInfo, Value
+from evenflow.graph.tree import (
+    BatchLeaf,
+    BufferSource,
+    CallSource,
+    ParameterSource,
+    Source,
+    TensorInfo,
+    Value,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Changes:
-    """What a change in place did: (old value, new value) pairs, and the buffers and parameters it met."""
+    """What a change in place did: (old value, new value) pairs, and the buffers and parameters it met.
+
+    `hidden`: autograd is not told (`data`), and takes what it kept for the backward for unchanged.
+    """
 
     rebinds: tuple[tuple[int, int], ...]
     buffers: tuple[str, ...]
     parameters: tuple[str, ...]
+    hidden: bool
 
 
 class Values:
@@ -74,11 +86,17 @@ class Values:
         pairs: list[tuple[int, int]] = []
         buffers: list[str] = []
         parameters: list[str] = []
-        storages = {storage_of(tensor) for tensor in tensors}
+        given = list(tensors)
+        # Batch norms count no change of their statistics at all, which no backward needs.
+        counted = {storage_of(t) for t in given if t._version != self._version_of.get(id(t))}
+        storages = {storage_of(tensor) for tensor in given}
         self.changed_storages |= storages
+        hidden = False
         for storage in storages:
             for tensor in self._aliases[storage]:
                 old = self._number_of[id(tensor)]
+                same = tensor._version == self._version_of[id(tensor)]
+                hidden = hidden or (same and storage in counted)
                 self._version_of[id(tensor)] = tensor._version
                 match self.all[old].source:
                     case ParameterSource(name):
@@ -87,7 +105,12 @@ class Values:
                         buffers.append(name)  # one object for the whole run: its owner changes it in place
                     case _:
                         pairs.append((old, self.add(tensor, CallSource(), clock)))
-        return Changes(tuple(pairs), tuple(buffers), tuple(parameters))
+        return Changes(tuple(pairs), tuple(buffers), tuple(parameters), hidden)
+
+    def changed_leaves(self) -> frozenset[int]:
+        """Places of the batch's tensors that were changed in place."""
+        changed = (value.source for value in self.all if value.storage in self.changed_storages)
+        return frozenset(source.index for source in changed if isinstance(source, BatchLeaf))
 
     def result(self, tensor: torch.Tensor, clock: int, *, changed: bool) -> None:
         """Number a function's result.

@@ -24,7 +24,7 @@ def differences(model: torch.nn.Module, graph: Graph, *, rows: int | None) -> It
     `rows` is the length of dim 0 of the recorded microbatch, where its tensors have a common one.
 
     >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
-    >>> empty = Graph((), (), None, (), (), {}, {}, {}, frozenset(), None)
+    >>> empty = Graph((), (), None, (), (), {}, {}, {}, frozenset(), frozenset(), None)
     >>> next(differences(model, empty, rows=None))
     'BatchNorm (0) takes its statistics of each microbatch, not of the whole batch'
     """

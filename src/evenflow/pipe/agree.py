@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, EvenflowError, PeerError
 from evenflow.ir.placement import Placement
+from evenflow.pipe.sharing import Overlap, overlaps, refuse_changes_between
 from evenflow.runtime.recordings import Program, Recordings, describe, tensors
 from evenflow.runtime.weights import Shares, Weight, shares_of
 from evenflow.runtime.world import World
@@ -50,6 +51,7 @@ class _Message:
     recordings: tuple[int | None, ...]
     new: dict[int, Any]
     weights: Sequence[Weight | None]
+    overlaps: tuple[Overlap, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class _Own:
     items: Sequence[Any]
     recordings: Sequence[int | None]
     weights: Sequence[Weight | None]
+    overlaps: tuple[Overlap, ...]
     fingerprint: tuple[int, int, int]
 
 
@@ -105,7 +108,7 @@ def agree(
     if all(row[0] == _BATCH for row in rows):
         assert mine is not None
         new = {at: item for at, item in enumerate(mine.items) if mine.recordings[at] is None}
-        numbers, shares = learning.complete(mine.recordings, mine.weights, new)
+        numbers, shares = learning.complete(mine.recordings, mine.weights, new, mine.overlaps, mine.items)
         return Agreed(tuple(dict(enumerate(tensors(item))) for item in mine.items), numbers, shares)
     absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
     return _sent(world, recordings, mine, learning, absent, device, placement)
@@ -133,7 +136,9 @@ def _attempt(
         fingerprint = (*_fingerprint(items), zlib.crc32(repr(found).encode())) if compared else (0, 0, 0)
     except EvenflowError as error:
         return None, error
-    return _Own(items, found, weights, fingerprint), None
+    entries = recordings.entries
+    may_change = any(number is None or entries[number].graph.changed_leaves for number in found)
+    return _Own(items, found, weights, overlaps(items) if may_change else (), fingerprint), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +149,28 @@ class _Learning:
     weigh: Weigh
 
     def complete(
-        self, found: Sequence[int | None], weights: Sequence[Weight | None], new: Mapping[int, Any]
+        self,
+        found: Sequence[int | None],
+        weights: Sequence[Weight | None],
+        new: Mapping[int, Any],
+        shared: Sequence[Overlap],
+        items: Sequence[Any] = (),
     ) -> tuple[tuple[int, ...], Shares]:
-        """Record and weigh the new microbatches, of which several may be of one kind."""
+        """Record and weigh the new microbatches, of which several may be of one kind; `items` are all."""
         numbers, weighed = list(found), list(weights)
-        for at, item in new.items():
-            known = self.recordings.find(self.program, item)
-            number = self.learn(item) if known is None else known
-            numbers[at], weighed[at] = number, self.weigh(number, item)
-        return (
-            tuple(number for number in numbers if number is not None),
-            shares_of([weight for weight in weighed if weight is not None]),
-        )
+        waiting = dict(new)
+        while waiting:
+            for at, item in waiting.items():
+                known = self.recordings.find(self.program, item)
+                number = self.learn(item) if known is None else known
+                numbers[at], weighed[at] = number, self.weigh(number, item)
+            # One that was known may have to be asked again, for what a new one does.
+            waiting = {
+                at: each for at, each in enumerate(items) if self.recordings.find(self.program, each) is None
+            }
+        complete = tuple(number for number in numbers if number is not None)
+        refuse_changes_between(shared, [self.recordings.entries[number].graph for number in complete])
+        return complete, shares_of([weight for weight in weighed if weight is not None])
 
 
 def _sent(
@@ -169,7 +184,7 @@ def _sent(
 ) -> Agreed:
     message = world.share(_first_message(mine) if mine is not None else None, source=0)
     assert message is not None, "the first rank has a batch"
-    numbers, shares = learning.complete(message.recordings, message.weights, message.new)
+    numbers, shares = learning.complete(message.recordings, message.weights, message.new, message.overlaps)
     if mine is not None:
         batches = tuple(dict(enumerate(tensors(item))) for item in mine.items)
     else:
@@ -189,14 +204,23 @@ def _sent(
 
 
 def _first_message(mine: _Own) -> _Message:
-    """Microbatches without a recording travel whole (as copies: a slice would take its whole batch along)."""
+    """Microbatches without a recording travel whole (as copies: a slice would take its whole batch along).
+
+    One tensor in two places stays one, and keeps its attributes: all ranks must record the same program.
+    """
+    copies: dict[int, torch.Tensor] = {}
 
     def copied(leaf: Any) -> Any:  # any leaf of a batch
-        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone()
+            vars(copies[id(leaf)]).update(vars(leaf))
+        return copies[id(leaf)]
 
     pairs = enumerate(zip(mine.recordings, mine.items, strict=True))
     new = {at: pytree.tree_map(copied, item) for at, (number, item) in pairs if number is None}
-    return _Message(tuple(mine.recordings), new, mine.weights)
+    return _Message(tuple(mine.recordings), new, mine.weights, mine.overlaps)
 
 
 def _fingerprint(items: Sequence[Any]) -> tuple[int, int]:

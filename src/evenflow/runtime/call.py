@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
-from evenflow.graph.outside import PLAIN
+from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, Value
 from evenflow.runtime.rng import Streams

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, assert_never
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.errors import EvenflowError
+from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.cut import Cut
 from evenflow.ir.op import (
     Backward,
@@ -184,7 +184,14 @@ class Executor:
 
     def _forward(self, stage: int, microbatch: int) -> None:
         job, flight = self.jobs[microbatch], self._flight(stage, microbatch)
-        self.stages[stage].run_forward(flight, job.batch, step=self.step, microbatch=microbatch)
+        try:
+            self.stages[stage].run_forward(flight, job.batch, step=self.step, microbatch=microbatch)
+        except (EvenflowError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if job.cut.graph.catches:
+                raise _not_caught(error, stage, microbatch) from error
+            raise
         if flight.work.section.needs_output:
             loss, rest = self.reading(flight.output)
             self.results[microbatch] = Result(None if loss is None else loss.detach(), without_graph(rest))
@@ -233,6 +240,16 @@ class Executor:
         )
         infos = tuple(job.cut.graph.values[value].info for value in values)
         return Manifest((job.recording, op.source, op.target, op.payload), infos, self.devices[op.target])
+
+
+def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:
+    """An error that the program, whose code catches some, would perhaps have caught; a split does not."""
+    return RecordError(
+        f"microbatch {microbatch} raised {type(error).__name__} on stage {stage} ({error}), which none did "
+        "when this program was recorded. Its code catches errors (except): if it would catch this one, ask "
+        "before for what may go wrong (if), or keep the code that catches it inside one module (atomic=[…]); "
+        "otherwise the error is the program's own"
+    )
 
 
 def _singles(op: Op) -> tuple[Op, ...]:

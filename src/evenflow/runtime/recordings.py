@@ -24,15 +24,16 @@ from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
+from evenflow.graph.left_behind import LeftBehind
 from evenflow.graph.modules import python_kept
 from evenflow.graph.outside import (
     Snapshot,
     changed_names,
     frozen,
-    names_in,
     seen_by_function,
     seen_by_modules,
 )
+from evenflow.graph.reach import Reach
 from evenflow.graph.record import Rehearsal, record
 from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
@@ -84,6 +85,8 @@ class Recordings:
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
+        self._catches: dict[Any, bool] = {}  # by program too: whether its code catches errors
+        self._left = LeftBehind(model)
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
         self._self_changing: set[str] = set()  # attributes that modules, which stay whole, change themselves
@@ -100,12 +103,23 @@ class Recordings:
         names = self._names_in(program)
         function = seen_by_function(program, self.model, names, tensors=tensors)
         seen = {**function, **seen_by_modules(self.model, names, tensors=tensors)}
-        return {where: value for where, value in seen.items() if where not in self._self_changing}
+        return self._without_own(seen)
+
+    def _without_own(self, seen: Snapshot) -> Snapshot:
+        """A snapshot without what modules change themselves, but with what they leave behind.
+
+        That is a part of it because what was recorded earlier was not asked about it.
+        """
+        own = self._self_changing | self._left.tensors
+        rest = {where: value for where, value in seen.items() if where not in own}
+        return rest | {"left behind": frozen(self._left.values)}
 
     def _names_in(self, program: Program) -> frozenset[str]:
-        key: Any = program if getattr(program, "__hash__", None) else id(program)
+        key = _name(program)
         if key not in self._names:
-            self._names[key] = (names_in(program, self.model), program)
+            reach = Reach(program, self.model)
+            self._names[key] = (frozenset(reach.names), program)
+            self._catches[key] = reach.catches_errors()
         return self._names[key][0]
 
     def key(self, microbatch: Any) -> Any:
@@ -141,16 +155,26 @@ class Recordings:
     def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
         host, states = _host_random(), [self._look(program, tensors=False)]
         exactly: list[Snapshot] = []
+        attributes = self._left.now()
 
         def look() -> None:
             states.append(self._look(program, tensors=False))
             exactly.append(self._look(program))
 
-        tree = first = self._run(program, microbatch, None, look)
+        def by_others() -> contextlib.AbstractContextManager[list[str]]:
+            return self._left.by_others(attributes)
+
+        tree = first = self._run(program, microbatch, None, look, by_others)
         look()
         if first.difference is not None:
-            tree = self._run(program, microbatch, first.rehearsal, look)
+            tree = self._run(program, microbatch, first.rehearsal, look, by_others)
             look()
+        if tree.dependence is not None:
+            raise RecordError(
+                "the program does something else once another kind of microbatch has changed an attribute "
+                f"({tree.dependence}), and evenflow cannot carry that from one microbatch to the next: "
+                "pass it in the batch, or keep it in a buffer"
+            )
         changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
         if repr(_host_random()) != repr(host):
             raise RecordError(
@@ -168,11 +192,14 @@ class Recordings:
             self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place
             changing &= frozenset(changed_names(*exactly[:2]))
-            forget_changes(first, first.rehearsal.self_changed - changing)
+            forgotten = first.rehearsal.self_changed - changing
+            forget_changes(first, forgotten)
+            self._left.learn(forgotten, first.rehearsal.constants)
         graph = self._flat(tree)
         self._self_changing |= changing
-        self._seen = {where: v for where, v in self._seen.items() if where not in self._self_changing}
-        return replace(graph, pure={})  # it was there to be compared
+        self._seen = self._without_own(self._seen)
+        # What is pure was there to be compared.
+        return replace(graph, pure={}, catches=self._catches[_name(program)])
 
     def _check_second(self, first: CallTree, second: CallTree, *, steady: bool) -> None:
         """Accept a second recording that differs from the first in what does not matter; refuse any other.
@@ -208,6 +235,7 @@ class Recordings:
         microbatch: Any,
         rehearsal: Rehearsal | None,
         between: Callable[[], None],
+        by_others: Callable[[], contextlib.AbstractContextManager[list[str]]],
     ) -> CallTree:
         return record(
             program,
@@ -217,6 +245,7 @@ class Recordings:
             fakes=self._fakes,
             rehearsal=rehearsal,
             between=between,
+            by_others=by_others,
         )
 
     def _flat(self, tree: CallTree) -> Graph:
@@ -321,6 +350,11 @@ class Recordings:
             except Exception:  # noqa: BLE001 (this batch does not even get there: recording it will tell)
                 return False
         return True
+
+
+def _name(program: Program) -> Any:
+    """What a program goes by in a dictionary that keeps it: itself, unless it has no hash."""
+    return program if getattr(program, "__hash__", None) else id(program)
 
 
 def _host_random() -> tuple[Any, Any]:
