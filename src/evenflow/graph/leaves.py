@@ -56,7 +56,7 @@ def flatten(
             )
     _refuse_replaced_buffers(tree, calls)
     reads = [call for call in calls if isinstance(call, ReadCall)]
-    nodes = [_node(call, tree) for call in calls if not isinstance(call, ReadCall)]
+    nodes = [_node(call, tree, choice) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
@@ -139,19 +139,34 @@ class _Choice:
 
     def choose(self, call: ModuleCall) -> list[Call]:
         hidden = self.hides.get(call) or call.foreign or _draws_recomputed(call)
-        if hidden is None and call.whole is not None and _has_dynamic_shape(call):
+        whole = self.whole(call)
+        if hidden is None and whole is not None and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
-        if hidden is None and (call.whole is not None or not self.wanted_apart(call)):
+        if hidden is None and (whole is not None or call.layer or not self.wanted_apart(call)):
             return [call]
-        if call.whole is not None:
+        if whole is not None:
             where = call.path or "the model"
-            raise _Stuck(f"{where} cannot be taken apart ({call.whole}), nor can it stay whole ({hidden})")
+            raise _Stuck(
+                f"{where} cannot be taken apart ({whole}), nor can it stay whole ({hidden}); move one of the "
+                "two into a module of its own"
+            )
         try:
             return self.inside(call)
         except _Stuck:
             if hidden is None:
                 return [call]
             raise
+
+    def whole(self, call: ModuleCall) -> str | None:
+        """Why a call must not be taken apart, if so; it looks at numbers that no guard could ask for, perhaps."""
+        if call.whole is not None:
+            return call.whole
+        for read in call.children:
+            if isinstance(read, ReadCall) and read.name not in (SHAPE, *ARRAYS):
+                for ref in read.args.refs:
+                    if ref not in self.derived:
+                        return f"it calls {read.name} on {_what(self.values[ref])}"
+        return None
 
     def wanted_apart(self, call: ModuleCall) -> bool:
         inside = f"{call.path}." if call.path else ""
@@ -183,6 +198,15 @@ class _Choice:
         inner = [c for c in walk(call) if isinstance(c, FunctionCall)]
         used = {ref for function in inner for ref in function.args.refs}
         return not any(_parameters(call, self.values)) and any(ref not in used for ref in call.args.refs)
+
+
+def _what(value: Value) -> str:
+    """What a number that decides something belongs to, and why it may be another the next time."""
+    match value.source:
+        case BufferSource(name):
+            return f"the buffer {name}, which the program changes"
+        case _:
+            return f"a tensor {value.info} that depends on more than the batch"
 
 
 def _batch_derived(tree: CallTree) -> set[int]:
@@ -285,7 +309,7 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
+def _node(call: FunctionCall | ModuleCall, tree: CallTree, choice: _Choice) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
@@ -316,7 +340,7 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree) -> Node:
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         region=call.region,
-        whole=call.whole if isinstance(call, ModuleCall) else None,
+        whole=choice.whole(call) if isinstance(call, ModuleCall) else None,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
@@ -433,15 +457,10 @@ def _guard(read: ReadCall, nodes: list[Node], values: tuple[Value, ...]) -> Guar
     changed = {name for node in nodes for name in node.changed_buffers}
     for ref in read.args.refs:
         source = values[ref].source
-        if isinstance(source, BufferSource) and source.name in changed:
+        unsteady = isinstance(source, BufferSource) and source.name in changed
+        if unsteady or ref in made or isinstance(source, ParameterSource):
             raise RecordError(
-                f"{where} calls {read.name} on the buffer {source.name}, which the program changes, so the "
-                "branch taken may change within a step; keep that code inside one module (atomic=[…])"
-            )
-        if ref in made or isinstance(values[ref].source, ParameterSource):
-            raise RecordError(
-                f"{where} calls {read.name} on a tensor {values[ref].info} that depends on more than the "
-                "batch, so the branch taken may change within a step; keep that code inside one module "
-                "(atomic=[…])"
+                f"{where} calls {read.name} on {_what(values[ref])}, so the branch taken may change within "
+                "a step; move that code into a module of the model"
             )
     return Guard(read.function, read.args, read.result, f"{where}: {read.name}")

@@ -27,11 +27,13 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
     )
     if not all(_only_watches(hook) for table in hooks for hook in table.values()):
         return "it carries hooks"
-    if type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-        module, torch.nn.Sequential | torch.nn.ModuleList
-    ):
-        return "it is one of torch's own layers"
     return None
+
+
+def is_own_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is one of torch's own layers, which are taken apart only where they must be."""
+    containers = torch.nn.Sequential | torch.nn.ModuleList
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, containers)
 
 
 def _only_watches(hook: Any) -> bool:

@@ -30,10 +30,11 @@ from evenflow.errors import RecordError
 from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
 from evenflow.graph.fake_kernels import MASKS
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
-from evenflow.graph.modules import python_state, reason_to_stay_whole
+from evenflow.graph.modules import is_own_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
+from evenflow.graph.setters import Setters
 from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
@@ -252,6 +253,7 @@ class _Recorder:
             self.values.add(buffer, BufferSource(name))
         root = ModuleCall("", 0, 0, NOTHING, True, _autocast())
         self.stack: list[ModuleCall] = [root]
+        self.setters = Setters(self.stack)
         self.pending_draws = 0
         self.pending_flops = 0
         self.pending_dynamic: list[torch.Tensor] = []
@@ -399,7 +401,7 @@ class _Recorder:
     def run(self, program: Callable[[Any, Any], Any], microbatch: Any) -> CallTree:
         root = self.stack[0]
         try:
-            with observed_by(self, kernels=self), quiet():
+            with observed_by(self, kernels=self), self.setters.watching(), quiet():
                 result = program(self.model, microbatch)
             self.result = result
             output = self.encode_result(result)
@@ -649,7 +651,7 @@ class _Recorder:
             state = python_state(module)
         mark, own = self.values.mark(), dict(vars(module))
         self.noted_before.append(len(self.noted))
-        self.note_foreign(call, state)
+        self.note_foreign(call, module, state)
         try:
             try:
                 result = forward(module, *args, **kwargs)
@@ -676,9 +678,10 @@ class _Recorder:
         with unwatched():
             if call.unseen or call.sequential:  # its modules ran unseen, perhaps
                 self.note_inner_changes(call)
-            self.expected[path] = python_state(module)
-        changed = changed_names(state, self.expected[path])
+            after = python_state(module)
+        changed = changed_names(state, after)
         if changed:
+            self.expected[path] = after
             call.changed = tuple(f"{path}.{key}" if path else key for key in changed)
             call.whole_besides = call.whole
             self.self_changed.update(call.changed)
@@ -697,11 +700,16 @@ class _Recorder:
                 self.self_changed.update(f"{path}.{key}" for key in changed)
                 self.expected[path], call.stateful = state, call.stateful or bool(changed)
 
-    def note_foreign(self, call: ModuleCall, state: Snapshot) -> None:
+    def note_foreign(self, call: ModuleCall, module: torch.nn.Module, state: Snapshot) -> None:
         """Note where other code changed the module since the program began: run whole, it would not be so."""
-        changed = changed_names(self.expected[call.path], state)
-        if changed and state != self.start[call.path]:
-            call.foreign = f"its attribute {changed[0]} is changed while the program runs"
+        if state == self.start[call.path]:
+            return
+        for name in changed_names(self.expected[call.path], state):
+            for later in self.setters.calls_since(module, name):
+                owner = "its" if later is call else f"{call.path}'s"
+                later.foreign = later.foreign or (
+                    f"{owner} attribute {name} is changed while the program runs, before it is called"
+                )
 
     def open_call(
         self, module: torch.nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -711,7 +719,7 @@ class _Recorder:
         self.clock += 1
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
         call.region = self.region()
-        call.whole = reason_to_stay_whole(module)
+        call.whole, call.layer = reason_to_stay_whole(module), is_own_layer(module)
         self.calls[path] += 1
         self.stack[-1].children.append(call)
         self.stack.append(call)
