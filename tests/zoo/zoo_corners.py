@@ -1,18 +1,20 @@
 """Corners that a recording could miss: settings around a call, state that others change, sizes by number."""
 
+import contextlib
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from zoo_checks import ROWS, WIDTH, Zoo, many, sequences
 from zoo_inplace import Layers
 from zoo_state import ragged, ragged_loss
 from zoo_unseen import Block, Stack
 
 ZOO = Zoo()
-SETTINGS = "SILENT: {} is not among what is recorded of a call, so that it is repeated without"
+INFERENCE = "a calls linear in inference mode, whose tensors keep no record of changes; use torch.no_grad()"
 NUMBERS = (
     "SILENT: C++ reads a number of the batch, which makes no guard: a size computed from it in Python is kept"
 )
@@ -171,12 +173,13 @@ class SetsAPartOfABlockOnce(Layers):
 # -- settings around a call
 
 
-@ZOO.model(items=sequences)
-def attention_backend():
+def attention(context=contextlib.nullcontext):
+    """Blocks of self-attention, each under a context of its own."""
+
     class Inner(Block):
         def forward(self, x):
             h = self.layer(self.norm(x)).view(len(x), -1, 2, WIDTH // 2).transpose(1, 2)
-            with sdpa_kernel(SDPBackend.MATH):
+            with context():
                 h = F.scaled_dot_product_attention(h, h, h, is_causal=True)
             return x + h.transpose(1, 2).reshape(x.shape)
 
@@ -187,21 +190,56 @@ def attention_backend():
     return Model(Inner)
 
 
+@ZOO.model(items=sequences)
+def attention_backend():
+    return attention(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
 def attention_in_the_loss(model, batch):
     with sdpa_kernel(SDPBackend.MATH):
         return F.mse_loss(model(batch["x"]), batch["y"])
 
 
+@ZOO.model(items=sequences, loss=attention_in_the_loss)
+def attention_backend_around_the_model():
+    return attention()
+
+
 @ZOO.model(
     items=sequences,
     loss=attention_in_the_loss,
-    fails=SETTINGS.format("sdpa_kernel"),
+    refused="nor can it stay whole (it is called under other settings (flash attention",
 )
-def attention_backend_around_the_model():
-    return attention_backend()
+def attention_backend_around_what_is_not_seen():
+    class Inner(Block):
+        def forward(self, x):
+            return x + torch.vmap(self.layer)(x)
+
+    class Model(Stack):
+        def forward(self, x):
+            return super().forward(x).mean(1)
+
+    return Model(Inner)
 
 
-@ZOO.model(fails=SETTINGS.format("the default dtype"))
+@ZOO.model(
+    items=sequences,
+    refused="in a checkpoint under other settings (flash attention",
+)
+def attention_backend_around_a_checkpoint():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = attention()
+
+        def forward(self, x):
+            with sdpa_kernel(SDPBackend.MATH):
+                return checkpoint(self.inner, x, use_reentrant=False)
+
+    return Model()
+
+
+@ZOO.model()
 class DefaultType(Layers):
     def forward(self, x):
         h = self.b(self.a(x))
@@ -213,7 +251,7 @@ class DefaultType(Layers):
         return self.head(self.d(self.c((h * table).float())))
 
 
-@ZOO.model(fails="RuntimeError: an inference tensor has no version, which the recorder asks for")
+@ZOO.model(refused=INFERENCE)
 class InferenceMode(Layers):
     def forward(self, x):
         with torch.inference_mode():
@@ -233,7 +271,7 @@ class EnabledInsideDisabled(Layers):
         return self.head(self.d(self.c(g) + k))
 
 
-@ZOO.model(fails=SETTINGS.format("saved_tensors_hooks"))
+@ZOO.model(refused="the model was not taken apart: it runs under saved_tensors_hooks")
 class SavedTensorsPacked(Layers):
     """Saved tensors go through bfloat16: what the backward sees is rounded."""
 
@@ -244,7 +282,7 @@ class SavedTensorsPacked(Layers):
         return self.head(self.d(h))
 
 
-@ZOO.model(refused="4 stages need 3 cuts")
+@ZOO.model(refused="the model was not taken apart: it runs under saved_tensors_hooks")
 class SavedOnCPU(Layers):
     def forward(self, x):
         h = self.a(x)

@@ -124,6 +124,7 @@ class _Choice:
         self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
         self.limit = max_share * _flops(tree.root)
         self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
+        self.stuck: dict[ModuleCall, str] = {}  # what was kept whole because of what is inside it, and why
         self.hides = _hidden_values(tree)
         self.derived = _batch_derived(tree)
         counts = _parameter_uses(tree.root, tree.values)
@@ -152,15 +153,16 @@ class _Choice:
             )
         try:
             return self.inside(call)
-        except _Stuck:
+        except _Stuck as stuck:
             if hidden is None:
+                self.stuck[call] = str(stuck)
                 return [call]
             raise
 
     def whole(self, call: ModuleCall) -> str | None:
-        """Why a call must not be taken apart, if so; it looks at numbers that no guard could ask for, perhaps."""
-        if call.whole is not None:
-            return call.whole
+        """Why a call must not be taken apart, if so: it looks at numbers that no guard can ask for, say."""
+        if call.whole is not None or call in self.stuck:
+            return call.whole or self.stuck[call]
         for read in call.children:
             if isinstance(read, ReadCall) and read.name not in (SHAPE, *ARRAYS):
                 for ref in read.args.refs:

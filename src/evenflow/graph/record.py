@@ -35,6 +35,7 @@ from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.setters import Setters
+from evenflow.graph.settings import Under, changed_since, settings_now
 from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
@@ -151,19 +152,6 @@ def _autocast() -> tuple[tuple[str, Any], ...]:
     return (*active, ("nesting", depth)) if depth else ()
 
 
-def _choices() -> tuple[Any, ...]:
-    """Which kernels run and what torch makes by default: the modes that a replay does not enter by itself."""
-    cuda = torch.backends.cuda
-    return (
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        torch.backends.mkldnn.enabled,
-        torch.get_default_dtype(),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
     """What a run leaves to the next: tensors of Python's own, and those that it made of nothing else."""
@@ -271,7 +259,7 @@ class _Recorder:
         self.constants: dict[str, torch.Tensor] = {}  # by the name that stands for it
         self.pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but Python's constants decide
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
-        self.choices = _choices()
+        self.settings = settings_now()
         self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
         self.generators: list[
             tuple[torch.Generator, torch.Tensor]
@@ -519,8 +507,6 @@ class _Recorder:
         if name in IMPURE:
             self.keep_whole(f"it calls {name}")
             call.hooks = call.hooks or name in _HOOKS
-        if _choices() != self.choices:
-            self.keep_whole(f"it calls {name} under a context that chooses kernels or types")
         if function == _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
             raise RecordError(
                 f"{path or 'the loss function'} looks at a parameter's gradient (grad), which is there at "
@@ -547,11 +533,19 @@ class _Recorder:
             self.note_pure(inputs, made, changed)
             modes = (grad_enabled, _autocast(), self.region())
             state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes)
-            call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
+            called = self.under_settings(function, name)
+            call.children.append(FunctionCall(called, name, path, self.clock, inputs, output, *state))
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made and not isinstance(function, MethodType):
             self.note_shape(name, made)
         return result
+
+    def under_settings(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A function as it is to be called again: under what torch was told since the program began."""
+        told = changed_since(self.settings)
+        if told and self.region() is not None:  # a checkpoint computes again under what is set by then
+            self.keep_whole(f"it calls {name} in a checkpoint under other settings ({', '.join(told)})")
+        return Under(function, told) if told else function
 
     def note_pure(self, inputs: Template, made: list[torch.Tensor], changed: list[torch.Tensor]) -> None:
         """Keep what a function made of Python's constants alone: a cache may give it to the next run."""
@@ -720,6 +714,8 @@ class _Recorder:
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
         call.region = self.region()
         call.whole, call.layer = reason_to_stay_whole(module), is_own_layer(module)
+        told = changed_since(self.settings)
+        call.foreign = f"it is called under other settings ({', '.join(told)})" if told else None
         self.calls[path] += 1
         self.stack[-1].children.append(call)
         self.stack.append(call)

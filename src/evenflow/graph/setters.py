@@ -1,7 +1,7 @@
 """Who set an attribute of a module: which of the calls that were open then are open still.
 
-`for block in model.blocks: block.norm.eval()` says nothing to `block` when it is called. A call that stays whole
-is repeated by its own code alone, so all calls that began after the setting must be taken apart.
+`for block in model.blocks: block.norm.eval()` says nothing to `block` when it is called. A call that stays
+whole is repeated by its own code alone, so all calls that began after the setting must be taken apart.
 """
 
 import contextlib

@@ -181,8 +181,8 @@ def positions_of(graph: Graph, split: Sequence[str] | None, num_stages: int) -> 
             heaviest = max(zip(costs, graph.chain, strict=True), key=lambda pair: pair[0])[1]
             if heaviest.whole is not None:
                 error.add_note(
-                    f"{heaviest.name} was not taken apart: {heaviest.whole}; once the code that does so is "
-                    "in a module of its own, the rest can be taken apart"
+                    f"{heaviest.name} was not taken apart: {heaviest.whole}; move what does so into a "
+                    "smaller module"
                 )
             raise
     positions: list[int] = []
