@@ -47,7 +47,7 @@ def flatten(
     try:
         calls = choice.inside(tree.root)
     except _Stuck as stuck:
-        raise RecordError(str(stuck)) from None
+        raise RecordError(f"{stuck}; move one of the two into a module of its own") from None
     returned = (tree.values[ref].source for ref in tree.output.refs)
     for source in returned:
         if isinstance(source, ParameterSource):
@@ -147,10 +147,7 @@ class _Choice:
             return [call]
         if whole is not None:
             where = call.path or "the model"
-            raise _Stuck(
-                f"{where} cannot be taken apart ({whole}), nor can it stay whole ({hidden}); move one of the "
-                "two into a module of its own"
-            )
+            raise _Stuck(f"{where} cannot be taken apart ({whole}), nor can it stay whole ({hidden})")
         try:
             return self.inside(call)
         except _Stuck as stuck:

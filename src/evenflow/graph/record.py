@@ -30,9 +30,10 @@ from evenflow.errors import RecordError
 from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
 from evenflow.graph.fake_kernels import MASKS
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
+from evenflow.graph.handed import made_of
 from evenflow.graph.modules import is_own_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
-from evenflow.graph.outside import Freezer, Snapshot, changed_names
+from evenflow.graph.outside import PLAIN, Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.setters import Setters
 from evenflow.graph.settings import Under, changed_since, settings_now
@@ -75,6 +76,7 @@ _METADATA = {
     "data_ptr",
 }
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
+REENTRANT = "CheckpointFunction.apply"  # what `checkpoint(…, use_reentrant=True)` calls
 _MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; of a larger one, its identity
 # Of the generator while recording: two runs of a program draw the same numbers.
 SEED = 20_260
@@ -248,6 +250,8 @@ class _Recorder:
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
+        self.within: set[int] | None = None  # inside a whole function: memory that it was given or made
+        self.captured = False  # it used other memory
         self.rehearsal = rehearsal
         self.noted: list[Noted] = []
         self.result: Any = None
@@ -465,9 +469,42 @@ class _Recorder:
         name = name_of(apply)
         with unwatched():
             if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
-                self.keep_whole(f"it hands a function to {name}")
+                remedy = ", which use_reentrant=False would not" if name == REENTRANT else ""
+                self.keep_whole(f"it hands a function to {name}{remedy}")
                 self.stack[-1].unseen = True
             return self.function(apply, args, kwargs, name=name)
+
+    def whole_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str
+    ) -> Any:
+        """A function whose inside cannot be seen: one step, where its arguments are all that it uses."""
+        with unwatched():
+            leaves = pytree.tree_leaves((args, kwargs))
+            self.captured, self.within = False, {storage_of(leaf) for leaf in leaves if is_tensor(leaf)}
+            try:
+                result = self.function(function, args, kwargs, name=name)
+            finally:
+                self.within = None
+            self.check_whole(name, leaves, result)
+            return result
+
+    def check_whole(self, name: str, leaves: list[Any], result: Any) -> None:
+        """Keep the current call whole where a whole function is no step that could be repeated by itself."""
+        handed = [leaf for leaf in leaves if callable(leaf)]
+        made = [leaf for leaf in pytree.tree_leaves(result) if is_tensor(leaf)]
+        reason = ""
+        if handed and (self.captured or None in map(made_of, handed)):
+            reason = f"it hands {name} a function that uses more than its arguments"
+        elif self.pending_draws:
+            reason = f"random numbers are drawn inside {name}"
+        elif not made or any(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(result)):
+            reason = f"{name} returns Python values"
+        if reason:
+            self.keep_whole(reason)
+            self.stack[-1].unseen = True
+        if torch.is_grad_enabled() and any(is_tensor(leaf) and leaf.requires_grad for leaf in leaves):
+            for tensor in made:  # fakes do not carry that through all
+                self.values.require_grad(self.number(tensor, name))
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
@@ -505,7 +542,7 @@ class _Recorder:
         ]
         call, path = self.stack[-1], self.stack[-1].path
         if name in IMPURE:
-            self.keep_whole(f"it calls {name}")
+            self.keep_whole(f"it calls {name}, which does more than what it returns")
             call.hooks = call.hooks or name in _HOOKS
         if function == _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
             raise RecordError(
@@ -583,7 +620,8 @@ class _Recorder:
         if reads and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
             raise self.needs_numbers(name)
         try:
-            self.blind = isinstance(function, MethodType)  # what a custom function does inside is its own
+            # What a custom function or a whole one does inside is its own.
+            self.blind = isinstance(function, MethodType) or self.within is not None
             return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise self.needs_numbers(name) from error
@@ -614,7 +652,7 @@ class _Recorder:
             self.keep_whole(f"it seeds torch's random generator (manual_seed) before {name} draws")
             self.seed, call.sequential = torch.default_generator.initial_seed(), True
         # A reentrant checkpoint gives its recomputation the generator's state of its own beginning.
-        call.sequential |= name == "CheckpointFunction.apply"
+        call.sequential |= name == REENTRANT
 
     def region(self) -> int | None:
         """The checkpoint region that the program is in: a number of its own for each call of `checkpoint`.
