@@ -56,7 +56,7 @@ def flatten(
             )
     _refuse_replaced_buffers(tree, calls)
     reads = [call for call in calls if isinstance(call, ReadCall)]
-    nodes = [_node(call, tree, choice) for call in calls if not isinstance(call, ReadCall)]
+    nodes = [_node(call, tree, choice.stuck.get(call)) for call in calls if not isinstance(call, ReadCall)]
     needed = {*tree.output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, tree.values), tree.values)
     guards = tuple(_guard(read, nodes, tree.values) for read in reads)
@@ -124,7 +124,7 @@ class _Choice:
         self.values, self.opened, self.is_atomic = tree.values, opened, is_atomic
         self.limit = max_share * _flops(tree.root)
         self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
-        self.stuck: dict[ModuleCall, str] = {}  # what was kept whole because of what is inside it, and why
+        self.stuck: dict[Call, str] = {}  # calls that stay whole because of one inside, and why that is so
         self.hides = _hidden_values(tree)
         self.derived = _batch_derived(tree)
         counts = _parameter_uses(tree.root, tree.values)
@@ -140,10 +140,14 @@ class _Choice:
 
     def choose(self, call: ModuleCall) -> list[Call]:
         hidden = self.hides.get(call) or call.foreign or _draws_recomputed(call)
-        whole = self.whole(call)
-        if hidden is None and whole is not None and _has_dynamic_shape(call):
+        unsteady = self.unsteady_look(call)
+        if unsteady is not None:
+            self.stuck[call] = unsteady
+        whole = call.whole or unsteady
+        kept = whole is not None or call.layer
+        if hidden is None and kept and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
-        if hidden is None and (whole is not None or call.layer or not self.wanted_apart(call)):
+        if hidden is None and (kept or not self.wanted_apart(call)):
             return [call]
         if whole is not None:
             where = call.path or "the model"
@@ -156,15 +160,14 @@ class _Choice:
                 return [call]
             raise
 
-    def whole(self, call: ModuleCall) -> str | None:
-        """Why a call must not be taken apart, if so: it looks at numbers that no guard can ask for, say."""
-        if call.whole is not None or call in self.stuck:
-            return call.whole or self.stuck[call]
+    def unsteady_look(self, call: ModuleCall) -> str | None:
+        """Whether a call looks at numbers for which no guard can ask before the step: then it stays whole."""
         for read in call.children:
             if isinstance(read, ReadCall) and read.name not in (SHAPE, *ARRAYS):
                 for ref in read.args.refs:
                     if ref not in self.derived:
-                        return f"it calls {read.name} on {_what(self.values[ref])}"
+                        what = _what(self.values[ref])
+                        return f"it calls {read.name} on {what}: do that in a smaller module"
         return None
 
     def wanted_apart(self, call: ModuleCall) -> bool:
@@ -308,7 +311,7 @@ def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
 # -- from calls to nodes
 
 
-def _node(call: FunctionCall | ModuleCall, tree: CallTree, choice: _Choice) -> Node:
+def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None) -> Node:
     functions = [inner for inner in walk(call) if isinstance(inner, FunctionCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
@@ -339,11 +342,18 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree, choice: _Choice) -> N
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         region=call.region,
-        whole=choice.whole(call) if isinstance(call, ModuleCall) else None,
+        whole=_reason(call) or stuck,
         stateful=any(isinstance(inner, ModuleCall) and inner.stateful for inner in walk(call)),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
     )
+
+
+def _reason(call: FunctionCall | ModuleCall) -> str | None:
+    """Why a call was not taken apart, where it was not its weight that decided."""
+    if not isinstance(call, ModuleCall):
+        return None
+    return call.whole or ("it is one of torch's own layers" if call.layer else None)
 
 
 def _is_opaque(call: ModuleCall) -> bool:

@@ -30,10 +30,11 @@ def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
     return None
 
 
-def is_own_layer(module: torch.nn.Module) -> bool:
-    """Whether a module is one of torch's own layers, which are taken apart only where they must be."""
-    containers = torch.nn.Sequential | torch.nn.ModuleList
-    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, containers)
+def is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is one of torch's own layers, which are not taken apart without need."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+        module, torch.nn.Sequential | torch.nn.ModuleList
+    )
 
 
 def _only_watches(hook: Any) -> bool:

@@ -31,7 +31,7 @@ from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, witho
 from evenflow.graph.fake_kernels import MASKS
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
 from evenflow.graph.handed import made_of
-from evenflow.graph.modules import is_own_layer, python_state, reason_to_stay_whole
+from evenflow.graph.modules import PythonState, is_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import PLAIN, Freezer, Snapshot, changed_names
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
@@ -118,7 +118,10 @@ def record(
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
         if between is not None:
             between()
+            left = PythonState(model)
             tree.difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
+            if tree.difference is not None:  # the program was stopped on its way
+                left.restore()
     changed = (v for v in tree.values[: len(given)] if v.storage in recorder.values.changed_storages)
     _refuse_overlaps(given, [v.source.index for v in changed if isinstance(v.source, BatchLeaf)])
     return tree
@@ -494,11 +497,11 @@ class _Recorder:
         made = [leaf for leaf in pytree.tree_leaves(result) if is_tensor(leaf)]
         reason = ""
         if handed and (self.captured or None in map(made_of, handed)):
-            reason = f"it hands {name} a function that uses more than its arguments"
+            reason = f"it hands {name} a function that uses more than its arguments: hand it those too"
         elif self.pending_draws:
-            reason = f"random numbers are drawn inside {name}"
+            reason = f"random numbers are drawn inside {name}: draw before it"
         elif not made or any(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(result)):
-            reason = f"{name} returns Python values"
+            reason = f"{name} returns Python values: return tensors"
         if reason:
             self.keep_whole(reason)
             self.stack[-1].unseen = True
@@ -542,7 +545,9 @@ class _Recorder:
         ]
         call, path = self.stack[-1], self.stack[-1].path
         if name in IMPURE:
-            self.keep_whole(f"it calls {name}, which does more than what it returns")
+            self.keep_whole(
+                f"it calls {name}, which does more than what it returns: do so in a smaller module"
+            )
             call.hooks = call.hooks or name in _HOOKS
         if function == _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
             raise RecordError(
@@ -665,7 +670,7 @@ class _Recorder:
         if hooks is None:
             return None
         if getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
-            self.keep_whole("it runs under saved_tensors_hooks")
+            self.keep_whole("it runs under saved_tensors_hooks: enter them in a smaller module")
             return None
         number, _ = self.regions.setdefault(id(hooks[0]), (len(self.regions), hooks))
         return number
@@ -751,7 +756,7 @@ class _Recorder:
         self.clock += 1
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
         call.region = self.region()
-        call.whole, call.layer = reason_to_stay_whole(module), is_own_layer(module)
+        call.whole, call.layer = reason_to_stay_whole(module), is_layer(module)
         told = changed_since(self.settings)
         call.foreign = f"it is called under other settings ({', '.join(told)})" if told else None
         self.calls[path] += 1

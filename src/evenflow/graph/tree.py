@@ -126,7 +126,7 @@ class ModuleCall:
     output: Template = NOTHING  # until it has returned
     num_draws: int = 0
     whole: str | None = None  # why this call must not be taken apart, where it must not
-    layer: bool = False  # it is one of torch's own layers: it stays whole unless something forbids that
+    layer: bool = False  # one of torch's own layers: taken apart only where it cannot stay whole
     unseen: bool = False  # it did something that was not seen, perhaps with any parameter inside it
     region: int | None = None  # the checkpoint region in which it was called, if any
     sequential: bool = False  # it sets the generator's state itself: its draws are keyed at entry alone

@@ -180,10 +180,7 @@ def positions_of(graph: Graph, split: Sequence[str] | None, num_stages: int) -> 
         except ConfigError as error:
             heaviest = max(zip(costs, graph.chain, strict=True), key=lambda pair: pair[0])[1]
             if heaviest.whole is not None:
-                error.add_note(
-                    f"{heaviest.name} was not taken apart: {heaviest.whole}; move what does so into a "
-                    "smaller module"
-                )
+                error.add_note(f"{heaviest.name} was not taken apart: {heaviest.whole}")
             raise
     positions: list[int] = []
     for name in split:
