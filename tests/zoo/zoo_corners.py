@@ -15,11 +15,7 @@ from zoo_unseen import Block, Stack
 
 ZOO = Zoo()
 INFERENCE = "a calls linear in inference mode, whose tensors keep no record of changes; use torch.no_grad()"
-NUMBERS = (
-    "SILENT: C++ reads a number of the batch, which makes no guard: a size computed from it in Python is kept"
-)
 COUNTED = "the model was not taken apart: it calls {} on the buffer {}, which the program changes"
-GLOBAL = "a tensor that the loss function finds outside of batch and model is refused as unseen"
 
 
 # -- what a module is told from outside
@@ -129,6 +125,32 @@ class EvaluatesPartsOfItsBlocks(Layers):
             block[0].train()
             block[1].train()
         return self.head(self.d(self.c(self.last(x))))
+
+
+@ZOO.model()
+class EvaluatesRecurrentParts(Layers):
+    """What LSTM does in its first call it does not do again, so that its program is recorded twice."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = nn.LSTM(WIDTH, WIDTH, 2, dropout=0.3, batch_first=True)
+
+        def forward(self, x):
+            return x + self.recurrent(x[:, None])[0][:, 0]
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Inner() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            block.recurrent.eval()
+        for block in self.blocks:
+            x = block(x)
+        for block in self.blocks:
+            block.recurrent.train()
+        return self.head(self.d(self.c(x)))
 
 
 @ZOO.model()
