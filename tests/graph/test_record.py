@@ -331,7 +331,8 @@ def test_a_hidden_value_that_reaches_the_loss_function_is_refused():
         graph_of(KeepingWriter(), program)
     assert str(caught.value) == (
         "the model cannot be taken apart (it changes its own attributes while it runs: kept), nor can it "
-        "stay whole (mean uses a tensor float32[4, 4] made inside it that is not in its result)"
+        "stay whole (mean uses a tensor float32[4, 4] made inside it that is not in its result); move one of "
+        "the two into a module of its own"
     )
 
 

@@ -10,8 +10,8 @@ from zoo_checks import WIDTH, Zoo
 from zoo_inplace import Layers
 
 ZOO = Zoo()
-WHOLE = "what is not seen in the root's own forward keeps the whole model in one node"
-SCRIPT = "SILENT: kernels of a scripted function are recorded one by one, below autograd: gradients are lost"
+NOT_APART = "the model was not taken apart: "
+CAPTURING = NOT_APART + "it hands vmap a function that uses more than its arguments"
 
 
 class Block(nn.Module):
@@ -54,7 +54,7 @@ def vmap_over_parameters():
     return Stack(Inner)
 
 
-@ZOO.model(fails=WHOLE)
+@ZOO.model()
 def vmap_in_the_model():
     class Model(Layers):
         def forward(self, x):
@@ -65,16 +65,82 @@ def vmap_in_the_model():
     return Model()
 
 
+@ZOO.model(refused=CAPTURING)
+class VmapCapturesAnActivation(Layers):
+    """The tensor that the closure holds is among the arguments too."""
+
+    def forward(self, x):
+        h = self.b(self.a(x))
+        h = torch.vmap(lambda row: row * h.mean())(h)
+        return self.head(self.d(self.c(h)))
+
+
+SCALES = torch.linspace(0.5, 2.0, WIDTH)
+
+
+@ZOO.model(refused=CAPTURING)
+class VmapUsesAGlobalTensor(Layers):
+    def forward(self, x):
+        h = torch.vmap(lambda row: row * SCALES)(self.b(self.a(x)))
+        return self.head(self.d(self.c(h)))
+
+
+@ZOO.model(refused=CAPTURING)
+class VmapHoldsAModule(Layers):
+    def __init__(self):
+        super().__init__()
+        self.scale = 2.0
+
+    def forward(self, x):
+        h = torch.vmap(lambda row: row * self.scale)(self.b(self.a(x)))
+        return self.head(self.d(self.c(h)))
+
+
+@ZOO.model(refused=NOT_APART + "random numbers are drawn inside vmap")
+class VmapDraws(Layers):
+    def forward(self, x):
+        noisy = torch.vmap(lambda row: row + torch.randn_like(row), randomness="different")
+        return self.head(self.d(self.c(noisy(self.b(self.a(x))))))
+
+
+@ZOO.model()
+class VmapWithConstants(Layers):
+    """Tensors that the function makes itself, and a number from outside."""
+
+    def forward(self, x):
+        half, n = torch.tensor, len(x)
+
+        def mapped(row, factor=1.5):
+            return (row * n - half([0.5] * WIDTH) + torch.arange(WIDTH)) * factor / 3
+
+        h = torch.vmap(mapped)(self.b(self.a(x)))
+        return self.head(self.d(self.c(h)))
+
+
+@ZOO.model()
+class GradientsOfRows(Layers):
+    """Transforms in transforms, at the outermost level."""
+
+    def forward(self, x):
+        def energy(row, place):
+            return (row * place).sin().sum()
+
+        h = self.b(self.a(x))
+        h = h - torch.vmap(torch.func.grad(energy))(h, x)
+        h = self.c(h) + torch.func.grad(lambda all_rows: all_rows.cos().sum())(h)
+        return self.head(self.d(h) + torch.vmap(torch.func.jacrev(torch.sin))(h).sum(1))
+
+
 def vmap_loss(model, batch):
     return torch.vmap(lambda one, other: (one - other).square().sum())(model(batch["x"]), batch["y"]).mean()
 
 
-@ZOO.model(loss=vmap_loss, fails="what is not seen in the loss function itself is refused")
+@ZOO.model(loss=vmap_loss)
 def vmap_in_the_loss():
     return Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
 
 
-@ZOO.model(fails=WHOLE)
+@ZOO.model()
 def vmapped_mask_of_the_batch():
     """A mask made by vmap from the batch alone, used by every block (as transformers do)."""
 
@@ -96,9 +162,24 @@ def _gelu(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return x * 0.5 * (1.0 + torch.erf(x / 1.41421)) * scale
 
 
+def _count(x: torch.Tensor) -> int:
+    return int((x > 0).sum())
+
+
+def _dropout(x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x, 0.5, True)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x[x[:, 0] > 0]
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # scripting is deprecated, and in many models
     scripted_gelu = torch.jit.script(_gelu)
+    scripted_count = torch.jit.script(_count)
+    scripted_dropout = torch.jit.script(_dropout)
+    scripted_rows = torch.jit.script(_rows)
     torch.func.jvp(torch.tanh, (torch.ones(1),), (torch.ones(1),))  # scripts its own rules the first time
 
 
@@ -111,7 +192,7 @@ def scripted_function_in_blocks():
     return Stack(Inner)
 
 
-@ZOO.model(fails=SCRIPT)
+@ZOO.model()
 def scripted_function_in_the_model():
     class Model(Layers):
         def forward(self, x):
@@ -119,6 +200,28 @@ def scripted_function_in_the_model():
             return self.head(self.d(self.c(h)))
 
     return Model()
+
+
+@ZOO.model(refused=NOT_APART + "_count returns Python values")
+class ScriptedNumberOfTheBatch(Layers):
+    def forward(self, x):
+        return self.head(self.d(self.c(self.b(self.a(x)) * scripted_count(x))))
+
+
+@ZOO.model(refused=NOT_APART + "random numbers are drawn inside _dropout")
+class ScriptedDropout(Layers):
+    def forward(self, x):
+        return self.head(self.d(self.c(scripted_dropout(self.b(self.a(x))))))
+
+
+@ZOO.model()
+class ScriptedRowsOfTheBatch(Layers):
+    """How many rows come out depends on the batch's numbers."""
+
+    def forward(self, x):
+        rows = scripted_rows(x)
+        h = self.b(self.a(x)) + rows.sum(0) / (len(rows) + 1)
+        return self.head(self.d(self.c(h)))
 
 
 class Clamped(torch.autograd.Function):
@@ -252,7 +355,9 @@ def checkpointed_blocks():
     return Model(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()))
 
 
-@ZOO.model(fails=WHOLE)
+@ZOO.model(
+    refused=NOT_APART + "it hands a function to CheckpointFunction.apply, which use_reentrant=False would not"
+)
 def checkpointed_reentrant():
     class Model(Stack):
         def forward(self, x):
@@ -359,7 +464,7 @@ def hooks_that_collect_features():
     return Model(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
 
 
-@ZOO.model(fails=WHOLE)
+@ZOO.model(refused=NOT_APART + "it calls requires_grad_, which does more than what it returns")
 def gradient_inside_the_forward():
     """Forces: the gradient of an energy by the positions, with create_graph (molecular models)."""
 

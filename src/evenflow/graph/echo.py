@@ -8,11 +8,12 @@ told it something else than before: a counter, a clock, a cache that was filled,
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 
+from evenflow.graph.handed import made_of
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import flatten_tree
@@ -42,6 +43,8 @@ def _described(leaf: Any) -> Any:  # any leaf
         return id(leaf)
     if isinstance(leaf, PLAIN):
         return type(leaf), repr(leaf)
+    if isinstance(leaf, FunctionType):
+        return type(leaf), made_of(leaf)
     return repr(leaf) if isinstance(leaf, slice) else type(leaf)
 
 
@@ -110,6 +113,12 @@ class _Echo:
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unwatched():
             return self.function(apply, args, kwargs, name=name_of(apply))
+
+    def whole_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str
+    ) -> Any:
+        with unwatched():
+            return self.function(function, args, kwargs, name=name)
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""

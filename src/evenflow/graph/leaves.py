@@ -52,7 +52,7 @@ def flatten(
     try:
         calls = choice.inside(tree.root)
     except _Stuck as stuck:
-        raise RecordError(str(stuck)) from None
+        raise RecordError(f"{stuck}; move one of the two into a module of its own") from None
     returned = (tree.values[ref].source for ref in tree.output.refs)
     for source in returned:
         if isinstance(source, ParameterSource):
@@ -144,14 +144,18 @@ class _Choice:
 
     def choose(self, call: ModuleCall) -> list[Call]:
         hidden = self.hides.get(call) or call.foreign or _draws_recomputed(call)
-        kept = call.whole is not None or call.layer
+        unsteady = self.unsteady_look(call)
+        if unsteady is not None:
+            self.stuck[call] = unsteady
+        whole = call.whole or unsteady
+        kept = whole is not None or call.layer
         if hidden is None and kept and _has_dynamic_shape(call):
             hidden = "a shape inside it depends on the batch's numbers"
         if hidden is None and (kept or not self.wanted_apart(call)):
             return [call]
-        if call.whole is not None:
+        if whole is not None:
             where = call.path or "the model"
-            raise _Stuck(f"{where} cannot be taken apart ({call.whole}), nor can it stay whole ({hidden})")
+            raise _Stuck(f"{where} cannot be taken apart ({whole}), nor can it stay whole ({hidden})")
         try:
             return self.inside(call)
         except _Stuck as stuck:
@@ -159,6 +163,16 @@ class _Choice:
                 self.stuck[call] = str(stuck)
                 return [call]
             raise
+
+    def unsteady_look(self, call: ModuleCall) -> str | None:
+        """Whether a call looks at numbers for which no guard can ask before the step: then it stays whole."""
+        for read in call.children:
+            if isinstance(read, ReadCall) and read.name not in (SHAPE, *ARRAYS):
+                for ref in read.args.refs:
+                    if ref not in self.derived:
+                        what = _what(self.values[ref])
+                        return f"it calls {read.name} on {what}: do that in a smaller module"
+        return None
 
     def wanted_apart(self, call: ModuleCall) -> bool:
         inside = f"{call.path}." if call.path else ""
@@ -190,6 +204,15 @@ class _Choice:
         inner = [c for c in walk(call) if isinstance(c, FunctionCall)]
         used = {ref for function in inner for ref in function.args.refs}
         return not any(_parameters(call, self.values)) and any(ref not in used for ref in call.args.refs)
+
+
+def _what(value: Value) -> str:
+    """What a number that decides something belongs to, and why it may be another the next time."""
+    match value.source:
+        case BufferSource(name):
+            return f"the buffer {name}, which the program changes"
+        case _:
+            return f"a tensor {value.info} that depends on more than the batch"
 
 
 def _batch_derived(tree: CallTree) -> set[int]:
@@ -453,15 +476,10 @@ def _guard(read: ReadCall, nodes: list[Node], values: tuple[Value, ...]) -> Guar
     changed = {name for node in nodes for name in node.changed_buffers}
     for ref in read.args.refs:
         source = values[ref].source
-        if isinstance(source, BufferSource) and source.name in changed:
+        unsteady = isinstance(source, BufferSource) and source.name in changed
+        if unsteady or ref in made or isinstance(source, ParameterSource):
             raise RecordError(
-                f"{where} calls {read.name} on the buffer {source.name}, which the program changes, so the "
-                "branch taken may change within a step; keep that code inside one module (atomic=[…])"
-            )
-        if ref in made or isinstance(values[ref].source, ParameterSource):
-            raise RecordError(
-                f"{where} calls {read.name} on a tensor {values[ref].info} that depends on more than the "
-                "batch, so the branch taken may change within a step; keep that code inside one module "
-                "(atomic=[…])"
+                f"{where} calls {read.name} on {_what(values[ref])}, so the branch taken may change within "
+                "a step; move that code into a module of the model"
             )
     return Guard(read.function, read.args, read.result, f"{where}: {read.name}")

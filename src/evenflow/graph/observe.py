@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from torch._functorch import apis, eager_transforms
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
@@ -48,6 +49,11 @@ class Listener(Protocol):
     def custom_function(self, apply: types.MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a custom autograd function's `apply`, blind to what is inside."""
 
+    def whole_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str
+    ) -> Any:
+        """Make and note the call of what bypasses `__torch_function__`, blind to what is inside."""
+
 
 class Observer(Listener, Protocol):
     """What is told of the kernels too that a function runs."""
@@ -58,6 +64,8 @@ class Observer(Listener, Protocol):
     pending_known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
     born: set[int]  # memory that the run made, by `storage_of`
     pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
+    within: set[int] | None  # inside a whole function: memory that it was given or made
+    captured: bool  # it used other memory
 
     def no_subclass(self, name: str, kind: type[torch.Tensor]) -> Exception:
         """What to raise where a subclass of Tensor meets a fake one."""
@@ -96,6 +104,8 @@ def observed_by(observer: Listener, *, kernels: Observer | None = None) -> Itera
         contextlib.nullcontext() if kernels is None else _subclasses_refused(kernels),
         _modules_observed(observer),
         _custom_functions_observed(observer),
+        _scripted_functions_observed(observer),
+        _transforms_observed(observer),
         _Functions(observer),
         contextlib.nullcontext() if kernels is None else _Kernels(kernels),
     ):
@@ -206,6 +216,50 @@ def _custom_functions_observed(observer: Listener) -> Iterator[None]:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _scripted_functions_observed(observer: Listener) -> Iterator[None]:
+    own = torch.jit.ScriptFunction.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
+        if observer.blind:
+            return own(function, *args, **kwargs)
+        return observer.whole_function(function, args, kwargs, name=function.name)
+
+    torch.jit.ScriptFunction.__call__ = call  # type: ignore[assignment, method-assign]  # the patch is the point
+    try:
+        yield
+    finally:
+        torch.jit.ScriptFunction.__call__ = own  # type: ignore[method-assign]
+
+
+# What a transformed function calls, the function itself among its arguments; torch has no public place.
+_TRANSFORMS = (
+    (apis, "vmap_impl", "vmap"),
+    (eager_transforms, "grad_impl", "func.grad"),
+    (eager_transforms, "grad_and_value_impl", "func.grad_and_value"),
+)
+
+
+@contextlib.contextmanager
+def _transforms_observed(observer: Listener) -> Iterator[None]:
+    def patched(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
+            if observer.blind:
+                return own(*args, **kwargs)
+            return observer.whole_function(own, args, kwargs, name=name)
+
+        return call
+
+    before = [getattr(module, key) for module, key, _ in _TRANSFORMS]
+    try:
+        for (module, key, name), own in zip(_TRANSFORMS, before, strict=True):
+            setattr(module, key, patched(own, name))
+        yield
+    finally:
+        for (module, key, _), own in zip(_TRANSFORMS, before, strict=True):
+            setattr(module, key, own)
+
+
 class _Functions(TorchFunctionMode):
     def __init__(self, observer: Listener) -> None:
         super().__init__()
@@ -230,6 +284,8 @@ class _Kernels(TorchDispatchMode):
         if func._schema.is_mutable:
             self.note_writes(func, args, kwargs)
         result, lengths = run_kernel(func, args, kwargs)
+        if self.observer.within is not None:
+            self.note_captured(self.observer.within, func, (args, kwargs), result)
         self.observer.pending_dynamic += lengths
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
@@ -250,6 +306,16 @@ class _Kernels(TorchDispatchMode):
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
             self.observer.pending_flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
         return result
+
+    def note_captured(self, within: set[int], kernel: Any, given: Any, result: Any) -> None:
+        """Note memory that a whole function uses and was not given: what its closure or a module holds."""
+        used, made = (
+            {storage_of(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+            for tree in (given, result)
+        )
+        if kernel is not torch.ops.aten.lift_fresh.default:  # by which `torch.tensor` makes one of numbers
+            self.observer.captured |= not used <= within
+        within |= used | made
 
     def note_writes(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for position, argument in enumerate(kernel._schema.arguments):

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenflow.graph.reach import PLAIN as PLAIN  # noqa: PLC0414 (told to others as well)
-from evenflow.graph.reach import closure_of, codes_of, is_library
+from evenflow.graph.reach import PLAIN, closure_of, codes_of, is_library
 
 THE_LOSS_FUNCTION = "the loss function"  # where a snapshot says that a value was found
 # What every module has; `training` aside, it is compared by other means or not at all.

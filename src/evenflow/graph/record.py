@@ -31,12 +31,16 @@ from evenflow.errors import RecordError
 from evenflow.graph.echo import INDEXING, Noted, described, echo, name_of, without_tensors_in_slices
 from evenflow.graph.fake_kernels import MASKS, run_padding
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
+from evenflow.graph.handed import made_of
 from evenflow.graph.known_results import result_at, zeros_like
-from evenflow.graph.modules import is_layer, python_state, reason_to_stay_whole
+from evenflow.graph.modules import PythonState, is_layer, python_state, reason_to_stay_whole
 from evenflow.graph.observe import observed_by, quiet, unwatched
 from evenflow.graph.outside import Freezer, Snapshot, changed_names
+from evenflow.graph.reach import PLAIN
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.recomputed import REMEDY
+from evenflow.graph.setters import Setters
+from evenflow.graph.settings import Under, changed_since, settings_now
 from evenflow.graph.template import NOTHING, Ref, Shared, Shell, Template, flatten_tree, is_plain
 from evenflow.graph.tree import (
     ARRAYS,
@@ -80,6 +84,7 @@ _METADATA = {
 }
 _PLAIN_KINDS = {torch.Tensor, torch.nn.Parameter, FakeTensor}  # no subclass of a user's
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad"}
+REENTRANT = "CheckpointFunction.apply"  # what `checkpoint(…, use_reentrant=True)` calls
 _MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; of a larger one, its identity
 # Of the generator while recording: two runs of a program draw the same numbers.
 SEED = 20_260
@@ -125,7 +130,10 @@ def record(
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
         if between is not None:
             between()
+            left = PythonState(model)
             tree.difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
+            if tree.difference is not None:  # the program was stopped on its way
+                left.restore()
             with by_others() as names:
                 if names and tree.difference is None:
                     difference = recorder.echo(lambda: program(model, pytree.tree_unflatten(leaves, spec)))
@@ -162,19 +170,6 @@ def _autocast() -> tuple[tuple[str, Any], ...]:
     torch.autocast_decrement_nesting()
     active = ((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
     return (*active, ("nesting", depth)) if depth else ()
-
-
-def _choices() -> tuple[Any, ...]:
-    """Which kernels run and what torch makes by default: the modes that a replay does not enter by itself."""
-    cuda = torch.backends.cuda
-    return (
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        torch.backends.mkldnn.enabled,
-        torch.get_default_dtype(),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +261,7 @@ class _Recorder:
             self.values.add(buffer, BufferSource(name))
         root = ModuleCall("", 0, 0, NOTHING, True, _autocast())
         self.stack: list[ModuleCall] = [root]
+        self.setters = Setters(self.stack)
         self.pending_draws = 0
         self.pending_flops = 0
         self.pending_dynamic: list[torch.Tensor] = []
@@ -273,6 +269,8 @@ class _Recorder:
         self.pending_changed: set[int] = set()
         self.failed_in = ""  # the innermost module that raised
         self.blind = False
+        self.within: set[int] | None = None  # inside a whole function: memory that it was given or made
+        self.captured = False  # it used other memory
         self.rehearsal = rehearsal
         self.noted: list[Noted] = []
         self.result: Any = None
@@ -287,7 +285,7 @@ class _Recorder:
             tuple[str, Any, Any]
         ] = []  # containers that custom functions may keep, as they were
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
-        self.choices = _choices()
+        self.settings = settings_now()
         self.outside_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
         self.generators: list[
             tuple[torch.Generator, torch.Tensor]
@@ -419,7 +417,7 @@ class _Recorder:
     def run(self, program: Callable[[Any, Any], Any], microbatch: Any) -> CallTree:
         root = self.stack[0]
         try:
-            with observed_by(self, kernels=self), quiet():
+            with observed_by(self, kernels=self), self.setters.watching(), quiet():
                 result = program(self.model, microbatch)
             self.result = result
             output = self.encode_result(result)
@@ -507,12 +505,45 @@ class _Recorder:
         name = name_of(apply)
         with unwatched():
             if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
-                self.keep_whole(f"it hands a function to {name}")
+                remedy = ", which use_reentrant=False would not" if name == REENTRANT else ""
+                self.keep_whole(f"it hands a function to {name}{remedy}")
                 self.stack[-1].unseen = True
             result = self.function(apply, args, kwargs, name=name)
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, dict | list)]
             self.handed += [(name, each, flatten_tree(each)) for each in given]
             return result
+
+    def whole_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str
+    ) -> Any:
+        """A function whose inside cannot be seen: one step, where its arguments are all that it uses."""
+        with unwatched():
+            leaves = pytree.tree_leaves((args, kwargs))
+            self.captured, self.within = False, {storage_of(leaf) for leaf in leaves if is_tensor(leaf)}
+            try:
+                result = self.function(function, args, kwargs, name=name)
+            finally:
+                self.within = None
+            self.check_whole(name, leaves, result)
+            return result
+
+    def check_whole(self, name: str, leaves: list[Any], result: Any) -> None:
+        """Keep the current call whole where a whole function is no step that could be repeated by itself."""
+        handed = [leaf for leaf in leaves if callable(leaf)]
+        made = [leaf for leaf in pytree.tree_leaves(result) if is_tensor(leaf)]
+        reason = ""
+        if handed and (self.captured or None in map(made_of, handed)):
+            reason = f"it hands {name} a function that uses more than its arguments: hand it those too"
+        elif self.pending_draws:
+            reason = f"random numbers are drawn inside {name}: draw before it"
+        elif not made or any(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(result)):
+            reason = f"{name} returns Python values: return tensors"
+        if reason:
+            self.keep_whole(reason)
+            self.stack[-1].unseen = True
+        if torch.is_grad_enabled() and any(is_tensor(leaf) and leaf.requires_grad for leaf in leaves):
+            for tensor in made:  # fakes do not carry that through all
+                self.values.require_grad(self.number(tensor, name))
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str = ""
@@ -555,10 +586,10 @@ class _Recorder:
             self.refuse_recomputed_changes(before)
             call.recomputes = grad_enabled
         if name in IMPURE:
-            self.keep_whole(f"it calls {name}")
+            self.keep_whole(
+                f"it calls {name}, which does more than what it returns: do so in a smaller module"
+            )
             call.hooks = call.hooks or name in _HOOKS
-        if _choices() != self.choices:
-            self.keep_whole(f"it calls {name} under a context that chooses kernels or types")
         if function == _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):
             raise RecordError(
                 f"{path or 'the loss function'} looks at a parameter's gradient (grad), which is there at "
@@ -585,7 +616,8 @@ class _Recorder:
             self.note_pure(inputs, made, changed)
             modes = (grad_enabled, _autocast(), self.region())
             state = (changes.rebinds, changes.buffers, draws, self.pending_flops, *modes, changes.hidden)
-            call.children.append(FunctionCall(function, name, path, self.clock, inputs, output, *state))
+            called = self.under_settings(function, name)
+            call.children.append(FunctionCall(called, name, path, self.clock, inputs, output, *state))
         self.note_known(function, name, leaves, spec, result)
         call.num_draws += self.pending_draws
         if self.pending_dynamic and made and not isinstance(function, MethodType):
@@ -625,6 +657,13 @@ class _Recorder:
                     )
                 )
 
+    def under_settings(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A function as it is to be called again: under what torch was told since the program began."""
+        told = changed_since(self.settings)
+        if told and self.region() is not None:  # a checkpoint computes again under what is set by then
+            self.keep_whole(f"it calls {name} in a checkpoint under other settings ({', '.join(told)})")
+        return Under(function, told) if told else function
+
     def note_pure(self, inputs: Template, made: list[torch.Tensor], changed: list[torch.Tensor]) -> None:
         """Keep what a function made of Python's constants alone: a cache may give it to the next run."""
         known = (self.values.tensor(ref) for ref in inputs.refs)
@@ -661,7 +700,8 @@ class _Recorder:
         if reads and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
             raise self.needs_numbers(name)
         try:
-            self.blind = isinstance(function, MethodType)  # what a custom function does inside is its own
+            # What a custom function or a whole one does inside is its own.
+            self.blind = isinstance(function, MethodType) or self.within is not None
             if name == "_pad_packed_sequence":
                 result, self.pending_known = run_padding(function, args, kwargs)
                 return result
@@ -707,7 +747,7 @@ class _Recorder:
             self.keep_whole(f"it seeds torch's random generator (manual_seed) before {name} draws")
             self.seed, call.sequential = torch.default_generator.initial_seed(), True
         # A reentrant checkpoint gives its recomputation the generator's state of its own beginning.
-        call.sequential |= name == "CheckpointFunction.apply"
+        call.sequential |= name == REENTRANT
 
     def region(self) -> int | None:
         """The checkpoint region that the program is in: a number of its own for each call of `checkpoint`.
@@ -720,7 +760,7 @@ class _Recorder:
         if hooks is None:
             return None
         if getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
-            self.keep_whole("it runs under saved_tensors_hooks")
+            self.keep_whole("it runs under saved_tensors_hooks: enter them in a smaller module")
             return None
         number, _ = self.regions.setdefault(id(hooks[0]), (len(self.regions), hooks))
         return number
@@ -738,7 +778,7 @@ class _Recorder:
             state = python_state(module)
         mark, own = self.values.mark(), dict(vars(module))
         self.noted_before.append(len(self.noted))
-        self.note_foreign(call, state)
+        self.note_foreign(call, module, state)
         try:
             try:
                 result = forward(module, *args, **kwargs)
@@ -765,9 +805,10 @@ class _Recorder:
         with unwatched():
             if call.unseen or call.sequential:  # its modules ran unseen, perhaps
                 self.note_inner_changes(call)
-            self.expected[path] = python_state(module)
-        changed = changed_names(state, self.expected[path])
+            after = python_state(module)
+        changed = changed_names(state, after)
         if changed:
+            self.expected[path] = after
             call.changed = tuple(f"{path}.{key}" if path else key for key in changed)
             call.whole_besides = call.whole
             self.self_changed.update(call.changed)
@@ -788,11 +829,16 @@ class _Recorder:
                 self.expected[path], call.stateful = state, call.stateful or bool(changed)
                 call.recomputed += names if call.recomputes else ()
 
-    def note_foreign(self, call: ModuleCall, state: Snapshot) -> None:
+    def note_foreign(self, call: ModuleCall, module: torch.nn.Module, state: Snapshot) -> None:
         """Note where other code changed the module since the program began: run whole, it would not be so."""
-        changed = changed_names(self.expected[call.path], state)
-        if changed and state != self.start[call.path]:
-            call.foreign = f"its attribute {changed[0]} is changed while the program runs"
+        if state == self.start[call.path]:
+            return
+        for name in changed_names(self.expected[call.path], state):
+            for later in self.setters.calls_since(module, name):
+                owner = "its" if later is call else f"{call.path}'s"
+                later.foreign = later.foreign or (
+                    f"{owner} attribute {name} is changed while the program runs, before it is called"
+                )
 
     def open_call(
         self, module: torch.nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -803,6 +849,8 @@ class _Recorder:
         call = ModuleCall(path, self.calls[path], self.clock, inputs, torch.is_grad_enabled(), _autocast())
         call.region = self.region()
         call.whole, call.layer = reason_to_stay_whole(module), is_layer(module)
+        told = changed_since(self.settings)
+        call.foreign = f"it is called under other settings ({', '.join(told)})" if told else None
         self.calls[path] += 1
         self.stack[-1].children.append(call)
         self.stack.append(call)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
+from evenflow.graph.settings import bare
 from evenflow.graph.template import Ref
 from evenflow.graph.tree import BatchLeaf, BufferSource
 
@@ -171,7 +172,7 @@ class _Reader:
         args, kwargs = pytree.tree_unflatten(list(node.args.leaves), node.args.spec)
         signature = inspect.signature(function)
         match node.target:
-            case FunctionTarget(called) if called is function:
+            case FunctionTarget(called) if bare(called) is function:
                 bound = signature.bind(*args, **kwargs)
             case ModuleTarget(path) if type(module := self.model.get_submodule(path)) is kind:
                 known = {
