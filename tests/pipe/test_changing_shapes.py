@@ -285,3 +285,10 @@ def test_a_fed_rank_is_told_of_the_batch_and_of_its_recordings_and_sent_what_it_
         assert [rank["fed"][at] for at in (1, 3, 4)] == [steady] * 3
         assert rank["fed"][0] == steady | {"transfer": 3}
         assert rank["fed"][2] == steady | {"transfer": 4}
+
+
+def test_a_program_that_no_recording_fits_is_refused_and_not_recorded_for_ever(monkeypatch):
+    pipe = make(build())
+    monkeypatch.setattr(type(pipe._parts.recordings), "find", lambda self, program, item: None)
+    with pytest.raises(evenflow.RecordError, match="something else each time that microbatch 0 is recorded"):
+        pipe.step(regression())

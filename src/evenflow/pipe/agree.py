@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.errors import ConfigError, EvenflowError, PeerError
+from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError
 from evenflow.ir.placement import Placement
 from evenflow.pipe.sharing import Overlap, overlaps, refuse_changes_between
 from evenflow.runtime.recordings import Program, Recordings, describe, tensors
@@ -23,6 +23,8 @@ from evenflow.runtime.world import World
 
 FED = object()  # what `Pipeline.feed` yields where the batch is on the first rank
 _NONE, _BATCH, _ERROR = range(3)
+# Recording one kind of microbatch may show that another one must be asked again; each shows less.
+_MOST_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +160,13 @@ class _Learning:
     ) -> tuple[tuple[int, ...], Shares]:
         """Record and weigh the new microbatches, of which several may be of one kind; `items` are all."""
         numbers, weighed = list(found), list(weights)
-        waiting = dict(new)
+        waiting, rounds = dict(new), 0
         while waiting:
+            if rounds == _MOST_ROUNDS:
+                raise RecordError(
+                    f"the program does something else each time that microbatch {min(waiting)} is recorded, "
+                    "after others were: what it does must follow from the batch, not from earlier calls"
+                )
             for at, item in waiting.items():
                 known = self.recordings.find(self.program, item)
                 number = self.learn(item) if known is None else known
@@ -168,6 +175,7 @@ class _Learning:
             waiting = {
                 at: each for at, each in enumerate(items) if self.recordings.find(self.program, each) is None
             }
+            rounds += 1
         complete = tuple(number for number in numbers if number is not None)
         refuse_changes_between(shared, [self.recordings.entries[number].graph for number in complete])
         return complete, shares_of([weight for weight in weighed if weight is not None])
