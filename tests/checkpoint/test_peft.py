@@ -1,7 +1,6 @@
 """Adapters of PEFT: base weights through renamed layers, no gradients where frozen, adapter-only export."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,18 @@ from torch import nn
 
 import evenflow
 from evenflow.checkpoint.weights_in import find_weights
-from evenflow.errors import ConfigError
 from folders import (
     assert_same_numbers,
+    halves,
     keys,
     llama,
+    llama_without_memory,
     mixtral,
     reads_noted,
+    refused,
     split_over_4,
     tokens,
-    without_memory,
+    train_and_export,
 )
 from unsplit import mean_square, mlp, plain_step, regression, sgd
 
@@ -29,10 +30,6 @@ peft = pytest.importorskip("peft")
 
 # peft asks transformers by a name that transformers has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def refused(text: str):
-    return pytest.raises(ConfigError, match=re.escape(text))
 
 
 def lora(**changes):
@@ -47,12 +44,12 @@ def adapted(base: nn.Module, **changes) -> nn.Module:
     return peft.get_peft_model(base, lora(**changes)).train()
 
 
-def base_without_memory() -> nn.Module:
-    return without_memory(lambda: transformers.LlamaForCausalLM(llama()))
+def adapters_in_memory() -> nn.Module:
+    """An adapted model of which the base alone has no memory.
 
-
-def with_adapters_in_memory(model: nn.Module) -> nn.Module:
-    """PEFT puts an adapter beside its base layer, here without memory: give it the seeded numbers."""
+    PEFT puts an adapter beside its base layer, without memory too: give it the seeded numbers.
+    """
+    model = adapted(llama_without_memory())
     whole = adapted(transformers.LlamaForCausalLM(llama()))
     state = {name: tensor for name, tensor in whole.state_dict().items() if "lora_" in name}
     model.load_state_dict(state, strict=False, assign=True)
@@ -75,18 +72,14 @@ def own_loss(model, batch):
     return model(**batch).loss
 
 
-def halves(batch):
-    return [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
-
-
 def test_base_weights_load_through_the_layers_that_peft_renamed(folder):
-    model = with_adapters_in_memory(adapted(base_without_memory()))
+    model = adapters_in_memory()
     pipe = split_over_4(model, tokens(), load=folder)
     assert_same_numbers(whole(folder), pipe.named_parameters())
 
 
 def test_a_step_is_that_of_the_unsplit_model_bit_for_bit(folder):
-    pipe = split_over_4(with_adapters_in_memory(adapted(base_without_memory())), tokens(), load=folder)
+    pipe = split_over_4(adapters_in_memory(), tokens(), load=folder)
     expected = plain_step(whole(folder), own_loss, halves(tokens()))
     assert torch.equal(pipe.step(tokens()).loss, expected.loss)
     found = dict(pipe.named_gradients())
@@ -134,9 +127,8 @@ def noting(stage, roots):
 
 
 def test_the_adapter_alone_is_exported_and_loads_again(folder, tmp_path):
-    pipe = split_over_4(with_adapters_in_memory(adapted(base_without_memory())), tokens(), load=folder)
-    pipe.step(tokens())
-    pipe.export(tmp_path / "exported")
+    pipe = split_over_4(adapters_in_memory(), tokens(), load=folder)
+    train_and_export(pipe, tokens(), tmp_path / "exported")
     assert keys(tmp_path / "exported") == {
         f"base_model.model.model.layers.{layer}.self_attn.{module}_proj.lora_{half}.weight"
         for layer in range(4)
@@ -151,21 +143,18 @@ def test_the_adapter_alone_is_exported_and_loads_again(folder, tmp_path):
     assert not any(
         torch.equal(p, trained[name]) for name, p in whole(folder).named_parameters() if "lora_" in name
     )
-    pipe.step(tokens())
-    pipe.export(tmp_path / "exported")  # in the place of the first
+    train_and_export(pipe, tokens(), tmp_path / "exported")  # in the place of the first
 
 
 def test_an_exported_adapter_names_its_base_and_is_loaded_with_it(folder, tmp_path):
-    first = split_over_4(with_adapters_in_memory(adapted(base_without_memory())), tokens(), load=folder)
-    first.step(tokens())
-    first.export(tmp_path / "exported")
+    first = split_over_4(adapters_in_memory(), tokens(), load=folder)
+    train_and_export(first, tokens(), tmp_path / "exported")
     config = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]) == folder.resolve()
-    again = split_over_4(adapted(base_without_memory()), tokens(), load=tmp_path / "exported")
+    again = split_over_4(adapted(llama_without_memory()), tokens(), load=tmp_path / "exported")
     base = transformers.LlamaForCausalLM.from_pretrained(folder)
     assert_same_numbers(peft.PeftModel.from_pretrained(base, tmp_path / "exported"), again.named_parameters())
-    again.step(tokens())
-    again.export(tmp_path / "again")
+    train_and_export(again, tokens(), tmp_path / "again")
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]) == folder.resolve()
 
@@ -210,8 +199,7 @@ def test_adapters_on_a_plain_module(tmp_path):
     model = adapted(nn.Sequential(*build()).apply(zero), target_modules=["2", "4"])
     pipe = split_over_4(model, regression(), loss=mean_square, load=tmp_path / "base")
     assert_same_numbers(adapted(build(), target_modules=["2", "4"]), pipe.named_parameters())
-    pipe.step(regression())
-    pipe.export(tmp_path / "exported")
+    train_and_export(pipe, regression(), tmp_path / "exported")
     assert_same_numbers(
         peft.PeftModel.from_pretrained(build(), tmp_path / "exported"), pipe.named_parameters()
     )
@@ -228,8 +216,7 @@ def test_an_adapter_of_another_name_lies_in_a_folder_of_that_name(folder, tmp_pa
     )
     pipe = split_over_4(model, tokens())
     for _ in range(2):  # the second in the place of the first
-        pipe.step(tokens())
-        pipe.export(tmp_path / "exported")
+        train_and_export(pipe, tokens(), tmp_path / "exported")
     base = transformers.LlamaForCausalLM.from_pretrained(folder)
     again = peft.PeftModel.from_pretrained(base, tmp_path / "exported" / "mine", adapter_name="mine")
     assert_same_numbers(again, pipe.named_parameters())
@@ -248,7 +235,7 @@ def test_an_adapter_does_not_take_the_place_of_its_base(folder):
 
 def test_adapters_without_memory_that_no_folder_holds(folder):
     with refused("16 tensors of the model have no memory (device 'meta'), and load="):
-        split_over_4(adapted(base_without_memory()), tokens(), load=folder)
+        split_over_4(adapted(llama_without_memory()), tokens(), load=folder)
 
 
 def test_an_adapter_that_lacks_and_has_other_keys(folder, tmp_path):
@@ -307,8 +294,7 @@ def load_and_export(folder: Path):
         pipe = evenflow.pipeline(
             model, example=tokens(), num_microbatches=2, optimizer=sgd, load=folder / "llama"
         )
-    pipe.step(tokens())
-    pipe.export(folder / "exported")
+    train_and_export(pipe, tokens(), folder / "exported")
     return noted, {name: p.detach().clone() for name, p in pipe.named_parameters()}
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo_checks import ROWS, WIDTH, Zoo, images, many, sequences, vectors
 from zoo_inplace import Layers
-from zoo_unseen import Block, Stack
+from zoo_unseen import Block, Stack, linear_and, tanh_block
 
 ZOO = Zoo()
 
@@ -34,7 +34,7 @@ def compiled_function_in_blocks():
 
 @ZOO.model()
 def hooks_on_parameters():
-    stack = Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    stack = Stack(tanh_block)
     for block in stack.blocks:
         block[0].weight.register_hook(lambda gradient: gradient * 0.5)
     return stack
@@ -53,7 +53,7 @@ def hooks_on_shared_parameters():
 
 @ZOO.model()
 def backward_hooks_on_modules():
-    stack = Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    stack = Stack(tanh_block)
     for block in stack.blocks:
         block[1].register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
     return stack
@@ -61,7 +61,7 @@ def backward_hooks_on_modules():
 
 @ZOO.model(refused="the model was not taken apart: it carries hooks: put them on a module inside it")
 def hook_on_the_model():
-    stack = Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    stack = Stack(tanh_block)
     stack.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     return stack
 
@@ -214,7 +214,7 @@ def triplets(model, batch):
 
 @ZOO.model(loss=triplets, shared=True)
 def triplet_network():
-    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)))
+    return nn.Sequential(*(tanh_block() for _ in range(3)))
 
 
 @ZOO.model()
@@ -348,9 +348,7 @@ class ReturnsAViewOfABuffer(Layers):
         return self.head(self.d(self.c(h))).square().mean(), self.mean[:3]
 
 
-@ZOO.model(
-    loss=lambda model, batch: (F.mse_loss(model(batch["x"]), batch["y"]), model.count),
-)
+@ZOO.model(loss=lambda model, batch: (F.mse_loss(model(batch["x"]), batch["y"]), model.count))
 class MetricReadFromTheModel(Layers):
     """The loss function reads the model's buffer itself, after the model has changed it."""
 
@@ -364,9 +362,7 @@ class MetricReadFromTheModel(Layers):
         return self.head(self.d(self.c(h)))
 
 
-@ZOO.model(
-    loss=lambda model, batch: F.mse_loss(model(batch["x"]) * model.scale, batch["y"]),
-)
+@ZOO.model(loss=lambda model, batch: F.mse_loss(model(batch["x"]) * model.scale, batch["y"]))
 class BufferReadInTheLoss(Layers):
     def __init__(self):
         super().__init__()
@@ -419,15 +415,19 @@ class CumulativeAndSorted(Layers):
         return self.head(self.d(h) * math.pi)
 
 
+class Spread(Block):
+    """A block with a running mean of its layer's spread."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("spread", torch.ones(WIDTH))
+
+
 @ZOO.model()
 def norms_by_running_means():
     """Divided by a running mean which this very call has changed: autograd keeps it for the backward."""
 
-    class Inner(Block):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("spread", torch.ones(WIDTH))
-
+    class Inner(Spread):
         def forward(self, x):
             h = self.layer(x)
             with torch.no_grad():
@@ -441,11 +441,7 @@ def norms_by_running_means():
 def norms_by_running_means_through_data():
     """The same, changed through `.data`: autograd does not see that the kept numbers are others."""
 
-    class Inner(Block):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("spread", torch.ones(WIDTH))
-
+    class Inner(Spread):
         def forward(self, x):
             h = self.layer(x)
             self.spread.data.mul_(0.5).add_(h.data.std(0))
@@ -456,11 +452,7 @@ def norms_by_running_means_through_data():
 
 @ZOO.model()
 def norms_by_replaced_means():
-    class Inner(Block):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("spread", torch.ones(WIDTH))
-
+    class Inner(Spread):
         def forward(self, x):
             h = self.layer(x)
             self.spread = 0.5 * self.spread + h.detach().std(0)
@@ -497,7 +489,7 @@ class SortsByLength(Layers):
 @ZOO.model(options={"schedule": "gpipe"})
 def moving_means_under_gpipe():
     return nn.Sequential(
-        *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(4)),
+        *(linear_and(nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(4)),
         nn.Linear(WIDTH, 1),
     )
 
@@ -533,9 +525,8 @@ class Switchable(Block):
 class ShiftedStack(Stack):
     def __init__(self):
         super().__init__(Switchable)
-        self.wide = nn.Sequential(
-            nn.Linear(WIDTH, 256), nn.Linear(256, WIDTH)
-        )  # the blocks are light beside it
+        # The blocks are light beside it.
+        self.wide = nn.Sequential(nn.Linear(WIDTH, 256), nn.Linear(256, WIDTH))
 
     def forward(self, x):
         for block in self.blocks:
@@ -568,9 +559,7 @@ def replace_shift(model):
         block.shift = torch.ones(WIDTH)
 
 
-@ZOO.model(
-    between=replace_shift,
-)
+@ZOO.model(between=replace_shift)
 def buffer_replaced_between_steps():
     return ShiftedStack()
 
@@ -583,12 +572,9 @@ def more_dropout(model):
 
 @ZOO.model(between=more_dropout, draws=True)
 def dropout_raised_between_steps():
-    return Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)))
+    return Stack(lambda: linear_and(nn.Dropout(0.1)))
 
 
-@ZOO.model(
-    between=more_dropout,
-    draws=True,
-)
+@ZOO.model(between=more_dropout, draws=True)
 def dropout_raised_from_zero_between_steps():
-    return Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0)))
+    return Stack(lambda: linear_and(nn.Dropout(0.0)))

@@ -35,6 +35,15 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+def linear_and(*after):
+    """A block of one linear layer and what follows it."""
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *after)
+
+
+def tanh_block():
+    return linear_and(nn.Tanh())
+
+
 @ZOO.model()
 def vmap_in_blocks():
     class Inner(Block):
@@ -137,7 +146,7 @@ def vmap_loss(model, batch):
 
 @ZOO.model(loss=vmap_loss)
 def vmap_in_the_loss():
-    return Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    return Stack(tanh_block)
 
 
 @ZOO.model()
@@ -386,8 +395,7 @@ def checkpoint_sequential_layers():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            layers = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(6))
-            self.layers = nn.Sequential(*layers)
+            self.layers = nn.Sequential(*(tanh_block() for _ in range(6)))
             self.head = nn.Linear(WIDTH, 1)
 
         def forward(self, x):
@@ -435,7 +443,7 @@ def hooks_on_tensors():
 
 @ZOO.model()
 def hooks_on_modules():
-    stack = Stack(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    stack = Stack(tanh_block)
     for block in stack.blocks:
         block.register_forward_hook(lambda module, args, result: result * 0.5)
         block[0].register_forward_pre_hook(lambda module, args: (args[0] + 0.1,))
@@ -461,7 +469,7 @@ def hooks_that_collect_features():
             self.caught.clear()
             return self.head(found)
 
-    return Model(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    return Model(tanh_block)
 
 
 @ZOO.model(refused=NOT_APART + "it calls requires_grad_, which does more than what it returns")

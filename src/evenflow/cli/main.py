@@ -9,6 +9,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from evenflow.cli.shared_flags import (
+    BatchSize,
+    Length,
+    Microbatches,
+    Model,
+    Schedule,
+    Seed,
+    Source,
+    StagesPerRank,
+)
 from evenflow.errors import EvenflowError
 
 # Of the commands that ended because of an error: 2, which shells use for "called wrongly", and what
@@ -43,17 +53,8 @@ def _options(
 
 @app.command("train")
 def train_command(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="CONFIG.toml|MODULE:FUNCTION",
-            help="A configuration file, or a function (MODULE:FUNCTION or FILE.py:FUNCTION) that returns the "
-            "model, the loss function and an example batch.",
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder: a model and its tokenizer.")
-    ] = None,
+    source: Source = None,
+    model: Model = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -63,23 +64,17 @@ def train_command(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="How many batches to train on.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch of text.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a sequence of text.")] = None,
+    batch_size: BatchSize = None,
+    length: Length = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Where the random numbers start.")] = None,
+    seed: Seed = None,
     stages: Annotated[
         int | None,
         typer.Option(help="Into how many stages to cut. Default: for a rank per GPU, or 2 without GPUs."),
     ] = None,
-    stages_per_rank: Annotated[
-        int | None, typer.Option(help="How many stages each rank holds. Default: what suits the schedule.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="The order of work, such as 1f1b, zb-v or auto.")
-    ] = None,
-    microbatches: Annotated[
-        int | None, typer.Option(help="Into how many microbatches to split a batch.")
-    ] = None,
+    stages_per_rank: StagesPerRank = None,
+    schedule: Schedule = None,
+    microbatches: Microbatches = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write. Default: runs/ and the run's name.")
     ] = None,
@@ -113,36 +108,21 @@ def train_command(
 
 @app.command("check")
 def check_command(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="CONFIG.toml|MODULE:FUNCTION",
-            help="A configuration file, or a function (MODULE:FUNCTION or FILE.py:FUNCTION) that returns the "
-            "model, the loss function and an example batch.",
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder: a model and its tokenizer.")
-    ] = None,
+    source: Source = None,
+    model: Model = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch of text.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a sequence of text.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Where the random numbers start.")] = None,
+    batch_size: BatchSize = None,
+    length: Length = None,
+    seed: Seed = None,
     stages: Annotated[
         int | None, typer.Option(help="Into how many stages to cut. Default: those of 2 ranks.")
     ] = None,
-    stages_per_rank: Annotated[
-        int | None, typer.Option(help="How many stages each rank holds. Default: what suits the schedule.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="The order of work, such as 1f1b, zb-v or auto.")
-    ] = None,
-    microbatches: Annotated[
-        int | None, typer.Option(help="Into how many microbatches to split a batch.")
-    ] = None,
+    stages_per_rank: StagesPerRank = None,
+    schedule: Schedule = None,
+    microbatches: Microbatches = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Let shared parameters get the same bits at every cut.")
     ] = False,

@@ -15,6 +15,7 @@ from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, Value
+from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.rng import Streams
 
 # Finds the object that stands for a parameter in one node: the parameter, or that node's own accumulator.
@@ -132,7 +133,9 @@ class Prepare:
                 case BufferSource(name) if name in self.graph.constants:
                     return self.graph.constants[name].to(self.device)
                 case BufferSource(name):
-                    return _attribute(self.model, name).to(self.device)
+                    found = buffers_at(self.model, [name])
+                    assert found, f"{name} was a tensor when it was recorded"
+                    return found[0].to(self.device)
                 case _:
                     return leaf
         if isinstance(leaf, torch.device) and leaf.type == self.graph.device.type:
@@ -164,13 +167,6 @@ class Prepare:
             for owner, key in places(name)
             if owner._parameters[key] is not self.parameter_of(name, node)
         )
-
-
-def _attribute(model: torch.nn.Module, name: str) -> torch.Tensor:
-    path, _, key = name.rpartition(".")
-    found = getattr(model.get_submodule(path), key)
-    assert isinstance(found, torch.Tensor), f"{name} was a tensor when it was recorded"
-    return found
 
 
 def _plain_call(module: torch.nn.Module) -> Callable[..., Any]:

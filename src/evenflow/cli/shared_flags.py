@@ -1,0 +1,26 @@
+"""The flags that `train` and `check` have in common, each with its help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="CONFIG.toml|MODULE:FUNCTION",
+        help="A configuration file, or a function (MODULE:FUNCTION or FILE.py:FUNCTION) that returns the "
+        "model, the loss function and an example batch.",
+    ),
+]
+Model = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder: a model and its tokenizer.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences in a batch of text.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in a sequence of text.")]
+Seed = Annotated[int | None, typer.Option(help="Where the random numbers start.")]
+StagesPerRank = Annotated[
+    int | None, typer.Option(help="How many stages each rank holds. Default: what suits the schedule.")
+]
+Schedule = Annotated[str | None, typer.Option(help="The order of work, such as 1f1b, zb-v or auto.")]
+Microbatches = Annotated[int | None, typer.Option(help="Into how many microbatches to split a batch.")]
