@@ -66,7 +66,7 @@ IMPURE = frozenset(_METADATA | _HOOKS | {"manual_seed", "set_rng_state", "__sets
 
 
 class FunctionCalls:
-    """Told of all functions by `observe`. `noted` is what they gave, for another run on it."""
+    """A `FunctionListener`; `noted` is what the functions gave, for another run on it."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class FunctionCalls:
         self.raised = ""  # an error that a torch function raised, and of which the program may not end
         self._calls, self._kernels, self._values = calls, kernels, values
         self._constants, self._encoder, self._model = constants, encoder, model
-        self._real = isinstance(fakes, RealParameters)
+        self._is_seeded = isinstance(fakes, FakeParameters)
         self._seed = SEED  # that of torch's generator, as far as is known
         # Containers that custom functions may keep, as they were.
         self._handed: list[tuple[str, Any, Any]] = []
@@ -206,10 +206,8 @@ class FunctionCalls:
         """A function whose inside cannot be seen: one step, where its arguments are all that it uses."""
         with unwatched():
             leaves = pytree.tree_leaves((args, kwargs))
-            self._kernels.captured, self._kernels.within = (
-                False,
-                {storage_of(leaf) for leaf in leaves if is_tensor(leaf)},
-            )
+            self._kernels.captured = False
+            self._kernels.within = {storage_of(leaf) for leaf in leaves if is_tensor(leaf)}
             try:
                 result = self.function(function, args, kwargs, name=name)
             finally:
@@ -264,7 +262,7 @@ class FunctionCalls:
         if not self._kernels.num_draws:
             return
         call = self._calls.innermost
-        if not self._real and torch.default_generator.initial_seed() != self._seed:
+        if self._is_seeded and torch.default_generator.initial_seed() != self._seed:
             self._calls.keep_whole(f"it seeds torch's random generator (manual_seed) before {name} draws")
             self._seed, call.sequential = torch.default_generator.initial_seed(), True
         # A reentrant checkpoint gives its recomputation the generator's state of its own beginning.

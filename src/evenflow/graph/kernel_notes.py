@@ -14,10 +14,10 @@ from evenflow.graph.open_calls import OpenCalls
 
 
 class KernelNotes:
-    """Told of all kernels by `observe`; `own` are the tensors that the run was given to work on."""
+    """A `KernelListener`, which says what each note means; `own` are tensors that the run may work on."""
 
     def __init__(self, calls: OpenCalls, own: Iterable[torch.Tensor]) -> None:
-        self.num_draws = self.flops = 0  # of the function that runs, as the next three
+        self.num_draws = self.flops = 0  # this and the next three: of the function that runs
         self.deciding: list[torch.Tensor] = []
         self.known: list[torch.Tensor] = []
         self.changed: set[int] = set()

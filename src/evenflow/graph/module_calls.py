@@ -26,7 +26,7 @@ from evenflow.graph.values import Values
 
 
 class ModuleCalls:
-    """Told of all modules by `observe`; `paths` names them by id."""
+    """A `ModuleListener`; `paths` names the modules by id."""
 
     def __init__(
         self,
