@@ -65,7 +65,7 @@ def echo(
     """
     listener = _Echo(noted, paths, opaque, unseen)
     try:
-        with observed_by(listener), quiet():
+        with observed_by(listener, listener), quiet():
             again = program()
         listener.finish()
         if listener.described(flatten_tree(again)[0]) != described(flatten_tree(result)[0]):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
+from evenflow.graph.hidden import hidden_values
 from evenflow.graph.kept import KeptBuffers
 from evenflow.graph.recomputed import refuse_changes
 from evenflow.graph.regions import refuse_changes_across_autocast
@@ -129,7 +130,7 @@ class _Choice:
         self.limit = max_share * _flops(tree.root)
         self.apart: dict[str, None] = {}  # paths of what was taken apart, in order
         self.stuck: dict[Call, str] = {}  # calls that stay whole because of one inside, and why that is so
-        self.hides = _hidden_values(tree)
+        self.hides = hidden_values(tree)
         self.derived = _batch_derived(tree)
         counts = _parameter_uses(tree.root, tree.values)
         self.shared = frozenset(name for name, count in counts.items() if exact and count > 1)
@@ -265,51 +266,6 @@ def _parameters(call: Call, values: tuple[Value, ...]) -> Iterator[str]:
 
 def _parameter_uses(call: Call, values: tuple[Value, ...]) -> Counter[str]:
     return Counter(_parameters(call, values))
-
-
-def _births(tree: CallTree) -> dict[int, int]:
-    """When the first version of each memory was made."""
-    births: dict[int, int] = {}
-    for value in tree.values:
-        births[value.storage] = min(births.get(value.storage, value.born), value.born)
-    return births
-
-
-def _hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
-    """Calls that a value enters or leaves without passing through arguments or result, and which value."""
-    births = _births(tree)
-    homes: dict[int, tuple[ModuleCall, ...]] = {}  # clock of a call -> the module calls around it
-    uses: list[tuple[int, str, tuple[ModuleCall, ...]]] = []  # value, its user's name, calls around the user
-    given: dict[ModuleCall, frozenset[int]] = {}
-    shown: dict[ModuleCall, frozenset[int]] = {}
-
-    def visit(call: Call, around: tuple[ModuleCall, ...]) -> None:
-        if isinstance(call, ModuleCall):
-            given[call] = frozenset(call.args.refs)
-            rebinds = (pair for c in walk(call) if isinstance(c, FunctionCall) for pair in c.rebinds)
-            changed = (new for old, new in rebinds if births[tree.values[old].storage] < call.start)
-            shown[call] = frozenset((*call.output.refs, *changed))
-            for child in call.children:
-                visit(child, (*around, call))
-        else:
-            homes[call.clock] = around
-            uses.extend((value, call.name, around) for value in call.args.refs)
-
-    visit(tree.root, ())
-    uses.extend((value, "the loss function", (tree.root,)) for value in tree.output.refs)
-    hides: dict[ModuleCall, str] = {}
-    for number, user, around in uses:
-        value = tree.values[number]
-        if isinstance(value.source, ParameterSource | BufferSource):
-            continue
-        home = homes.get(value.born, ())
-        for call in around[1:]:
-            if call not in home and number not in given[call]:
-                hides[call] = f"{user} inside it uses a tensor {value.info} that is not among its arguments"
-        for call in home[1:]:
-            if call not in around and number not in shown[call]:
-                hides[call] = f"{user} uses a tensor {value.info} made inside it that is not in its result"
-    return hides
 
 
 # -- from calls to nodes

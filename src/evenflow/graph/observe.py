@@ -27,11 +27,10 @@ _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch
 _PATCH = threading.Lock()  # Module.__call__ is one per process
 
 
-class Listener(Protocol):
-    """What is told of each call, and makes it."""
+class ModuleListener(Protocol):
+    """What is told of each call of a module, and makes it."""
 
     paths: dict[int, str]  # id(module) -> its path in the model
-    blind: bool  # inside a custom autograd function, whose own steps are not the program's
 
     def module(
         self,
@@ -42,6 +41,12 @@ class Listener(Protocol):
         kwargs: dict[str, Any],
     ) -> Any:
         """Make and note the call of a module of the model."""
+
+
+class FunctionListener(Protocol):
+    """What is told of each call of a torch function, and makes it."""
+
+    blind: bool  # inside a custom autograd function, whose own steps are not the program's
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make and note the call of a torch function."""
@@ -55,15 +60,15 @@ class Listener(Protocol):
         """Make and note the call of what bypasses `__torch_function__`, blind to what is inside."""
 
 
-class Observer(Listener, Protocol):
-    """What is told of the kernels too that a function runs."""
+class KernelListener(Protocol):
+    """What is told of the kernels that a function runs."""
 
-    pending_draws: int
-    pending_flops: int
-    pending_dynamic: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
-    pending_known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
+    num_draws: int
+    flops: int
+    deciding: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
+    known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
+    changed: set[int]  # ids of tensors that a kernel changes without saying so
     born: set[int]  # memory that the run made, by `storage_of`
-    pending_changed: set[int]  # ids of tensors that a kernel changes without saying so
     within: set[int] | None  # inside a whole function: memory that it was given or made
     captured: bool  # it used other memory
 
@@ -95,18 +100,20 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observed_by(observer: Listener, *, kernels: Observer | None = None) -> Iterator[None]:
-    """Tell an observer of all calls that happen meanwhile, and `kernels` of all kernels below them."""
+def observed_by(
+    modules: ModuleListener, functions: FunctionListener, *, kernels: KernelListener | None = None
+) -> Iterator[None]:
+    """Tell listeners of all calls that happen meanwhile, and `kernels` of all kernels below them."""
     with (
         _unvalidated_distributions(),
         _needless_conversions_left_out(),
         _swaps_refused(),
         contextlib.nullcontext() if kernels is None else _subclasses_refused(kernels),
-        _modules_observed(observer),
-        _custom_functions_observed(observer),
-        _scripted_functions_observed(observer),
-        _transforms_observed(observer),
-        _Functions(observer),
+        _modules_observed(modules, functions),
+        _custom_functions_observed(functions),
+        _scripted_functions_observed(functions),
+        _transforms_observed(functions),
+        _Functions(functions),
         contextlib.nullcontext() if kernels is None else _Kernels(kernels),
     ):
         yield
@@ -161,13 +168,13 @@ def _swaps_refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _subclasses_refused(observer: Observer) -> Iterator[None]:
+def _subclasses_refused(kernels: KernelListener) -> Iterator[None]:
     """Refuse by name to make another class of a fake tensor, which is of a class of its own."""
     own = torch.Tensor.as_subclass
 
     def as_subclass(tensor: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
         if isinstance(tensor, FakeTensor) and kind is not torch.Tensor:
-            raise observer.no_subclass("as_subclass", kind)
+            raise kernels.no_subclass("as_subclass", kind)
         return tensor if isinstance(tensor, FakeTensor) else own(tensor, kind)
 
     torch.Tensor.as_subclass = as_subclass  # type: ignore[method-assign, assignment]  # the patch is the point
@@ -178,13 +185,13 @@ def _subclasses_refused(observer: Observer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _modules_observed(observer: Listener) -> Iterator[None]:
+def _modules_observed(modules: ModuleListener, functions: FunctionListener) -> Iterator[None]:
     forward = torch.nn.Module.__call__
 
     def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
-        path = observer.paths.get(id(module))
-        if path is not None and not observer.blind:
-            return observer.module(module, path, forward, args, kwargs)
+        path = modules.paths.get(id(module))
+        if path is not None and not functions.blind:
+            return modules.module(module, path, forward, args, kwargs)
         if path is None and any(True for _ in module.parameters()):
             raise RecordError(
                 f"{type(module).__name__} is called by the loss function but is not part of the model; "
@@ -201,7 +208,7 @@ def _modules_observed(observer: Listener) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _custom_functions_observed(observer: Listener) -> Iterator[None]:
+def _custom_functions_observed(observer: FunctionListener) -> Iterator[None]:
     """Custom autograd functions bypass `__torch_function__`: each `apply` is shown as one torch function."""
     own = torch.autograd.Function.__dict__["apply"]
 
@@ -217,7 +224,7 @@ def _custom_functions_observed(observer: Listener) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scripted_functions_observed(observer: Listener) -> Iterator[None]:
+def _scripted_functions_observed(observer: FunctionListener) -> Iterator[None]:
     own = torch.jit.ScriptFunction.__call__
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
@@ -241,7 +248,7 @@ _TRANSFORMS = (
 
 
 @contextlib.contextmanager
-def _transforms_observed(observer: Listener) -> Iterator[None]:
+def _transforms_observed(observer: FunctionListener) -> Iterator[None]:
     def patched(own: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
             if observer.blind:
@@ -261,7 +268,7 @@ def _transforms_observed(observer: Listener) -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self, observer: Listener) -> None:
+    def __init__(self, observer: FunctionListener) -> None:
         super().__init__()
         self.observer = observer
 
@@ -272,7 +279,7 @@ class _Functions(TorchFunctionMode):
 class _Kernels(TorchDispatchMode):
     """Counts draws and FLOPs of the function that is running."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: KernelListener) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.observer = observer
 
@@ -286,25 +293,25 @@ class _Kernels(TorchDispatchMode):
         result, lengths = run_kernel(func, args, kwargs)
         if self.observer.within is not None:
             self.note_captured(self.observer.within, func, (args, kwargs), result)
-        self.observer.pending_dynamic += lengths
+        self.observer.deciding += lengths
         for leaf in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 self.observer.born.add(storage_of(leaf))
                 if lengths:
-                    self.observer.pending_known.append(leaf)
+                    self.observer.known.append(leaf)
         if draws(func, args, kwargs):
-            self.observer.pending_draws += 1
+            self.observer.num_draws += 1
         if torch.Tag.dynamic_output_shape in func.tags:
-            self.observer.pending_dynamic += deciding(func, args)
+            self.observer.deciding += deciding(func, args)
         elif func is _ITEM:
-            self.observer.pending_dynamic.append(args[0])
+            self.observer.deciding.append(args[0])
         packet = func.overloadpacket
         if packet.__name__ in _BATCH_NORMS and args[5]:
-            self.observer.pending_changed.update(id(statistic) for statistic in args[3:5])
+            self.observer.changed.update(id(statistic) for statistic in args[3:5])
         if packet in flop_registry:
-            self.observer.pending_flops += flop_registry[packet](*args, **kwargs, out_val=result)
+            self.observer.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
-            self.observer.pending_flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+            self.observer.flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
         return result
 
     def note_captured(self, within: set[int], kernel: Any, given: Any, result: Any) -> None:

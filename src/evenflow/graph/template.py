@@ -149,6 +149,11 @@ def _register(kind: type[Any]) -> None:
 NOTHING = Template((), pytree.tree_flatten(())[1])
 
 
+def is_tensor(leaf: object) -> bool:
+    """Whether a leaf of a tree is a tensor."""
+    return isinstance(leaf, torch.Tensor)
+
+
 def is_plain(leaf: object) -> bool:
     """Whether a leaf may be repeated as it stands."""
     return isinstance(leaf, IMMUTABLE)

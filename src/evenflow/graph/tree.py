@@ -144,6 +144,11 @@ class ModuleCall:
     foreign: str | None = None  # what other code changed of the module: why it must be taken apart
 
 
+def never(*_: Any) -> Any:
+    """The function of a call that nobody saw."""
+    raise AssertionError("an operation that was not seen cannot be repeated: its module stays whole")
+
+
 Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
 
 
@@ -169,6 +174,6 @@ class CallTree:
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     changed_leaves: frozenset[int]  # places of the batch's tensors that it changes in place
     device: Any  # torch.device on which it was recorded
-    rehearsal: Any  # what the next run of the same program should know: a `record.Rehearsal`
+    rehearsal: Any  # what the next run of the same program should know: a `constants.Rehearsal`
     difference: str | None = None  # what the program did differently when it ran once more
     dependence: str | None = None  # what it does differently where another kind of call left a tensor

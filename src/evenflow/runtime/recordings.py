@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.compare import find_difference, forget_changes, keep_whole_alike, same_functions
+from evenflow.graph.constants import Rehearsal
 from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
@@ -34,7 +35,7 @@ from evenflow.graph.outside import (
     seen_by_modules,
 )
 from evenflow.graph.reach import Reach
-from evenflow.graph.record import Rehearsal, record
+from evenflow.graph.record import record
 from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
 from evenflow.runtime.call import ParameterOf

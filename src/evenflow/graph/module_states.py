@@ -1,0 +1,81 @@
+"""The Python state of a model's modules while a program runs: who changed which attributes.
+
+What a module changes in its own forward, that forward does again, whole or not. What other code changed
+before the call (`block.norm.eval()`) would be missing where the module runs by its own code alone.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from evenflow.errors import RecordError
+from evenflow.graph.modules import python_state
+from evenflow.graph.outside import Snapshot, changed_names
+from evenflow.graph.setters import Setters
+from evenflow.graph.tree import ModuleCall
+
+
+class ModuleStates:
+    """The states of all modules; `self_changed` are attributes that modules changed in their own forward."""
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], setters: Setters) -> None:
+        self.self_changed: set[str] = set()
+        self._modules, self._setters = modules, setters
+        self._parameters = {path: tuple(module._parameters) for path, module in modules.items()}
+        self._start = {path: python_state(module) for path, module in modules.items()}
+        self._expected = dict(self._start)  # but for changes by code that is not their own
+
+    def note_foreign(self, call: ModuleCall, module: torch.nn.Module, state: Snapshot) -> None:
+        """Note where other code changed the module since the program began: run whole, it would not be so."""
+        if state == self._start[call.path]:
+            return
+        for name in changed_names(self._expected[call.path], state):
+            for later in self._setters.calls_since(module, name):
+                owner = "its" if later is call else f"{call.path}'s"
+                later.foreign = later.foreign or (
+                    f"{owner} attribute {name} is changed while the program runs, before it is called"
+                )
+
+    def note_own_changes(self, call: ModuleCall, module: torch.nn.Module, before: Snapshot) -> None:
+        """Note what a call changed of its module's attributes: then it stays whole."""
+        after = python_state(module)
+        changed = changed_names(before, after)
+        if not changed:
+            return
+        self._expected[call.path] = after
+        call.changed = _full_names(call.path, changed)
+        call.whole_besides = call.whole
+        self.self_changed.update(call.changed)
+        call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
+        call.stateful = True
+
+    def note_inner_changes(self, call: ModuleCall) -> None:
+        """Note which modules inside a call changed their attributes while nobody looked."""
+        inside = f"{call.path}." if call.path else ""
+        for path, module in self._modules.items():
+            if path.startswith(inside) and path != call.path:
+                state = python_state(module)
+                changed = changed_names(self._expected[path], state)
+                names = tuple(f"{path}.{key}" for key in changed)
+                self.self_changed.update(names)
+                self._expected[path], call.stateful = state, call.stateful or bool(changed)
+                call.recomputed += names if call.recomputes else ()
+
+    def note_real_run(self, call: ModuleCall, attributes: Iterable[str]) -> None:
+        """Note what a call changed that ran for real, and whose changes were put back."""
+        names = _full_names(call.path, attributes)
+        call.stateful = bool(names)
+        self.self_changed.update(names)
+
+    def check_parameters(self) -> None:
+        """Refuse parameters that come or go while the program runs."""
+        for path, module in self._modules.items():
+            if tuple(module._parameters) != self._parameters[path]:
+                raise RecordError(
+                    f"{path or 'the model'} makes or removes parameters while it runs, which no "
+                    "optimizer would know: run it once before the pipeline is built"
+                )
+
+
+def _full_names(path: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}" if path else name for name in names)
