@@ -132,6 +132,15 @@ def test_the_whole_model_draws_what_the_split_one_draws(share):
         pipe.step(regression(8, WIDTH))
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_hook_that_draws_draws_as_a_part_of_its_module(share):
+    model = mlp(4, WIDTH, WIDTH, 1)
+    model[0].register_forward_hook(lambda module, args, output: output + torch.rand_like(output))
+    model[2].register_forward_pre_hook(lambda module, args: args[0] * torch.rand_like(args[0]))
+    report = piped(model, example=regression(), max_leaf_share=share).check(regression())
+    assert report.equal, report
+
+
 def test_microbatches_of_two_kinds_and_unequal_weights():
     pipe = piped(mlp(WIDTH, 8, 8, 1), num_microbatches=None, microbatch_size=3, example=regression(8, WIDTH))
     report = pipe.check(regression(8, WIDTH))
