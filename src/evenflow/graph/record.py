@@ -91,6 +91,11 @@ SEED = 20_260
 IMPURE = frozenset(_METADATA | _HOOKS | {"manual_seed", "set_rng_state", "__setstate__"})
 
 
+def _said(name: str, function: Any) -> str:  # any torch function
+    """What a program did that calls this, in its own words."""
+    return f"it sets {function.__self__.__name__}" if name == "__set__" else f"it calls {name}"
+
+
 def record(
     program: Callable[[Any, Any], Any],
     model: torch.nn.Module,
@@ -587,7 +592,7 @@ class _Recorder:
             call.recomputes = grad_enabled
         if name in IMPURE:
             self.keep_whole(
-                f"it calls {name}, which does more than what it returns: do so in a smaller module"
+                f"{_said(name, function)}, which does more than what it returns: do so in a smaller module"
             )
             call.hooks = call.hooks or name in _HOOKS
         if function == _READ_GRADIENT and isinstance(self.values.all[inputs.refs[0]].source, ParameterSource):

@@ -117,7 +117,7 @@ class Streams:
     def untouched(self, model: torch.nn.Module) -> Iterator[None]:
         """Around a whole program that runs as it is: it draws what its recording would.
 
-        A patched `Module.__call__` tells which of the model's is being run, around its hooks too: they draw as
+        A patched `Module.__call__` tells which of the model's is being run, its hooks included: they draw as
         a part of it. These streams must have no hooks of their own (`another`).
         """
         paths = {id(module): path for path, module in model.named_modules()}
