@@ -550,6 +550,17 @@ def a_dataclass_that_holds_one_tensor_twice():
     return Program(net(run, knob=Doubling()))
 
 
+@program(culprit="it sets requires_grad")
+def a_gradient_asked_of_a_batch_tensor():
+    def loss(model, batch):
+        x = batch["x"].clone()
+        x.requires_grad = True
+        steepest = torch.autograd.grad(F.mse_loss(model(x), batch["y"]), x)[0]
+        return F.mse_loss(model(x.detach() + 0.1 * steepest.sign()), batch["y"])
+
+    return Program(net(straight), loss=loss)
+
+
 @pytest.mark.parametrize("case", cases.parameters())
 def test_a_program_that_hides_something_is_right_or_refused(case):
     case.check()

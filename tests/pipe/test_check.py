@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import evenflow
 from evenflow.ir.op import Payload
@@ -82,6 +83,26 @@ def test_under_autocast_shared_gradients_agree_to_the_last_bits_of_its_type(exac
     assert [row.difference for row in rows(report, "gradient (one stage)")] == [0.0] * 2 * exact
 
 
+class Checkpointed(nn.Sequential):
+    """Computes each of its parts again in the backward."""
+
+    def forward(self, x):
+        for part in self:
+            x = checkpoint(part, x, use_reentrant=False)
+        return x
+
+
+def test_dropout_inside_gradient_checkpoints_is_drawn_alike():
+    def block():
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.5))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Checkpointed(block(), block(), block()), nn.Linear(WIDTH, 1))
+    report = piped(model).check(regression(8, WIDTH))
+    assert report.equal, report
+    assert report.reference.endswith("its draws keyed alike")
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "zb-h1", "interleaved-1f1b", "dualpipe-v"])
 def test_every_kind_of_schedule_is_equal(schedule):
     batch = batches()[0]
@@ -130,6 +151,15 @@ def test_the_whole_model_draws_what_the_split_one_draws(share):
         report = pipe.check(regression(8, WIDTH))
         assert report.equal, report
         pipe.step(regression(8, WIDTH))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_hook_that_draws_draws_as_a_part_of_its_module(share):
+    model = mlp(4, WIDTH, WIDTH, 1)
+    model[0].register_forward_hook(lambda module, args, output: output + torch.rand_like(output))
+    model[2].register_forward_pre_hook(lambda module, args: args[0] * torch.rand_like(args[0]))
+    report = piped(model, example=regression(), max_leaf_share=share).check(regression())
+    assert report.equal, report
 
 
 def test_microbatches_of_two_kinds_and_unequal_weights():

@@ -1,15 +1,20 @@
 """Microbatches: how a batch is split, what each part weighs, and how results are joined."""
 
+from collections import UserDict
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
+import evenflow
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
 from evenflow.runtime.microbatch import Microbatches, batch_size, count, join, split
 from evenflow.runtime.weights import Weight, shares_of
+from unsplit import mlp, regression
 
 
 def rows(num: int) -> torch.Tensor:
@@ -137,3 +142,38 @@ def test_a_single_one_comes_back_as_it_is():
 def test_sizes_that_disagree_are_named():
     with pytest.raises(ConfigError, match=r"\['x'\] has 3, \['y'\] has 2"):
         batch_size({"x": rows(3), "y": rows(2)})
+
+
+def test_a_numpy_array_with_a_row_for_each_is_refused():
+    with pytest.raises(ConfigError, match=r"\['y'\] is a numpy array with 4 rows.*torch.from_numpy"):
+        split({"x": rows(4), "y": np.zeros((4, 1))}, 2)
+    first, second = split({"x": rows(4), "scales": np.ones(3)}, 2)
+    assert first["scales"] is second["scales"]
+
+
+class Encoding(UserDict):
+    """As transformers' `BatchEncoding`, which its tokenizers and collators return."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def test_a_mapping_of_the_users_is_split_like_a_dict():
+    batch = Encoding(x=rows(4), num_items_in_batch=7)
+    items = Splitter(1, 2, None, None)(batch).items
+    assert [type(item) for item in items] == [Encoding, Encoding]
+    assert torch.equal(torch.cat([item.x for item in items]), batch["x"])
+    assert [int(item["num_items_in_batch"]) for item in items] == [7, 7]
+
+
+@pytest.mark.parametrize("given", [lambda batch: batch, lambda batch: Microbatches([batch, batch])])
+def test_a_mapping_of_the_users_is_trained_on(given):
+    def loss(model, batch):
+        return torch.nn.functional.mse_loss(model(batch["x"]), batch.y)
+
+    batch = given(Encoding(regression()))
+    pipe = evenflow.pipeline(mlp(4, 8, 1), loss=loss, example=batch, stages=2, num_microbatches=2)
+    assert pipe.check(batch).equal

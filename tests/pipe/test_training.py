@@ -328,6 +328,29 @@ class Noisy(nn.Module):
         return self.layers(x)
 
 
+def test_evaluate_changes_the_buffers_that_the_model_itself_changes():
+    class Counting(torch.nn.Linear):
+        def forward(self, x):
+            self.seen += x.sum()
+            return super().forward(x) + self.seen
+
+    def build():
+        model = mlp(4, 8, 1).append(Counting(1, 1))
+        model[-1].register_buffer("seen", torch.zeros(()))
+        return model
+
+    twin, model = build(), build()
+    model.load_state_dict(twin.state_dict())
+    pipe = make(model, stages=2, num_microbatches=2, max_leaf_share=0.0)
+    for _ in range(2):
+        loss = pipe.evaluate(regression()).loss
+        with torch.no_grad():
+            expected = [mean_square(twin.eval(), part) for part in split(regression(), 2)]
+        assert torch.equal(loss, torch.stack([part / 2 for part in expected]).sum())
+        assert torch.equal(model[-1].seen, twin[-1].seen)
+        assert model.training
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_evaluate_is_the_model_in_evaluation_mode(stages):
     model = seeded(Noisy)()

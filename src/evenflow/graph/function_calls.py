@@ -143,7 +143,7 @@ class FunctionCalls:
         """Note what some functions do besides, by what they are; refuse what no replay would give."""
         if name in IMPURE:
             self._calls.keep_whole(
-                f"it calls {name}, which does more than what it returns: do so in a smaller module"
+                f"{_said(name, function)}, which does more than what it returns: do so in a smaller module"
             )
             self._calls.innermost.hooks |= name in _HOOKS
         if function == _READ_GRADIENT and isinstance(
@@ -359,3 +359,8 @@ def shapes_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 def numbers_of(*tensors: torch.Tensor) -> tuple[Any, ...]:
     """What decides a shape: how many entries of a mask are true, or the numbers themselves."""
     return tuple(int(t.count_nonzero()) if t.dtype in MASKS else t.tolist() for t in tensors)
+
+
+def _said(name: str, function: Any) -> str:  # any torch function
+    """What a program did that calls this, in its own words."""
+    return f"it sets {function.__self__.__name__}" if name == "__set__" else f"it calls {name}"

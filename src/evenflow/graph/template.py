@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import functools
 import types
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,14 +119,20 @@ class Template:
 
 
 def flatten_tree(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:  # any tree
-    """Leaves and structure of a tree; dataclasses on the way become part of the structure for good."""
+    """Leaves and structure of a tree.
+
+    Dataclasses on the way, and mappings like transformers' `BatchEncoding`, become part of it for good.
+    """
     leaves, spec = pytree.tree_flatten(tree)
-    unknown = {
+    dataclass_kinds = {
         type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, IMMUTABLE)
     }
-    for kind in unknown:
+    mapping_kinds = {type(leaf) for leaf in leaves if isinstance(leaf, UserDict)} - dataclass_kinds
+    for kind in dataclass_kinds:
         _register(kind)
-    return flatten_tree(tree) if unknown else (leaves, spec)
+    for mapping_kind in mapping_kinds:
+        _register_mapping(mapping_kind)
+    return flatten_tree(tree) if dataclass_kinds or mapping_kinds else (leaves, spec)
 
 
 def _register(kind: type[Any]) -> None:
@@ -143,6 +150,22 @@ def _register(kind: type[Any]) -> None:
         unflatten,
         serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
         flatten_with_keys_fn=lambda made: ([(pytree.GetAttrKey(n), getattr(made, n)) for n in names], None),
+    )
+
+
+def _register_mapping(kind: type[Any]) -> None:
+    def unflatten(values: Iterable[Any], keys: tuple[Any, ...]) -> Any:
+        return kind(dict(zip(keys, values, strict=True)))
+
+    pytree.register_pytree_node(
+        kind,
+        lambda made: (list(made.data.values()), tuple(made.data)),
+        unflatten,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=lambda made: (
+            [(pytree.MappingKey(key), value) for key, value in made.data.items()],
+            tuple(made.data),
+        ),
     )
 
 

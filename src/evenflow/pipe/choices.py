@@ -45,8 +45,9 @@ class Splitter:
             items = list(batch.items if isinstance(batch, Microbatches) else self.split_batch(batch))  # type: ignore[misc]  # one of the two holds
             if not items:
                 raise ConfigError("the batch was split into no microbatch at all")
+            flatten_tree(items)  # as below
             return Prepared([microbatches.with_count_as_tensor(item) for item in items])
-        flatten_tree(batch)  # teaches torch the dataclasses in it
+        flatten_tree(batch)  # teaches torch the dataclasses and mappings in it
         size = microbatches.batch_size(batch)
         if size == 0:
             raise ConfigError("the batch has no rows")

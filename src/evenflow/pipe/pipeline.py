@@ -136,7 +136,10 @@ class Pipeline:
         return result
 
     def evaluate(self, batch: Any) -> StepResult:
-        """Loss and metrics of one batch in evaluation mode, without gradients; changes nothing."""
+        """Loss and metrics of one batch in evaluation mode, without gradients.
+
+        Changes nothing but the buffers that the model itself changes in evaluation mode.
+        """
         with self._evaluating():
             agreed = self._agree(self._parts.loss, batch, training=False)
             return self._run(agreed, self._parts.programs.evaluation, read_loss)

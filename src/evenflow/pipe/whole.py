@@ -1,11 +1,12 @@
 """One step whole: the user's model and loss function in a plain loop, and a recording on one stage."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
@@ -42,13 +43,17 @@ class PlainLoop:
         with self.keyed(number):
             return self.program(self.model, pytree.tree_map(self._entered, microbatch))
 
-    @contextmanager
+    @contextlib.contextmanager
     def keyed(self, number: int) -> Iterator[None]:
         """With gradients, on the device, and with the draws of a microbatch."""
         if self.streams is not None:
             self.streams.begin(self.step, number)
-        draws = nullcontext() if self.streams is None else self.streams.untouched(self.model)
-        with torch.enable_grad(), on(self.device), draws:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(on(self.device))
+            if self.streams is not None:
+                stack.enter_context(self.streams.untouched(self.model))
+                stack.enter_context(_nothing_recomputed())
             yield
 
     def run(self, items: Sequence[Any], weights: Sequence[float]) -> list[Result]:
@@ -71,6 +76,25 @@ class PlainLoop:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         return leaf.detach().to(self.device).requires_grad_(leaf.requires_grad)
+
+
+@contextlib.contextmanager
+def _nothing_recomputed() -> Iterator[None]:
+    """Let gradient checkpoints keep what they would compute again: the same numbers, for more memory.
+
+    A recomputation draws outside of the forward, where nothing is keyed.
+    """
+    inner = "_checkpoint_without_reentrant_generator"  # what goes on around the checkpointed function
+    own = getattr(torch.utils.checkpoint, inner)
+
+    def around(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    setattr(torch.utils.checkpoint, inner, around)
+    try:
+        yield
+    finally:
+        setattr(torch.utils.checkpoint, inner, own)
 
 
 def run_on_one_stage(stage: Stage, jobs: Sequence[Job], work_of: Callable[[int], Work], step: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -71,8 +72,10 @@ def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[A
     """Split a batch along dim 0 of its tensors; plain values and 0-dimensional tensors are repeated.
 
     With `microbatch_size` every microbatch but the last has that many rows; else sizes differ by 1 at most.
+    Raises `ConfigError` for a numpy array with as many rows: the program would meet all of it in each part.
     """
     size = batch_size(batch)
+    _refuse_arrays(batch, size)
     if microbatch_size is not None:
         bounds = [min(i * microbatch_size, size) for i in range(num + 1)]
     else:
@@ -87,6 +90,15 @@ def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[A
                 parts[id(leaf)] = leaf[start:end] if cuts else leaf
         items.append(pytree.tree_unflatten([parts[id(leaf)] for leaf in leaves], spec))
     return items
+
+
+def _refuse_arrays(batch: Any, size: int) -> None:
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, np.ndarray) and leaf.ndim > 0 and len(leaf) == size > 1:
+            raise ConfigError(
+                f"{pytree.keystr(path)} is a numpy array with {size} rows, which is not split as the batch's "
+                "tensors are; make it a tensor with torch.from_numpy"
+            )
 
 
 def with_count_as_tensor(batch: Any) -> Any:
