@@ -60,6 +60,7 @@ class Program:
     batch: Callable[[int], list[Any]] = data  # step -> microbatches
     change: Callable[[nn.Module, int], None] = lambda model, step: None
     options: dict[str, Any] = field(default_factory=dict)
+    steps: int = STEPS
 
 
 def net(forward: Callable[..., Any], kind: type[nn.Module] = Net, **attributes: Any) -> nn.Module:
@@ -78,7 +79,7 @@ def plain(program: Program) -> Iterator[Numbers]:
     """The steps of a plain loop."""
     model = program.model
     optimizer = sgd(model.parameters())
-    for step in range(STEPS):
+    for step in range(program.steps):
         program.change(model, step)
         optimizer.zero_grad()
         items = copy.deepcopy(program.batch(step))
@@ -109,7 +110,7 @@ def piped(program: Program, **arguments: Any) -> Iterator[Numbers]:
         **({"reduction": "item-mean"} | arguments | program.options),
     )
     with contextlib.closing(pipe):
-        for step in range(STEPS):
+        for step in range(program.steps):
             if step:
                 program.change(model, step)
             result = pipe.step(Microbatches(copy.deepcopy(program.batch(step))))

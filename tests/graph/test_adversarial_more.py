@@ -561,6 +561,154 @@ def a_gradient_asked_of_a_batch_tensor():
     return Program(net(straight), loss=loss)
 
 
+# -- buffers that a backward reads once more
+
+
+class Scaling(torch.autograd.Function):
+    """Keeps what it is given in an attribute, where autograd does not see it."""
+
+    @staticmethod
+    def forward(ctx, x, k):
+        ctx.k = k
+        return x * k
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.k, None
+
+
+@program(culprit="reads the buffer scale")
+def a_checkpoint_that_reads_a_buffer_which_changes_later():
+    def run(self, x):
+        h = checkpoint(lambda h: self.b(h) * self.scale, self.a(x), use_reentrant=False)
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        return self.head(self.c(h))
+
+    return Program(net(run, scale=torch.full((1,), 1.5)))
+
+
+@program(culprit="reads the buffer scale|not taken apart")
+def a_reentrant_checkpoint_that_reads_a_buffer_which_changes_later():
+    def run(self, x):
+        h = checkpoint(lambda h: self.b(h) * self.scale, self.a(x), use_reentrant=True)
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        return self.head(self.c(h))
+
+    return Program(net(run, scale=torch.full((1,), 1.5)))
+
+
+@program()
+def a_checkpoint_that_reads_a_copy_of_a_buffer():
+    def run(self, x):
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        scale = self.scale.clone()
+        h = checkpoint(lambda h: self.b(h) * scale, self.a(x), use_reentrant=False)
+        return self.head(self.c(h))
+
+    return Program(net(run, scale=torch.full((1,), 1.5)))
+
+
+@program(culprit="is given the buffer scale")
+def a_custom_function_that_keeps_a_buffer_which_changes_later():
+    def run(self, x):
+        h = Scaling.apply(self.a(x), self.scale)
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        return self.head(self.c(self.b(h)))
+
+    return Program(net(run, scale=torch.full((1,), 1.5)))
+
+
+@program()
+def a_class_put_in_place_between_steps():
+    class Act:
+        boost = 2.0
+
+        def __call__(self, h):
+            return h * self.boost
+
+    class Other:
+        def __init__(self):
+            self.more = 3.0
+
+        def __call__(self, h):
+            return h * self.more
+
+    def change(model, step):
+        if step == 1:
+            model.act = Other()
+        elif step == 2:
+            model.act.more = 7.0
+
+    def run(self, x):
+        return self.head(self.c(self.b(self.act(self.a(x)))))
+
+    return Program(net(run, act=Act()), change=change, steps=3)
+
+
+@program()
+def the_last_of_many_objects_changes():
+    class First:
+        def __call__(self, h):
+            return h
+
+    class Last:
+        factor = 1.0
+
+        def __call__(self, h):
+            return h * self.factor
+
+    def change(model, step):
+        model.acts[-1].factor = 1.0 + step
+
+    def run(self, x):
+        h = self.a(x)
+        for act in self.acts:
+            h = act(h)
+        return self.head(self.c(self.b(h)))
+
+    return Program(net(run, acts=[First() for _ in range(150)] + [Last()]), change=change)
+
+
+@program()
+def a_buffer_of_complex_numbers_and_its_conjugate():
+    def run(self, x):
+        h = torch.view_as_real(torch.view_as_complex(self.a(x).reshape(-1, 2)) * self.phase.conj())
+        self.phase.data.mul_(1j)
+        return self.head(self.c(self.b(h.reshape(x.shape))))
+
+    return Program(net(run, phase=torch.tensor(0.6 + 0.8j)))
+
+
+class OneOrTwo(nn.Module):
+    """Returns as many tensors as its numbers say."""
+
+    def forward(self, x):
+        return [x] if float(x.detach().sum()) > 0 else [x, x]
+
+
+@program(culprit="returned [12] values, and [12] when it was recorded")
+def a_module_that_returns_as_many_tensors_as_its_numbers_say():
+    def run(self, x):
+        return self.head(self.c(torch.stack(self.some(self.a(x) * 0 + x)).sum(0)))
+
+    return Program(net(run, some=OneOrTwo()), options={"atomic": [OneOrTwo]})
+
+
+@forward()
+def a_function_with_an_empty_cell_is_handed_to_vmap(self, x):
+    def scaled(row):
+        return row * 2 if True else later
+
+    h = torch.vmap(scaled)(self.a(x))
+    if self is None:
+        later = 1
+    return self.head(self.c(self.b(h)))
+
+
 @pytest.mark.parametrize("case", cases.parameters())
 def test_a_program_that_hides_something_is_right_or_refused(case):
     case.check()

@@ -1,5 +1,7 @@
 """The recorder: what the call tree, the leaves and the graph say of a program."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget
 from evenflow.graph.leaves import flatten, walk
 from evenflow.graph.record import record
+from evenflow.graph.settings import Under
 from evenflow.graph.tree import BatchLeaf, BufferSource, CallTree, ModuleCall, ParameterSource
 from unsplit import mean_square, mlp, regression
 
@@ -429,3 +432,58 @@ class Named(torch.Tensor):
 def test_subclasses_of_tensor_that_meet_parameters_are_refused(program, told):
     with pytest.raises(RecordError, match=f"{told} Named, a subclass of Tensor"):
         tree_of(mlp(WIDTH, WIDTH, 1), program)
+
+
+# -- what goes on beside it
+
+
+def test_other_threads_call_modules_of_their_own_meanwhile():
+    other, found = nn.Linear(2, 2), []
+
+    def calls_a_thread(model, batch):
+        thread = threading.Thread(target=lambda: found.append(other(torch.ones(2))))
+        thread.start()
+        thread.join()
+        return mean_square(model, batch)
+
+    assert names(graph_of(mlp(4, 8, 1), calls_a_thread)) == ["0", "1", "2", "mse_loss"]
+    assert len(found) == 1
+
+
+def test_recordings_in_two_threads_leave_torch_as_it_was():
+    own = nn.Module.__call__, nn.Module._apply, nn.Module.__setattr__, torch.autograd.Function.apply
+    meeting, graphs = threading.Barrier(2, timeout=30), []
+
+    def record_one():
+        meeting.wait()
+        graphs.append(graph_of(mlp(4, 8, 1)))
+
+    threads = [threading.Thread(target=record_one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(graph.nodes) for graph in graphs] == [4, 4]
+    assert own == (
+        *(nn.Module.__call__, nn.Module._apply, nn.Module.__setattr__),
+        torch.autograd.Function.apply,
+    )
+
+
+def test_the_precision_of_a_matmul_is_set_again():
+    class Hasty(nn.Linear):
+        def forward(self, x):
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            made = F.linear(x, self.weight, self.bias)
+            torch.set_float32_matmul_precision(before)
+            return made
+
+    graph = graph_of(nn.Sequential(Hasty(4, 4), nn.Linear(4, 1)))
+    told = [
+        node.target.function.settings
+        for node in graph.nodes
+        if isinstance(node.target, FunctionTarget) and isinstance(node.target.function, Under)
+    ]
+    assert told == [{"the precision of matmuls": "high"}]
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evenflow.graph.reach import PLAIN, is_library
+from evenflow.graph.reach import PLAIN, closure_of, is_library
 
 _DEPTH = 4  # of functions in functions
 
@@ -41,7 +41,7 @@ def _made_of(thing: Any, depth: int) -> tuple[Any, ...]:
             return FunctionType, thing
         case FunctionType():
             given = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
-            held = (*given, *(cell.cell_contents for cell in thing.__closure__ or ()))
+            held = (*given, *closure_of(thing).values())
             return FunctionType, thing.__code__, *(_made_of(each, depth - 1) for each in held)
         case _:
             raise _CannotTell

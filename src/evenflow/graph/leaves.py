@@ -33,6 +33,7 @@ from evenflow.graph.tree import (
     Value,
     walk,
 )
+from evenflow.graph.unprotected import refuse_unprotected
 
 
 def flatten(
@@ -71,6 +72,7 @@ def flatten(
     needed = {*output.refs, *(ref for read in reads for ref in read.args.refs)}
     nodes = _mark_glue(_without_unused(nodes, needed, values), values)
     refuse_changes_across_autocast(nodes, values)
+    refuse_unprotected(calls, nodes, values, kept)
     guards = tuple(_guard(read, nodes, values) for read in reads)
     return Graph(
         tuple(nodes),

@@ -24,7 +24,7 @@ from evenflow.graph.fakes import storage_of
 _ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
 # Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
 _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
-_PATCH = threading.Lock()  # Module.__call__ is one per process
+_PATCH = threading.Lock()  # what is patched here is one per process
 
 
 class ModuleListener(Protocol):
@@ -103,8 +103,9 @@ def quiet() -> Iterator[None]:
 def observed_by(
     modules: ModuleListener, functions: FunctionListener, *, kernels: KernelListener | None = None
 ) -> Iterator[None]:
-    """Tell listeners of all calls that happen meanwhile, and `kernels` of all kernels below them."""
+    """Tell listeners of all calls of this thread meanwhile, and `kernels` of all kernels below them."""
     with (
+        _PATCH,
         _unvalidated_distributions(),
         _needless_conversions_left_out(),
         _swaps_refused(),
@@ -186,9 +187,11 @@ def _subclasses_refused(kernels: KernelListener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules_observed(modules: ModuleListener, functions: FunctionListener) -> Iterator[None]:
-    forward = torch.nn.Module.__call__
+    forward, thread = torch.nn.Module.__call__, threading.get_ident()
 
     def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
+        if threading.get_ident() != thread:
+            return forward(module, *args, **kwargs)
         path = modules.paths.get(id(module))
         if path is not None and not functions.blind:
             return modules.module(module, path, forward, args, kwargs)
@@ -199,22 +202,23 @@ def _modules_observed(modules: ModuleListener, functions: FunctionListener) -> I
             )
         return forward(module, *args, **kwargs)
 
-    with _PATCH:
-        torch.nn.Module.__call__ = observed  # type: ignore[method-assign]  # the patch is the point
-        try:
-            yield
-        finally:
-            torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
+    torch.nn.Module.__call__ = observed  # type: ignore[method-assign]  # the patch is the point
+    try:
+        yield
+    finally:
+        torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def _custom_functions_observed(observer: FunctionListener) -> Iterator[None]:
     """Custom autograd functions bypass `__torch_function__`: each `apply` is shown as one torch function."""
-    own = torch.autograd.Function.__dict__["apply"]
+    own, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:  # as Function.apply
         bound = types.MethodType(own.__func__, cls)
-        return bound(*args, **kwargs) if observer.blind else observer.custom_function(bound, args, kwargs)
+        if observer.blind or threading.get_ident() != thread:
+            return bound(*args, **kwargs)
+        return observer.custom_function(bound, args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]  # the patch is the point
     try:
@@ -225,10 +229,10 @@ def _custom_functions_observed(observer: FunctionListener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scripted_functions_observed(observer: FunctionListener) -> Iterator[None]:
-    own = torch.jit.ScriptFunction.__call__
+    own, thread = torch.jit.ScriptFunction.__call__, threading.get_ident()
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
-        if observer.blind:
+        if observer.blind or threading.get_ident() != thread:
             return own(function, *args, **kwargs)
         return observer.whole_function(function, args, kwargs, name=function.name)
 
@@ -249,9 +253,11 @@ _TRANSFORMS = (
 
 @contextlib.contextmanager
 def _transforms_observed(observer: FunctionListener) -> Iterator[None]:
+    thread = threading.get_ident()
+
     def patched(own: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
-            if observer.blind:
+            if observer.blind or threading.get_ident() != thread:
                 return own(*args, **kwargs)
             return observer.whole_function(own, args, kwargs, name=name)
 

@@ -77,9 +77,9 @@ class Reach:
                 case functools.partial():
                     waiting += [thing.func, *thing.args, *thing.keywords.values()]
                 case list() | tuple() | set() | frozenset() | deque():
-                    waiting += list(thing)[:_MOST_INSIDE]
+                    waiting += _some(thing)
                 case dict():
-                    waiting += list(thing.values())[:_MOST_INSIDE]
+                    waiting += _some(thing.values())
                 case property():
                     waiting += [thing.fget]
                 case type() if not is_library(thing):
@@ -118,8 +118,15 @@ class Reach:
                 self._held[id(value)] = value
                 inside = value.values() if isinstance(value, dict) else value
                 if isinstance(value, dict | list | tuple | set | frozenset | deque):
-                    for each in itertools.islice(inside, _MOST_INSIDE):
+                    for each in _some(inside):
                         self._hold(each)
+
+
+def _some(things: Iterable[Any]) -> list[Any]:
+    """The first things in a container, and of the rest one of each class."""
+    listed = list(things)
+    rest = {type(thing): thing for thing in reversed(listed[_MOST_INSIDE:])}
+    return [*listed[:_MOST_INSIDE], *rest.values()]
 
 
 def codes_of(code: CodeType) -> Iterator[CodeType]:

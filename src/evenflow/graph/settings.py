@@ -14,6 +14,22 @@ import torch
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to ask for it, how to set it
 
 
+_NEWER = "told by the newer names"
+
+
+def _precision() -> str:
+    """Which kernels multiply matrices in fp32: torch refuses to say where a program used the newer names."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _NEWER
+
+
+def _set_precision(precision: str) -> None:
+    if precision != _NEWER:
+        torch.set_float32_matmul_precision(precision)
+
+
 def _attribute(backend: Any, name: str) -> _Setting:  # backend: one of the modules of torch.backends
     return functools.partial(getattr, backend, name), functools.partial(setattr, backend, name)
 
@@ -35,6 +51,16 @@ _SETTINGS: Mapping[str, _Setting] = {
     "oneDNN": _attribute(torch.backends.mkldnn, "enabled"),
     "cuDNN": _attribute(torch.backends.cudnn, "enabled"),
     "cuDNN's deterministic kernels": _attribute(torch.backends.cudnn, "deterministic"),
+    "cuDNN's search for kernels": _attribute(torch.backends.cudnn, "benchmark"),
+    "the precision of matmuls": (_precision, _set_precision),
+    "sums of matmuls in fp16": (
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction,  # noqa: SLF001 (backends.cuda.matmul's)
+        torch._C._set_cublas_allow_fp16_reduced_precision_reduction,  # noqa: SLF001
+    ),
+    "sums of matmuls in bf16": (
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction,  # noqa: SLF001
+        torch._C._set_cublas_allow_bf16_reduced_precision_reduction,  # noqa: SLF001
+    ),
 }
 
 Settings = Mapping[str, Any]

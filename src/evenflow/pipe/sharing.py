@@ -72,6 +72,9 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors, whose extents in one memory meet, have an element in common."""
     if one.layout != torch.strided or one.element_size() != other.element_size():
         return True
+    forms = [(each.storage_offset(), each.shape, each.stride()) for each in (one, other)]
+    if forms[0] == forms[1] or (one.is_contiguous() and other.is_contiguous()):
+        return True
     places = torch.arange(max(_extent(each)[1] for each in (one, other)) // one.element_size())
     mine, theirs = (
         places.as_strided(each.shape, each.stride(), each.storage_offset()).reshape(-1)

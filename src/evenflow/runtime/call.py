@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,10 +53,19 @@ class Call:
         would not fit. `given` holds what it was called with.
         """
         made = set(self.node.makes)
-        for found, leaf in zip(pytree.tree_leaves(result), self.node.output.leaves, strict=True):
+        leaves, recorded = pytree.tree_leaves(result), self.node.output.leaves
+        if len(leaves) != len(recorded):
+            raise RecordError(
+                f"{self.node.name} returned {len(leaves)} values, and {len(recorded)} when it was recorded: "
+                "what it returns depends on more than its shapes; keep the code that uses it in the same "
+                "module (atomic=[…])"
+            )
+        for found, leaf in zip(leaves, recorded, strict=True):
             match leaf:
                 case Ref(value) if value not in made:
                     differs = found is not given.get(value, found)
+                case Ref() if not isinstance(found, torch.Tensor):
+                    differs = True
                 case Ref(value):
                     differs = False
                     if self.node.opaque and value in self.node.results:
@@ -66,7 +75,7 @@ class Call:
                     differs = isinstance(leaf, PLAIN) and not same
             if differs:
                 raise RecordError(
-                    f"{self.node.name} returned {_shown(found)}, and {_shown(leaf)} when it was "
+                    f"{self.node.name} returned {_shown(found)}, and {_shown(leaf, made)} when it was "
                     "recorded: what it "
                     "returns depends on more than its shapes; keep the code that uses it in the same module "
                     "(atomic=[…])"
@@ -82,10 +91,14 @@ class Call:
             )
 
 
-def _shown(leaf: Any) -> str:  # a leaf of a result
-    return (
-        "a tensor" if isinstance(leaf, torch.Tensor) else "its input" if isinstance(leaf, Ref) else repr(leaf)
-    )
+def _shown(leaf: Any, made: Collection[int] = ()) -> str:  # a leaf of a result, recorded or not
+    match leaf:
+        case torch.Tensor():
+            return "a tensor"
+        case Ref(value):
+            return "a tensor" if value in made else "its input"
+        case _:
+            return repr(leaf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,9 @@ def kept_as_left(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
         if memory not in copies:
             copies[memory] = tensor.untyped_storage().clone()
         place = tensor.storage_offset(), tensor.shape, tensor.stride()
-        kept.tensor = tensor.new_empty(0).set_(copies[memory], *place)
+        copy = tensor.new_empty(0).set_(copies[memory], *place)
+        copy = copy.conj() if tensor.is_conj() else copy
+        kept.tensor = torch._neg_view(copy) if tensor.is_neg() else copy  # noqa: SLF001 (torch's only way)
 
 
 @contextlib.contextmanager

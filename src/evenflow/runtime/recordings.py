@@ -154,6 +154,8 @@ class Recordings:
             return self._rehearsed(program, microbatch)
 
     def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
+        self._names.pop(_name(program), None)  # its code may reach more by now than when it was last recorded
+        self.look(program)
         host, states = _host_random(), [self._look(program, tensors=False)]
         exactly: list[Snapshot] = []
         attributes = self._left.now()
