@@ -146,9 +146,7 @@ class Prepare:
                 case BufferSource(name) if name in self.graph.constants:
                     return self.graph.constants[name].to(self.device)
                 case BufferSource(name):
-                    found = buffers_at(self.model, [name])
-                    assert found, f"{name} was a tensor when it was recorded"
-                    return found[0].to(self.device)
+                    return self._buffer(name)
                 case _:
                     return leaf
         if isinstance(leaf, torch.device) and leaf.type == self.graph.device.type:
@@ -156,6 +154,17 @@ class Prepare:
         if self.graph.device.type == "cuda" and leaf in ("cuda", str(self.graph.device)):
             return self.device  # `x.to("cuda")`
         return leaf
+
+    def _buffer(self, name: str) -> torch.Tensor:
+        """A buffer where the stage computes: the model's own, moved there, if the program changes it."""
+        found = buffers_at(self.model, [name])
+        assert found, f"{name} was a tensor when it was recorded"
+        moved = found[0].to(self.device)
+        if moved is not found[0] and any(name in node.changed_buffers for node in self.graph.nodes):
+            tables = [table for m in self.model.modules() for table in (m._buffers, vars(m))]
+            for table in tables:
+                table.update({key: moved for key, held in table.items() if held is found[0]})
+        return moved
 
     def _on_device(self, module: torch.nn.Module, *, glue: bool) -> torch.nn.Module:
         """A leaf's module, its buffers where the stage computes; glue, which other stages use, as a copy."""
