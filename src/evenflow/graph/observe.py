@@ -15,11 +15,11 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from evenflow.errors import RecordError
 from evenflow.graph.fake_kernels import MASKS, run_kernel
 from evenflow.graph.fakes import storage_of
+from evenflow.graph.flops import flops_of
 
 _ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
 # Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
@@ -314,10 +314,7 @@ class _Kernels(TorchDispatchMode):
         packet = func.overloadpacket
         if packet.__name__ in _BATCH_NORMS and args[5]:
             self.observer.changed.update(id(statistic) for statistic in args[3:5])
-        if packet in flop_registry:
-            self.observer.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
-            self.observer.flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        self.observer.flops += flops_of(func, args, kwargs, result)
         return result
 
     def note_captured(self, within: set[int], kernel: Any, given: Any, result: Any) -> None:
