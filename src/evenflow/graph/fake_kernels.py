@@ -49,7 +49,7 @@ def run_kernel(
         positions = list(args[1].expand(whole).nonzero().unbind(1))
         kernel, args = torch.ops.aten.index.Tensor, (args[0].expand(whole), positions)
     try:
-        return kernel(*args, **kwargs), []
+        return kernel(*_all_fake(kernel, args), **kwargs), []
     except _CANNOT:
         results = _on_numbers(kernel, args, kwargs)
         if results is None:
@@ -57,6 +57,27 @@ def run_kernel(
         given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         result = results[0] if len(kernel._schema.returns) == 1 else tuple(results)
         return result, [tensor for tensor in given if not isinstance(tensor, FakeTensor)]
+
+
+def _all_fake(kernel: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:  # kernel: an OpOverload
+    """Arguments of which none is real if one is fake: then torch knows many results from an earlier call."""
+    mode = next((each.fake_mode for each in args if type(each) is FakeTensor), None)
+    if mode is None or kernel._schema.is_mutable or any(r.alias_info for r in kernel._schema.returns):
+        return args
+    if not any(map(_is_plain, args)):
+        return args
+    with mode:
+        return tuple(_like(each) if _is_plain(each) else each for each in args)
+
+
+def _is_plain(leaf: Any) -> bool:  # leaf: anything
+    """Whether a leaf is a real tensor of which a kernel's fake run needs the form alone."""
+    plain = type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.dim() > 0
+    return plain and not (leaf.is_conj() or leaf.is_neg() or leaf.is_quantized)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _grouped(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -110,7 +110,7 @@ class FunctionCalls:
         given = described(leaves)
         before = self._buffer_versions() if name == REENTRANT else {}
         try:
-            result = self._make(function, name, args, kwargs)
+            result = self._make(function, name, args, kwargs, leaves)
         except Exception as error:
             self.noted.append(Noted(name, given, None, error))
             raise
@@ -173,7 +173,7 @@ class FunctionCalls:
         changes = self._values.change(changed, self._calls.clock)
         for parameter in changes.parameters:
             self._calls.keep_whole(f"it changes the parameter {parameter} in place")
-        made = [leaf for leaf in pytree.tree_leaves(result) if is_tensor(leaf)]
+        made = [leaf for leaf in flatten_tree(result)[0] if is_tensor(leaf)]
         for tensor in made:
             self._values.result(tensor, self._calls.clock, changed=any(tensor is other for other in changed))
         if made or changes.rebinds or changes.buffers:
@@ -191,7 +191,7 @@ class FunctionCalls:
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = name_of(apply)
         with unwatched():
-            if any(callable(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            if any(callable(leaf) for leaf in flatten_tree((args, kwargs))[0]):
                 remedy = ", which use_reentrant=False would not" if name == REENTRANT else ""
                 self._calls.keep_whole(f"it hands a function to {name}{remedy}")
                 self._calls.innermost.unseen = True
@@ -205,7 +205,7 @@ class FunctionCalls:
     ) -> Any:
         """A function whose inside cannot be seen: one step, where its arguments are all that it uses."""
         with unwatched():
-            leaves = pytree.tree_leaves((args, kwargs))
+            leaves = flatten_tree((args, kwargs))[0]
             self._kernels.captured = False
             self._kernels.within = {storage_of(leaf) for leaf in leaves if is_tensor(leaf)}
             try:
@@ -218,13 +218,13 @@ class FunctionCalls:
     def _check_whole(self, name: str, leaves: list[Any], result: Any) -> None:
         """Keep the current call whole where a whole function is no step that could be repeated by itself."""
         handed = [leaf for leaf in leaves if callable(leaf)]
-        made = [leaf for leaf in pytree.tree_leaves(result) if is_tensor(leaf)]
+        made = [leaf for leaf in flatten_tree(result)[0] if is_tensor(leaf)]
         reason = ""
         if handed and (self._kernels.captured or None in map(made_of, handed)):
             reason = f"it hands {name} a function that uses more than its arguments: hand it those too"
         elif self._kernels.num_draws:
             reason = f"random numbers are drawn inside {name}: draw before it"
-        elif not made or any(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(result)):
+        elif not made or any(isinstance(leaf, PLAIN) for leaf in flatten_tree(result)[0]):
             reason = f"{name} returns Python values: return tensors"
         if reason:
             self._calls.keep_whole(reason)
@@ -234,10 +234,15 @@ class FunctionCalls:
                 self._values.require_grad(self._encoder.number(tensor, name))
 
     def _make(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        function: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
     ) -> Any:
         reads = name in READS or name == "data_ptr"
-        if reads and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        if reads and any(isinstance(leaf, FakeTensor) for leaf in leaves):
             raise needs_numbers(name, self._calls.where)
         try:
             # What a custom function or a whole one does inside is its own.
@@ -249,7 +254,7 @@ class FunctionCalls:
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise needs_numbers(name, self._calls.where) from error
         except Exception as error:
-            kinds = {type(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            kinds = {type(leaf) for leaf in leaves if is_tensor(leaf)}
             for kind in kinds - PLAIN_KINDS if FakeTensor in kinds else ():
                 raise self._kernels.no_subclass(name, kind) from error
             self.raised = f"{type(error).__name__} of {name}"
@@ -289,7 +294,9 @@ class FunctionCalls:
     ) -> None:
         """Note each result that real arguments alone decide as a call that does without the others."""
         known = {storage_of(tensor) for tensor in self._kernels.known}
-        for at, tensor in enumerate(pytree.tree_leaves(result)):
+        if not known:
+            return
+        for at, tensor in enumerate(flatten_tree(result)[0]):
             if is_tensor(tensor) and not isinstance(tensor, FakeTensor) and storage_of(tensor) in known:
                 self._calls.tick()
                 fakes = (isinstance(leaf, FakeTensor) for leaf in leaves)

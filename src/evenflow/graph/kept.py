@@ -24,7 +24,8 @@ class KeptBuffers:
 
     def by(self, call: Call) -> tuple[str, ...]:
         """The changed buffers, by name, that a call may keep; none where it changes none."""
-        return tuple(dict.fromkeys(name for inner in walk(call) for name in self._by_one(inner)))
+        inside = walk(call) if self._changed else ()
+        return tuple(dict.fromkeys(name for inner in inside for name in self._by_one(inner)))
 
     def _by_one(self, call: Call) -> Iterator[str]:
         match call:

@@ -70,7 +70,7 @@ def flatten(
     ]
     nodes, values, output = with_snapshots(nodes, tree.values, tree.output)
     needed = {*output.refs, *(ref for read in reads for ref in read.args.refs)}
-    nodes = _mark_glue(_without_unused(nodes, needed, values), values)
+    nodes = _numbered(_without_unused(nodes, needed, values), values)
     refuse_changes_across_autocast(nodes, values)
     refuse_unprotected(calls, nodes, values, kept)
     guards = tuple(_guard(read, nodes, values) for read in reads)
@@ -369,7 +369,7 @@ def _composed(functions: list[FunctionCall], call: ModuleCall, tree: CallTree) -
 
 
 def _without_unused(nodes: list[Node], needed: set[int], values: tuple[Value, ...]) -> list[Node]:
-    """Drop functions whose results nobody uses, and renumber; modules stay, for they may keep state.
+    """Drop functions whose results nobody uses; modules stay, for they may keep state.
 
     A change in place stays where an earlier node used the memory: its backward may use it again.
     """
@@ -384,13 +384,13 @@ def _without_unused(nodes: list[Node], needed: set[int], values: tuple[Value, ..
             rebinds = node.rebinds
         used = isinstance(node.target, ModuleTarget) or node.changed_buffers or rebinds
         if used or any(result in needed for result in node.results):
-            kept.append(dataclasses.replace(node, rebinds=rebinds))
+            kept.append(node if rebinds == node.rebinds else dataclasses.replace(node, rebinds=rebinds))
             needed.update(kept[-1].inputs)
-    return [dataclasses.replace(node, index=index) for index, node in enumerate(reversed(kept))]
+    return kept[::-1]
 
 
-def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
-    """Mark what depends on the batch alone: no parameter, no random number, no state, no gradient."""
+def _numbered(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
+    """Number the nodes, and mark what depends on the batch alone: no parameter, draw, state or gradient."""
     changed = {name for node in nodes for name in node.changed_buffers}
     derived = {
         value.number
@@ -402,7 +402,7 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
     }
     marked: list[Node] = []
     kept: set[int] = set()  # memory that the backward of a stage may look at again
-    for node in nodes:
+    for index, node in enumerate(nodes):
         draws = node.target.draws
         stateless = (
             not draws and not node.stateful and not node.parameters and not changed.intersection(node.buffers)
@@ -414,7 +414,7 @@ def _mark_glue(nodes: list[Node], values: tuple[Value, ...]) -> list[Node]:
             derived.update(node.makes)
         else:
             kept.update(values[value].storage for value in node.inputs)
-        marked.append(dataclasses.replace(node, glue=glue))
+        marked.append(dataclasses.replace(node, index=index, glue=glue))
     return marked
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from evenflow.errors import RecordError
-from evenflow.graph.outside import Freezer
+from evenflow.graph.outside import frozen, tensors_alike
 from evenflow.graph.template import Ref, Shared, Shell
 from evenflow.graph.values import Values
 
@@ -31,7 +31,7 @@ class Objects:
         """What stands for an object that is handed around."""
         if isinstance(thing, torch.Generator):
             self._generators.append((thing, thing.get_state()))
-        state = None if _is_cache(thing) else Freezer(tensors=False).frozen(thing)
+        state = None if _is_cache(thing) else tensors_alike(frozen(thing))
         if id(thing) not in self._shared:
             self._shared[id(thing)] = (thing, self._stand_in(thing, used_by), state)
         _, shared, before = self._shared[id(thing)]

@@ -54,24 +54,36 @@ def frozen(value: Any) -> Any:  # any value
     return Freezer().frozen(value)
 
 
-def changed_names(before: Snapshot, after: Snapshot) -> list[str]:
-    """Where two snapshots differ."""
-    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+def changed_names(before: Snapshot, after: Snapshot, *, tensors: bool = True) -> list[str]:
+    """Where two snapshots differ; without `tensors` one tensor in the place of another is no difference."""
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if tensors:
+        return changed
+    return [name for name in changed if tensors_alike(before.get(name)) != tensors_alike(after.get(name))]
 
 
-def seen_by_function(
-    program: Callable[..., Any], model: torch.nn.Module, names: frozenset[str], *, tensors: bool = True
-) -> Snapshot:
+def tensors_alike(stand_in: Any) -> Any:
+    """A stand-in in which all tensors are alike."""
+    match stand_in:
+        case Same(thing=torch.Tensor()):
+            return torch.Tensor
+        case tuple() | frozenset():
+            return type(stand_in)(tensors_alike(each) for each in stand_in)
+        case _:
+            return stand_in
+
+
+def seen_by_function(program: Callable[..., Any], model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
     """What a loss function is made of: its code, closure, defaults and the globals that it names."""
-    freezer = Freezer(names, {id(module) for module in model.modules()}, tensors=tensors)
+    freezer = Freezer(names, {id(module) for module in model.modules()})
     found = freezer.parts(program, THE_LOSS_FUNCTION)
     return found | ({"os.environ": freezer.frozen(dict(os.environ))} if names & {"environ", "getenv"} else {})
 
 
-def seen_by_modules(model: torch.nn.Module, names: frozenset[str], *, tensors: bool = True) -> Snapshot:
+def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
     """What a model's modules are made of: attributes, hooks, submodules, buffers, values of classes."""
     inside = {id(module) for module in model.modules()}
-    own, library = Freezer(names, inside, tensors=tensors), Freezer(None, inside, tensors=tensors)
+    own, library = Freezer(names, inside), Freezer(None, inside)
     found: dict[str, Any] = {}
     kinds: dict[type[torch.nn.Module], None] = {}
     for path, module in model.named_modules():
@@ -111,8 +123,8 @@ def without_tensors(value: Any) -> Any:  # any value
 class Freezer:
     """Makes stand-ins; each object once. `names`: the attributes of objects that count, all by default.
 
-    Modules whose id is in `model` are compared elsewhere. Without `tensors` all tensors are alike; without
-    `objects` those that are neither plain, containers nor generators count by identity.
+    Modules whose id is in `model` are compared elsewhere. Without `objects` those that are neither plain,
+    containers nor generators count by identity.
     """
 
     def __init__(
@@ -120,11 +132,10 @@ class Freezer:
         names: frozenset[str] | None = None,
         model: Iterable[int] = (),
         *,
-        tensors: bool = True,
         objects: bool = True,
     ) -> None:
         self.names, self.model = names, frozenset(model)
-        self.tensors, self.objects = tensors, objects
+        self.objects = objects
         self.known: dict[int, tuple[Any, Any]] = {}  # stand-in and value, so that its id is not used again
 
     def frozen(self, value: Any, depth: int = _DEPTH) -> Any:  # any value
@@ -133,8 +144,6 @@ class Freezer:
             return kind, value
         if kind in (float, complex):
             return kind, repr(value)  # repr: nan equals itself, 0.0 is not -0.0
-        if isinstance(value, torch.Tensor) and not self.tensors:
-            return torch.Tensor
         if isinstance(value, (Same, *_LEFT)):
             return value if isinstance(value, Same) else Same(value)
         if id(value) not in self.known:

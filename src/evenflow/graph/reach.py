@@ -151,6 +151,7 @@ def _words(code: CodeType) -> Iterable[str]:
     return (*code.co_names, *(each for each in code.co_consts if isinstance(each, str) and len(each) < 50))
 
 
+@functools.lru_cache(maxsize=2**12)
 def _has_except(code: CodeType) -> bool:
     """Whether code has an `except` clause: one that compares the error, or one that drops it unseen."""
     steps = [step.opname for step in dis.get_instructions(code)]

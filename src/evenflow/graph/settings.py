@@ -73,7 +73,8 @@ def settings_now() -> Settings:
 
 def changed_since(before: Settings) -> Settings:
     """The settings that are other than they were, as they are."""
-    return {name: value for name, value in settings_now().items() if value != before[name]}
+    now = settings_now()
+    return {name: value for name, value in now.items() if value != before[name]} if now != before else {}
 
 
 @contextlib.contextmanager

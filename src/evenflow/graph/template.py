@@ -13,9 +13,10 @@ import types
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 # Leaves that may be repeated as they stand: nobody can change them under us.
@@ -88,11 +89,10 @@ class Template:
         """The numbers of the values in the tree, in order of appearance, repeats included."""
         found: list[int] = []
         for leaf in self.leaves:
-            match leaf:
-                case Ref(value):
-                    found.append(value)
-                case Shell(refs=refs):
-                    found.extend(ref.value for ref in refs)
+            if isinstance(leaf, Ref):
+                found.append(leaf.value)
+            elif isinstance(leaf, Shell):
+                found.extend(ref.value for ref in leaf.refs)
         return tuple(found)
 
     def rewrite(self, change: Callable[[Any], Any]) -> "Template":
@@ -123,6 +123,54 @@ def flatten_tree(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:  # any tree
 
     Dataclasses on the way, and mappings like transformers' `BatchEncoding`, become part of it for good.
     """
+    leaves: list[Any] = []
+    shape = _shape(tree, leaves)
+    return (leaves, _spec(shape)) if shape is not None else _flatten_any(tree)
+
+
+# What most arguments are: none of these holds others.
+_LEAVES = frozenset(
+    {type(None), bool, int, float, str, slice, type(Ellipsis), torch.dtype, torch.device, types.FunctionType}
+    | {torch.Tensor, torch.nn.Parameter, FakeTensor}
+)
+_LEAF = 0  # where a `_Shape` has a leaf
+_Shape: TypeAlias = Any  # nested tuples: (tuple, *inside), (list, *inside), (dict, keys, *inside)
+
+
+def _shape(tree: Any, leaves: list[Any]) -> _Shape | None:
+    """What makes up a tree of plain containers, whose leaves are appended; nothing for another tree."""
+    kind = type(tree)
+    if kind in _LEAVES:
+        leaves.append(tree)
+        return _LEAF
+    shape: list[Any] = [kind]
+    if kind is dict and all(type(key) is str for key in tree):
+        shape.append(tuple(tree))
+        tree = tree.values()
+    elif kind is not tuple and kind is not list:
+        return None
+    for each in tree:
+        shape.append(_shape(each, leaves))
+        if shape[-1] is None:
+            return None
+    return tuple(shape)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _spec(shape: _Shape) -> pytree.TreeSpec:
+    """The structure of such a tree: pytree's own walk takes ten times as long."""
+    return pytree.tree_flatten(_like(shape))[1]
+
+
+def _like(shape: _Shape) -> Any:  # a tree of that shape
+    if shape == _LEAF:
+        return None
+    if shape[0] is dict:
+        return dict(zip(shape[1], map(_like, shape[2:]), strict=True))
+    return shape[0](map(_like, shape[1:]))
+
+
+def _flatten_any(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:  # any tree
     leaves, spec = pytree.tree_flatten(tree)
     dataclass_kinds = {
         type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, IMMUTABLE)
@@ -132,7 +180,7 @@ def flatten_tree(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:  # any tree
         _register(kind)
     for mapping_kind in mapping_kinds:
         _register_mapping(mapping_kind)
-    return flatten_tree(tree) if dataclass_kinds or mapping_kinds else (leaves, spec)
+    return _flatten_any(tree) if dataclass_kinds or mapping_kinds else (leaves, spec)
 
 
 def _register(kind: type[Any]) -> None:

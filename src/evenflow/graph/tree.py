@@ -154,10 +154,12 @@ Call: TypeAlias = ModuleCall | FunctionCall | ReadCall
 
 def walk(call: Call) -> Iterator[Call]:
     """A call and everything inside it, in program order."""
-    yield call
-    if isinstance(call, ModuleCall):
-        for child in call.children:
-            yield from walk(child)
+    waiting = [call]
+    while waiting:
+        inner = waiting.pop()
+        yield inner
+        if isinstance(inner, ModuleCall):
+            waiting.extend(reversed(inner.children))
 
 
 @dataclass(slots=True)

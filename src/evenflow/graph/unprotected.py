@@ -23,6 +23,8 @@ def refuse_unprotected(
 ) -> None:
     """Raise `RecordError` naming the first such buffer. `nodes` have the copies among them already."""
     changed = {name for node in nodes for name in node.changed_buffers}
+    if not changed:
+        return
     sources = ((value.source, value.storage) for value in values)
     names = {storage: each.name for each, storage in sources if isinstance(each, BufferSource)}
     for node in nodes:

@@ -7,6 +7,7 @@ recording.
 """
 
 import contextlib
+import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,10 +101,9 @@ class Recordings:
         """See what Python tells the program now; to be called once before `find`, `trace` and `add`."""
         self._seen = self._look(program)
 
-    def _look(self, program: Program, *, tensors: bool = True) -> Snapshot:
+    def _look(self, program: Program) -> Snapshot:
         names = self._names_in(program)
-        function = seen_by_function(program, self.model, names, tensors=tensors)
-        seen = {**function, **seen_by_modules(self.model, names, tensors=tensors)}
+        seen = {**seen_by_function(program, self.model, names), **seen_by_modules(self.model, names)}
         return self._without_own(seen)
 
     def _without_own(self, seen: Snapshot) -> Snapshot:
@@ -150,19 +150,17 @@ class Recordings:
         The program runs twice. Raises `RecordError` where the second run differs from the first, or changes
         what a recording depends on: something that nobody can see from here would be frozen.
         """
-        with python_kept(self.model), _host_random_kept():
+        with python_kept(self.model), _host_random_kept(), _garbage_left():
             return self._rehearsed(program, microbatch)
 
     def _rehearsed(self, program: Program, microbatch: Any) -> Graph:
         self._names.pop(_name(program), None)  # its code may reach more by now than when it was last recorded
         self.look(program)
-        host, states = _host_random(), [self._look(program, tensors=False)]
-        exactly: list[Snapshot] = []
+        host, states = frozen(_host_random()), [self._seen]
         attributes = self._left.now()
 
         def look() -> None:
-            states.append(self._look(program, tensors=False))
-            exactly.append(self._look(program))
+            states.append(self._look(program))
 
         def by_others() -> contextlib.AbstractContextManager[list[str]]:
             return self._left.by_others(attributes)
@@ -179,22 +177,22 @@ class Recordings:
                 "pass it in the batch, or keep it in a buffer"
             )
         changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
-        if repr(_host_random()) != repr(host):
+        if frozen(_host_random()) != host:
             raise RecordError(
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
                 "torch, or pass the number in the batch"
             )
         for before, after in itertools.pairwise(states[1:]):
-            for name in changed_names(before, after):
+            for name in changed_names(before, after, tensors=False):
                 if name not in changing:
                     raise RecordError(
                         f"the program changes Python values that it also reads ({name}), so that no "
                         "two calls are the same; count outside of it, or pass the number in the batch"
                     )
         if tree is not first:
-            self._check_second(first, tree, steady=not changed_names(states[0], states[1]))
+            self._check_second(first, tree, steady=not changed_names(*states[:2], tensors=False))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place
-            changing &= frozenset(changed_names(*exactly[:2]))
+            changing &= frozenset(changed_names(*states[1:3]))
             forgotten = first.rehearsal.self_changed - changing
             forget_changes(first, forgotten)
             self._left.learn(forgotten, first.rehearsal.constants)
@@ -374,6 +372,18 @@ def _host_random_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Let Python collect no garbage meanwhile: a recording makes many objects, which nearly all stay."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def glue_values(work: Work, batch: Sequence[torch.Tensor], device: torch.device) -> dict[int, Any]:
