@@ -1,0 +1,108 @@
+"""What planning must know of a recorded program: a chain of nodes, of which each stage takes some in a row.
+
+It is data, made by measuring (`cost.profile`), by counting (`cost.estimate`) or from a table of times; from
+here on nobody needs the model, or torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evenflow.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Memory that a stage holds once if it has any of these nodes (ascending indexes of the chain).
+
+    What a single node keeps for itself names that node alone; a tensor that several nodes keep, or a
+    parameter that several use, names them all.
+    """
+
+    num_bytes: float
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the model, under the first of its names, and the nodes that use it."""
+
+    name: str
+    num_elements: int
+    num_bytes: int
+    trains: bool
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """How long each node of a chain takes for one microbatch on one kind of device: seconds.
+
+    Raises `ConfigError` for lengths that differ.
+    """
+
+    forward: tuple[float, ...]
+    input_grad: tuple[float, ...]
+    weight_grad: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.forward) == len(self.input_grad) == len(self.weight_grad):
+            raise ConfigError(
+                f"times of {len(self.forward)} forwards, {len(self.input_grad)} input gradients and "
+                f"{len(self.weight_grad)} weight gradients: give each node all three"
+            )
+
+    @property
+    def total(self) -> tuple[float, ...]:
+        """Forward and both gradients of each node.
+
+        >>> Seconds((1.0, 2.0), (1.0, 2.0), (0.5, 1.0)).total
+        (2.5, 5.0)
+        """
+        return tuple(map(sum, zip(self.forward, self.input_grad, self.weight_grad, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A recorded program as planning sees it. All of it is for one microbatch of `num_rows` rows.
+
+    - `names` and `flops` (of the forward, operations) of each node, in program order.
+    - `seconds`: by the name of a kind of device.
+    - `saved`: what the forward keeps for the backward; `kept`: the part of it that the weight gradients need,
+      which stays after the input gradients. Each a list of `Held`.
+    - `forward_transient_bytes`, `backward_transient_bytes`: the most that a node allocates while it runs,
+      beyond what it keeps.
+    - `cut_bytes[c]`: what crosses a cut before node c, all values of which a later node is in need; entry 0
+      is not used. `legal[c]`: whether a cut may stand there.
+
+    Raises `ConfigError` for tuples of other lengths than `names`.
+    """
+
+    names: tuple[str, ...]
+    num_rows: int
+    flops: tuple[float, ...]
+    seconds: Mapping[str, Seconds]
+    saved: tuple[Held, ...]
+    kept: tuple[Held, ...]
+    parameters: tuple[Parameter, ...]
+    forward_transient_bytes: tuple[float, ...]
+    backward_transient_bytes: tuple[float, ...]
+    cut_bytes: tuple[float, ...]
+    legal: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        per_node = {
+            "flops": self.flops,
+            "forward_transient_bytes": self.forward_transient_bytes,
+            "backward_transient_bytes": self.backward_transient_bytes,
+            "cut_bytes": self.cut_bytes,
+            "legal": self.legal,
+            **{f"seconds on {kind}": seconds.forward for kind, seconds in self.seconds.items()},
+        }
+        for what, given in per_node.items():
+            if len(given) != len(self.names):
+                raise ConfigError(f"{what}: {len(given)} entries for {len(self.names)} nodes; give each one")
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes the chain has."""
+        return len(self.names)
