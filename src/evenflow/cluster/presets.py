@@ -1,0 +1,155 @@
+"""Devices that one can buy, from their makers' data sheets.
+
+Rates are dense: where a data sheet counts sparse matrices, half of it. float32 is without TF32, as torch
+computes by default; 16-bit types add up in 32 bits. Memory is what nvidia-smi shows, a little less than what
+the card is called after. A gibibyte of it is set aside for the driver's context and for what the allocator
+cannot use, and a kernel costs 5 µs: both are assumed.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from evenflow.cluster.device import Device
+from evenflow.cluster.names import nearest, normal
+from evenflow.errors import ConfigError
+
+_MIB, _GIB, _TERA = 2**20, 2**30, 1e12
+
+
+def _gpu(
+    name: str,
+    teraflops: Mapping[str, float],
+    *,
+    memory_mib: int,
+    gigabytes_per_second: float,
+    efficiency: float,
+    source: str,
+) -> Device:
+    return Device(
+        name,
+        MappingProxyType({dtype: rate * _TERA for dtype, rate in teraflops.items()}),
+        memory_bytes=float(memory_mib * _MIB),
+        memory_bytes_per_second=gigabytes_per_second * 1e9,
+        reserved_bytes=float(_GIB),
+        efficiency=efficiency,
+        source=source,
+        kernel_seconds=5e-6,
+    )
+
+
+_HOPPER = {"float32": 66.9, "bfloat16": 989.4, "float16": 989.4, "float8": 1978.9}
+_AMPERE = {"float32": 19.5, "bfloat16": 312.0, "float16": 312.0}
+
+_DEVICES = (
+    _gpu(
+        "H100",
+        _HOPPER,
+        memory_mib=81_559,
+        gigabytes_per_second=3_350,
+        efficiency=0.6,
+        source="NVIDIA H100 data sheet, SXM; EFFICIENCY",
+    ),
+    _gpu(
+        "H200",
+        _HOPPER,
+        memory_mib=143_771,
+        gigabytes_per_second=4_800,
+        efficiency=0.6,
+        source="NVIDIA H200 data sheet, SXM; efficiency assumed: that of the H100",
+    ),
+    _gpu(
+        "A100 80GB",
+        _AMPERE,
+        memory_mib=81_920,
+        gigabytes_per_second=2_039,
+        efficiency=0.7,
+        source="NVIDIA A100 data sheet, SXM 80 GB; EFFICIENCY",
+    ),
+    _gpu(
+        "A100 40GB",
+        _AMPERE,
+        memory_mib=40_960,
+        gigabytes_per_second=1_555,
+        efficiency=0.7,
+        source="NVIDIA A100 data sheet, SXM 40 GB; efficiency assumed: that of the A100 80GB",
+    ),
+    _gpu(
+        "L40S",
+        {"float32": 91.6, "bfloat16": 362.05, "float16": 362.05, "float8": 733.0},
+        memory_mib=46_068,
+        gigabytes_per_second=864,
+        efficiency=0.6,
+        source="NVIDIA L40S data sheet; efficiency assumed",
+    ),
+    _gpu(
+        "RTX 4090",
+        {"float32": 82.6, "bfloat16": 165.2, "float16": 165.2, "float8": 330.3},
+        memory_mib=24_564,
+        gigabytes_per_second=1_008,
+        efficiency=0.7,
+        source="NVIDIA Ada GPU architecture whitepaper, appendix A; efficiency assumed",
+    ),
+    _gpu(
+        "RTX 3090",
+        {"float32": 35.6, "bfloat16": 71.0, "float16": 71.0},
+        memory_mib=24_576,
+        gigabytes_per_second=936,
+        efficiency=0.7,
+        source="NVIDIA Ampere GA102 whitepaper, appendix A; efficiency assumed",
+    ),
+    Device(
+        "CPU core",
+        MappingProxyType({"float32": 96e9}),
+        memory_bytes=4.0 * _GIB,
+        memory_bytes_per_second=10e9,
+        reserved_bytes=0.5 * _GIB,
+        efficiency=0.6,
+        source="assumed: 3 GHz, two AVX2 multiply-adds a cycle; 4 GiB a core; calibrate it",
+        kernel_seconds=5e-6,
+    ),
+)
+
+PRESETS: Mapping[str, Device] = MappingProxyType({device.name: device for device in _DEVICES})
+
+# The link between the cards of one host, as they are usually sold.
+USUAL_LINK: Mapping[str, str] = MappingProxyType(
+    {
+        "H100": "NVLink 4",
+        "H200": "NVLink 4",
+        "A100 80GB": "NVLink 3",
+        "A100 40GB": "NVLink 3",
+        "L40S": "PCIe 4.0 x16",
+        "RTX 4090": "PCIe 4.0 x16",
+        "RTX 3090": "PCIe 4.0 x16",
+        "CPU core": "shared memory",
+    }
+)
+
+# Other names, those that drivers give among them.
+_ALIASES = {
+    "H100": ("H100 SXM", "H100 SXM5", "H100 80GB HBM3"),
+    "H200": ("H200 SXM", "H200 SXM5"),
+    "A100 80GB": ("A100", "A100 SXM", "A100 80GB SXM", "A100 SXM4 80GB"),
+    "A100 40GB": ("A100 40GB SXM", "A100 SXM4 40GB"),
+    "RTX 4090": ("4090",),
+    "RTX 3090": ("3090",),
+    "CPU core": ("CPU",),
+}
+_BY_NORMAL = {
+    normal(alias): device for name, device in PRESETS.items() for alias in (name, *_ALIASES.get(name, ()))
+}
+
+
+def device_called(name: str, own: Mapping[str, Device] = MappingProxyType({})) -> Device:
+    """Return a device by its name, one's own ones first; `ConfigError` suggests another for an unknown name.
+
+    >>> device_called("rtx4090").name, device_called("NVIDIA H100 80GB HBM3").name
+    ('RTX 4090', 'H100')
+    """
+    device = own.get(name, _BY_NORMAL.get(normal(name)))
+    if device is None:
+        raise ConfigError(
+            f"unknown device {name!r}{nearest(name, [*own, *PRESETS])}; describe another in a cluster file, "
+            "under [devices.NAME]"
+        )
+    return device
