@@ -24,13 +24,17 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of the model, under the first of its names, and the nodes that use it."""
+    """A parameter of the model, under the first of its names, and the nodes that use it.
+
+    One that `is_expert` belongs to experts, of which each token uses some: expert parallelism parts it.
+    """
 
     name: str
     num_elements: int
     num_bytes: int
     trains: bool
     nodes: tuple[int, ...]
+    is_expert: bool = False
 
 
 @dataclass(frozen=True, slots=True)

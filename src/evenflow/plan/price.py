@@ -1,0 +1,284 @@
+"""What one choice would take and need: cut, scheduled, simulated, and held against the devices' memory.
+
+What a rank may hold decides the cut, the cut decides what the schedule holds, and that decides how much is
+left: so a cut that turns out not to fit is made again for devices that much smaller, until it fits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from evenflow.cluster.cluster import Cluster
+from evenflow.ir.costs import Costs, Link
+from evenflow.ir.flow import Flow
+from evenflow.ir.schedule import Schedule
+from evenflow.memory import peak_bytes
+from evenflow.plan.chain import Chain, Held
+from evenflow.plan.in_flight import in_flight
+from evenflow.plan.parallel import (
+    all_reduce_seconds,
+    context_parallel,
+    expert_parallel,
+    tensor_parallel,
+)
+from evenflow.plan.partition import partition
+from evenflow.plan.plan import Degrees
+from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
+from evenflow.plan.rank_memory import RankMemory, rank_memory
+from evenflow.plan.recompute import by_worth, recomputed
+from evenflow.plan.request import Choice, Request
+from evenflow.plan.stages import StageCost, costs_of, stage_costs
+from evenflow.schedules import catalog
+from evenflow.simulate import simulate
+
+_ROUNDS = 6  # of cutting again for less memory
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The devices of one pipeline rank: they have one kind, the slowest, and the least memory among them."""
+
+    first: int  # its first device's rank in the cluster
+    kind: str
+    cap_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A choice, how it came out, and what that takes. `groups[rank]` has the devices of a pipeline rank."""
+
+    choice: Choice
+    positions: tuple[int, ...]
+    recompute: tuple[int, ...]  # nodes
+    groups: tuple[Group, ...]
+    schedule: Schedule
+    stages: tuple[StageCost, ...]
+    memory: tuple[RankMemory, ...]
+    idle: tuple[float, ...]
+    pipeline_seconds: float
+    reduce_seconds: float
+    update_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """One step: the pipeline, the sum of gradients over data ranks, the optimizer's update."""
+        return self.pipeline_seconds + self.reduce_seconds + self.update_seconds
+
+
+def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
+    """The devices of each pipeline rank: tensor ranks closest together, pipeline ranks farthest apart."""
+    width = degrees.num_devices // degrees.pipeline
+    found = []
+    for first in range(0, degrees.num_devices, width):
+        devices = cluster.devices[first : first + width]
+        slowest = min(devices, key=lambda device: max(device.flops_per_second.values()) * device.efficiency)
+        room = min(device.memory_bytes - device.reserved_bytes for device in devices)
+        found.append(Group(first, slowest.name, room))
+    return tuple(found)
+
+
+def chain_for(request: Request, choice: Choice) -> Chain:
+    """The program as one device of the choice's degrees sees it, without recomputation."""
+    degrees, cluster = choice.degrees, request.cluster
+    chain = request.chain_of(choice.microbatch_size)
+    chain = tensor_parallel(chain, degrees.tensor, _widest(cluster, 1, degrees.tensor))
+    ring = _widest(cluster, degrees.tensor, degrees.context)
+    chain = context_parallel(chain, degrees.context, ring)
+    experts = _widest(cluster, degrees.tensor * degrees.context, degrees.expert)
+    return expert_parallel(chain, degrees.expert, experts, experts_per_token=request.experts_per_token)
+
+
+def _widest(cluster: Cluster, stride: int, count: int) -> Link:
+    """The slowest link of a ring over `count` devices that are `stride` apart, from the first on."""
+    ranks = [stride * number for number in range(count)]
+    links = [cluster.link_between(a, b) for a, b in pairwise(ranks)]
+    return min(links, key=lambda link: link.bytes_per_second, default=Link())
+
+
+def price(request: Request, choice: Choice, chain: Chain) -> Priced:
+    """Cut, schedule and simulate one choice; `chain` is `chain_for` it.
+
+    Raises `DoesNotFitError` where no cut fits into memory, and `ConfigError` for a schedule that can't serve
+    these sizes, or a chain with too few places to cut.
+    """
+    match choice.recompute:
+        case "none":
+            return _priced(request, choice, chain, ())
+        case "full":
+            return _priced(request, choice, chain, range(chain.num_nodes))
+        case _:
+            return _selective(request, choice, chain)
+
+
+def _selective(request: Request, choice: Choice, chain: Chain) -> Priced:
+    """Recompute as few nodes as fit, those first that free most bytes for each second."""
+    worth = by_worth(chain, groups_of(request.cluster, choice.degrees)[0].kind)
+    low, high = 0, len(worth)
+    best = _priced(request, choice, chain, worth)
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            best, high = _priced(request, choice, chain, worth[:middle]), middle
+        except DoesNotFitError:
+            low = middle + 1
+    return best
+
+
+def _priced(request: Request, choice: Choice, plain: Chain, recompute: Sequence[int]) -> Priced:
+    chain = recomputed(plain, recompute)
+    groups = groups_of(request.cluster, choice.degrees)
+    schedule = _schedule(
+        choice.schedule, choice.degrees.pipeline, choice.stages_per_rank, choice.num_microbatches
+    )
+    caps = [group.cap_bytes for group in groups]
+    for _ in range(_ROUNDS):
+        cut = _cut(request, choice, chain, schedule, groups, caps)
+        placed = tuple(groups[device] for device in cut.devices)
+        kinds = [placed[rank].kind for rank in schedule.placement.rank_of]
+        stages = stage_costs(chain, cut.positions, kinds)
+        costs = costs_of(stages, _links(request.cluster, placed))
+        memory = _memory(request, choice, schedule, stages, costs)
+        over = [need.allocated - group.cap_bytes for need, group in zip(memory, placed, strict=True)]
+        if max(over) <= 0:
+            break
+        for rank, excess in enumerate(over):
+            caps[cut.devices[rank]] -= max(excess, 0.0)
+        if min(caps) <= 0:
+            rank = over.index(max(over))
+            raise _lacking(rank, placed[rank], memory[rank].allocated)
+    else:
+        rank = over.index(max(over))
+        raise _lacking(rank, placed[rank], memory[rank].allocated)
+    timeline = simulate(schedule, Flow.chain(len(stages)), costs)
+    work = costs.work_seconds(schedule.placement, choice.num_microbatches, trains=True)
+    return Priced(
+        choice,
+        cut.positions,
+        tuple(recompute),
+        placed,
+        schedule,
+        stages,
+        memory,
+        idle=tuple(1 - each / timeline.makespan_seconds for each in work),
+        pipeline_seconds=timeline.makespan_seconds,
+        reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, stages),
+        update_seconds=_update_seconds(request, memory, placed),
+    )
+
+
+def _lacking(rank: int, group: Group, needed_bytes: float) -> DoesNotFitError:
+    return DoesNotFitError(rank, Kind(group.kind, (), group.cap_bytes), needed_bytes, is_proven=False)
+
+
+@lru_cache(maxsize=64)
+def _schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
+    return catalog.get(name)(num_ranks, stages_per_rank, num_microbatches)
+
+
+def _cut(
+    request: Request,
+    choice: Choice,
+    chain: Chain,
+    schedule: Schedule,
+    groups: Sequence[Group],
+    caps: Sequence[float],
+) -> Partition:
+    saved, kept = (sum(each.num_bytes for each in held) for held in (chain.saved, chain.kept))
+    links = _links(request.cluster, groups).values()
+    rate = min((link.bytes_per_second for link in links), default=float("inf"))
+    problem = PartitionProblem(
+        schedule.placement,
+        tuple(
+            Kind(group.kind, chain.seconds[group.kind].total, cap)
+            for group, cap in zip(groups, caps, strict=True)
+        ),
+        chain.legal,
+        chain.cut_bytes,
+        cut_seconds=tuple(size / rate for size in chain.cut_bytes),
+        static=_static(request, choice.degrees, chain),
+        held=chain.saved,
+        transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
+        in_flight=in_flight(schedule, kept_share=min(kept / saved, 1.0) if saved else 1.0),
+        any_order=len({(group.kind, group.cap_bytes) for group in groups}) > 1 and len(groups) <= 8,
+    )
+    try:
+        return partition(problem)
+    except DoesNotFitError as error:  # tell of what the device has, not of what an earlier round left
+        taken = (
+            max(group.cap_bytes for group in groups if group.kind == error.kind.name) - error.kind.cap_bytes
+        )
+        group = replace(groups[0], kind=error.kind.name, cap_bytes=error.kind.cap_bytes + taken)
+        raise _lacking(error.rank, group, error.needed_bytes + taken) from None
+
+
+def _static(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held, ...]:
+    """What parameters cost wherever they are: themselves, their gradients, the optimizer's states."""
+    state, shared = request.state, degrees.data
+    whole = shared if degrees.sharding == "fsdp" else 1
+    states = shared if degrees.sharding != "none" else 1
+    found = []
+    for parameter in chain.parameters:
+        size = float(parameter.num_bytes)  # with "fsdp" all of a stage's are gathered for the step
+        if parameter.trains:
+            size += parameter.num_bytes * state.gradient_bytes / whole
+            size += parameter.num_elements * state.optimizer_bytes / states
+        found.append(Held(size, parameter.nodes))
+    return tuple(found)
+
+
+def _links(cluster: Cluster, groups: Sequence[Group]) -> dict[tuple[int, int], Link]:
+    """The links between neighbours among the pipeline ranks, the last and the first too, both ways."""
+    pairs = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups)) if len(groups) > 1]
+    return {
+        (a, b): cluster.link_between(groups[a].first, groups[b].first)
+        for pair in pairs
+        for a, b in (pair, pair[::-1])
+    }
+
+
+def _memory(
+    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost], costs: Costs
+) -> tuple[RankMemory, ...]:
+    peaks = peak_bytes(schedule, costs)
+    return tuple(
+        rank_memory(
+            [stages[stage] for stage in schedule.placement.stages_on(rank)],
+            peak,
+            request.state,
+            data_ranks=choice.degrees.data,
+            sharding=choice.degrees.sharding,
+        )
+        for rank, peak in enumerate(peaks)
+    )
+
+
+def _reduce_seconds(
+    request: Request, degrees: Degrees, schedule: Schedule, stages: Sequence[StageCost]
+) -> float:
+    """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden."""
+    if degrees.data == 1:
+        return 0.0
+    link = _widest(request.cluster, degrees.tensor * degrees.context, degrees.data)
+    sizes = [
+        sum(stages[stage].trained_bytes for stage in schedule.placement.stages_on(rank))
+        for rank in range(schedule.placement.num_ranks)
+    ]
+    return all_reduce_seconds(max(sizes) * request.state.gradient_bytes, degrees.data, link)
+
+
+def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequence[Group]) -> float:
+    """The longest update: parameters and states are read and written, gradients read."""
+    rates = {device.name: device.memory_bytes_per_second for device in request.cluster.devices}
+    return max(
+        (2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind]
+        for need, group in zip(memory, groups, strict=True)
+    )
+
+
+def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:
+    """Seconds that no cut and no schedule of this choice can beat: all work, spread without a loss."""
+    groups = groups_of(request.cluster, choice.degrees)
+    totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}
+    speed = sum(1 / totals[group.kind] for group in groups)
+    return choice.num_microbatches / speed

@@ -1,0 +1,94 @@
+"""What a rank allocates at its peak, in bytes, by what it is for.
+
+Allocated bytes: what the framework asks its allocator for. What the driver's context takes, and what the
+allocator can't use, is a device's `reserved_bytes`, and no part of these.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias
+
+from evenflow.plan.stages import StageCost
+
+Sharding: TypeAlias = Literal["none", "zero1", "fsdp"]  # of data ranks: nothing, optimizer states, everything
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What training keeps beside each trained parameter of the model.
+
+    - `optimizer_bytes`: for each element, between steps. AdamW of fp32 keeps 8, with a master copy of bf16
+      weights 12; SGD keeps none, and 4 with momentum.
+    - `update_bytes`: for each element, while the optimizer steps (temporaries of its fused loops).
+    - `gradient_bytes`: for each byte of the parameter: 1 where gradients have its type, 2 for fp32 gradients
+      of bf16 weights.
+    """
+
+    optimizer_bytes: float = 8.0
+    update_bytes: float = 4.0
+    gradient_bytes: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """The bytes that a rank has allocated at its peak, by category.
+
+    `boundary`: buffers of tensors that arrive and leave. `communicators`: what their libraries allocate.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transients: float
+    boundary: float
+    communicators: float
+
+    @property
+    def allocated(self) -> float:
+        """All of it.
+
+        >>> RankMemory(1.0, 1.0, 2.0, 3.0, 0.5, 0.25, 0.0).allocated
+        7.75
+        """
+        return float(sum(getattr(self, each.name) for each in fields(self)))
+
+
+def rank_memory(
+    stages: Sequence[StageCost],
+    activation_peak_bytes: float,
+    state: TrainingState,
+    *,
+    data_ranks: int = 1,
+    sharding: Sharding = "none",
+    communicator_bytes: float = 0.0,
+) -> RankMemory:
+    """What a rank with these stages has allocated at its peak, where its schedule holds so many activations.
+
+    The peak lies in the backward, or in the optimizer's step, when no activations are held: whichever is
+    higher counts, and what the step needs beyond stands among the transients. With "zero1" the data ranks
+    share the optimizer's states, with "fsdp" parameters and gradients too; a step then gathers all of its
+    stages' parameters, which count among the transients.
+
+    Source of the sharding: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+    Models", 2020.
+    """
+    parameters = sum(stage.parameter_bytes for stage in stages)
+    trained = sum(stage.trained_bytes for stage in stages)
+    elements = sum(stage.trained_elements for stage in stages)
+    shards = data_ranks if sharding != "none" else 1
+    whole = 1 if sharding != "fsdp" else data_ranks
+    transients = max(stage.transient_bytes for stage in stages)
+    transients += parameters * (1 - 1 / whole)
+    boundary = max(stage.received_bytes + stage.sent_bytes for stage in stages)
+    update = elements * state.update_bytes / shards
+    in_update = max(0.0, update - activation_peak_bytes - transients - boundary)
+    return RankMemory(
+        parameters=parameters / whole,
+        gradients=trained * state.gradient_bytes / whole,
+        optimizer=elements * state.optimizer_bytes / shards,
+        activations=activation_peak_bytes,
+        transients=transients + in_update,
+        boundary=boundary,
+        communicators=communicator_bytes,
+    )

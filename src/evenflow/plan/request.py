@@ -1,0 +1,76 @@
+"""What is to be planned: a program at any microbatch size, the machine, the batch, and what is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from evenflow.cluster.cluster import Cluster
+from evenflow.errors import ConfigError
+from evenflow.plan.chain import Chain
+from evenflow.plan.plan import Degrees
+from evenflow.plan.rank_memory import Sharding, TrainingState
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """What the user has decided; None where the planner decides.
+
+    `recompute`: "none", "selective" or "full". `overheads` says what the runtime costs beside the kernels.
+    """
+
+    pipeline: int | None = None
+    data: int | None = None
+    tensor: int | None = None
+    context: int | None = None
+    expert: int | None = None
+    sharding: Sharding | None = None
+    stages_per_rank: int | None = None
+    schedule: str | None = None
+    microbatch_size: int | None = None
+    num_microbatches: int | None = None
+    recompute: str | None = None
+    max_tensor: int = 8
+    max_context: int = 1
+    max_expert: int = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question to the planner.
+
+    - `chain_of(rows)`: the program for a microbatch of so many rows, in seconds of each kind of device of the
+      cluster. `microbatch_sizes` are those that it can be asked for.
+    - `batch_rows` and `row_tokens`: the batch of one step, over all data ranks, and the tokens of one row.
+    - `experts_per_token`: of a mixture of experts; 0 where the model is none.
+    - `peak_flops_per_second`: of each kind of device in the type that the model computes in; for the MFU.
+    - `max_leaf_share`: how fine the program was recorded.
+    """
+
+    chain_of: Callable[[int], Chain]
+    microbatch_sizes: tuple[int, ...]
+    cluster: Cluster
+    batch_rows: int
+    row_tokens: float
+    max_leaf_share: float
+    state: TrainingState = field(default_factory=TrainingState)
+    experts_per_token: int = 0
+    dtype: str = "bfloat16"
+    levers: Levers = field(default_factory=Levers)
+
+    def __post_init__(self) -> None:
+        if self.batch_rows < 1 or not self.microbatch_sizes:
+            raise ConfigError(
+                f"a batch of {self.batch_rows} rows in microbatches of {self.microbatch_sizes}: plan for at "
+                "least one row"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One point of the space that is searched; `recompute` is "none", "selective" or "full"."""
+
+    degrees: Degrees
+    stages_per_rank: int
+    schedule: str
+    microbatch_size: int
+    num_microbatches: int
+    recompute: str

@@ -1,0 +1,127 @@
+"""What each stage of a cut chain costs: seconds, and bytes of every kind that planning counts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from evenflow.ir.costs import Costs, Link
+from evenflow.plan.chain import Chain, Held, Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """One stage: nodes `start` to `end` of the chain, without the last. All for one microbatch.
+
+    `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
+    `transient_bytes` is the most that one node allocates besides; `received_bytes` and `sent_bytes` cross the
+    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients.
+    """
+
+    start: int
+    end: int
+    forward_seconds: float
+    input_grad_seconds: float
+    weight_grad_seconds: float
+    saved_bytes: float
+    kept_bytes: float
+    transient_bytes: float
+    received_bytes: float
+    sent_bytes: float
+    parameter_bytes: float
+    trained_bytes: float
+    trained_elements: int
+
+    @property
+    def seconds(self) -> float:
+        """Forward and both gradients."""
+        return self.forward_seconds + self.input_grad_seconds + self.weight_grad_seconds
+
+
+def stage_costs(chain: Chain, positions: Sequence[int], kinds: Sequence[str]) -> tuple[StageCost, ...]:
+    """What the stages between cuts cost, each on a device of its kind.
+
+    `positions` are the nodes before which it is cut, `kinds` names each stage's kind of device.
+
+    >>> from evenflow.plan.chain import Seconds
+    >>> chain = Chain(
+    ...     names=("a", "b"),
+    ...     num_rows=1,
+    ...     flops=(1.0, 1.0),
+    ...     seconds={"cpu": Seconds((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))},
+    ...     saved=(Held(8.0, (0, 1)),),
+    ...     kept=(),
+    ...     parameters=(Parameter("w", 4, 16, True, (1,)),),
+    ...     forward_transient_bytes=(0.0, 4.0),
+    ...     backward_transient_bytes=(2.0, 0.0),
+    ...     cut_bytes=(0.0, 8.0),
+    ...     legal=(True, True),
+    ... )
+    >>> first, second = stage_costs(chain, (1,), ("cpu", "cpu"))
+    >>> (first.seconds, first.saved_bytes, first.trained_bytes), (second.seconds, second.trained_bytes)
+    ((3.0, 8.0, 0), (6.0, 16))
+    """
+    bounds = (0, *positions, chain.num_nodes)
+    return tuple(
+        _stage_cost(chain, start, end, kind)
+        for (start, end), kind in zip(pairwise(bounds), kinds, strict=True)
+    )
+
+
+def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
+    seconds = chain.seconds[kind]
+    own = [parameter for parameter in chain.parameters if _touches(parameter, start, end)]
+    trained = [parameter for parameter in own if parameter.trains]
+    transients = (*chain.forward_transient_bytes[start:end], *chain.backward_transient_bytes[start:end])
+    return StageCost(
+        start,
+        end,
+        sum(seconds.forward[start:end]),
+        sum(seconds.input_grad[start:end]),
+        sum(seconds.weight_grad[start:end]),
+        saved_bytes=_held_bytes(chain.saved, start, end),
+        kept_bytes=_held_bytes(chain.kept, start, end),
+        transient_bytes=max(transients),
+        received_bytes=chain.cut_bytes[start] if start else 0.0,
+        sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
+        parameter_bytes=sum(parameter.num_bytes for parameter in own),
+        trained_bytes=sum(parameter.num_bytes for parameter in trained),
+        trained_elements=sum(parameter.num_elements for parameter in trained),
+    )
+
+
+def _held_bytes(held: Sequence[Held], start: int, end: int) -> float:
+    return sum(each.num_bytes for each in held if _touches(each, start, end))
+
+
+def _touches(each: Held | Parameter, start: int, end: int) -> bool:
+    return any(start <= node < end for node in each.nodes)
+
+
+def costs_of(
+    stages: Sequence[StageCost],
+    links: Mapping[tuple[int, int], Link],
+    *,
+    memory_caps: tuple[float, ...] | None = None,
+) -> Costs:
+    """What a schedule of these stages is priced with. `links` joins ranks; `memory_caps` is of activations.
+
+    >>> stages = [
+    ...     StageCost(n, n + 1, 1.0, 1.0, 1.0, 4.0, 2.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)
+    ... ]
+    >>> costs = costs_of(stages, {})
+    >>> costs.sent_bytes, costs.weight_grad_bytes
+    ({(0, 1): 8.0, (1, 0): 8.0}, (2.0, 2.0))
+    """
+    sent = {}
+    for before, stage in enumerate(stages[1:]):
+        sent[before, before + 1] = sent[before + 1, before] = stage.received_bytes
+    return Costs(
+        tuple(stage.forward_seconds for stage in stages),
+        tuple(stage.input_grad_seconds for stage in stages),
+        tuple(stage.weight_grad_seconds for stage in stages),
+        links=links,
+        sent_bytes=sent,
+        activation_bytes=tuple(stage.saved_bytes for stage in stages),
+        weight_grad_bytes=tuple(min(stage.kept_bytes, stage.saved_bytes) for stage in stages),
+        memory_caps=memory_caps,
+    )
