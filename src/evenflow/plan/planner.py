@@ -1,16 +1,20 @@
 """The planner: price every choice that could be the best, and say how far the best is from what is possible.
 
 The space: over how many devices the pipeline, the data, tensors, experts and contexts go, how many stages a
-rank holds and where, which schedule, the size of a microbatch, what is recomputed. One pipeline stage with
-plain or sharded data parallelism is always among the choices, so that the answer may be not to pipeline.
+rank holds and where, which schedule, the size of a microbatch. What is sharded over data ranks and what is
+recomputed follows from memory: the first of the ways to save some, in the order of what they cost, that fits.
+One pipeline stage with plain or sharded data parallelism is always among the choices, so that the answer may
+be not to pipeline.
 
-Choices are priced in the order of their lower bounds, and no further than where a bound exceeds the best that
-was found: what is not priced could not have won (branch and bound, Land & Doig, 1960).
+Choices are priced in the order of an estimate: all work spread without a loss, and the idle time that their
+schedule has with equal stages. Pricing ends where that exceeds the best that was found by a margin. The bound
+that a plan states is a strict one: of all choices, priced or not, the least work spread without a loss.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
@@ -23,8 +27,9 @@ from evenflow.plan.plan import (
     RunnerUp,
     node_labels,
 )
-from evenflow.plan.price import Priced, chain_for, lower_bound, price
+from evenflow.plan.price import Priced, chain_for, lower_bound, price, stretch_of
 from evenflow.plan.problem import DoesNotFitError
+from evenflow.plan.rank_memory import Sharding
 from evenflow.plan.request import Choice, Request
 
 # By stages per rank: the schedules worth pricing. The others are never faster, nor hold less.
@@ -33,8 +38,17 @@ _SCHEDULES = {
     2: ("interleaved-1f1b", "interleaved-zb", "zb-v", "v-half", "v-min"),
     4: ("interleaved-1f1b", "interleaved-zb"),
 }
-_RECOMPUTE = ("none", "selective", "full")
-_SHARDINGS = ("none", "zero1", "fsdp")
+# Ways to save memory, in the order of what they cost: (what data ranks share, what is recomputed).
+_SAVINGS: tuple[tuple[Sharding, str], ...] = (
+    ("none", "none"),
+    ("zero1", "none"),
+    ("fsdp", "none"),
+    ("none", "selective"),
+    ("zero1", "selective"),
+    ("fsdp", "selective"),
+    ("fsdp", "full"),
+)
+_MARGIN = 1.02  # what an estimate may be too high
 _MOST_MICROBATCHES = 512  # of a choice of the planner's own; the user may ask for more
 _NUM_RUNNERS_UP = 5
 
@@ -57,56 +71,98 @@ def plan(request: Request, *, progress: Progress | None = None) -> Plan:
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
     """
-    bounded = sorted(_bounded(request), key=lambda each: each.bound_seconds)
-    if not bounded:
+    ranked = sorted(_ranked(request), key=lambda each: each.estimate_seconds)
+    if not ranked:
         raise ConfigError(
             f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and the "
             "levers that were given admit no microbatches of a whole number of rows; give fewer levers"
         )
-    found: list[Priced] = []
-    nearest: tuple[float, Choice, DoesNotFitError] | None = None
-    refusal: EvenflowError | None = None
-    for number, each in enumerate(bounded):
-        best = min((priced.step_seconds for priced in found), default=math.inf)
+    search = _Search(request)
+    for number, each in enumerate(ranked):
         if progress is not None:
-            progress(number, len(bounded), best)
-        if each.bound_seconds >= best:
+            progress(number, len(ranked), search.best_seconds)
+        if each.estimate_seconds >= search.best_seconds * _MARGIN:
             break
-        try:
-            found.append(price(request, each.choice, each.chain))
-        except DoesNotFitError as error:
-            share = error.needed_bytes / error.kind.cap_bytes
-            if nearest is None or share < nearest[0]:
-                nearest = share, each.choice, error
-        except EvenflowError as error:  # sizes that this schedule can't serve, too few places to cut
-            refusal = refusal or error
-    if not found:
-        if nearest is not None:
-            raise NoPlanError(*nearest[1:])
-        assert refusal is not None, "each choice was priced or refused"
-        raise refusal
-    return _plan(request, sorted(found, key=lambda priced: priced.step_seconds), bounded[0].bound_seconds)
+        search.look_at(each)
+    found = sorted(search.found, key=lambda priced: priced.step_seconds)
+    return _plan(request, found or search.refuse(), min(each.bound_seconds for each in ranked))
 
 
 @dataclass(frozen=True, slots=True)
-class _Bounded:
-    choice: Choice
+class _Ranked:
+    choice: Choice  # without savings
     chain: Chain
     bound_seconds: float
+    estimate_seconds: float
 
 
-def _bounded(request: Request) -> Iterator[_Bounded]:
+def _ranked(request: Request) -> Iterator[_Ranked]:
     chains: dict[tuple[Degrees, int], tuple[Chain, float]] = {}
     for choice in choices(request):
         key = choice.degrees, choice.microbatch_size
         if key not in chains:
             chain = chain_for(request, choice)
             chains[key] = chain, lower_bound(request, choice, chain)
-        yield _Bounded(choice, *chains[key])
+        chain, bound_seconds = chains[key]
+        stretch = stretch_of(
+            choice.schedule, choice.degrees.pipeline, choice.stages_per_rank, choice.num_microbatches
+        )
+        if stretch is not None:
+            yield _Ranked(choice, chain, bound_seconds, bound_seconds * stretch)
+
+
+class _Search:
+    """What was priced so far, and of what did not fit the nearest."""
+
+    def __init__(self, request: Request) -> None:
+        self.found: list[Priced] = []
+        self._request = request
+        self._nearest: tuple[float, Choice, DoesNotFitError] | None = None
+        self._refusal: EvenflowError | None = None
+
+    @property
+    def best_seconds(self) -> float:
+        """The shortest step so far."""
+        return min((priced.step_seconds for priced in self.found), default=math.inf)
+
+    def look_at(self, ranked: _Ranked) -> None:
+        """Price a choice with the cheapest savings that fit, and with others where they may be faster."""
+        for sharding, recompute in self._savings(ranked.choice.degrees):
+            degrees = replace(ranked.choice.degrees, sharding=sharding)
+            choice = replace(ranked.choice, degrees=degrees, recompute=recompute)
+            try:
+                priced = price(self._request, choice, ranked.chain)
+            except DoesNotFitError as error:
+                share = error.needed_bytes / error.kind.cap_bytes
+                if self._nearest is None or share < self._nearest[0]:
+                    self._nearest = share, choice, error
+            except EvenflowError as error:  # sizes that this schedule can't serve, too few places to cut
+                self._refusal = self._refusal or error
+                return
+            else:
+                self.found.append(priced)
+                # Where memory bends the cut, the next saving may give back more than it costs.
+                if recompute != "none" or priced.pipeline_seconds <= ranked.estimate_seconds * _MARGIN:
+                    return
+
+    def _savings(self, degrees: Degrees) -> Iterator[tuple[Sharding, str]]:
+        levers = self._request.levers
+        for sharding, recompute in _SAVINGS:
+            if levers.sharding not in (None, sharding) or levers.recompute not in (None, recompute):
+                continue
+            if degrees.data > 1 or sharding == "none":
+                yield sharding, recompute
+
+    def refuse(self) -> NoReturn:
+        """Say why there is no plan."""
+        if self._nearest is not None:
+            raise NoPlanError(*self._nearest[1:])
+        assert self._refusal is not None, "each choice was priced or refused"
+        raise self._refusal
 
 
 def choices(request: Request) -> Iterator[Choice]:
-    """Every choice that the levers leave open.
+    """Every choice that the levers leave open, without savings of memory.
 
     >>> from evenflow.cluster.short import parse_cluster
     >>> request = Request(lambda rows: None, (1, 2), parse_cluster("2xH100"), 4, 8.0, 0.01)
@@ -127,8 +183,7 @@ def choices(request: Request) -> Iterator[Choice]:
             if rest or wrong or (number > _MOST_MICROBATCHES and levers.num_microbatches is None):
                 continue
             for per_rank, schedule in _schedules(request, degrees.pipeline):
-                for recompute in (levers.recompute,) if levers.recompute else _RECOMPUTE:
-                    yield Choice(degrees, per_rank, schedule, size, number, recompute)
+                yield Choice(degrees, per_rank, schedule, size, number, "none")
 
 
 def _degrees(request: Request) -> Iterator[Degrees]:
@@ -143,9 +198,7 @@ def _degrees(request: Request) -> Iterator[Degrees]:
                         continue
                     most = levers.max_expert if request.experts_per_token else 1
                     for expert in _divisors(data, levers.expert, most):
-                        for sharding in (levers.sharding,) if levers.sharding else _SHARDINGS:
-                            if data > 1 or sharding == "none":
-                                yield Degrees(pipeline, data, tensor, context, expert, sharding)
+                        yield Degrees(pipeline, data, tensor, context, expert)
 
 
 def _divisors(number: int, given: int | None, most: int | None = None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from evenflow.cluster.cluster import Cluster
+from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
@@ -32,7 +33,9 @@ from evenflow.plan.stages import StageCost, costs_of, stage_costs
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 
-_ROUNDS = 6  # of cutting again for less memory
+_REPEATS = frozenset(
+    {"1f1b", "zb-h1", "zb-h2", "interleaved-1f1b", "interleaved-zb", "zb-v", "v-half", "v-min"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,76 +107,113 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
     """
     match choice.recompute:
         case "none":
-            return _priced(request, choice, chain, ())
+            nodes: Sequence[int] = ()
         case "full":
-            return _priced(request, choice, chain, range(chain.num_nodes))
+            nodes = range(chain.num_nodes)
         case _:
-            return _selective(request, choice, chain)
+            nodes = _fewest_that_fit(request, choice, chain)
+    fit = _fitted(request, choice, recomputed(chain, nodes))
+    schedule, costs = fit.schedule, fit.costs
+    makespan = simulate(schedule, Flow.chain(len(fit.stages)), costs).makespan_seconds
+    work = costs.work_seconds(schedule.placement, choice.num_microbatches, trains=True)
+    return Priced(
+        choice,
+        fit.positions,
+        tuple(nodes),
+        fit.groups,
+        schedule,
+        fit.stages,
+        fit.memory,
+        idle=tuple(1 - each / makespan for each in work),
+        pipeline_seconds=makespan,
+        reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, fit.stages),
+        update_seconds=_update_seconds(request, fit.memory, fit.groups),
+    )
 
 
-def _selective(request: Request, choice: Choice, chain: Chain) -> Priced:
-    """Recompute as few nodes as fit, those first that free most bytes for each second."""
+def _fewest_that_fit(request: Request, choice: Choice, chain: Chain) -> Sequence[int]:
+    """As few nodes as must be recomputed, those first that free most bytes for each second."""
     worth = by_worth(chain, groups_of(request.cluster, choice.degrees)[0].kind)
     low, high = 0, len(worth)
-    best = _priced(request, choice, chain, worth)
     while low < high:
         middle = (low + high) // 2
         try:
-            best, high = _priced(request, choice, chain, worth[:middle]), middle
+            _fitted(request, choice, recomputed(chain, worth[:middle]))
+            high = middle
         except DoesNotFitError:
             low = middle + 1
-    return best
+    return worth[:high]
 
 
-def _priced(request: Request, choice: Choice, plain: Chain, recompute: Sequence[int]) -> Priced:
-    chain = recomputed(plain, recompute)
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A cut that fits, and the schedule's costs with it."""
+
+    positions: tuple[int, ...]
+    groups: tuple[Group, ...]
+    schedule: Schedule
+    stages: tuple[StageCost, ...]
+    costs: Costs
+    memory: tuple[RankMemory, ...]
+
+
+def _fitted(request: Request, choice: Choice, chain: Chain) -> _Fit:
     groups = groups_of(request.cluster, choice.degrees)
     schedule = _schedule(
         choice.schedule, choice.degrees.pipeline, choice.stages_per_rank, choice.num_microbatches
     )
     caps = [group.cap_bytes for group in groups]
-    for _ in range(_ROUNDS):
+    _refuse_at_once(request, choice, chain, groups)
+    while True:
         cut = _cut(request, choice, chain, schedule, groups, caps)
         placed = tuple(groups[device] for device in cut.devices)
-        kinds = [placed[rank].kind for rank in schedule.placement.rank_of]
-        stages = stage_costs(chain, cut.positions, kinds)
+        stages = stage_costs(chain, cut.positions, [placed[r].kind for r in schedule.placement.rank_of])
         costs = costs_of(stages, _links(request.cluster, placed))
         memory = _memory(request, choice, schedule, stages, costs)
         over = [need.allocated - group.cap_bytes for need, group in zip(memory, placed, strict=True)]
         if max(over) <= 0:
-            break
+            return _Fit(cut.positions, placed, schedule, stages, costs, memory)
         for rank, excess in enumerate(over):
-            caps[cut.devices[rank]] -= max(excess, 0.0)
+            # At least a thousandth, so that it ends; what is left then is too little for anything.
+            caps[cut.devices[rank]] -= max(excess, placed[rank].cap_bytes * 1e-3) if excess > 0 else 0.0
         if min(caps) <= 0:
             rank = over.index(max(over))
-            raise _lacking(rank, placed[rank], memory[rank].allocated)
-    else:
-        rank = over.index(max(over))
-        raise _lacking(rank, placed[rank], memory[rank].allocated)
-    timeline = simulate(schedule, Flow.chain(len(stages)), costs)
-    work = costs.work_seconds(schedule.placement, choice.num_microbatches, trains=True)
-    return Priced(
-        choice,
-        cut.positions,
-        tuple(recompute),
-        placed,
-        schedule,
-        stages,
-        memory,
-        idle=tuple(1 - each / timeline.makespan_seconds for each in work),
-        pipeline_seconds=timeline.makespan_seconds,
-        reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, stages),
-        update_seconds=_update_seconds(request, memory, placed),
-    )
+            raise _lacking(placed[rank], rank, memory[rank].allocated)
 
 
-def _lacking(rank: int, group: Group, needed_bytes: float) -> DoesNotFitError:
+def _refuse_at_once(request: Request, choice: Choice, chain: Chain, groups: Sequence[Group]) -> None:
+    """Refuse what no cut can help: parameters and their states that all devices together can't hold."""
+    needed_bytes = sum(held.num_bytes for held in _static(request, choice.degrees, chain))
+    if needed_bytes > sum(group.cap_bytes for group in groups):
+        least = min(range(len(groups)), key=lambda rank: groups[rank].cap_bytes)
+        raise _lacking(groups[least], least, needed_bytes / len(groups))
+
+
+def _lacking(group: Group, rank: int, needed_bytes: float) -> DoesNotFitError:
     return DoesNotFitError(rank, Kind(group.kind, (), group.cap_bytes), needed_bytes, is_proven=False)
 
 
 @lru_cache(maxsize=64)
 def _schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
     return catalog.get(name)(num_ranks, stages_per_rank, num_microbatches)
+
+
+@lru_cache(maxsize=256)
+def _in_flight(
+    name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int, kept_share: float
+) -> tuple[float, ...]:
+    return in_flight(_schedule(name, num_ranks, stages_per_rank, num_microbatches), kept_share=kept_share)
+
+
+def _sizes(choice: Choice) -> tuple[str, int, int, int]:
+    """What makes the schedule in which the activations are counted.
+
+    After some rounds a schedule repeats itself, and holds no more: those rounds are enough.
+    """
+    per_round = choice.degrees.pipeline * choice.stages_per_rank
+    enough = 4 * per_round if choice.schedule in _REPEATS else choice.num_microbatches
+    number = min(choice.num_microbatches, enough)
+    return choice.schedule, choice.degrees.pipeline, choice.stages_per_rank, number
 
 
 def _cut(
@@ -185,6 +225,7 @@ def _cut(
     caps: Sequence[float],
 ) -> Partition:
     saved, kept = (sum(each.num_bytes for each in held) for held in (chain.saved, chain.kept))
+    share = round(min(kept / saved, 1.0), 2) if saved else 1.0
     links = _links(request.cluster, groups).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
     problem = PartitionProblem(
@@ -199,17 +240,17 @@ def _cut(
         static=_static(request, choice.degrees, chain),
         held=chain.saved,
         transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
-        in_flight=in_flight(schedule, kept_share=min(kept / saved, 1.0) if saved else 1.0),
+        in_flight=_in_flight(*_sizes(choice), share),
         any_order=len({(group.kind, group.cap_bytes) for group in groups}) > 1 and len(groups) <= 8,
     )
     try:
         return partition(problem)
     except DoesNotFitError as error:  # tell of what the device has, not of what an earlier round left
-        taken = (
-            max(group.cap_bytes for group in groups if group.kind == error.kind.name) - error.kind.cap_bytes
+        group = max(
+            (group for group in groups if group.kind == error.kind.name), key=lambda each: each.cap_bytes
         )
-        group = replace(groups[0], kind=error.kind.name, cap_bytes=error.kind.cap_bytes + taken)
-        raise _lacking(error.rank, group, error.needed_bytes + taken) from None
+        needed_bytes = error.needed_bytes + group.cap_bytes - error.kind.cap_bytes
+        raise _lacking(group, error.rank, needed_bytes) from None
 
 
 def _static(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held, ...]:
@@ -240,7 +281,7 @@ def _links(cluster: Cluster, groups: Sequence[Group]) -> dict[tuple[int, int], L
 def _memory(
     request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost], costs: Costs
 ) -> tuple[RankMemory, ...]:
-    peaks = peak_bytes(schedule, costs)
+    peaks = peak_bytes(_schedule(*_sizes(choice)), costs)
     return tuple(
         rank_memory(
             [stages[stage] for stage in schedule.placement.stages_on(rank)],
@@ -274,6 +315,26 @@ def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequ
         (2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind]
         for need, group in zip(memory, groups, strict=True)
     )
+
+
+@lru_cache(maxsize=4096)
+def stretch_of(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> float | None:
+    """How many times as long as its work a schedule takes with equal stages; None for sizes it can't serve.
+
+    >>> stretch_of("1f1b", 2, 1, 4)
+    1.25
+    """
+    # Of more microbatches than are simulated, each takes as long as the last.
+    number = min(num_microbatches, 8 * num_ranks * stages_per_rank)
+    number -= number % num_ranks if number < num_microbatches else 0
+    try:
+        schedule = _schedule(name, num_ranks, stages_per_rank, number)
+    except ConfigError:
+        return None
+    stages = schedule.placement.num_stages
+    timeline = simulate(schedule, Flow.chain(stages), Costs.uniform(stages))
+    work = 3.0 * number * stages_per_rank
+    return 1 + (timeline.makespan_seconds - work) / work * number / num_microbatches
 
 
 def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:
