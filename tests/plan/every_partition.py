@@ -40,15 +40,15 @@ def judged(problem, cuts, devices):
             loads[rank_of[stage]] += problem.cut_seconds[cut]
             loads[rank_of[stage + 1]] += problem.cut_seconds[cut]
             sent += problem.cut_bytes[cut]
-    return loads, [need + transient for need, transient in zip(needs, transients)], sent
+    return loads, [need + transient for need, transient in zip(needs, transients, strict=True)], sent
 
 
 def ratio(problem, devices, needs):
-    return max(need / problem.kinds[device].cap_bytes for need, device in zip(needs, devices))
+    return max(need / problem.kinds[device].cap_bytes for need, device in zip(needs, devices, strict=True))
 
 
 def best_of(problem):
-    """Return (most, second, bytes) of the best partition that fits, or None; and the smallest ratio to cap."""
+    """Return (most, second, bytes) of the best partition that fits, or None; and the least ratio to cap."""
     partitions = list(every(problem))
     fitting = [
         (*sorted([0.0, *loads], reverse=True)[:2], sent)

@@ -18,7 +18,7 @@ Source of the band: Pinar & Aykanat, "Fast optimal load balancing algorithms for
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -28,9 +28,7 @@ import numpy.typing as npt
 from evenflow.ir.costs import ROUNDING
 from evenflow.plan.runs import Floats, Ints, Others, RunMemory, Runs
 
-GUESSES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # above the lower bound, one after the other
-
-SCALES = (1.0, 1.1, 1.5, 3.0, 10.0, 100.0, math.inf)  # of the caps, likewise
+GUESSES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 
 
 class Arc(NamedTuple):
@@ -131,7 +129,7 @@ class Line:
     first: int
     last: int
 
-    def cheapest(self, guesses: Iterator[float]) -> list[Taken] | None:
+    def cheapest(self, guesses: Iterable[float]) -> list[Taken] | None:
         """Return the best stages, or None if memory allows none. The last guess must be infinite."""
         if self._band(math.inf, 1.0) is None:
             return None
@@ -147,8 +145,8 @@ class Line:
         second = self._least(band, LeastLoad(most)) * (1 + ROUNDING)
         return self._trace(band, FewestBytes(most, second), self._load)
 
-    def roomiest(self, scales: Sequence[float]) -> list[Taken]:
-        """Return the stages whose largest ratio of need to cap is smallest; it must be within the last scale."""
+    def roomiest(self, scales: Iterable[float]) -> list[Taken]:
+        """Return the stages whose largest ratio of need to cap is smallest. The last scale must do."""
         assert self.memory is not None, "without caps everything fits"
         most = max(kind.cap_bytes for kind in self.runs.kinds)
         for scale in scales:
@@ -278,7 +276,7 @@ Weigh = Callable[[Arc, Ints, Ints], Floats]
 
 
 def guesses_from(bound: float) -> Iterator[float]:
-    """Guesses at a bottleneck that is no less than the bound, the last of them infinite.
+    """Guesses at a bottleneck, or a ratio of need to cap, above its bound; the last of them is infinite.
 
     >>> [round(guess, 2) for guess in guesses_from(2.0)][:3]
     [2.02, 2.06, 2.2]

@@ -106,7 +106,7 @@ class _Loop:
         raise AssertionError("there is at least one window")
 
     def _cheapest(self, line: Line, cuts: Sequence[int]) -> list[Taken]:
-        taken = line.cheapest(iter([self._score(cuts)[0] * (1 + ROUNDING), math.inf]))
+        taken = line.cheapest([self._score(cuts)[0] * (1 + ROUNDING), math.inf])
         assert taken is not None, "the stages fit as they are"
         return taken
 

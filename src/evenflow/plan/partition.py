@@ -1,6 +1,7 @@
 """Partitioning: cut a chain of nodes into stages so that the most loaded rank does as little as possible.
 
-Linear and V placements are solved exactly, looped ones by a heuristic that says how far it is from a bound.
+Linear and V placements are solved exactly; looped ones too if they are small, otherwise by a heuristic that
+says how far it may be from the best.
 """
 
 from bisect import bisect_right
@@ -11,7 +12,7 @@ from itertools import pairwise
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import ROUNDING
 from evenflow.ir.placement import Placement
-from evenflow.plan.linear import SCALES, Line, Taken, arcs_of, guesses_from
+from evenflow.plan.linear import Line, Taken, arcs_of, guesses_from
 from evenflow.plan.looped import loops
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.runs import Runs
@@ -50,17 +51,16 @@ def partition(problem: PartitionProblem) -> Partition:
     """
     runs = Runs.of(problem)
     placement = problem.placement
-    match placement:
-        case _ if placement == Placement.linear(placement.num_ranks):
-            return _linear(runs)
-        case _ if placement == Placement.v_shape(placement.num_ranks):
-            return _v_shape(runs)
-        case _ if placement == Placement.looped(
-            placement.num_ranks, placement.num_stages // placement.num_ranks
-        ):
-            return _looped(runs)
+    num_ranks = placement.num_ranks
+    if placement == Placement.linear(num_ranks):
+        return _linear(runs)
+    if placement == Placement.v_shape(num_ranks):
+        return _v_shape(runs)
+    if placement == Placement.looped(num_ranks, placement.num_stages // num_ranks):
+        return _looped(runs)
     raise ConfigError(
-        f"stages on the ranks {placement.rank_of} are neither linear nor looped nor V: use one of these placements"
+        f"stages on the ranks {placement.rank_of} are placed neither linear nor looped nor as a V: use one "
+        "of these placements"
     )
 
 
@@ -73,7 +73,7 @@ def _linear(runs: Runs) -> Partition:
 
     taken = line.cheapest(guesses_from(runs.bound_seconds()))
     if taken is None:
-        raise _lacking(runs, told(line.roomiest(SCALES)), is_proven=True)
+        raise _lacking(runs, told(line.roomiest(guesses_from(runs.bound_ratio()))), is_proven=True)
     return _proven(told(taken))
 
 
@@ -89,26 +89,17 @@ def _v_shape(runs: Runs) -> Partition:
 
     halves = bent.cheapest(guesses_from(runs.bound_seconds()))
     if halves is None:
-        raise _lacking(runs, told(bent.roomiest()), is_proven=True)
+        raise _lacking(runs, told(bent.roomiest(guesses_from(runs.bound_ratio()))), is_proven=True)
     return _proven(told(halves))
 
 
 def _looped(runs: Runs) -> Partition:
     tried = loops(runs)
     found = [measured(runs, cuts, order) for cuts, order in tried.found]
-    caps = [kind.cap_bytes * (1 + ROUNDING) for kind in runs.problem.kinds]
-    fitting = [
-        partition
-        for partition in found
-        if all(
-            need <= caps[device]
-            for need, device in zip(partition.needed_bytes, partition.devices, strict=True)
-        )
-    ]
+    fitting = [candidate for candidate in found if _worst(runs, candidate)[0] <= 1 + ROUNDING]
     if not fitting:
-        raise _lacking(
-            runs, min(found, key=lambda partition: _worst(runs, partition)[0]), is_proven=tried.is_exact
-        )
+        nearest = min(found, key=lambda candidate: _worst(runs, candidate)[0])
+        raise _lacking(runs, nearest, is_proven=tried.is_exact)
     best = _lightest(fitting)
     return _proven(best) if tried.is_exact else best
 
@@ -175,9 +166,8 @@ def _needed(problem: PartitionProblem, positions: Sequence[int]) -> tuple[float,
 def _worst(runs: Runs, partition: Partition) -> tuple[float, int]:
     """The largest ratio of need to cap, and its rank."""
     caps = [runs.problem.kinds[device].cap_bytes for device in partition.devices]
-    return max(
-        (need / cap, rank) for rank, (need, cap) in enumerate(zip(partition.needed_bytes, caps, strict=True))
-    )
+    ratios = [need / cap for need, cap in zip(partition.needed_bytes, caps, strict=True)]
+    return max(ratios), ratios.index(max(ratios))
 
 
 def _lacking(runs: Runs, nearest: Partition, *, is_proven: bool) -> DoesNotFitError:

@@ -38,8 +38,9 @@ class PartitionProblem:
 
     - `kinds`: what stands at each rank. With `any_order` they may change places, so that the partition also
       says which device comes first and which last.
-    - `legal[c]`, `cut_bytes[c]`, `cut_seconds[c]`: whether a cut may stand before node c, what crosses it, and
-      what that takes on each of its two sides. Entries 0 are not used; without `cut_seconds` cuts cost none.
+    - `legal[c]`, `cut_bytes[c]`, `cut_seconds[c]`: whether a cut may stand before node c, what crosses it,
+      and what that takes on each of its two sides. Entries 0 are not used; without `cut_seconds` cuts cost
+      none.
     - Memory: stage s needs static + `in_flight[s]` * held + transient bytes. `static` and `held` are counted
       once in each stage that has any of their nodes; `transient_bytes` of each node, of which the largest
       counts. A rank needs the sum of its stages, with the largest of their transients.
@@ -136,7 +137,7 @@ class Partition:
 
     @property
     def gap(self) -> float:
-        """How far the most loaded rank is above the bound, as a share of the bound: 0 where it is proven best.
+        """How far the most loaded rank is above the bound, as a share of it: 0 where it is proven best.
 
         >>> Partition((1,), (0, 1), (2.0, 3.0), (0.0, 0.0), 5.0, bound_seconds=2.5).gap
         0.19999999999999996
@@ -148,8 +149,8 @@ class Partition:
 class DoesNotFitError(ConfigError):
     """No partition fits into memory. Of the one that comes nearest, this is the rank that lacks most.
 
-    "Nearest" is where the largest ratio of need to cap is smallest. If `is_proven`, every partition has a rank
-    with at least that ratio; otherwise a heuristic found nothing better.
+    "Nearest" is where the largest ratio of need to cap is smallest. If `is_proven`, every partition has a
+    rank with at least that ratio; otherwise a heuristic found nothing better.
     """
 
     def __init__(self, rank: int, kind: Kind, needed_bytes: float, *, is_proven: bool) -> None:

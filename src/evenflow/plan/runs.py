@@ -1,7 +1,8 @@
 """Runs: what any run of a chain's nodes takes and needs, looked up in numpy arrays.
 
-Runs begin and end at *spots*: the chain's two ends and the places where a cut is legal. All indexes here count
-spots; a run is named by its first spot and its last, or by the first and the number of steps between spots.
+Runs begin and end at *spots*: the chain's two ends and the places where a cut is legal. All indexes here
+count spots; a run is named by its first spot and its last, or by the first and the number of steps between
+spots.
 """
 
 import itertools
@@ -60,11 +61,11 @@ class Runs:
 
     - `spots`: their node positions. `num_bytes`, `price`: of a cut at each spot; at both ends, and where only
       one rank is, 0.
-    - `kinds`: the different ones; `kind_of[device]` is the index of a device's. `elapsed[kind, spot]`: seconds
-      of all nodes before a spot.
-    - `share[kind]`: of the work, if it is dealt out by speed; over all devices they add up to 1. `mass[spot]`:
-      for every node before it the smallest of share * seconds, so that no partition has a bottleneck below
-      what is left of the mass over the shares that are left.
+    - `kinds`: the different ones; `kind_of[device]` is the index of a device's. `elapsed[kind, spot]`:
+      seconds of all nodes before a spot.
+    - `share[kind]`: of the work, if it is dealt out by speed; over all devices they add up to 1.
+    - `mass[spot]`: for every node before it the smallest of share * seconds, so that no partition has a
+      bottleneck below what is left of the mass over the shares that are left.
     """
 
     problem: PartitionProblem
@@ -132,6 +133,10 @@ class Runs:
         caps = np.array([min(kind.cap_bytes, MOST_BYTES) for kind in self.kinds])
         whole = caps[list(self.kind_of)].sum()
         return np.cumsum(first)[self.spots] / whole, caps / whole
+
+    def bound_ratio(self) -> float:
+        """Return what the largest ratio of need to cap is at least, where not everything fits: 1 or more."""
+        return max(1.0, float(self.memory_mass()[0][-1]))
 
     def memory_if_scarce(self) -> RunMemory | None:
         """Return what runs hold, or None where everything fits wherever it is cut."""

@@ -8,14 +8,14 @@ are few. The last rank takes what is left, cut in two at any spot, for nothing: 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from evenflow.ir.costs import ROUNDING
-from evenflow.plan.linear import SCALES, Arc
+from evenflow.plan.linear import Arc
 from evenflow.plan.runs import Floats, Ints, RunMemory, Runs
 from evenflow.search.compiled import compiled, inlined
 
@@ -72,7 +72,7 @@ class Pull(NamedTuple):
 def _need(tables: Tables, step: Step, a: int, b: int, c: int, d: int) -> float:
     """Bytes of a rank with the runs from spot a to b and from c to d."""
     down, up = b - a - 1, d - c - 1
-    return (
+    return float(
         tables.static[down, a]
         + step.in_flight_down * tables.held[down, a]
         + tables.static[up, c]
@@ -164,7 +164,7 @@ class Bent:
     memory: RunMemory | None
     arcs: Sequence[Arc]
 
-    def cheapest(self, guesses: Iterator[float]) -> list[Half] | None:
+    def cheapest(self, guesses: Iterable[float]) -> list[Half] | None:
         """Return the best steps, or None if memory allows none."""
         for guess in guesses:
             search = _Search.of(self, min(guess, self._most_seconds()), 1.0, weighs_memory=False)
@@ -181,10 +181,10 @@ class Bent:
         second = search.least(most) * (1 + ROUNDING)
         return search.path(Aim(True, most, second))
 
-    def roomiest(self) -> list[Half]:
+    def roomiest(self, scales: Iterable[float]) -> list[Half]:
         """Return the steps whose largest ratio of need to cap is smallest."""
         most = max(kind.cap_bytes for kind in self.runs.kinds)
-        for scale in SCALES:
+        for scale in scales:
             bent = Bent(self.runs, self.runs.memory(most * scale), self.arcs)
             search = _Search.of(bent, self._most_seconds(), scale, weighs_memory=True)
             if search.least(-1.0) < math.inf:
