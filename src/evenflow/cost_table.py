@@ -25,7 +25,7 @@ from typing import TypeAlias
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.placement import Placement
-from evenflow.plan.partition import partition
+from evenflow.plan.partition import balanced_cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def _price_layers(table: LayerTimes, placement: Placement, latency_seconds: floa
             "ranks or the stages per rank"
         )
     rows = zip(table.forward_seconds, table.input_grad_seconds, table.weight_grad_seconds, strict=True)
-    cuts = partition(
+    cuts = balanced_cuts(
         [sum(row) for row in rows],
         cut_bytes=[0.0, *table.output[:-1]] if table.output else [0.0] * num_layers,
         legal=[True] * num_layers,

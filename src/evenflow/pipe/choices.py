@@ -18,7 +18,7 @@ from evenflow.graph.graph import Graph
 from evenflow.graph.template import flatten_tree
 from evenflow.ir.placement import Placement
 from evenflow.pipe.agree import Prepared
-from evenflow.plan.partition import partition
+from evenflow.plan.partition import balanced_cuts
 from evenflow.runtime import microbatch as microbatches
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
@@ -177,7 +177,9 @@ def positions_of(graph: Graph, split: Sequence[str] | None, num_stages: int) -> 
     if split is None:
         costs = node_costs(graph)
         try:
-            return partition(costs, cut_bytes=crossing_bytes(graph), legal=legal, num_stages=num_stages)
+            return balanced_cuts(
+                costs, cut_bytes=crossing_bytes(graph)[:-1], legal=legal[:-1], num_stages=num_stages
+            )
         except ConfigError as error:
             heaviest = max(zip(costs, graph.chain, strict=True), key=lambda pair: pair[0])[1]
             if heaviest.whole is not None:
