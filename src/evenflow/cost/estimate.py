@@ -86,9 +86,7 @@ def _work_seconds(work: Work, device: Device, dtype: str | None) -> float:
     return max(products, traffic) + work.num_kernels * device.kernel_seconds
 
 
-def _saved(
-    graph: Graph, costs: Iterable[list[FunctionCost]], functions: FunctionCosts
-) -> tuple[Held, ...]:
+def _saved(graph: Graph, costs: Iterable[list[FunctionCost]], functions: FunctionCosts) -> tuple[Held, ...]:
     """What the forward keeps: each storage once, under all the nodes that keep it."""
     keepers: defaultdict[int, dict[int, None]] = defaultdict(dict)
     held: list[Held] = []

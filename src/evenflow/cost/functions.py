@@ -1,6 +1,8 @@
 """Torch functions as an estimate sees them: what each computes, moves, and keeps for its backward.
 
-What autograd keeps is known for each kind of function; of one that is not named here all that it took.
+What autograd keeps is known for each kind of function; of one that is not named here all that it took. That
+is as on a GPU: on a CPU a dropout's mask has the numbers' own type, and attention with dropout
+keeps its scores.
 Memory is counted by storages, so that what several functions keep is held once.
 """
 
@@ -12,13 +14,18 @@ from evenflow.graph.graph import Graph, Step
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 
 _KEEPS_NOTHING = frozenset(
-    "add radd iadd sub rsub isub neg sum mean cat stack to float half double bfloat16 type type_as contiguous "
-    "clone pad roll repeat repeat_interleave flatten reshape expand where masked_fill embedding gather "
-    "index_select index_add scatter_add getitem cumsum nll_loss copy squeeze unsqueeze interpolate".split()
+    (
+        *("add", "radd", "iadd", "sub", "rsub", "isub", "neg", "sum", "mean", "cumsum", "nll_loss"),
+        *("to", "float", "half", "double", "bfloat16", "type", "type_as", "contiguous", "clone", "copy"),
+        *("cat", "stack", "pad", "roll", "repeat", "repeat_interleave", "flatten", "reshape", "expand"),
+        *("squeeze", "unsqueeze", "interpolate", "where", "masked_fill", "getitem", "embedding"),
+        *("gather", "index_select", "index_add", "scatter_add"),
+        *("dropout", "cross_entropy"),  # they keep what they make inside
+    )
 )
-_KEEPS_RESULT = frozenset("softmax log_softmax sigmoid tanh exp sqrt rsqrt relu".split())
-_GATHERS = frozenset("embedding gather index_select getitem take_along_dim".split())
-_PRODUCTS = frozenset("mul rmul imul div truediv rtruediv".split())
+_KEEPS_RESULT = frozenset(("softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "relu"))
+_GATHERS = frozenset(("embedding", "gather", "index_select", "getitem", "take_along_dim"))
+_PRODUCTS = frozenset(("mul", "rmul", "imul", "div", "truediv", "rtruediv"))
 _ATTENTION = "scaled_dot_product_attention"
 # FlashAttention-2 (Dao, 2023), section 4: five products in the backward for two in the forward, as the
 # scores are computed again.
@@ -126,7 +133,7 @@ class FunctionCosts:
     def _kept(self, kind: str, step: Step) -> frozenset[int]:
         floats = [n for n in step.takes if self._values[n].info.dtype.is_floating_point]
         kept = [n for n in step.takes if n not in floats]  # indexes and masks
-        if step.flops and kind != _ATTENTION or kind in _PRODUCTS:
+        if (step.flops and kind != _ATTENTION) or kind in _PRODUCTS:
             kept += [
                 n
                 for n in floats
@@ -137,7 +144,7 @@ class FunctionCosts:
             kept += step.gives
         elif kind == _ATTENTION:
             kept += (*floats, *step.gives)
-        elif kind not in _KEEPS_NOTHING and kind not in ("dropout", "cross_entropy"):
+        elif kind not in _KEEPS_NOTHING:
             kept += floats
         return frozenset(self._storage(n) for n in kept)
 

@@ -37,7 +37,7 @@ Target: TypeAlias = ModuleTarget | FunctionTarget
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One torch function that ran inside a node: which values it took and gave, for what estimates its cost."""
+    """One torch function that ran inside a node, and its values: from these its cost is estimated."""
 
     name: str
     takes: tuple[int, ...]
