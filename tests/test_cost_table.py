@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from evenflow.cost_table import LayerTimes, RankTimes, capped, price, rank_activations, read_cost_table
+from evenflow.cost_table import (
+    LayerTimes,
+    RankTimes,
+    capped,
+    chain_of,
+    price,
+    rank_activations,
+    read_cost_table,
+)
 from evenflow.errors import ConfigError
 from evenflow.ir import Costs, Placement
+from evenflow.plan.chain import Held
 
 
 def read(folder: Path, text: str) -> RankTimes | LayerTimes:
@@ -173,3 +182,32 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="it is not UTF-8 text"):
         read_cost_table(tmp_path / "x.csv")
+
+
+def test_layers_make_a_chain(tmp_path: Path) -> None:
+    text = (
+        "layer,forward_ms,input_grad_ms,weight_grad_ms,activation_kib,weight_activation_kib,output_kib\n"
+        "embedding,500,0,250,4,2,8\nblock,1000,1000,500,0,0,8\nhead,2000,2000,1000,16,16,1\n"
+    )
+    table = read(tmp_path, text)
+    assert isinstance(table, LayerTimes)
+    chain = chain_of(table, "H100")
+    assert chain.seconds["H100"].total == (0.75, 2.5, 5.0)
+    assert chain.saved == (Held(4096.0, (0,)), Held(16384.0, (2,)))
+    assert chain.kept == (Held(2048.0, (0,)), Held(16384.0, (2,)))
+    assert chain.cut_bytes == (0.0, 8192.0, 8192.0)
+    assert chain.legal == (True,) * 3
+
+
+def test_layers_of_times_alone_make_a_chain_without_memory(tmp_path: Path) -> None:
+    table = read(tmp_path, "layer,forward,input_grad,weight_grad\na,1,1,1\nb,2,2,2\n")
+    assert isinstance(table, LayerTimes)
+    chain = chain_of(table, "H100")
+    assert (chain.saved, chain.cut_bytes) == ((), (0.0, 0.0))
+
+
+def test_memory_without_a_unit_makes_no_chain(tmp_path: Path) -> None:
+    table = read(tmp_path, "layer,forward,input_grad,weight_grad,activation\na,1,1,1,5\n")
+    assert isinstance(table, LayerTimes)
+    with pytest.raises(ConfigError, match="has no unit"):
+        chain_of(table, "H100")

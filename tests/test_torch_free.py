@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 MODULES = (
-    "evenflow.ir, evenflow.cluster.read, evenflow.rules, evenflow.soundness, evenflow.schedules, evenflow.schedules.catalog, "
+    "evenflow.ir, evenflow.cluster.read, evenflow.rules, evenflow.soundness, evenflow.schedules, "
+    "evenflow.schedules.catalog, "
     "evenflow.simulate, evenflow.lower, evenflow.validate, evenflow.view.text, evenflow.view.picture"
 )
 

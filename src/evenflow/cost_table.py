@@ -25,6 +25,7 @@ from typing import TypeAlias
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.placement import Placement
+from evenflow.plan.chain import Chain, Held, Seconds
 from evenflow.plan.partition import balanced_cuts
 
 
@@ -77,6 +78,40 @@ def price(table: CostTable, placement: Placement, *, latency_seconds: float = 0.
             return _price_ranks(table, placement, latency_seconds)
         case LayerTimes():
             return _price_layers(table, placement, latency_seconds)
+
+
+def chain_of(table: LayerTimes, kind: str) -> Chain:
+    """Return the layers as planning sees a program: a node each, timed on one kind of device.
+
+    A cut may stand anywhere, and a microbatch counts as one row. Of parameters and operations a table says
+    nothing; memory is in bytes. Raises `ConfigError` for a table whose memory has no unit.
+
+    >>> table = LayerTimes((1.0, 3.0), (1.0, 3.0), (0.5, 1.5), output=(8.0, 0.0), in_bytes=True)
+    >>> chain = chain_of(table, "RTX 4090")
+    >>> chain.seconds["RTX 4090"].total, chain.cut_bytes
+    ((2.5, 7.5), (0.0, 8.0))
+    """
+    num_layers = len(table.forward_seconds)
+    zeros = (0.0,) * num_layers
+    held = table.activation or zeros
+    left = table.weight_activation or held
+    if not table.in_bytes and any((*held, *(table.output or ()))):
+        raise ConfigError(
+            "the memory of these layers has no unit: name the columns activation_mib, output_kib, and so on"
+        )
+    return Chain(
+        names=tuple(f"layer {number}" for number in range(num_layers)),
+        num_rows=1,
+        flops=zeros,
+        seconds={kind: Seconds(table.forward_seconds, table.input_grad_seconds, table.weight_grad_seconds)},
+        saved=tuple(Held(num_bytes, (at,)) for at, num_bytes in enumerate(held) if num_bytes),
+        kept=tuple(Held(num_bytes, (at,)) for at, num_bytes in enumerate(left) if num_bytes),
+        parameters=(),
+        forward_transient_bytes=zeros,
+        backward_transient_bytes=zeros,
+        cut_bytes=(0.0, *table.output[:-1]) if table.output else zeros,
+        legal=(True,) * num_layers,
+    )
 
 
 def capped(costs: Costs, placement: Placement, num_activations: float) -> Costs:

@@ -36,6 +36,18 @@ Target: TypeAlias = ModuleTarget | FunctionTarget
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One torch function that ran inside a node, and its values: from these its cost is estimated."""
+
+    name: str
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    flops: int
+    in_place: bool
+    grad_enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """One step of the program.
 
@@ -64,6 +76,7 @@ class Node:
     hooks: bool = False  # it puts hooks on its backward, so that must run once per microbatch
     hidden: bool = False  # autograd is not told of what it changes in place
     glue: bool = False
+    steps: tuple[Step, ...] = ()  # all that ran inside, in program order
 
     @property
     def inputs(self) -> tuple[int, ...]:

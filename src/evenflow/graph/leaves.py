@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
 from evenflow.errors import RecordError
-from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Target
+from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node, Step, Target
 from evenflow.graph.hidden import hidden_values
 from evenflow.graph.kept import KeptBuffers
 from evenflow.graph.recomputed import refuse_changes
@@ -310,7 +310,13 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, ke
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
         hooks=call.region is not None or any(isinstance(c, ModuleCall) and c.hooks for c in walk(call)),
         hidden=any(inner.hidden for inner in functions),
+        steps=tuple(map(_step, functions)),
     )
+
+
+def _step(call: FunctionCall) -> Step:
+    takes, gives = (tuple(dict.fromkeys(tree.refs)) for tree in (call.args, call.output))
+    return Step(call.name, takes, gives, call.flops, bool(call.rebinds), call.grad_enabled)
 
 
 def _reason(call: FunctionCall | ModuleCall) -> str | None:

@@ -77,6 +77,7 @@ def _snapshot(after: Node, name: str, buffer: int, made: int) -> Node:
         whole=None,
         stateful=False,
         opaque=False,
+        steps=(),
     )
 
 

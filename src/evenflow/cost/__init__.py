@@ -1,0 +1,1 @@
+"""What a recorded program costs on a device: measured, or estimated."""

@@ -1,0 +1,116 @@
+"""A recorded program's costs on devices that one does not have, from its operations and its bytes.
+
+A function takes as long as its matrix products at the rate that the device reaches, or as its memory traffic,
+whichever is longer (the roofline of Williams, Waterman and Patterson, 2009), and a kernel's launch. Nothing
+is run. What it cannot know: how well a kernel suits its sizes, and what modules do that ran as one opaque
+step. One measured point (`cluster.device.calibrated`) mends the first on average.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from evenflow.cluster.device import Device
+from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
+from evenflow.graph.cut import crossing_bytes, legal_positions
+from evenflow.graph.graph import Graph, Node
+from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+
+# No kernel reads and writes at the memory's full rate: assumed.
+_TRAFFIC_SHARE = 0.85
+
+
+def estimate(
+    graph: Graph,
+    model: torch.nn.Module,
+    devices: Iterable[Device],
+    *,
+    num_rows: int,
+    dtype: str | None = None,
+) -> Chain:
+    """Return what each node of a recorded program costs on each kind of device, for one microbatch.
+
+    The model must be recorded on a microbatch of `num_rows` rows, in the dtypes in which it will run: sizes
+    are as recorded. `dtype` names the rate of matrix products; by default it is that of each one's result.
+    All that a forward keeps is held until the weight gradients are there, as the runtime does
+    (`runtime.split_backward`). Raises `ConfigError` for a device without a rate for a dtype.
+    """
+    functions = FunctionCosts(graph)
+    # Glue is asked for too: what it makes may be kept. Each stage computes it again, which costs little.
+    costs = {node.index: [functions.of(step) for step in node.steps] for node in graph.nodes}
+    of_chain = [costs[node.index] for node in graph.chain]
+    saved = _saved(graph, of_chain, functions)
+    kinds = {device.name: device for device in devices}
+    num_nodes = len(graph.chain)
+    return Chain(
+        names=tuple(node.name for node in graph.chain),
+        num_rows=num_rows,
+        flops=tuple(float(node.flops) for node in graph.chain),
+        seconds={name: _seconds(graph.chain, of_chain, device, dtype) for name, device in kinds.items()},
+        saved=saved,
+        kept=saved,
+        parameters=tuple(_parameters(graph, model)),
+        forward_transient_bytes=tuple(
+            max((cost.forward_bytes for cost in node), default=0.0) for node in of_chain
+        ),
+        backward_transient_bytes=tuple(
+            max((cost.backward_bytes for cost in node), default=0.0) for node in of_chain
+        ),
+        cut_bytes=tuple(map(float, crossing_bytes(graph)[:num_nodes])),
+        legal=tuple(legal_positions(graph)[:num_nodes]),
+    )
+
+
+def _seconds(
+    nodes: Iterable[Node], costs: Iterable[list[FunctionCost]], device: Device, dtype: str | None
+) -> Seconds:
+    def total(works: Iterable[Work]) -> float:
+        return sum(_work_seconds(work, device, dtype) for work in works)
+
+    forward, input_grad, weight_grad = [], [], []
+    for node, of_node in zip(nodes, costs, strict=True):
+        forward.append(total(cost.forward for cost in of_node))
+        # A checkpoint's forward runs again in the backward.
+        again = forward[-1] if node.region is not None else 0.0
+        input_grad.append(again + total(cost.input_grad for cost in of_node))
+        weight_grad.append(total(cost.weight_grad for cost in of_node))
+    return Seconds(tuple(forward), tuple(input_grad), tuple(weight_grad))
+
+
+def _work_seconds(work: Work, device: Device, dtype: str | None) -> float:
+    products = 0.0
+    if work.flops:
+        products = work.flops / (device.peak(dtype or work.dtype) * device.efficiency)
+    traffic = work.num_bytes / (device.memory_bytes_per_second * _TRAFFIC_SHARE)
+    return max(products, traffic) + work.num_kernels * device.kernel_seconds
+
+
+def _saved(graph: Graph, costs: Iterable[list[FunctionCost]], functions: FunctionCosts) -> tuple[Held, ...]:
+    """What the forward keeps: each storage once, under all the nodes that keep it."""
+    keepers: defaultdict[int, dict[int, None]] = defaultdict(dict)
+    held: list[Held] = []
+    for at, (node, of_node) in enumerate(zip(graph.chain, costs, strict=True)):
+        if node.region is not None:  # a checkpoint keeps what it was given
+            for number in node.inputs:
+                if number in graph.maker:
+                    keepers[graph.values[number].storage][at] = None
+            continue
+        for cost in of_node:
+            for storage in cost.kept:
+                keepers[storage][at] = None
+        if alone := sum(cost.kept_bytes for cost in of_node):
+            held.append(Held(alone, (at,)))
+    held += [Held(float(functions.bytes_of[s]), tuple(nodes)) for s, nodes in keepers.items()]
+    return tuple(sorted(held, key=lambda each: each.nodes))
+
+
+def _parameters(graph: Graph, model: torch.nn.Module) -> Iterable[Parameter]:
+    users: Mapping[str, list[int]] = defaultdict(list)
+    for at, node in enumerate(graph.chain):
+        for name in node.parameters:
+            users[name].append(at)
+    for name, tensor in model.named_parameters():
+        if users[name]:
+            num_bytes = tensor.numel() * tensor.element_size()
+            yield Parameter(name, tensor.numel(), num_bytes, tensor.requires_grad, tuple(users[name]))
