@@ -1,0 +1,1 @@
+"""What each node of a recorded program costs, measured on the device."""
