@@ -64,7 +64,7 @@ def num_bytes(info: TensorInfo) -> int:
 def crossing_bytes(graph: Graph) -> list[int]:
     """Bytes of activations alive across each position of the chain (entry `c`: a cut before node `c`)."""
     steps = [0] * (len(graph.chain) + 2)
-    for value, (born, last) in _lifetimes(graph).items():
+    for value, (born, last) in lifetimes(graph).items():
         size = num_bytes(graph.values[value].info)
         steps[born + 1] += size
         steps[last + 1] -= size
@@ -79,7 +79,7 @@ def legal_positions(graph: Graph) -> list[bool]:
     under two numbers, whose gradients would be summed apart.
     """
     legal = [True] * (len(graph.chain) + 1)
-    lives = _lifetimes(graph)
+    lives = lifetimes(graph)
     by_storage: defaultdict[int, list[int]] = defaultdict(list)
     for value in lives:
         by_storage[graph.values[value].storage].append(value)
@@ -304,7 +304,7 @@ def _live(graph: Graph, leaving: Sequence[int]) -> frozenset[int]:
     return frozenset(value for value in leaving if graph.values[value].storage in storages)
 
 
-def _lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
+def lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
     """For each value that a chain node makes: the chain positions of its maker and of its last user."""
     at = {node.index: position for position, node in enumerate(graph.chain)}
     lives = {value: (at[node.index], at[node.index]) for node in graph.chain for value in node.makes}

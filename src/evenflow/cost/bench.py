@@ -1,0 +1,172 @@
+"""A bench: one node set up as a stage of its own, with parameters of its own, to be run as a stage runs it.
+
+Everything that runs here is the runtime's: the node's code, how values enter a stage, how its backward is
+taken in one piece or in two. What one stage pays once and not for each of its nodes (the entry of values, the
+start of autograd's walk) is run without the node, too, and subtracted by whoever measures.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from evenflow.cost.inputs import random_like
+from evenflow.graph.cut import Section
+from evenflow.graph.graph import Graph, Node
+from evenflow.graph.tree import TensorInfo
+from evenflow.runtime.inflight import InFlight
+from evenflow.runtime.kept import buffers_at
+from evenflow.runtime.rng import Streams
+from evenflow.runtime.stage import Stage
+from evenflow.runtime.work import Work
+
+_BEFORE, _HERE, _AFTER = 0, 1, 2  # stages: what makes the inputs, the node, what uses the results
+Places = Mapping[str, Sequence[tuple[torch.nn.Module, str]]]  # of parameters, by their first names
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What of a node's values the rest of the program has a hand in.
+
+    `arriving` come from other nodes and `given` from the batch; `used` are results that others use, `graded`
+    those of them whose gradient comes back, and `shared` inputs whose gradient later users add to.
+    """
+
+    arriving: tuple[int, ...]
+    given: tuple[int, ...]
+    used: tuple[int, ...]
+    graded: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @property
+    def all_graded(self) -> frozenset[int]:
+        """All values of the node that gradients come back for."""
+        return frozenset((*self.graded, *self.shared))
+
+
+class Bench:
+    """A node, its stage and its section, and the gradients that come back to it."""
+
+    def __init__(
+        self, node: Node, role: Role, graph: Graph, stage: Stage, section: Section, work: Work
+    ) -> None:
+        self.node, self.role, self._graph = node, role, graph
+        self._stage, self._work = stage, work
+        returns = section.gradient_receives.get(_AFTER, ())
+        self._gradients = tuple(random_like(graph.values[value].info, stage.device) for value in returns)
+
+    @property
+    def walks(self) -> bool:
+        """Whether any gradient comes back, so that there is a backward."""
+        return bool(self._gradients)
+
+    def forward(self, inputs: Mapping[int, torch.Tensor]) -> InFlight:
+        """Run the node forward."""
+        flight = InFlight(self._work)
+        flight.activations[_BEFORE] = tuple(inputs[value] for value in self.role.arriving)
+        batch = {value: inputs[value] for value in self.role.given}
+        self._stage.run_forward(flight, batch, step=0, microbatch=0)
+        return flight
+
+    def backward(self, flight: InFlight) -> None:
+        """Run its backward in one piece."""
+        self._arrive(flight)
+        self._stage.run_backward(flight, loss=None, weight=1.0)
+
+    def input_grad(self, flight: InFlight) -> None:
+        """Run the part of its backward that others wait for."""
+        self._arrive(flight)
+        self._stage.run_input_grad(flight, loss=None, weight=1.0, before=())
+
+    def weight_grad(self, flight: InFlight) -> None:
+        """Run the rest of its backward."""
+        self._stage.run_weight_grad(flight)
+
+    def _arrive(self, flight: InFlight) -> None:
+        flight.owed.clear()
+        flight.gradients[_AFTER] = self._gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Benches:
+    """Sets benches up for the nodes of a graph, one at a time."""
+
+    graph: Graph
+    model: torch.nn.Module
+    places: Places
+    device: torch.device
+
+    @contextlib.contextmanager
+    def of(self, node: Node, role: Role) -> Iterator[tuple[Bench, Bench]]:
+        """The node's bench and one that does the same without the node; its parameters live meanwhile."""
+        node = dataclasses.replace(node, region=None)  # recomputation is added up from what is measured
+        section = self._section(node, role)
+        idle = dataclasses.replace(
+            section,
+            nodes=(),
+            sends={},
+            gradient_receives={_AFTER: section.gradient_sends[_BEFORE]},
+            relayed=frozenset(section.gradient_sends[_BEFORE]),
+            kept_buffers=frozenset(),
+        )
+        streams = Streams(0, self.device)
+        stage = Stage(_HERE, self.device, streams, lambda names: buffers_at(self.model, names))
+        with self._own_parameters(node) as parameters:
+            try:
+                works = [
+                    Work(
+                        each,
+                        self.graph,
+                        self.model,
+                        device=self.device,
+                        streams=streams,
+                        parameter_of=lambda name, _: parameters[name],
+                        places_of=lambda name: list(self.places[name]),
+                    )
+                    for each in (section, idle)
+                ]
+                full, empty = (Bench(node, role, self.graph, stage, w.section, w) for w in works)
+                yield full, empty
+            finally:
+                streams.unhook()
+
+    def _section(self, node: Node, role: Role) -> Section:
+        values = self.graph.values
+        changed = {values[old].storage for old, _ in node.rebinds}
+        back = tuple(value for value in role.arriving if values[value].info.requires_grad)
+        given = (*role.given, *role.arriving)
+        return Section(
+            stage=_HERE,
+            nodes=(node,),
+            batch=tuple((value, value) for value in role.given),
+            receives={_BEFORE: role.arriving},
+            sends={_AFTER: role.used},
+            gradient_receives={_AFTER: (*role.graded, *role.shared)},
+            gradient_sends={_BEFORE: back},
+            relayed=frozenset(role.shared),
+            cloned=frozenset(value for value in given if values[value].storage in changed),
+            live=frozenset(),
+            kept_buffers=frozenset(node.kept_buffers),
+            needs_output=False,
+        )
+
+    @contextlib.contextmanager
+    def _own_parameters(self, node: Node) -> Iterator[dict[str, torch.nn.Parameter]]:
+        """Random parameters on the device in the place of the node's own, which may have no memory."""
+        made = {}
+        for name in node.parameters:
+            own = self.model.get_parameter(name)
+            info = TensorInfo(tuple(own.shape), tuple(own.stride()), own.dtype, own.requires_grad)
+            made[name] = torch.nn.Parameter(random_like(info, self.device), requires_grad=own.requires_grad)
+            vars(made[name]).update(vars(own))
+        before = [(m, k, m._parameters[k]) for name in made for m, k in self.places[name]]
+        try:
+            for name, parameter in made.items():
+                for module, key in self.places[name]:
+                    module._parameters[key] = parameter
+            yield made
+        finally:
+            for module, key, parameter_before in before:
+                module._parameters[key] = parameter_before

@@ -1,0 +1,113 @@
+"""Measurements kept on disk, one small JSON file for each: nobody measures the same thing twice."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evenflow.cost.measured import Measured
+
+_VERSION = 1  # of how things are measured: raised where old numbers mean something else
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something was measured: what makes its numbers hold elsewhere too."""
+
+    device: str
+    torch: str
+    num_threads: int
+
+    @staticmethod
+    def of(device: torch.device) -> "Place":
+        """This process, computing on `device`.
+
+        >>> Place.of(torch.device("cpu")).torch == torch.__version__
+        True
+        """
+        return Place(device_name(device), torch.__version__, torch.get_num_threads())
+
+
+def device_name(device: torch.device) -> str:
+    """What a device calls itself: a GPU's name, or the processor's.
+
+    >>> device_name(torch.device("cpu")) != ""
+    True
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "cpu")
+
+
+class Cache:
+    """A folder of measurements made at one place. A file that cannot be understood counts as none.
+
+    >>> Cache(None, Place("cpu", "2", 1)).find("any") is None
+    True
+    """
+
+    def __init__(self, folder: Path | None, place: Place) -> None:
+        self._folder, self._place = folder, place
+
+    def find(self, signature: str) -> Measured | None:
+        """What was measured under this signature, if anything was."""
+        path = self._path(signature)
+        if path is None:
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return _measured(found.get("measured")) if isinstance(found, dict) else None
+
+    def keep(self, signature: str, name: str, measured: Measured) -> None:
+        """Write a measurement of the node of that name; does nothing where the folder cannot be written."""
+        path = self._path(signature)
+        if path is None:
+            return
+        text = json.dumps(
+            {"node": name, **dataclasses.asdict(self._place), "measured": dataclasses.asdict(measured)},
+            indent=1,
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                file.write(text)
+            os.replace(file.name, path)  # noqa: PTH105 (of a name, as the line above has it)
+        except OSError:
+            return
+
+    def _path(self, signature: str) -> Path | None:
+        if self._folder is None:
+            return None
+        what = repr((_VERSION, signature, dataclasses.astuple(self._place)))
+        digest = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+        return self._folder / "costs" / f"{digest}.json"
+
+
+def _measured(found: object) -> Measured | None:
+    """What a file holds, if it is whole."""
+    fields = {field.name: field.type for field in dataclasses.fields(Measured)}
+    if not isinstance(found, Mapping) or found.keys() != fields.keys():
+        return None
+    for name, value in found.items():
+        numbers = value if isinstance(value, list) else [value]
+        listed = "tuple" in str(fields[name])
+        if listed is not isinstance(value, list) or not all(_is_amount(each) for each in numbers):
+            return None
+    return Measured(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+
+
+def _is_amount(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < float("inf")

@@ -1,0 +1,157 @@
+"""Measuring one node: how long it takes and what it keeps.
+
+Times are medians of repetitions on warm caches, until `budget_seconds` are spent. Two kinds take turns: with
+the backward in one piece, and with its first part alone.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from evenflow.cost.bench import Bench
+from evenflow.cost.measured import Measured
+from evenflow.cost.storages import Made, Memory
+from evenflow.graph.fakes import storage_of
+from evenflow.runtime.inflight import InFlight
+
+_WARM_UPS = 2
+_FEWEST, _MOST = 3, 200  # repetitions of each kind
+
+Values = Mapping[int, torch.Tensor]
+
+
+def measure(
+    bench: Bench, idle: Bench, inputs: Callable[[], Values], device: torch.device, *, budget_seconds: float
+) -> Measured:
+    """Measure a node on its bench; `idle` is the same bench without it, `inputs` makes new inputs."""
+    given = inputs()
+    for _ in range(_WARM_UPS):
+        for each in (bench, idle):
+            _once(each, given, device)
+    forward, backward, input_grad = _seconds(bench, idle, given, device, budget_seconds)
+    del given
+    saved, kept, result_bytes, forward_peak = _held(bench, inputs, device)
+    return Measured(
+        forward_seconds=forward,
+        backward_seconds=backward,
+        input_grad_seconds=min(input_grad, backward),
+        inputs_saved=saved[0],
+        results_saved=saved[1],
+        private_saved_bytes=saved[2],
+        inputs_kept=kept[0],
+        results_kept=kept[1],
+        private_kept_bytes=kept[2],
+        result_bytes=result_bytes,
+        forward_peak_bytes=forward_peak,
+        backward_peak_bytes=_backward_peak(bench, inputs(), device),
+    )
+
+
+# -- time
+
+
+def _once(bench: Bench, given: Values, device: torch.device) -> tuple[float, float, float]:
+    """Seconds of a forward, of a backward in one piece, and of the first part of another's."""
+    forward, flight = _timed(lambda: bench.forward(given), device)
+    if not bench.walks:
+        return forward, 0.0, 0.0
+    backward, _ = _timed(lambda: bench.backward(flight), device)
+    flight = bench.forward(given)
+    input_grad, _ = _timed(lambda: bench.input_grad(flight), device)
+    bench.weight_grad(flight)
+    return forward, backward, input_grad
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:  # what `run` returns
+    _wait(device)
+    start = time.perf_counter()
+    result = run()
+    _wait(device)
+    return time.perf_counter() - start, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(
+    bench: Bench, idle: Bench, given: Values, device: torch.device, budget_seconds: float
+) -> tuple[float, float, float]:
+    """Medians, without what a bench takes by itself."""
+    own, bare = [], []
+    end = time.perf_counter() + budget_seconds
+    while len(own) < _FEWEST or (len(own) < _MOST and time.perf_counter() < end):
+        own.append(_once(bench, given, device))
+        bare.append(_once(idle, given, device))
+    pairs = zip(_medians(own), _medians(bare), strict=True)
+    forward, backward, input_grad = (max(0.0, took - without) for took, without in pairs)
+    return forward, backward, input_grad
+
+
+def _medians(rows: Iterable[tuple[float, ...]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+# -- memory
+
+_Kept = tuple[tuple[int, ...], tuple[int, ...], int]  # inputs and results by place, bytes of others
+
+
+def _held(
+    bench: Bench, inputs: Callable[[], Values], device: torch.device
+) -> tuple[_Kept, _Kept, tuple[int, ...], int]:
+    """What is held until the backward, and until the weight gradient; bytes of results; the forward's peak.
+
+    All tensors outside of autograd's graph are let go of, so that what is still there is what it holds.
+    """
+    node, given = bench.node, dict(inputs())
+    entered = {value: Memory(tensor) for value, tensor in given.items()}
+    with Made(device) as made:
+        flight = bench.forward(given)
+    peak, new = made.peak_bytes, {memory.number: memory for memory in made.alive()}
+    results = [flight.made.get(value) for value in node.makes]
+    memories = [None if t is None else new.get(storage_of(t)) for t in results]
+    result_bytes = tuple(0 if memory is None else memory.num_bytes for memory in memories)
+    del results
+    given.clear()
+    _let_go(flight)
+    in_results = {memory.number for memory in memories if memory is not None}
+    private = [memory for memory in new.values() if memory.number not in in_results]
+
+    def still_there() -> _Kept:
+        return (
+            tuple(at for at, v in enumerate(node.inputs) if v in entered and entered[v].alive),
+            tuple(at for at, memory in enumerate(memories) if memory is not None and memory.alive),
+            sum(memory.num_bytes for memory in private if memory.alive),
+        )
+
+    saved = still_there()
+    kept: _Kept = ((), (), 0)
+    if bench.walks:
+        bench.input_grad(flight)
+        if flight.rest is not None:
+            kept = still_there()
+        bench.weight_grad(flight)
+    return saved, kept, result_bytes, peak
+
+
+def _let_go(flight: InFlight) -> None:
+    """Empty all tensors that a flight holds beside autograd's graph; they keep their place in that."""
+    flight.made = {}
+    # A view holds what it views; a copy of it has the same graph and holds nothing else.
+    flight.roots = {value: root.clone() for value, root in flight.roots.items()}
+    for tensor in (*flight.received, *flight.roots.values()):
+        tensor.data = tensor.new_zeros(()).expand(tensor.shape)
+
+
+def _backward_peak(bench: Bench, given: Values, device: torch.device) -> int:
+    if not bench.walks:
+        return 0
+    flight = bench.forward(given)
+    with Made(device) as made:
+        bench.backward(flight)
+    return made.peak_bytes

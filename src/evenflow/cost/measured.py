@@ -1,0 +1,30 @@
+"""What was measured of one node: numbers alone, as they are kept on disk."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The costs of one call of a node, on one microbatch.
+
+    - `forward_seconds`, `backward_seconds` (all of it) and, of that, `input_grad_seconds`: what makes gradients
+      for other nodes; all of it where it cannot be taken apart.
+    - `inputs_saved`, `results_saved`: which of the node's inputs and results (by place in `Node.inputs` and
+      `Node.makes`) are in memory until the backward; `private_saved_bytes` what else is. `inputs_kept`,
+      `results_kept`, `private_kept_bytes`: those that the input gradient leaves for the weight gradient.
+    - `result_bytes`: of each result the memory that it lies in, 0 where that was there before.
+    - `forward_peak_bytes`, `backward_peak_bytes`: the most that was allocated meanwhile.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    input_grad_seconds: float
+    inputs_saved: tuple[int, ...]
+    results_saved: tuple[int, ...]
+    private_saved_bytes: int
+    inputs_kept: tuple[int, ...]
+    results_kept: tuple[int, ...]
+    private_kept_bytes: int
+    result_bytes: tuple[int, ...]
+    forward_peak_bytes: int
+    backward_peak_bytes: int
