@@ -134,6 +134,7 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
 def _fewest_that_fit(request: Request, choice: Choice, chain: Chain) -> Sequence[int]:
     """As few nodes as must be recomputed, those first that free most bytes for each second."""
     worth = by_worth(chain, groups_of(request.cluster, choice.degrees)[0].kind)
+    _fitted(request, choice, recomputed(chain, worth))  # all of them must do
     low, high = 0, len(worth)
     while low < high:
         middle = (low + high) // 2
@@ -182,11 +183,19 @@ def _fitted(request: Request, choice: Choice, chain: Chain) -> _Fit:
 
 
 def _refuse_at_once(request: Request, choice: Choice, chain: Chain, groups: Sequence[Group]) -> None:
-    """Refuse what no cut can help: parameters and their states that all devices together can't hold."""
+    """Refuse what no cut can help: more than all devices together hold, wherever the cuts are."""
+    least_held = min(in_flight_of(choice, chain))
     needed_bytes = sum(held.num_bytes for held in _static(request, choice.degrees, chain))
+    needed_bytes += least_held * sum(held.num_bytes for held in chain.saved)
     if needed_bytes > sum(group.cap_bytes for group in groups):
         least = min(range(len(groups)), key=lambda rank: groups[rank].cap_bytes)
         raise _lacking(groups[least], least, needed_bytes / len(groups))
+
+
+def in_flight_of(choice: Choice, chain: Chain) -> tuple[float, ...]:
+    """How many microbatches each stage holds at its rank's peak."""
+    saved, kept = (sum(each.num_bytes for each in held) for held in (chain.saved, chain.kept))
+    return _in_flight(*_sizes(choice), round(min(kept / saved, 1.0), 2) if saved else 1.0)
 
 
 def _lacking(group: Group, rank: int, needed_bytes: float) -> DoesNotFitError:
@@ -224,8 +233,6 @@ def _cut(
     groups: Sequence[Group],
     caps: Sequence[float],
 ) -> Partition:
-    saved, kept = (sum(each.num_bytes for each in held) for held in (chain.saved, chain.kept))
-    share = round(min(kept / saved, 1.0), 2) if saved else 1.0
     links = _links(request.cluster, groups).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
     problem = PartitionProblem(
@@ -240,7 +247,7 @@ def _cut(
         static=_static(request, choice.degrees, chain),
         held=chain.saved,
         transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
-        in_flight=_in_flight(*_sizes(choice), share),
+        in_flight=in_flight_of(choice, chain),
         any_order=len({(group.kind, group.cap_bytes) for group in groups}) > 1 and len(groups) <= 8,
     )
     try:
