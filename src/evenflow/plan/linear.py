@@ -351,4 +351,5 @@ def guesses_from(bound: float) -> Iterator[float]:
 
 def _earliest_in_time(elapsed: Floats, most: float) -> Ints:
     """For every last spot, the earliest first spot whose nodes take no more than that."""
-    return np.searchsorted(elapsed, elapsed - most * (1 + ROUNDING), side="left")
+    slack = 4 * np.finfo(float).eps * elapsed[-1]  # what sums up to here may be off
+    return np.asarray(np.searchsorted(elapsed, elapsed - most * (1 + ROUNDING) - slack, side="left"))
