@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check bench bench-search bench-build bench-record setup clean
+.PHONY: train test check bench bench-search bench-partition bench-build bench-record setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -27,12 +27,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-search bench-build bench-record
+bench: bench-search bench-partition bench-build bench-record
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/search_equal.py
 	$(BIN)/python benchmarks/search_unequal.py
+
+bench-partition: setup
+	$(BIN)/python benchmarks/partition.py
 
 bench-record: setup
 	$(BIN)/python benchmarks/record.py

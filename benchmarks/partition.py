@@ -31,20 +31,20 @@ class Layers:
 
 
 def language_model(num_blocks: int) -> Layers:
-    """An embedding that takes next to nothing and a head worth four blocks; each has the parameters of three."""
+    """An embedding of little time and a head of four blocks' time; each has the parameters of four."""
     return Layers(
         f"{num_blocks} equal blocks",
         (0.05, *[1.0] * num_blocks, 4.0),
-        (3.0, *[1.0] * num_blocks, 3.0),
+        (4.0, *[1.0] * num_blocks, 4.0),
     )
 
 
 def uneven_model(num_blocks: int) -> Layers:
-    """The same with blocks of different kinds: every third has experts, of many parameters and little work."""
+    """The same with uneven blocks: every third has experts, of many parameters and little work."""
     chance = random.Random(0)
     seconds = [chance.uniform(0.7, 1.3) * (1.4 if block % 3 == 2 else 1.0) for block in range(num_blocks)]
     parameters = [6.0 if block % 3 == 2 else 1.0 for block in range(num_blocks)]
-    return Layers(f"{num_blocks} uneven blocks", (0.05, *seconds, 4.0), (3.0, *parameters, 3.0))
+    return Layers(f"{num_blocks} uneven blocks", (0.05, *seconds, 4.0), (4.0, *parameters, 4.0))
 
 
 def equal_counts(layers: Layers, num_stages: int) -> list[int]:
@@ -81,7 +81,7 @@ def greedy_by_time(layers: Layers, num_stages: int) -> list[int]:
 
 
 def block_partition(layers: Layers, num_stages: int) -> list[int]:
-    """torchgpipe's `balance_by_time`: Bárány & Grinberg, "Block Partitions of Sequences", 2015.
+    """What torchgpipe's `balance_by_time` does: Bárány & Grinberg, "Block Partitions of Sequences", 2015.
 
     From equal counts on, the lightest block takes a layer from the neighbour that lies towards the heaviest,
     until the two differ by no more than the largest layer, all being scaled to lie between 0 and 1.
@@ -89,18 +89,17 @@ def block_partition(layers: Layers, num_stages: int) -> list[int]:
     smallest, largest = min(layers.seconds), max(layers.seconds)
     sizes = [(seconds - smallest) / (largest - smallest) for seconds in layers.seconds]
     ends = [len(sizes) // num_stages * stage for stage in range(1, num_stages)]
-    heaviest = None
+    loads = stage_sums(sizes, ends)
+    heaviest = loads.index(max(loads))
     while True:
-        loads = stage_sums(sizes, ends)
-        if heaviest is None:
-            heaviest = loads.index(max(loads))
         if loads[heaviest] <= min(loads) + 1:
             return ends
         lightest = min(range(num_stages), key=lambda stage: (loads[stage], abs(stage - heaviest)))
         towards = 1 if lightest < heaviest else -1
         ends[min(lightest, lightest + towards)] += towards
+        loads = stage_sums(sizes, ends)
         if lightest + towards == heaviest:
-            heaviest = None
+            heaviest = loads.index(max(loads))
 
 
 def ours(layers: Layers, num_stages: int) -> Sequence[int]:

@@ -176,6 +176,11 @@ def test_the_unit_of_costs_does_not_matter():
     assert len(cuts) == 1
 
 
+def test_stages_beside_a_huge_one_are_balanced_all_the_same():
+    costs = [0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 1e7]
+    assert balanced_cuts(costs, cut_bytes=[1] * 7, legal=[True] * 7, num_stages=3) == (3, 6)
+
+
 def test_one_stage_needs_no_cut_and_no_node():
     assert balanced_cuts([1.0, 2.0], cut_bytes=[0, 0], legal=[False] * 2, num_stages=1) == ()
     assert balanced_cuts([], cut_bytes=[], legal=[], num_stages=1) == ()

@@ -9,8 +9,9 @@ times, because the second-most loaded rank and the bytes don't split into parts 
    whether the exception is used up;
 3. the fewest bytes under T1 and T2, with the same flag.
 
-Only runs that take no more than a guess at T1 are looked at; the guess starts at the lower bound and grows
-until it holds. What is left is a narrow band, cut out of numpy arrays.
+Only runs that take no more than a guess are looked at: one guess for the most loaded rank, and a lower one
+for all others, which matters where one node outweighs a whole stage. The guesses start at lower bounds and
+grow until nothing better can lie outside. What is left is a narrow band, cut out of numpy arrays.
 
 Source of the band: Pinar & Aykanat, "Fast optimal load balancing algorithms for 1D partitioning", 2004.
 """
@@ -20,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ import numpy.typing as npt
 from evenflow.ir.costs import ROUNDING
 from evenflow.plan.runs import Floats, Ints, Others, RunMemory, Runs
 
+Flags: TypeAlias = npt.NDArray[np.bool_]
+NOTHING = -1.0  # seconds within which no stage is: none may be excepted
 GUESSES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 
 
@@ -49,36 +52,33 @@ class Taken(NamedTuple):
     last: int
 
 
-class Aim(Protocol):
-    """What a programme minimises. Row 0 of the values: no rank is excepted; row 1: one is."""
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a programme minimises, where one rank takes up to `excepted` and all others up to `within`.
 
-    def extend(self, before: Floats, loads: Floats, num_bytes: Floats) -> Floats:
+    `counts`: "most" the largest load, "others" the largest but for the excepted one, "bytes" all cuts'.
+    """
+
+    within: float
+    excepted: float
+    counts: Literal["most", "others", "bytes"]
+
+    def ordinary(self, before: Floats, loads: Floats, num_bytes: Floats) -> Floats:
         """Return the values with one more stage each, of the given loads, that ends in cuts of such bytes."""
+        after = before + num_bytes if self.counts == "bytes" else np.maximum(before, loads)
+        return np.where(loads <= self.within, after, math.inf)
 
-
-@dataclass(frozen=True, slots=True)
-class LeastLoad:
-    """The most loaded rank, where one is excepted if it stays within `excepted`."""
-
-    excepted: float = -1.0
-
-    def extend(self, before: Floats, loads: Floats, num_bytes: Floats) -> Floats:
-        plain = np.maximum(before, loads)
-        plain[1] = np.minimum(plain[1], np.where(loads <= self.excepted, before[0], math.inf))
-        return plain
-
-
-@dataclass(frozen=True, slots=True)
-class FewestBytes:
-    """The bytes of all cuts, where one rank stays within `most` and all others within `second`."""
-
-    most: float
-    second: float
-
-    def extend(self, before: Floats, loads: Floats, num_bytes: Floats) -> Floats:
-        plain = np.where(loads <= self.second, before, math.inf)
-        plain[1] = np.minimum(plain[1], np.where(loads <= self.most, before[0], math.inf))
-        return np.asarray(plain + num_bytes)
+    def exception(self, before: Floats, loads: Floats, num_bytes: Floats) -> Floats:
+        """Return the same where that stage is the excepted one."""
+        within = loads <= self.excepted
+        match self.counts:
+            case "most":
+                return np.where(within, np.maximum(before, loads), math.inf)
+            case "others":
+                return np.where(within, before, math.inf)
+            case "bytes":
+                return np.where(within, before + num_bytes, math.inf)
+        assert_never(self.counts)
 
 
 def arcs_of(kind_of: Sequence[int], *, any_order: bool) -> list[Arc]:
@@ -103,20 +103,42 @@ def arcs_of(kind_of: Sequence[int], *, any_order: bool) -> list[Arc]:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """The runs worth looking at: the earliest first spot of each arc and last spot; live spots of states."""
+    """The runs worth looking at.
 
-    earliest: list[Ints]
-    live: npt.NDArray[np.bool_]
+    - `within[arc]`, `excepted[arc]`: the earliest first spot for each last spot, of ranks that are not
+      excepted and of one that is.
+    - `live[state, flag]`: the spots through which some path leads; flag 1 where a rank was excepted before.
+    """
 
-    def pairs(self, number: int, arc: Arc) -> tuple[Ints, Ints]:
-        """Return first and last spots of all runs of an arc, by last spots."""
-        starts, ends = np.flatnonzero(self.live[arc.before]), np.flatnonzero(self.live[arc.after])
-        if not len(starts):
-            return starts, starts
-        first = np.maximum(self.earliest[number][ends], starts[0])
-        counts = np.maximum(np.minimum(ends, starts[-1] + 1) - first, 0)
-        shift = first - (np.cumsum(counts) - counts)
-        return np.arange(counts.sum()) + np.repeat(shift, counts), np.repeat(ends, counts)
+    within: list[Ints]
+    excepted: list[Ints]
+    live: Flags
+
+
+def _pairs(earliest: Ints, starting: Flags, ending: Flags) -> tuple[Ints, Ints]:
+    """Return first and last spots of all runs, by last spots."""
+    starts, ends = np.flatnonzero(starting), np.flatnonzero(ending)
+    if not len(starts):
+        return starts, starts
+    first = np.maximum(earliest[ends], starts[0])
+    counts = np.maximum(np.minimum(ends, starts[-1] + 1) - first, 0)
+    shift = first - (np.cumsum(counts) - counts)
+    return np.arange(counts.sum()) + np.repeat(shift, counts), np.repeat(ends, counts)
+
+
+def _forward(reached: Flags, earliest: Ints) -> Flags:
+    """Return the spots where a run from one of these may end."""
+    spots = np.arange(len(reached))
+    sums = np.concatenate([[0], np.cumsum(reached)])
+    return np.asarray(sums[spots] > sums[np.minimum(earliest, spots)])
+
+
+def _backward(live: Flags, earliest: Ints) -> Flags:
+    """Return the spots where a run to one of these may start."""
+    spots = np.arange(len(live))
+    sums = np.concatenate([[0], np.cumsum(live)])
+    latest = np.searchsorted(earliest, spots, side="right")  # one past the last spot that one reaches
+    return np.asarray(sums[latest] > sums[np.minimum(spots + 1, latest)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,21 +151,22 @@ class Line:
     first: int
     last: int
 
-    def cheapest(self, guesses: Iterable[float]) -> list[Taken] | None:
-        """Return the best stages, or None if memory allows none. The last guess must be infinite."""
-        if self._band(math.inf, 1.0) is None:
+    def cheapest(self, guesses: Iterable[tuple[float, float]]) -> list[Taken] | None:
+        """Return the best stages, or None if memory allows none.
+
+        Each guess is of the second-most loaded rank and of the most loaded one; the last must suffice.
+        """
+        if self._band(math.inf, NOTHING) is None:
             return None
-        most = math.inf
-        for guess in guesses:
-            if (band := self._band(guess, 1.0)) is not None:
-                most = self._least(band, LeastLoad())
-                if most > guess:  # prices make it worse than it seemed: look at all runs up to there
-                    most = self._least(self._sure_band(most), LeastLoad())
+        for within, excepted in guesses:
+            most = self._least(Aim(within, excepted, "most"))
+            if most < math.inf and (most <= within or not self._has_within(most * (1 - ROUNDING))):
                 break
+        else:
+            raise AssertionError("some partition fits, and none was found")
         most *= 1 + ROUNDING
-        band = self._sure_band(most)
-        second = self._least(band, LeastLoad(most)) * (1 + ROUNDING)
-        return self._trace(band, FewestBytes(most, second), self._load)
+        second = self._least(Aim(min(within, most), most, "others")) * (1 + ROUNDING)
+        return self._trace(Aim(second, most, "bytes"), self._load)
 
     def roomiest(self, scales: Iterable[float]) -> list[Taken]:
         """Return the stages whose largest ratio of need to cap is smallest. The last scale must do."""
@@ -157,16 +180,23 @@ class Line:
 
     def roomiest_within(self, scale: float) -> list[Taken] | None:
         """Return the same if its ratio is within `scale`, for which `memory` must suffice; otherwise None."""
-        band = self._band(math.inf, scale)
-        return None if band is None else self._trace(band, LeastLoad(), self._ratio)
+        aim = Aim(math.inf, NOTHING, "most")
+        return None if self._band(math.inf, NOTHING, scale) is None else self._trace(aim, self._ratio, scale)
 
-    def _least(self, band: Band, aim: LeastLoad) -> float:
-        return float(self._sweep(band, aim, self._load)[-1][:, self.last].min())
+    def _least(self, aim: Aim) -> float:
+        band = self._band(aim.within, aim.excepted)
+        return math.inf if band is None else float(self._sweep(band, aim, self._load)[-1][:, self.last].min())
 
-    def _sure_band(self, most_seconds: float) -> Band:
-        band = self._band(most_seconds, 1.0)
-        assert band is not None, "some stages take no more than that"
-        return band
+    def _has_within(self, most_seconds: float) -> bool:
+        """Whether some stages all take no more than that."""
+        reached = np.zeros((self.arcs[-1].after + 1, len(self.runs.spots)), dtype=bool)
+        reached[0, self.first] = True
+        for arc in self.arcs:
+            elapsed, price = self.runs.elapsed[arc.kind], self.runs.price
+            latest = np.where(reached[arc.before], elapsed - price, -math.inf)
+            latest = _largest_before(latest, self._earliest_in_memory(arc, 1.0))
+            reached[arc.after] |= elapsed + price + arc.others.seconds - latest <= most_seconds
+        return bool(reached[-1, self.last])
 
     def _load(self, arc: Arc, first: Ints, last: Ints) -> Floats:
         return arc.others.seconds + self.runs.seconds(arc.kind, first, last)
@@ -177,32 +207,36 @@ class Line:
         need = self.memory.need(first, last - first, in_flight, arc.others)
         return np.asarray(need / self.runs.kinds[arc.kind].cap_bytes)
 
-    def _band(self, most_seconds: float, scale: float) -> Band | None:
+    def _band(self, within: float, excepted: float, scale: float = 1.0) -> Band | None:
         """Return the runs within so many seconds and so many times the cap; None if no path is left."""
-        known: dict[tuple[int, float, Others], Ints] = {}
-        earliest = []
+        known: dict[tuple[int, float, Others], tuple[Ints, Ints]] = {}
         for arc in self.arcs:
-            key = arc.kind, self.runs.problem.in_flight[arc.stage], arc.others
+            key = self._key(arc)
             if key not in known:
-                known[key] = np.maximum(
-                    _earliest_in_time(self.runs.elapsed[arc.kind], most_seconds - arc.others.seconds),
-                    self._earliest_in_memory(arc, scale),
-                )
-            earliest.append(known[key])
-        num_states, num_spots = self.arcs[-1].after + 1, len(self.runs.spots)
-        spots = np.arange(num_spots)
-        reached = np.zeros((num_states, num_spots), dtype=bool)
-        reached[0, self.first] = True
-        for arc, start in zip(self.arcs, earliest, strict=True):
-            sums = np.concatenate([[0], np.cumsum(reached[arc.before])])
-            reached[arc.after] |= sums[spots] > sums[np.minimum(start, spots)]
+                fitting, elapsed = self._earliest_in_memory(arc, scale), self.runs.elapsed[arc.kind]
+                ordinary = _earliest_in_time(elapsed, within - arc.others.seconds)
+                exception = _earliest_in_time(elapsed, excepted - arc.others.seconds)
+                known[key] = np.maximum(fitting, ordinary), np.maximum(fitting, exception)
+        earliest = [known[self._key(arc)] for arc in self.arcs]
+        reached = np.zeros((self.arcs[-1].after + 1, 2, len(self.runs.spots)), dtype=bool)
+        reached[0, 0, self.first] = True
+        for arc, (ordinary, exception) in zip(self.arcs, earliest, strict=True):
+            before, after = reached[arc.before], reached[arc.after]
+            after[0] |= _forward(before[0], ordinary)
+            after[1] |= _forward(before[1], ordinary) | _forward(before[0], exception)
         live = np.zeros_like(reached)
-        live[-1, self.last] = reached[-1, self.last]
-        for arc, start in zip(reversed(self.arcs), reversed(earliest), strict=True):
-            sums = np.concatenate([[0], np.cumsum(live[arc.after])])
-            latest = np.searchsorted(start, spots, side="right")  # one past the last spot that one reaches
-            live[arc.before] |= reached[arc.before] & (sums[latest] > sums[np.minimum(spots + 1, latest)])
-        return Band(earliest, live) if live[0, self.first] else None
+        live[-1, :, self.last] = reached[-1, :, self.last]
+        for arc, (ordinary, exception) in zip(reversed(self.arcs), reversed(earliest), strict=True):
+            before, after = live[arc.before], live[arc.after]
+            before[0] |= _backward(after[0], ordinary) | _backward(after[1], exception)
+            before[1] |= _backward(after[1], ordinary)
+            before &= reached[arc.before]
+        if not live[0, 0, self.first]:
+            return None
+        return Band([pair[0] for pair in earliest], [pair[1] for pair in earliest], live)
+
+    def _key(self, arc: Arc) -> tuple[int, float, Others]:
+        return arc.kind, self.runs.problem.in_flight[arc.stage], arc.others
 
     def _earliest_in_memory(self, arc: Arc, scale: float) -> Ints:
         num_spots = len(self.runs.spots)
@@ -221,58 +255,88 @@ class Line:
 
     def _sweep(self, band: Band, aim: Aim, weigh: "Weigh") -> Floats:
         """Return the best values: `[state, flag, spot where the last stage ended]`."""
-        values = np.full((len(band.live), 2, len(self.runs.spots)), math.inf)
+        values = np.full(band.live.shape, math.inf)
         values[0, 0, self.first] = 0.0
         for number, arc in enumerate(self.arcs):
-            first, last = band.pairs(number, arc)
-            if not len(first):
-                continue
-            extended = aim.extend(
-                values[arc.before][:, first], weigh(arc, first, last), self.runs.num_bytes[last]
-            )
-            begins = np.flatnonzero(np.diff(last, prepend=-1))
-            best, ends = np.minimum.reduceat(extended, begins, axis=1), last[begins]
-            values[arc.after][:, ends] = np.minimum(values[arc.after][:, ends], best)
+            live_before, live_after = band.live[arc.before], band.live[arc.after]
+            before, after = values[arc.before], values[arc.after]
+            first, last = _pairs(band.within[number], live_before.any(axis=0), live_after.any(axis=0))
+            if len(first):
+                loads, num_bytes = weigh(arc, first, last), self.runs.num_bytes[last]
+                _keep_least(after, aim.ordinary(before[:, first], loads, num_bytes), last)
+            first, last = _pairs(band.excepted[number], live_before[0], live_after[1])
+            if len(first):
+                loads, num_bytes = weigh(arc, first, last), self.runs.num_bytes[last]
+                _keep_least(after[1:], aim.exception(before[:1, first], loads, num_bytes), last)
         return values
 
-    def _trace(self, band: Band, aim: Aim, weigh: "Weigh") -> list[Taken]:
+    def _trace(self, aim: Aim, weigh: "Weigh", scale: float = 1.0) -> list[Taken]:
         """Return the stages of the best path, from the first."""
+        band = self._band(aim.within, aim.excepted, scale)
+        assert band is not None, "some path is within the limits"
         values = self._sweep(band, aim, weigh)
         state, spot = len(values) - 1, self.last
         flag = int(values[state, :, spot].argmin())
         path: list[Taken] = []
         while state:
-            state, spot, flag = self._came_from(band, aim, weigh, values, (state, spot, flag), path)
-        return path[::-1]
-
-    def _came_from(
-        self,
-        band: Band,
-        aim: Aim,
-        weigh: "Weigh",
-        values: Floats,
-        at: tuple[int, int, int],
-        path: list[Taken],
-    ) -> tuple[int, int, int]:
-        """Find the step that led here, add it to the path and return where it came from."""
-        state, spot, flag = at
-        for number, arc in enumerate(self.arcs):
-            if arc.after != state:
-                continue
-            first = np.arange(band.earliest[number][spot], spot)
-            last = np.full_like(first, spot)
-            loads, num_bytes = weigh(arc, first, last), self.runs.num_bytes[last]
-            for before in range(flag + 1):
-                alone = np.full((2, len(first)), math.inf)
-                alone[before] = values[arc.before, before, first]
-                hits = np.flatnonzero(aim.extend(alone, loads, num_bytes)[flag] == values[state, flag, spot])
+            best = values[state, flag, spot]
+            for arc, first, before, reaches in self._ways(band, aim, weigh, values, Place(state, flag, spot)):
+                hits = np.flatnonzero(reaches == best)
                 if len(hits):
                     path.append(Taken(arc, int(first[hits[0]]), spot))
-                    return arc.before, int(first[hits[0]]), before
-        raise AssertionError("a value without a step that leads to it")
+                    state, flag, spot = arc.before, before, path[-1].first
+                    break
+            else:
+                raise AssertionError("a value without a step that leads to it")
+        return path[::-1]
+
+    def _ways(
+        self, band: Band, aim: Aim, weigh: "Weigh", values: Floats, at: "Place"
+    ) -> Iterator[tuple[Arc, Ints, int, Floats]]:
+        """Yield the steps that lead to a place: arc, first spots, flag before, and the values they make."""
+        for number, arc in enumerate(self.arcs):
+            if arc.after != at.state:
+                continue
+            ways = [(band.within[number], at.flag, aim.ordinary)]
+            if at.flag:
+                ways.append((band.excepted[number], 0, aim.exception))
+            for earliest, before, extend in ways:
+                first = np.arange(earliest[at.spot], at.spot)
+                last = np.full_like(first, at.spot)
+                came = values[arc.before, before, first]
+                yield arc, first, before, extend(came, weigh(arc, first, last), self.runs.num_bytes[last])
+
+
+class Place(NamedTuple):
+    """Where a path is: its state, whether a rank was excepted, and the spot where the last stage ended."""
+
+    state: int
+    flag: int
+    spot: int
 
 
 Weigh = Callable[[Arc, Ints, Ints], Floats]
+
+
+def _keep_least(after: Floats, extended: Floats, last: Ints) -> None:
+    """Lower `after[:, spot]` to the least of the values that end there; `last` ascends."""
+    begins = np.flatnonzero(np.diff(last, prepend=-1))
+    ends = last[begins]
+    after[:, ends] = np.minimum(after[:, ends], np.minimum.reduceat(extended, begins, axis=1))
+
+
+def _largest_before(values: Floats, earliest: Ints) -> Floats:
+    """Return for each spot the largest of the values from its earliest spot to the one before it."""
+    spots = np.arange(len(values))
+    widths = np.maximum(spots - earliest, 0)
+    largest = np.full(len(values), -math.inf)
+    best = values.copy()  # of so many spots from each on, as `size` says
+    for power in range(int(widths.max(initial=0)).bit_length()):
+        size = 1 << power
+        here = (widths >> power) == 1  # two windows of that size cover it
+        largest[here] = np.maximum(best[earliest[here]], best[spots[here] - size])
+        best[: len(best) - size] = np.maximum(best[: len(best) - size], best[size:])
+    return largest
 
 
 def guesses_from(bound: float) -> Iterator[float]:
@@ -287,4 +351,5 @@ def guesses_from(bound: float) -> Iterator[float]:
 
 def _earliest_in_time(elapsed: Floats, most: float) -> Ints:
     """For every last spot, the earliest first spot whose nodes take no more than that."""
-    return np.searchsorted(elapsed, elapsed - most * (1 + ROUNDING), side="left")
+    slack = 4 * np.finfo(float).eps * elapsed[-1]  # what sums up to here may be off
+    return np.asarray(np.searchsorted(elapsed, elapsed - most * (1 + ROUNDING) - slack, side="left"))

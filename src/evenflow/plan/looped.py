@@ -57,7 +57,7 @@ def _orders(runs: Runs) -> tuple[list[list[int]], bool]:
     if math.factorial(len(given)) // math.prod(map(math.factorial, counts)) <= MOST_ORDERS:
         return [list(order) for order in dict.fromkeys(itertools.permutations(given))], True
     line = Line(runs, None, arcs_of(given, any_order=True), 0, runs.num_steps)
-    taken = line.cheapest(guesses_from(runs.bound_seconds()))
+    taken = line.cheapest((guess, guess) for guess in guesses_from(runs.bound_seconds()))
     assert taken is not None, "without caps everything fits"
     return [given, given[::-1], [step.arc.kind for step in taken]], False
 
@@ -75,7 +75,8 @@ class _Loop:
         num_stages, num_ranks = self.runs.problem.placement.num_stages, len(self.order)
         arcs = [Arc(stage, stage + 1, self.order[stage % num_ranks], stage) for stage in range(num_stages)]
         alone = Line(self.runs, None, arcs, 0, self.runs.num_steps)
-        taken = alone.cheapest(guesses_from(self.runs.bound_seconds() * num_ranks / num_stages))
+        guesses = guesses_from(self.runs.mean_seconds() * num_ranks / num_stages)
+        taken = alone.cheapest((guess, guess) for guess in guesses)
         assert taken is not None, "without caps everything fits"
         cuts = [0, *(step.last for step in taken)]
         if self._ratio(cuts)[0] > 1 + ROUNDING:
@@ -106,7 +107,7 @@ class _Loop:
         raise AssertionError("there is at least one window")
 
     def _cheapest(self, line: Line, cuts: Sequence[int]) -> list[Taken]:
-        taken = line.cheapest([self._score(cuts)[0] * (1 + ROUNDING), math.inf])
+        taken = line.cheapest([(self._score(cuts)[0] * (1 + ROUNDING),) * 2])
         assert taken is not None, "the stages fit as they are"
         return taken
 

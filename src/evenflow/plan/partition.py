@@ -71,7 +71,8 @@ def _linear(runs: Runs) -> Partition:
     def told(taken: Sequence[Taken]) -> Partition:
         return measured(runs, [step.last for step in taken[:-1]], [step.arc.kind for step in taken])
 
-    taken = line.cheapest(guesses_from(runs.bound_seconds()))
+    guesses = zip(guesses_from(runs.mean_seconds()), guesses_from(runs.bound_seconds()), strict=True)
+    taken = line.cheapest(guesses)
     if taken is None:
         raise _lacking(runs, told(line.roomiest(guesses_from(runs.bound_ratio()))), is_proven=True)
     return _proven(told(taken))

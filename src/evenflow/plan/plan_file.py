@@ -1,7 +1,7 @@
-"""A plan as TOML that a person can read and edit. It is data: reading it runs nothing, and every value is checked.
+"""A plan as TOML that a person can read and edit. It is data: reading it runs nothing, and checks every value.
 
-Each class of `plan.py` is a table, each of its fields a key. What decides (degrees, schedule, sizes, the stages'
-first nodes and what they recompute) stands first; what is predicted may be left as it is.
+Each class of `plan.py` is a table, each of its fields a key. What decides stands first (degrees, schedule,
+sizes, the stages' first nodes and what they recompute); what is predicted may be left as it is.
 """
 
 import json
@@ -86,7 +86,7 @@ def read_plan(text: str) -> Plan:
 
 
 def read_plan_file(path: Path) -> Plan:
-    """Read a plan from a file; `ConfigError`, with the file's name, as `read_plan` and where it can't be read."""
+    """Read a plan from a file; `ConfigError` as `read_plan`, and for a file that can't be read."""
     try:
         return read_plan(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -104,11 +104,7 @@ def _ranked(request: Request) -> Iterator[_Ranked]:
             chain = chain_for(request, choice)
             chains[key] = chain, lower_bound(request, choice, chain)
         chain, bound_seconds = chains[key]
-        stretch = stretch_of(
-            choice.schedule, choice.degrees.pipeline, choice.stages_per_rank, choice.num_microbatches
-        )
-        if stretch is not None:
-            yield _Ranked(choice, chain, bound_seconds, bound_seconds * stretch)
+        yield _Ranked(choice, chain, bound_seconds, bound_seconds * stretch_of(choice))
 
 
 class _Search:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 from evenflow.cluster.cluster import Cluster
-from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
@@ -324,24 +323,25 @@ def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequ
     )
 
 
-@lru_cache(maxsize=4096)
-def stretch_of(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> float | None:
-    """How many times as long as its work a schedule takes with equal stages; None for sizes it can't serve.
+# What the fill and the drain of a step add with equal ops, in ops of a whole stage's work for each further rank.
+_FILL = {
+    "zb-h1": 1 / 3,
+    "zb-h2": 1 / 3,
+    "interleaved-zb": 1 / 3,
+    "zb-v": 1 / 3,
+    "v-half": 2 / 3,
+    "v-min": 1.0,
+}
 
-    >>> stretch_of("1f1b", 2, 1, 4)
+
+def stretch_of(choice: Choice) -> float:
+    """How many times as long as its work a choice's schedule takes if all ops are equal, at the least.
+
+    >>> stretch_of(Choice(Degrees(pipeline=2), 1, "1f1b", 1, 4, "none"))
     1.25
     """
-    # Of more microbatches than are simulated, each takes as long as the last.
-    number = min(num_microbatches, 8 * num_ranks * stages_per_rank)
-    number -= number % num_ranks if number < num_microbatches else 0
-    try:
-        schedule = _schedule(name, num_ranks, stages_per_rank, number)
-    except ConfigError:
-        return None
-    stages = schedule.placement.num_stages
-    timeline = simulate(schedule, Flow.chain(stages), Costs.uniform(stages))
-    work = 3.0 * number * stages_per_rank
-    return 1 + (timeline.makespan_seconds - work) / work * number / num_microbatches
+    fill = _FILL.get(choice.schedule, 1.0) / choice.stages_per_rank
+    return 1 + fill * (choice.degrees.pipeline - 1) / choice.num_microbatches
 
 
 def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:

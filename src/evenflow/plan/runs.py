@@ -101,17 +101,19 @@ class Runs:
         """How many steps there are from the first spot to the last."""
         return len(self.spots) - 1
 
+    def mean_seconds(self) -> float:
+        """Return what the mean load, weighted by the shares, is at least in any partition and any order."""
+        num_sent = sum(a != b for a, b in itertools.pairwise(self.problem.placement.rank_of))
+        prices = np.sort(self.price[1:-1])[:num_sent].sum()
+        return float(self.mass[-1] + 2 * self.share.min() * prices)
+
     def bound_seconds(self) -> float:
         """Return what the most loaded rank does at least, in any partition and any order of devices.
 
-        The weighted mean of all loads is no more than the largest, and the heaviest node lies somewhere.
+        The mean is no more than the largest, and the heaviest node lies somewhere.
         """
         heaviest = np.array([kind.seconds for kind in self.kinds]).min(axis=0).max(initial=0.0)
-        rank_of = self.problem.placement.rank_of
-        num_sent = sum(a != b for a, b in itertools.pairwise(rank_of))
-        prices = np.sort(self.price[1:-1])[:num_sent].sum()
-        mean = self.mass[-1] + 2 * float(self.share.min()) * prices
-        return max(float(heaviest), float(mean))
+        return max(float(heaviest), self.mean_seconds())
 
     def seconds(self, kind: int, first: Ints, last: Ints) -> Floats:
         """Return what a stage takes if that is its run: its nodes, and the cuts on both its sides."""

@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 class Aim(NamedTuple):
-    """`LeastLoad` or `FewestBytes` of `linear.py`: with `counts_bytes` it is the second."""
+    """As `linear.py` has it: bytes, or the largest load but for a rank excepted that takes up to `most`."""
 
     counts_bytes: bool
     most: float
