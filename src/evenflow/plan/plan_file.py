@@ -1,4 +1,4 @@
-"""A plan as TOML that a person can read and edit. It is data: reading it runs nothing, and checks every value.
+"""A plan as TOML that a person can read and edit. It is data: reading runs nothing, and checks every value.
 
 Each class of `plan.py` is a table, each of its fields a key. What decides stands first (degrees, schedule,
 sizes, the stages' first nodes and what they recompute); what is predicted may be left as it is.

@@ -7,8 +7,8 @@ One pipeline stage with plain or sharded data parallelism is always among the ch
 be not to pipeline.
 
 Choices are priced in the order of an estimate: all work spread without a loss, and the idle time that their
-schedule has with equal stages. Pricing ends where that exceeds the best that was found by a margin. The bound
-that a plan states is a strict one: of all choices, priced or not, the least work spread without a loss.
+schedule has with equal stages. What is estimated above the best that was found is not priced. The bound that
+a plan states is a strict one: of all choices, priced or not, the least work spread without a loss.
 """
 
 import math
@@ -48,7 +48,7 @@ _SAVINGS: tuple[tuple[Sharding, str], ...] = (
     ("fsdp", "selective"),
     ("fsdp", "full"),
 )
-_MARGIN = 1.02  # what an estimate may be too high
+_MARGIN = 1.02  # a step that is longer than its estimate by less is as good as that
 _MOST_MICROBATCHES = 512  # of a choice of the planner's own; the user may ask for more
 _NUM_RUNNERS_UP = 5
 
@@ -71,7 +71,10 @@ def plan(request: Request, *, progress: Progress | None = None) -> Plan:
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
     """
-    ranked = sorted(_ranked(request), key=lambda each: each.estimate_seconds)
+    # One stage a rank first: it is cut exactly and at once, and what it reaches rules out most of the rest.
+    ranked = sorted(
+        _ranked(request), key=lambda each: (each.choice.stages_per_rank > 1, each.estimate_seconds)
+    )
     if not ranked:
         raise ConfigError(
             f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and the "
@@ -81,9 +84,8 @@ def plan(request: Request, *, progress: Progress | None = None) -> Plan:
     for number, each in enumerate(ranked):
         if progress is not None:
             progress(number, len(ranked), search.best_seconds)
-        if each.estimate_seconds >= search.best_seconds * _MARGIN:
-            break
-        search.look_at(each)
+        if each.estimate_seconds < search.best_seconds:
+            search.look_at(each)
     found = sorted(search.found, key=lambda priced: priced.step_seconds)
     return _plan(request, found or search.refuse(), min(each.bound_seconds for each in ranked))
 

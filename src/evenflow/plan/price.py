@@ -323,7 +323,7 @@ def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequ
     )
 
 
-# What the fill and the drain of a step add with equal ops, in ops of a whole stage's work for each further rank.
+# What fill and drain add with equal ops: for each further rank so much of one microbatch's work on a rank.
 _FILL = {
     "zb-h1": 1 / 3,
     "zb-h2": 1 / 3,
