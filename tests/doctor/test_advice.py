@@ -88,13 +88,13 @@ def test_the_cluster_has_the_median_and_names_who_differs():
 
 
 def test_a_pair_that_failed_is_not_in_the_cluster():
-    links = {pair: GOOD for pair in pairs(3)} | {(0, 2): Fault("no answer")}
+    links = dict.fromkeys(pairs(3), GOOD) | {(0, 2): Fault("no answer")}
     assert cluster_of(Examination((GPU,) * 3, links)).measured == {}
     with pytest.raises(ConfigError, match="no link could be measured"):
         cluster_of(of(GPU, GPU, Fault("no answer")))
     mixed = (GPU, replace(GPU, host="other"), GPU)
     with pytest.raises(ConfigError, match="must be in a row"):
-        cluster_of(Examination(mixed, {pair: GOOD for pair in pairs(3)}))
+        cluster_of(Examination(mixed, dict.fromkeys(pairs(3), GOOD)))
 
 
 @pytest.mark.parametrize(

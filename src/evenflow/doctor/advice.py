@@ -25,7 +25,8 @@ def _faults(found: Examination) -> Iterator[str]:
         if first.host != second.host:
             yield (
                 f"ranks {low} and {high} are on {first.host} and {second.host}: see that no firewall "
-                "stands between them, and set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface between them"
+                "stands between them, and set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface "
+                "that leads from one to the other"
             )
         elif first.device.startswith("cuda"):
             # NVIDIA/nccl-tests issue 117, NVIDIA/nccl issues 257 and 2079; NCCL user guide, troubleshooting.
