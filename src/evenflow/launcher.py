@@ -82,6 +82,11 @@ def rank_environment() -> RankEnvironment | None:
     )
 
 
+def library_settings() -> dict[str, str]:
+    """What the environment tells the libraries that carry tensors: its NCCL_… and GLOO_… variables."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_"))}
+
+
 def launch(fn: Callable[..., T], *args: object, nproc: int, num_threads: int = 1) -> list[T]:
     """Call `fn(*args)` in `nproc` new processes, one per rank, and wait for all of them.
 

@@ -114,7 +114,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return cluster.with_memory(draw(st.floats(2e9, 1e13))) if draw(st.booleans()) else cluster
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(clusters())
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> None:
     path = tmp_path_factory.getbasetemp() / "cluster.toml"
@@ -181,3 +181,9 @@ def test_a_size_is_read_as_it_is_written(num_bytes: float) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="is no size"):
         parse_bytes(text)
+
+
+def test_several_hosts_over_a_network_that_costs_nothing(tmp_path: Path) -> None:
+    host = parse_cluster("2xH100").hosts[0]
+    cluster = Cluster((host, host))
+    assert read(tmp_path, format_cluster(cluster)) == cluster

@@ -229,3 +229,28 @@ def test_a_product_with_a_weight_s_view_is_the_weight_s_work():
     seconds = chain_of_layers(model)
     product = seconds.forward.index(max(seconds.forward))
     assert seconds.weight_grad[product] > 0 == seconds.input_grad[product]
+
+
+class Routed(nn.Module):
+    """An expert for the rows whose first number is positive: which they are, only numbers say."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.expert = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.before(x)
+        rows = [number for number, row in enumerate(x) if row[0] > -1e9]
+        return self.expert(x[rows])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_module_whose_inside_was_not_seen_has_both_gradients(trains):
+    model = nn.Sequential(nn.Linear(64, 64), Routed())
+    model[1].requires_grad_(trains)
+    batch = torch.ones(8, 64)
+    graph = recorded(model, batch, lambda model, batch: model(batch).square().mean())
+    seconds = estimate(graph, model, [TOY], num_rows=8).seconds["toy"]
+    at = next(at for at, node in enumerate(graph.chain) if node.name == "1")
+    assert seconds.input_grad[at] > 0
+    assert (seconds.weight_grad[at] > 0) == trains

@@ -153,6 +153,31 @@ def check_command(
     raise typer.Exit(0 if equal else 1)
 
 
+@app.command("doctor")
+def doctor_command(
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="How many ranks on this machine. Default: one a GPU, or 2 on CPUs.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="CLUSTER.toml", help="Write what was found to a new file."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long a link may take to answer.")
+    ] = 20.0,
+) -> None:
+    """Check every link both ways: is the data right, how fast is it, and what helps where it is not.
+
+    Under torchrun it examines several machines. Exits with 0 where all links work, 1 where one does not.
+    """
+    from evenflow.cli.doctor import doctor
+
+    raise typer.Exit(0 if doctor(device, ranks, out, timeout) else 1)
+
+
 @app.command("schedule")
 def schedule_command(
     name: Annotated[
@@ -230,7 +255,8 @@ def schedule_command(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default the process's own; an `EvenflowError` becomes one red message.
 
-    Exits with 0, 1 where `check` found a difference, 2 for an error that the user can read, 130 for Ctrl-C.
+    Exits with 0, 1 where `check` or `doctor` found a fault, 2 for an error that the user can read, 130 for
+    Ctrl-C.
 
     Example:
         >>> main(["--version"])  # doctest: +SKIP

@@ -61,7 +61,7 @@ def format_cluster(cluster: Cluster) -> str:
 def _link_names(cluster: Cluster) -> dict[Link, str]:
     presets = {link: name for name, link in LINKS.items()}
     names: dict[Link, str] = {}
-    networks = () if cluster.network == Link() else (cluster.network,)
+    networks = () if cluster.network == Link() and len(cluster.hosts) == 1 else (cluster.network,)
     for link in (*(host.link for host in cluster.hosts), *networks):
         names.setdefault(link, presets.get(link) or f"link {len(names)}")
     return names

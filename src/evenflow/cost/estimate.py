@@ -15,6 +15,7 @@ from evenflow.cluster.device import Device
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
 from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph, Node
+from evenflow.graph.module_calls import RUN_FOR_REAL
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
 
 # No kernel reads and writes at the memory's full rate: assumed.
@@ -38,7 +39,16 @@ def estimate(
     """
     functions = FunctionCosts(graph)
     # Glue is asked for too: what it makes may be kept. Each stage computes it again, which costs little.
-    costs = {node.index: [functions.of(step) for step in node.steps] for node in graph.nodes}
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    costs = {
+        node.index: [
+            functions.of(
+                step, unseen_weights=step.name == RUN_FOR_REAL and not trained.isdisjoint(node.parameters)
+            )
+            for step in node.steps
+        ]
+        for node in graph.nodes
+    }
     of_chain = [costs[node.index] for node in graph.chain]
     saved = _saved(graph, of_chain, functions)
     kinds = {device.name: device for device in devices}

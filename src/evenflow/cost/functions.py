@@ -75,8 +75,11 @@ class FunctionCosts:
         for value in graph.values:
             self.bytes_of[value.storage] = max(self.bytes_of.get(value.storage, 0), held_bytes(value.info))
 
-    def of(self, step: Step) -> FunctionCost:
-        """What the step costs. Steps must be asked for in the order in which they ran."""
+    def of(self, step: Step, *, unseen_weights: bool = False) -> FunctionCost:
+        """What the step costs. Steps must be asked for in the order in which they ran.
+
+        `unseen_weights`: it is a whole module whose inside was not seen, with weights to train.
+        """
         takes = [number for number in step.takes if number not in step.gives or step.in_place]
         if takes and self._weights.issuperset(takes):
             self._weights.update(step.gives)  # a weight's view, its cast, or the sum of two
@@ -101,6 +104,8 @@ class FunctionCosts:
         received = [n for n in takes if self._requires_grad(n) and n not in self._weights]
         weights = [n for n in takes if self._requires_grad(n) and n in self._weights]
         input_grad, weight_grad = self._backward(kind, forward, received, weights)
+        if unseen_weights:
+            weight_grad = _times(forward, 1, 0.0)
         gradients = self._bytes((*step.gives, *received, *weights))
         return FunctionCost(forward, input_grad, weight_grad, kept, inside, made, gradients)
 

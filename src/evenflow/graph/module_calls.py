@@ -24,6 +24,8 @@ from evenflow.graph.template import is_tensor
 from evenflow.graph.tree import Draws, FunctionCall, ModuleCall, never
 from evenflow.graph.values import Values
 
+RUN_FOR_REAL = "a run for real"  # the name of the one step of a module that could not run on fakes
+
 
 class ModuleCalls:
     """A `ModuleListener`; `paths` names the modules by id."""
@@ -149,7 +151,7 @@ class ModuleCalls:
             call.autocast,
         )
         call.children.append(
-            FunctionCall(never, "a run for real", call.path, self._calls.clock, call.args, output, *state)
+            FunctionCall(never, RUN_FOR_REAL, call.path, self._calls.clock, call.args, output, *state)
         )
         call.real = True
         self._states.note_real_run(call, run.attributes)

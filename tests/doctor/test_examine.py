@@ -1,0 +1,87 @@
+"""The examination: real ranks over Gloo, one link of which hangs; and the command itself."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from evenflow.cluster.read import read_cluster
+from evenflow.doctor.examine import measure_links
+from evenflow.doctor.exchange import Exchange, WrongDataError, _Ends
+from evenflow.doctor.worker import Fault, Worker
+from evenflow.launcher import launch
+from evenflow.runtime.world import ProcessGroupWorld
+
+
+def with_a_worker_that_hangs():
+    dist.init_process_group("gloo")
+    world = ProcessGroupWorld(torch.device("cpu"))
+    with Worker("cpu", "gloo") as worker:
+        if world.rank == 1:
+            os.kill(worker.pid, signal.SIGSTOP)
+        return measure_links(world, worker, "127.0.0.1", timeout_seconds=10)
+
+
+def test_a_link_that_hangs_is_named_and_the_others_are_measured():
+    for links in launch(with_a_worker_that_hangs, nproc=3):
+        assert isinstance(links[0, 1], Fault)
+        assert isinstance(links[0, 2], Exchange)
+        assert isinstance(links[1, 2], Exchange)
+
+
+def test_the_command_writes_a_cluster_and_leaves_nothing_running(tmp_path):
+    path = tmp_path / "cluster.toml"
+    command = [sys.executable, "-m", "evenflow", "doctor", "--device", "cpu", "--ranks", "2", "-o", str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "right" in output
+    deadline = time.monotonic() + 20  # what Python starts beside a process ends a moment after it
+    while running_in_group(process.pid):
+        assert time.monotonic() < deadline, running_in_group(process.pid)
+    cluster = read_cluster(path)
+    assert cluster.num_ranks == 2
+    assert len(cluster.hosts) == 1
+    assert 1e6 < cluster.link_between(0, 1).bytes_per_second < 1e12
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+
+
+def running_in_group(group):
+    """What still runs of a group of processes; one that has ended may wait for its parent to notice."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
+
+
+def sends_what_nobody_expects():
+    dist.init_process_group("gloo")
+    side = dist.get_rank()
+    if side == 0:
+        dist.send(torch.zeros(1000, dtype=torch.uint8), 1)
+        return ""
+    try:
+        _Ends(side, torch.device("cpu")).check(1000, sender=0)
+    except WrongDataError as error:
+        return str(error)
+    return "nothing noticed"
+
+
+def test_wrong_data_are_noticed():
+    said = launch(sends_what_nobody_expects, nproc=2)[1]
+    assert said.startswith("of 1000 bytes 99")
+    assert said.endswith("arrived changed")
