@@ -94,7 +94,7 @@ class _Row:
 def _print(console: Console, measured: Profile, found: Recorded) -> None:
     chain = measured.chain
     ((device, seconds),) = chain.seconds.items()
-    title = f"One microbatch of {chain.num_rows} rows on {device}, {torch.get_num_threads()} thread(s)"
+    title = f"One microbatch of {chain.num_rows} row{'s' * (chain.num_rows != 1)} on {device}, {torch.get_num_threads()} thread(s)"
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_footer=True, padding=0)
     rows = _rows(measured)
@@ -197,12 +197,14 @@ def _layers(chain: Chain) -> tuple[list[str], LayerTimes]:
     """Names and times of the parts between which a cut may stand."""
     (seconds,) = chain.seconds.values()
     edges = [0, *(at for at in range(1, chain.num_nodes) if chain.legal[at]), chain.num_nodes]
+    saved, kept = (_with_first(chain, held) for held in (chain.saved, chain.kept))
+    kept = [min(pair) for pair in zip(saved, kept, strict=True)]  # of one memory the first may differ
     return [chain.names[start] for start in edges[:-1]], LayerTimes(
         _summed(seconds.forward, edges),
         _summed(seconds.input_grad, edges),
         _summed(seconds.weight_grad, edges),
-        activation=_summed(_with_first(chain, chain.saved), edges),
-        weight_activation=_summed(_with_first(chain, chain.kept), edges),
+        activation=_summed(saved, edges),
+        weight_activation=_summed(kept, edges),
         output=tuple((*chain.cut_bytes, 0.0)[end] for end in edges[1:]),
         in_bytes=True,
     )

@@ -19,6 +19,7 @@ from evenflow.cost.storages import Made, Memory
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.snapshots import copy_of
 from evenflow.runtime.inflight import InFlight
+from evenflow.runtime.split_backward import Walk, extent
 
 _T = TypeVar("_T")
 
@@ -161,10 +162,14 @@ def _held(
     saved = still_there()
     kept: _Kept = ((), (), 0)
     if bench.walks:
+        # The weight gradient of a stage walks its whole graph, so nodes without weights are kept for it too.
+        stays = extent(Walk(list(flight.roots.values()), ())).twice and not node.hooks
         bench.arrive(flight)
         bench.input_grad(flight)
         if flight.rest is not None:
             kept = still_there()
+        elif stays:
+            kept = saved
         bench.weight_grad(flight)
     return saved, kept, result_bytes, peak
 
