@@ -94,7 +94,8 @@ class _Row:
 def _print(console: Console, measured: Profile, found: Recorded) -> None:
     chain = measured.chain
     ((device, seconds),) = chain.seconds.items()
-    title = f"One microbatch of {chain.num_rows} row{'s' * (chain.num_rows != 1)} on {device}, {torch.get_num_threads()} thread(s)"
+    rows_told = "1 row" if chain.num_rows == 1 else f"{chain.num_rows} rows"
+    title = f"One microbatch of {rows_told} on {device}, {torch.get_num_threads()} thread(s)"
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_footer=True, padding=0)
     rows = _rows(measured)
