@@ -88,6 +88,21 @@ def test_memory_that_passes_is_what_is_allocated_beyond_what_is_kept():
     assert chain.forward_transient_bytes[1] == SIZE + 2 * SIZE - SIZE
 
 
+def test_buffers_that_are_kept_for_the_backward_are_not_counted():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("scale", torch.ones(2 * WIDTH))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale[:WIDTH]
+
+    chain = measured(Scaled()).chain
+    assert chain.names[1] == "mul"
+    assert [one.nodes for one in chain.saved if 1 in one.nodes] == []
+
+
 def test_equal_layers_are_measured_once():
     layers = [nn.Linear(WIDTH, WIDTH) for _ in range(4)]
     found = measured(nn.Sequential(*layers))
@@ -190,7 +205,16 @@ def test_a_model_without_memory_is_profiled_and_stays_without():
 
     with evenflow.deferred_init():
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
-    chain = measured(model).chain
+    without = []
+    chain = (
+        record(model)
+        .profile(
+            budget_seconds=0.0,
+            progress=lambda *_: without.append(all(p.is_meta for p in model.parameters())),
+        )
+        .chain
+    )
+    assert without == [True] * 5  # between two nodes there is none in memory
     assert all(parameter.is_meta for parameter in model.parameters())
     assert chain.num_nodes == 5
     assert sum(one.num_bytes for one in chain.parameters) == 4 * sum(p.numel() for p in model.parameters())
@@ -269,12 +293,23 @@ def test_a_broken_file_is_made_again(tmp_path, text):
     assert found.profile(cache=tmp_path, budget_seconds=0.0).num_measured == 0
 
 
-def test_a_number_that_is_none_counts_as_broken(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("result_bytes", "many"),
+        ("result_bytes", 1),
+        ("result_bytes", [None]),
+        ("forward_seconds", [1.0]),
+        ("forward_seconds", -1.0),
+        ("forward_seconds", True),
+    ],
+)
+def test_a_number_that_is_none_counts_as_broken(tmp_path, name, value):
     found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     found.profile(cache=tmp_path, budget_seconds=0.0)
     file = min(tmp_path.rglob("*.json"))
     held = json.loads(file.read_text())
-    held["measured"]["result_bytes"] = "many"
+    held["measured"][name] = value
     file.write_text(json.dumps(held))
     assert found.profile(cache=tmp_path, budget_seconds=0.0).num_measured == 1
 
