@@ -235,6 +235,30 @@ def read_cost_table(path: Path) -> CostTable:
     return _Reader(path, text).table()
 
 
+def write_layers(path: Path, names: Sequence[str], times: LayerTimes) -> None:
+    r"""Write a table of layers, in milliseconds and bytes, for `read_cost_table`; `ConfigError` if it cannot.
+
+    >>> import tempfile
+    >>> times = LayerTimes((0.5, 1.0), (0.5, 1.0), (0.25, 1.0), (8.0, 4.0), (8.0, 0.0), (2.0, 0.0), True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "times.csv"
+    ...     write_layers(path, ["embedding", "head"], times)
+    ...     read_cost_table(path) == times
+    True
+    """
+    columns = {
+        **{f"{name}_ms": [1e3 * each for each in getattr(times, f"{name}_seconds")] for name in _TIMES},
+        **{f"{name}_bytes": getattr(times, name) for name in _OPTIONAL["layer"] if getattr(times, name)},
+    }
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["layer", *columns])
+            writer.writerows(zip(names, *columns.values(), strict=True))
+    except OSError as error:
+        raise ConfigError(f"cannot write the costs {path}: {error.strerror}") from None
+
+
 class _Reader:
     def __init__(self, path: Path, text: str) -> None:
         self.path = path

@@ -1,13 +1,10 @@
 """`evenflow check`: one step split against one step of the whole model, in this process and on the CPU."""
 
-import traceback
-
 from rich.console import Console
 
 from evenflow.cli.report import print_check, print_cut
 from evenflow.cli.train import Flags, make_job
-from evenflow.cli.training import prepare_here
-from evenflow.errors import ConfigError, EvenflowError
+from evenflow.cli.training import prepare_here, refusing
 
 
 def check(flags: Flags) -> bool:
@@ -23,14 +20,9 @@ def check(flags: Flags) -> bool:
     with console.status("recording and cutting the model") as status:
         pipe, feed = prepare_here(job)
         try:
-            print_cut(console, pipe.cut)
-            report = pipe.check(feed.validation[0], progress=status.update)
-        except EvenflowError:
-            raise
-        except Exception as error:
-            refusal = ConfigError(f"the step cannot be run: {type(error).__name__}: {error}")
-            refusal.add_note("".join(traceback.format_exception(error)).rstrip())
-            raise refusal from error
+            with refusing("the step cannot be run"):
+                print_cut(console, pipe.cut)
+                report = pipe.check(feed.validation[0], progress=status.update)
         finally:
             pipe.close()
     print_check(console, report)

@@ -178,6 +178,53 @@ def doctor_command(
     raise typer.Exit(0 if doctor(device, ranks, out, timeout) else 1)
 
 
+@app.command("profile")
+def profile_command(
+    source: Source = None,
+    model: Model = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
+    ] = None,
+    batch_size: BatchSize = None,
+    length: Length = None,
+    seed: Seed = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(help="For how many stages: more make finer nodes. Default: those of 2 ranks."),
+    ] = None,
+    microbatches: Microbatches = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it to a new file, for evenflow schedule --costs."),
+    ] = None,
+) -> None:
+    """Measure what each node of a model costs: time, memory, and bytes over each place to cut.
+
+    Measurements are kept in EVENFLOW_CACHE, by default ~/.cache/evenflow, and not made again.
+    """
+    from evenflow.cli.profile import profile
+    from evenflow.cli.train import Flags
+
+    profile(
+        Flags(
+            source=source,
+            model=model,
+            data=tuple(data or ()),
+            batch_size=batch_size,
+            length=length,
+            seed=seed,
+            stages=stages,
+            num_microbatches=microbatches,
+            device=device,
+        ),
+        csv=csv,
+    )
+
+
 @app.command("schedule")
 def schedule_command(
     name: Annotated[

@@ -4,12 +4,13 @@ Every rank runs this same loop; the pipeline decides what a call means on this r
 rank's console speaks.
 """
 
+import contextlib
 import itertools
 import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,19 @@ def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
         EvenflowError: What is wrong. An exception of the model's own code comes as a `ConfigError` whose
             note is its traceback.
     """
-    try:
+    with refusing("the model cannot be built and run"):
         return _prepare(job, device="cpu")
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn an exception of the user's code into a `ConfigError` that says `what` and has its traceback."""
+    try:
+        yield
     except EvenflowError:
         raise
     except Exception as error:
-        refusal = ConfigError(f"the model cannot be built and run: {type(error).__name__}: {error}")
+        refusal = ConfigError(f"{what}: {type(error).__name__}: {error}")
         refusal.add_note("".join(traceback.format_exception(error)).rstrip())
         raise refusal from error
 
@@ -91,7 +99,7 @@ def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
 def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
     config = job.config
     source = build(config.model, seed=config.training.seed)
-    feed = _make_feed(config.data, source, config.training)
+    feed = make_feed(config.data, source, config.training)
     pipe = evenflow.pipeline(
         source.model,
         loss=source.loss,
@@ -162,7 +170,12 @@ def _validate(pipe: "evenflow.Pipeline", feed: Feed) -> float:
     return feed.loss_scale * math.fsum(float(loss) for loss in losses) / len(losses)
 
 
-def _make_feed(data: DataChoice, source: ModelSource, training: Training) -> Feed:
+def make_feed(data: DataChoice, source: ModelSource, training: Training) -> Feed:
+    """The batches that a run trains on and validates with.
+
+    Raises:
+        ConfigError: There is not enough text, or none.
+    """
     match data:
         case ExampleData():
             num_rows = max(

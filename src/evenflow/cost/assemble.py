@@ -106,9 +106,9 @@ def _storage_bytes(graph: Graph, measured: Mapping[int, Measured]) -> dict[_Stor
         for value, size in zip(node.makes, found, strict=True):
             storage = graph.values[value].storage
             sizes[storage] = max(sizes.get(storage, 0), size)
-    for value in graph.values:
-        if isinstance(value.source, BatchLeaf) or not sizes.get(value.storage):
-            sizes[value.storage] = max(sizes.get(value.storage, 0), num_bytes(value.info))
+    for each in graph.values:
+        if isinstance(each.source, BatchLeaf) or not sizes.get(each.storage):
+            sizes[each.storage] = max(sizes.get(each.storage, 0), num_bytes(each.info))
     return sizes
 
 

@@ -15,6 +15,7 @@ import torch
 from evenflow.cost.inputs import random_like
 from evenflow.graph.cut import Section
 from evenflow.graph.graph import Graph, Node
+from evenflow.graph.snapshots import copy_of
 from evenflow.graph.tree import TensorInfo
 from evenflow.runtime.inflight import InFlight
 from evenflow.runtime.kept import buffers_at
@@ -55,6 +56,7 @@ class Bench:
         self.node, self.role, self._graph = node, role, graph
         self._stage, self._work = stage, work
         returns = section.gradient_receives.get(_AFTER, ())
+        self.gives = bool(section.gradient_sends[_BEFORE])  # whether other nodes wait for gradients
         self._gradients = tuple(random_like(graph.values[value].info, stage.device) for value in returns)
 
     @property
@@ -70,23 +72,22 @@ class Bench:
         self._stage.run_forward(flight, batch, step=0, microbatch=0)
         return flight
 
+    def arrive(self, flight: InFlight) -> None:
+        """Let the gradients of its results be there, as others have just made them."""
+        flight.owed.clear()
+        flight.gradients[_AFTER] = tuple(map(copy_of, self._gradients))
+
     def backward(self, flight: InFlight) -> None:
         """Run its backward in one piece."""
-        self._arrive(flight)
         self._stage.run_backward(flight, loss=None, weight=1.0)
 
     def input_grad(self, flight: InFlight) -> None:
         """Run the part of its backward that others wait for."""
-        self._arrive(flight)
         self._stage.run_input_grad(flight, loss=None, weight=1.0, before=())
 
     def weight_grad(self, flight: InFlight) -> None:
         """Run the rest of its backward."""
         self._stage.run_weight_grad(flight)
-
-    def _arrive(self, flight: InFlight) -> None:
-        flight.owed.clear()
-        flight.gradients[_AFTER] = self._gradients
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +22,14 @@ class Place:
     """Where something was measured: what makes its numbers hold elsewhere too."""
 
     device: str
-    torch: str
+    torch_version: str
     num_threads: int
 
     @staticmethod
     def of(device: torch.device) -> "Place":
         """This process, computing on `device`.
 
-        >>> Place.of(torch.device("cpu")).torch == torch.__version__
+        >>> Place.of(torch.device("cpu")).torch_version == torch.__version__
         True
         """
         return Place(device_name(device), torch.__version__, torch.get_num_threads())
@@ -106,7 +107,8 @@ def _measured(found: object) -> Measured | None:
         listed = "tuple" in str(fields[name])
         if listed is not isinstance(value, list) or not all(_is_amount(each) for each in numbers):
             return None
-    return Measured(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return Measured(**values)  # of the right types, as was just seen
 
 
 def _is_amount(number: object) -> bool:

@@ -1,13 +1,15 @@
 """Measuring one node: how long it takes and what it keeps.
 
-Times are medians of repetitions on warm caches, until `budget_seconds` are spent. Two kinds take turns: with
-the backward in one piece, and with its first part alone.
+Times are medians of repetitions, until `budget_seconds` are spent: of the forward, of a backward in one piece
+and of the first part of another. A node that is repeated by itself would find its weights in the caches next
+to the core, which in a step other nodes have filled since; so other memory is touched in between. (Emptying
+the large cache that cores share as well made small nodes half as slow again as they are in a step.)
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -15,24 +17,31 @@ from evenflow.cost.bench import Bench
 from evenflow.cost.measured import Measured
 from evenflow.cost.storages import Made, Memory
 from evenflow.graph.fakes import storage_of
+from evenflow.graph.snapshots import copy_of
 from evenflow.runtime.inflight import InFlight
+from evenflow.runtime.split_backward import Walk, extent
+
+_T = TypeVar("_T")
 
 _WARM_UPS = 2
-_FEWEST, _MOST = 3, 200  # repetitions of each kind
+_FEWEST, _MOST = 3, 100  # repetitions
+# As much as fills the caches next to a core, and a GPU's.
+_TOUCHED_BYTES = {"cpu": 2**21, "cuda": 2**26}
 
 Values = Mapping[int, torch.Tensor]
 
 
 def measure(
-    bench: Bench, idle: Bench, inputs: Callable[[], Values], device: torch.device, *, budget_seconds: float
+    bench: Bench,
+    idle: Bench,
+    inputs: Callable[[], Values],
+    device: torch.device,
+    *,
+    budget_seconds: float,
 ) -> Measured:
     """Measure a node on its bench; `idle` is the same bench without it, `inputs` makes new inputs."""
-    given = inputs()
-    for _ in range(_WARM_UPS):
-        for each in (bench, idle):
-            _once(each, given, device)
-    forward, backward, input_grad = _seconds(bench, idle, given, device, budget_seconds)
-    del given
+    clock = _Clock(device)
+    forward, backward, input_grad = clock.seconds(bench, idle, inputs(), budget_seconds)
     saved, kept, result_bytes, forward_peak = _held(bench, inputs, device)
     return Measured(
         forward_seconds=forward,
@@ -53,43 +62,64 @@ def measure(
 # -- time
 
 
-def _once(bench: Bench, given: Values, device: torch.device) -> tuple[float, float, float]:
-    """Seconds of a forward, of a backward in one piece, and of the first part of another's."""
-    forward, flight = _timed(lambda: bench.forward(given), device)
-    if not bench.walks:
-        return forward, 0.0, 0.0
-    backward, _ = _timed(lambda: bench.backward(flight), device)
-    flight = bench.forward(given)
-    input_grad, _ = _timed(lambda: bench.input_grad(flight), device)
-    bench.weight_grad(flight)
-    return forward, backward, input_grad
+class _Clock:
+    """Times runs as they are in a step: inputs have just been made, weights were last used a while ago."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._others = torch.zeros(_TOUCHED_BYTES[device.type], dtype=torch.uint8, device=device)
 
-def _timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:  # what `run` returns
-    _wait(device)
-    start = time.perf_counter()
-    result = run()
-    _wait(device)
-    return time.perf_counter() - start, result
+    def seconds(
+        self, bench: Bench, idle: Bench, given: Values, budget_seconds: float
+    ) -> tuple[float, float, float]:
+        """Medians for `_once`, without what a bench takes by itself."""
+        for _ in range(_WARM_UPS):
+            for each in (bench, idle):
+                self._once(each, given)
+        own: list[tuple[float, ...]] = []
+        bare: list[tuple[float, ...]] = []
+        end = time.perf_counter() + budget_seconds
+        while len(own) < _FEWEST or (len(own) < _MOST and time.perf_counter() < end):
+            own.append(self._once(bench, given))
+            bare.append(self._once(idle, given))
+        pairs = zip(_medians(own), _medians(bare), strict=True)
+        forward, backward, input_grad = (max(0.0, took - without) for took, without in pairs)
+        return forward, backward, input_grad
 
+    def _once(self, bench: Bench, given: Values) -> tuple[float, float, float]:
+        """Seconds of a forward, of a backward in one piece, and of the first part of another's."""
+        forward, flight = self._forward(bench, given)
+        if not bench.walks:
+            return forward, 0.0, 0.0
+        self._others.add_(1)
+        bench.arrive(flight)
+        backward, _ = self._timed(lambda: bench.backward(flight))
+        flight = self._forward(bench, given)[1]
+        self._others.add_(1)
+        bench.arrive(flight)
+        input_grad, _ = self._timed(lambda: bench.input_grad(flight))
+        if not bench.gives:
+            input_grad = 0.0
+        elif flight.rest is None:  # that was all of it
+            input_grad = backward
+        bench.weight_grad(flight)
+        return forward, backward, input_grad
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _forward(self, bench: Bench, given: Values) -> tuple[float, InFlight]:
+        self._others.add_(1)
+        new = {value: copy_of(tensor) for value, tensor in given.items()}
+        return self._timed(lambda: bench.forward(new))
 
+    def _timed(self, run: Callable[[], _T]) -> tuple[float, _T]:
+        self._wait()
+        start = time.perf_counter()
+        result = run()
+        self._wait()
+        return time.perf_counter() - start, result
 
-def _seconds(
-    bench: Bench, idle: Bench, given: Values, device: torch.device, budget_seconds: float
-) -> tuple[float, float, float]:
-    """Medians, without what a bench takes by itself."""
-    own, bare = [], []
-    end = time.perf_counter() + budget_seconds
-    while len(own) < _FEWEST or (len(own) < _MOST and time.perf_counter() < end):
-        own.append(_once(bench, given, device))
-        bare.append(_once(idle, given, device))
-    pairs = zip(_medians(own), _medians(bare), strict=True)
-    forward, backward, input_grad = (max(0.0, took - without) for took, without in pairs)
-    return forward, backward, input_grad
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _medians(rows: Iterable[tuple[float, ...]]) -> list[float]:
@@ -132,9 +162,14 @@ def _held(
     saved = still_there()
     kept: _Kept = ((), (), 0)
     if bench.walks:
+        # The weight gradient of a stage walks its whole graph, so nodes without weights are kept for it too.
+        stays = extent(Walk(list(flight.roots.values()), ())).twice and not node.hooks
+        bench.arrive(flight)
         bench.input_grad(flight)
         if flight.rest is not None:
             kept = still_there()
+        elif stays:
+            kept = saved
         bench.weight_grad(flight)
     return saved, kept, result_bytes, peak
 
@@ -152,6 +187,7 @@ def _backward_peak(bench: Bench, given: Values, device: torch.device) -> int:
     if not bench.walks:
         return 0
     flight = bench.forward(given)
+    bench.arrive(flight)
     with Made(device) as made:
         bench.backward(flight)
     return made.peak_bytes

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Measured:
     """The costs of one call of a node, on one microbatch.
 
-    - `forward_seconds`, `backward_seconds` (all of it) and, of that, `input_grad_seconds`: what makes gradients
-      for other nodes; all of it where it cannot be taken apart.
+    - `forward_seconds`; `backward_seconds`, all of it; `input_grad_seconds`, the part of that which makes
+      gradients for other nodes (all of it where it cannot be taken apart).
     - `inputs_saved`, `results_saved`: which of the node's inputs and results (by place in `Node.inputs` and
       `Node.makes`) are in memory until the backward; `private_saved_bytes` what else is. `inputs_kept`,
       `results_kept`, `private_kept_bytes`: those that the input gradient leaves for the weight gradient.

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Set
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -32,12 +32,14 @@ def signature(graph: Graph, node: Node, model: torch.nn.Module, *, graded: Set[i
     `graded` are those of its values whose gradients it computes or adds to: an input that a later node uses
     too has its gradients added up, and a result that nobody uses has none.
     """
+    target: Any  # nested tuples of text
     match node.target:
         case ModuleTarget(path=path):
-            module = model.get_submodule(path)
-            target = _described_module(module, path)
+            target = _described_module(model.get_submodule(path), path)
         case FunctionTarget(function=function):
             target = _described(function, _DEPTH)
+        case _:
+            assert_never(node.target)
     refs = tuple(dict.fromkeys((*node.inputs, *node.makes)))
     values = tuple(_value(graph, value, refs, value in graded) for value in refs)
     parameters = tuple(_tensor(model.get_parameter(name)) for name in node.parameters)

@@ -1,0 +1,96 @@
+"""A model recorded for planning: nothing is cut, and no parameter gets memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenflow.cost.profile import BUDGET_SECONDS, Profile, Progress, profile
+from evenflow.graph.fakes import FakeParameters
+from evenflow.graph.graph import Graph
+from evenflow.pipe.choices import Splitter
+from evenflow.pipe.deferred import recipes_of
+from evenflow.pipe.reading import check_loss, check_trainable
+from evenflow.pipe.refuse import refuse_unfit
+from evenflow.runtime.parameters import Accumulators, parameters_by_name
+from evenflow.runtime.recordings import Leaves, Program, Recordings, tensors
+from evenflow.runtime.weights import rows_of
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A graph, the model of which it was recorded, and the microbatch's tensors; `num_rows` of them."""
+
+    graph: Graph
+    model: torch.nn.Module
+    batch: Sequence[torch.Tensor]
+    num_rows: int
+    device: torch.device
+
+    def profile(
+        self,
+        *,
+        cache: Path | None = None,
+        budget_seconds: float = BUDGET_SECONDS,
+        progress: Progress | None = None,
+    ) -> Profile:
+        """Measure its nodes on its device; see `evenflow.cost.profile.profile`."""
+        return profile(
+            self.graph,
+            self.model,
+            self.batch,
+            num_rows=self.num_rows,
+            device=self.device,
+            cache=cache,
+            budget_seconds=budget_seconds,
+            progress=progress,
+        )
+
+
+def recorded(
+    model: torch.nn.Module,
+    *,
+    loss: Program,
+    example: Any,
+    splitter: Splitter,
+    max_leaf_share: float,
+    device: torch.device,
+    atomic: Sequence[type[torch.nn.Module]] = (),
+    seed: int = 0,
+) -> Recorded:
+    """Record the loss function on the first microbatch of `example`, as `evenflow.pipeline` would.
+
+    Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
+
+    >>> def squares(model, batch):
+    ...     return model(batch["x"]).square().mean()
+    >>> found = recorded(
+    ...     torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()),
+    ...     loss=squares,
+    ...     example={"x": torch.ones(8, 4)},
+    ...     splitter=Splitter(1, 2, None, None),
+    ...     max_leaf_share=0.0,
+    ...     device=torch.device("cpu"),
+    ... )
+    >>> found.num_rows, [node.name for node in found.graph.chain]
+    (4, ['0', '1', 'square', 'mean'])
+    """
+    refuse_unfit(model, loading=False)
+    item = splitter(example).items[0]
+    fakes = FakeParameters(model, device)
+    parameters = parameters_by_name(model, fakes.tied)
+    recipes_of(model, parameters, None, seed=seed)  # gives buffers without memory theirs
+    recordings = Recordings(
+        model,
+        fakes,
+        device=device,
+        leaves=Leaves(max_leaf_share, False, (), tuple(atomic)),
+        accumulators=Accumulators(parameters, (device,), exact=False),
+    )
+    recordings.look(loss)
+    graph = recordings.trace(loss, item)
+    check_loss(graph)
+    check_trainable(graph)
+    return Recorded(graph, model, tensors(item), rows_of(item) or 1, device)
