@@ -156,7 +156,6 @@ def _price_ranks(table: RankTimes, placement: Placement, latency_seconds: float)
 
 
 def _price_layers(table: LayerTimes, placement: Placement, latency_seconds: float) -> Costs:
-    from evenflow.plan.partition import balanced_cuts  # numpy takes a while to import
 
     num_layers, num_stages = len(table.forward_seconds), placement.num_stages
     if num_layers < num_stages:

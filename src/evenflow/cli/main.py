@@ -178,6 +178,41 @@ def doctor_command(
     raise typer.Exit(0 if doctor(device, ranks, out, timeout) else 1)
 
 
+@app.command("plan")
+def plan_command(
+    source: Source = None,
+    model: Model = None,
+    cluster: Annotated[
+        str,
+        typer.Option(metavar="CLUSTER.toml|8xH100", help="A cluster file, or devices in a few words."),
+    ] = "2xCPU core",
+    memory: Annotated[
+        str | None, typer.Option(metavar="24GiB", help="How much memory each device has.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows of a step's batch, over all devices. Default: the example's.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
+    ] = None,
+    batch_size: BatchSize = None,
+    length: Length = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PLAN.toml", help="Write the plan to a new file.")
+    ] = None,
+) -> None:
+    """Choose how to train a model on a cluster: stages, cuts, schedule, microbatches, recomputation.
+
+    The cluster need not be there: times are estimated from operations and bytes.
+    """
+    from evenflow.cli.plan import plan_run
+    from evenflow.cli.train import Flags
+
+    flags = Flags(source=source, model=model, data=tuple(data or ()), batch_size=batch_size, length=length)
+    plan_run(flags, cluster=cluster, memory=memory, rows=rows, out=out)
+
+
 @app.command("profile")
 def profile_command(
     source: Source = None,

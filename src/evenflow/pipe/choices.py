@@ -178,7 +178,11 @@ def positions_of(graph: Graph, split: Sequence[str] | None, num_stages: int) -> 
         costs = node_costs(graph)
         try:
             return balanced_cuts(
-                costs, cut_bytes=crossing_bytes(graph)[:-1], legal=legal[:-1], num_stages=num_stages
+                costs,
+                cut_bytes=crossing_bytes(graph)[:-1],
+                legal=legal[:-1],
+                num_stages=num_stages,
+                cost_per_byte=FLOPS_PER_ELEMENT,  # of fp32, four for an element: sent, received, and its gradient
             )
         except ConfigError as error:
             heaviest = max(zip(costs, graph.chain, strict=True), key=lambda pair: pair[0])[1]

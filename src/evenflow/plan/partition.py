@@ -19,19 +19,28 @@ from evenflow.plan.runs import Runs
 
 
 def balanced_cuts(
-    costs: Sequence[float], *, cut_bytes: Sequence[float], legal: Sequence[bool], num_stages: int
+    costs: Sequence[float],
+    *,
+    cut_bytes: Sequence[float],
+    legal: Sequence[bool],
+    num_stages: int,
+    cost_per_byte: float = 0.0,
 ) -> tuple[int, ...]:
     """Return where to cut into stages of equal devices without caps, one stage a rank.
 
     `costs` holds one number per node (any unit), `cut_bytes[c]` and `legal[c]` tell of a cut before node c
-    (entries 0 are not used). Raises `ConfigError` when there are fewer places to cut than cuts.
+    (entries 0 are not used); a byte that crosses a cut costs both stages `cost_per_byte`. Raises `ConfigError` when there are fewer places to cut than cuts.
 
     >>> balanced_cuts([1, 1, 1, 3], cut_bytes=[0, 1, 1, 1], legal=[True] * 4, num_stages=2)
     (3,)
     """
     kind = Kind("a device", tuple(map(float, costs)))
     problem = PartitionProblem(
-        Placement.linear(num_stages), (kind,) * num_stages, tuple(legal), tuple(map(float, cut_bytes))
+        Placement.linear(num_stages),
+        (kind,) * num_stages,
+        tuple(legal),
+        tuple(map(float, cut_bytes)),
+        cut_seconds=tuple(cost_per_byte * size for size in cut_bytes),
     )
     return partition(problem).positions
 

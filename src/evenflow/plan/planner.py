@@ -12,6 +12,7 @@ a plan states is a strict one: of all choices, priced or not, the least work spr
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -46,11 +47,15 @@ _SAVINGS: tuple[tuple[Sharding, str], ...] = (
     ("none", "selective"),
     ("zero1", "selective"),
     ("fsdp", "selective"),
+    ("none", "full"),
+    ("zero1", "full"),
     ("fsdp", "full"),
 )
 _MARGIN = 1.02  # a step that is longer than its estimate by less is as good as that
 _MOST_MICROBATCHES = 512  # of a choice of the planner's own; the user may ask for more
 _NUM_RUNNERS_UP = 5
+
+BUDGET_SECONDS = 40.0
 
 Progress = Callable[[int, int, float], None]  # choices seen, of all, best seconds so far
 
@@ -65,8 +70,13 @@ class NoPlanError(ConfigError):
         self.cap_bytes = error.kind.cap_bytes
 
 
-def plan(request: Request, *, progress: Progress | None = None) -> Plan:
+def plan(
+    request: Request, *, budget_seconds: float = BUDGET_SECONDS, progress: Progress | None = None
+) -> Plan:
     """Return the fastest plan that fits.
+
+    Pricing goes on for at most about `budget_seconds` once something fits; what is left then is what several
+    stages a rank, or a choice of a higher estimate, might gain, and no more than the plan's gap.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
@@ -80,10 +90,12 @@ def plan(request: Request, *, progress: Progress | None = None) -> Plan:
             f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and the "
             "levers that were given admit no microbatches of a whole number of rows; give fewer levers"
         )
-    search = _Search(request)
+    search, start = _Search(request), time.perf_counter()
     for number, each in enumerate(ranked):
         if progress is not None:
             progress(number, len(ranked), search.best_seconds)
+        if search.found and time.perf_counter() - start > budget_seconds:
+            break
         if each.estimate_seconds < search.best_seconds:
             search.look_at(each)
     found = sorted(search.found, key=lambda priced: priced.step_seconds)
@@ -125,7 +137,7 @@ class _Search:
 
     def look_at(self, ranked: _Ranked) -> None:
         """Price a choice with the cheapest savings that fit, and with others where they may be faster."""
-        for sharding, recompute in self._savings(ranked.choice.degrees):
+        for sharding, recompute in self._savings(ranked.choice):
             degrees = replace(ranked.choice.degrees, sharding=sharding)
             choice = replace(ranked.choice, degrees=degrees, recompute=recompute)
             try:
@@ -143,12 +155,15 @@ class _Search:
                 if recompute != "none" or priced.pipeline_seconds <= ranked.estimate_seconds * _MARGIN:
                     return
 
-    def _savings(self, degrees: Degrees) -> Iterator[tuple[Sharding, str]]:
-        levers = self._request.levers
+    def _savings(self, choice: Choice) -> Iterator[tuple[Sharding, str]]:
+        levers, degrees = self._request.levers, choice.degrees
         for sharding, recompute in _SAVINGS:
             if levers.sharding not in (None, sharding) or levers.recompute not in (None, recompute):
                 continue
-            if degrees.data > 1 or sharding == "none":
+            if degrees.data == 1 and sharding != "none":
+                continue
+            # To find the fewest nodes takes many cuts, and those of looped stages take long.
+            if recompute != "selective" or choice.stages_per_rank == 1 or levers.recompute is not None:
                 yield sharding, recompute
 
     def refuse(self) -> NoReturn:

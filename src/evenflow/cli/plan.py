@@ -1,0 +1,213 @@
+"""`evenflow plan`: choose how to train a model on a cluster, say what that takes, write it down."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch.utils import _pytree as pytree
+
+import evenflow
+from evenflow.cli.config import RunConfig
+from evenflow.cli.source import ModelSource, build
+from evenflow.cli.train import Flags, make_job
+from evenflow.cli.training import make_feed, refusing
+from evenflow.cluster.cluster import Cluster
+from evenflow.cluster.read import read_cluster
+from evenflow.cluster.short import parse_cluster
+from evenflow.cluster.sizes import parse_bytes
+from evenflow.cost.estimate import estimate
+from evenflow.errors import ConfigError
+from evenflow.pipe.choices import Splitter
+from evenflow.pipe.recorded import Recorded, recorded
+from evenflow.plan.chain import Chain
+from evenflow.plan.plan import Plan
+from evenflow.plan.plan_file import write_plan
+from evenflow.plan.planner import describe, plan
+from evenflow.plan.rank_memory import TrainingState
+from evenflow.plan.request import Choice, Levers, Request
+from evenflow.plan.scale import scaled
+from evenflow.view.units import format_bytes, format_seconds
+
+_MOST_ROWS = 8  # of a microbatch: more only cost memory
+_RECORDED_ROWS = (2, 4)  # sizes that are recorded; one row might be taken for no row
+_FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
+
+
+def plan_run(flags: Flags, *, cluster: str, memory: str | None, rows: int | None, out: Path | None) -> Plan:
+    """Plan the run that `evenflow train` would make of these flags, on a cluster that one need not have.
+
+    Raises:
+        EvenflowError: The model, the cluster or the levers cannot work as given, or nothing fits.
+    """
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise ConfigError(f"--out {out}: name a file that is not there yet, in a folder that is")
+    machine = read_cluster(Path(cluster)) if cluster.endswith(".toml") else parse_cluster(cluster)
+    if memory is not None:
+        machine = machine.with_memory(parse_bytes(memory))
+    console = Console()
+    with console.status("recording the model") as status, refusing("the model cannot be recorded"):
+        request = _request(flags, machine, rows)
+
+        def tell(number: int, of: int, best_seconds: float) -> None:
+            best = "" if best_seconds == float("inf") else f", the best {format_seconds(best_seconds)} a step"
+            status.update(f"{number} of {of} choices{best}")
+
+        found = plan(request, progress=tell)
+    print_plan(console, found)
+    if out is not None:
+        out.write_text(write_plan(found), encoding="utf-8")
+        console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+    return found
+
+
+def _request(flags: Flags, machine: Cluster, rows: int | None) -> Request:
+    config = make_job(dataclasses.replace(flags, device="cpu")).config
+    with evenflow.deferred_init():
+        source = build(config.model, seed=config.training.seed)
+    share = 1 / (4 * min(machine.num_ranks, _FINEST))
+    example = make_feed(config.data, source, config.training).validation[0]
+    batch_rows = rows or _num_rows(example)
+    sizes = tuple(size for size in (1, 2, 4, 8) if size <= _MOST_ROWS and batch_rows % size == 0)
+    size = next(source.model.parameters()).element_size()
+    return Request(
+        _chains(source, example, machine, share),
+        sizes,
+        machine,
+        batch_rows,
+        row_tokens=_row_tokens(example),
+        max_leaf_share=share,
+        state=TrainingState(optimizer_bytes=2 * size, update_bytes=size),  # AdamW, as `evenflow train` makes
+        dtype=str(next(source.model.parameters()).dtype).removeprefix("torch."),
+        levers=_levers(config),
+    )
+
+
+def _levers(config: RunConfig) -> Levers:
+    """What a configuration says is given; its schedule only where it is not the default."""
+    given = config.pipeline
+    default = type(given)()
+    return Levers(
+        stages_per_rank=given.stages_per_rank,
+        schedule=given.schedule if given.schedule != default.schedule else None,
+        microbatch_size=given.microbatch_size,
+    )
+
+
+def _chains(source: ModelSource, example: object, machine: Cluster, share: float) -> Callable[[int], Chain]:
+    def costed(num_rows: int) -> Chain:
+        found = _recorded(source, example, num_rows, share)
+        return estimate(found.graph, found.model, machine.devices, num_rows=num_rows)
+
+    small, large = map(costed, _RECORDED_ROWS)
+    return functools.lru_cache(lambda num_rows: scaled(small, large, num_rows))
+
+
+def _recorded(source: ModelSource, example: object, num_rows: int, share: float) -> Recorded:
+    return recorded(
+        source.model,
+        loss=source.loss,
+        example=_with_rows(example, num_rows),
+        splitter=Splitter(1, 1, None, None),
+        max_leaf_share=share,
+        device=torch.device("cpu"),
+    )
+
+
+def _with_rows(example: object, num_rows: int) -> object:
+    """The batch with so many rows: its first ones, over and over."""
+
+    def repeated(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            return leaf
+        return leaf[torch.arange(num_rows) % len(leaf)]
+
+    return pytree.tree_map(repeated, example)
+
+
+def _num_rows(example: object) -> int:
+    return max(
+        (len(t) for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.ndim), default=1
+    )
+
+
+def _row_tokens(example: object) -> float:
+    """The most whole numbers in a row: tokens; 1 where there are none."""
+    whole = (
+        leaf
+        for leaf in pytree.tree_leaves(example)
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 and not leaf.is_floating_point()
+    )
+    return float(max((leaf[0].numel() for leaf in whole), default=1))
+
+
+def print_plan(console: Console, found: Plan) -> None:
+    """The plan as tables: what was chosen, each pipeline rank, the runners-up."""
+    told = found.prediction
+    choice = Choice(
+        found.degrees,
+        found.stages_per_rank,
+        found.schedule,
+        found.microbatch_size,
+        found.num_microbatches,
+        "none",
+    )
+    console.print(Text(describe(choice), style="bold"), soft_wrap=True)
+    mfu = f", {told.mfu:.1%} of the devices' peak" if told.mfu is not None else ""
+    console.print(
+        f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); no "
+        f"plan can take less than {format_seconds(told.bound_seconds)}: this one is at most {told.gap:.1%} over",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(_rank_table(found))
+    if found.runners_up:
+        console.print(_runner_up_table(found))
+
+
+def _rank_table(found: Plan) -> Table:
+    table = Table(title="pipeline ranks", title_justify="left", padding=(0, 1))
+    for heading in (
+        "rank",
+        "device",
+        "begins with",
+        "idle",
+        "memory",
+        "of",
+        "parameters",
+        "optimizer",
+        "activations",
+    ):
+        table.add_column(heading, justify="left" if heading in ("device", "begins with") else "right")
+    for number, rank in enumerate(found.ranks):
+        stages = [stage for stage in found.stages if stage.rank == number]
+        memory = rank.memory
+        table.add_row(
+            str(number),
+            rank.device,
+            Text("\n".join(stage.first + (" (recomputes)" if stage.recompute else "") for stage in stages)),
+            f"{rank.idle:.1%}",
+            *map(format_bytes, (memory.allocated, rank.cap_bytes)),
+            format_bytes(memory.parameters + memory.gradients),
+            *map(format_bytes, (memory.optimizer, memory.activations)),
+        )
+    return table
+
+
+def _runner_up_table(found: Plan) -> Table:
+    table = Table(title="runners-up", title_justify="left", padding=(0, 1))
+    table.add_column("choice")
+    table.add_column("a step", justify="right")
+    rows = found.microbatch_size * found.num_microbatches * found.degrees.data
+    for each in itertools.islice(found.runners_up, 5):
+        number = rows // each.degrees.data // each.microbatch_size
+        choice = Choice(
+            each.degrees, each.stages_per_rank, each.schedule, each.microbatch_size, number, each.recompute
+        )
+        table.add_row(Text(describe(choice)), format_seconds(each.step_seconds))
+    return table

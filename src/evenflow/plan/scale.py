@@ -1,0 +1,77 @@
+"""A chain for any size of microbatch, from two of them: each cost is a part that stays and a part for each row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from evenflow.errors import ConfigError
+from evenflow.plan.chain import Chain, Held, Seconds
+
+
+def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
+    """The chain for `num_rows` rows, on the line through two that were costed.
+
+    Nothing falls below 0. Raises `ConfigError` where the two are not the same program.
+
+    >>> from dataclasses import replace
+    >>> one = Chain(
+    ...     ("a",),
+    ...     1,
+    ...     (3.0,),
+    ...     {"cpu": Seconds((2.0,), (2.0,), (2.0,))},
+    ...     (Held(8.0, (0,)),),
+    ...     (),
+    ...     (),
+    ...     (0.0,),
+    ...     (0.0,),
+    ...     (0.0,),
+    ...     (True,),
+    ... )
+    >>> two = replace(
+    ...     one, num_rows=2, seconds={"cpu": Seconds((3.0,), (3.0,), (3.0,))}, saved=(Held(16.0, (0,)),)
+    ... )
+    >>> four = scaled(one, two, 4)
+    >>> four.seconds["cpu"].forward, four.saved
+    ((5.0,), (Held(num_bytes=32.0, nodes=(0,)),))
+    """
+    if small.names != large.names or small.num_rows == large.num_rows:
+        raise ConfigError(
+            f"the program with {small.num_rows} rows and the one with {large.num_rows} are not alike, so that "
+            "nothing can be said of other sizes: give the size of a microbatch"
+        )
+    share = (num_rows - small.num_rows) / (large.num_rows - small.num_rows)
+
+    def between(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
+        return tuple(max(0.0, a + share * (b - a)) for a, b in zip(first, second, strict=True))
+
+    return replace(
+        small,
+        num_rows=num_rows,
+        flops=between(small.flops, large.flops),
+        seconds={
+            kind: Seconds(
+                between(times.forward, large.seconds[kind].forward),
+                between(times.input_grad, large.seconds[kind].input_grad),
+                between(times.weight_grad, large.seconds[kind].weight_grad),
+            )
+            for kind, times in small.seconds.items()
+        },
+        saved=_between(small.saved, large.saved, between),
+        kept=_between(small.kept, large.kept, between),
+        forward_transient_bytes=between(small.forward_transient_bytes, large.forward_transient_bytes),
+        backward_transient_bytes=between(small.backward_transient_bytes, large.backward_transient_bytes),
+        cut_bytes=between(small.cut_bytes, large.cut_bytes),
+    )
+
+
+def _between(
+    small: Sequence[Held],
+    large: Sequence[Held],
+    between: Callable[[Sequence[float], Sequence[float]], tuple[float, ...]],
+) -> tuple[Held, ...]:
+    """What is held under the same nodes, added up: in another size it may stand in another order."""
+    sums: dict[tuple[int, ...], list[float]] = {}
+    for at, held in enumerate((small, large)):
+        for each in held:
+            sums.setdefault(each.nodes, [0.0, 0.0])[at] += each.num_bytes
+    sizes = between([first for first, _ in sums.values()], [second for _, second in sums.values()])
+    return tuple(Held(size, nodes) for size, nodes in zip(sizes, sums, strict=True))
