@@ -160,8 +160,8 @@ def print_plan(console: Console, found: Plan) -> None:
     console.print(Text(describe(choice), style="bold"), soft_wrap=True)
     mfu = f", {told.mfu:.1%} of the devices' peak" if told.mfu is not None else ""
     console.print(
-        f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); no "
-        f"plan can take less than {format_seconds(told.bound_seconds)}: this one is at most {told.gap:.1%} over",
+        f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); "
+        f"none can take less than {format_seconds(told.bound_seconds)}: this is at most {told.gap:.1%} over",
         soft_wrap=True,
         highlight=False,
     )

@@ -29,7 +29,8 @@ def balanced_cuts(
     """Return where to cut into stages of equal devices without caps, one stage a rank.
 
     `costs` holds one number per node (any unit), `cut_bytes[c]` and `legal[c]` tell of a cut before node c
-    (entries 0 are not used); a byte that crosses a cut costs both stages `cost_per_byte`. Raises `ConfigError` when there are fewer places to cut than cuts.
+    (entries 0 are not used); a byte that crosses a cut costs both stages `cost_per_byte`. Raises
+    `ConfigError` when there are fewer places to cut than cuts.
 
     >>> balanced_cuts([1, 1, 1, 3], cut_bytes=[0, 1, 1, 1], legal=[True] * 4, num_stages=2)
     (3,)

@@ -150,7 +150,8 @@ class _Search:
                 self._refusal = self._refusal or error
                 return
             else:
-                self.found.append(priced)
+                if recompute != "selective" or priced.recompute:
+                    self.found.append(priced)
                 # Where memory bends the cut, the next saving may give back more than it costs.
                 if recompute != "none" or priced.pipeline_seconds <= ranked.estimate_seconds * _MARGIN:
                     return
@@ -246,12 +247,13 @@ def describe(choice: Choice) -> str:
         "context": degrees.context,
     }
     parts = [f"{number} {name}" for name, number in kinds.items() if number > 1 or name == "pipeline"]
-    text = f"{' x '.join(parts)} ranks"
+    text = f"{' x '.join(parts)} rank{'s' if degrees.num_devices > 1 else ''}"
     text += f", experts over {degrees.expert}" if degrees.expert > 1 else ""
     text += f" ({degrees.sharding})" if degrees.sharding != "none" else ""
     text += f", {choice.schedule}" if degrees.pipeline > 1 else ""
     text += f" with {choice.stages_per_rank} stages a rank" if choice.stages_per_rank > 1 else ""
-    text += f", {choice.num_microbatches} microbatches of {choice.microbatch_size}"
+    number = choice.num_microbatches
+    text += f", {number} microbatch{'es' if number > 1 else ''} of {choice.microbatch_size}"
     return text + (f", {choice.recompute} recomputation" if choice.recompute != "none" else "")
 
 

@@ -1,4 +1,4 @@
-"""A chain for any size of microbatch, from two of them: each cost is a part that stays and a part for each row."""
+"""A chain for any size of microbatch, from two: each cost is a part that stays and a part for each row."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
     """
     if small.names != large.names or small.num_rows == large.num_rows:
         raise ConfigError(
-            f"the program with {small.num_rows} rows and the one with {large.num_rows} are not alike, so that "
+            f"the program with {small.num_rows} rows and that with {large.num_rows} are not alike, so that "
             "nothing can be said of other sizes: give the size of a microbatch"
         )
     share = (num_rows - small.num_rows) / (large.num_rows - small.num_rows)

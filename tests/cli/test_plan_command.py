@@ -1,0 +1,54 @@
+"""`evenflow plan`: from a configuration and a few words about a machine to a plan on paper."""
+
+from pathlib import Path
+
+import pytest
+
+from evenflow.cli.main import main
+from evenflow.plan.plan_file import read_plan_file
+
+CONFIG = Path(__file__).parents[2] / "examples" / "train_gpt.toml"
+
+
+def planned(capsys, *arguments):
+    """(exit code, output, errors) of the command."""
+    with pytest.raises(SystemExit) as exited:
+        main(["plan", str(CONFIG), *map(str, arguments)])
+    written = capsys.readouterr()
+    return exited.value.code, written.out, written.err
+
+
+def test_a_plan_is_shown_and_written(capsys, tmp_path):
+    out = tmp_path / "plan.toml"
+    code, shown, _ = planned(capsys, "--cluster", "2x RTX 4090", "--rows", 64, "-o", out)
+    assert code == 0
+    assert "a step expected" in shown
+    assert "runners-up" in shown
+    found = read_plan_file(out)
+    assert found.degrees.num_devices in (1, 2)
+    assert found.microbatch_size * found.num_microbatches * found.degrees.data == 64
+    assert found.prediction.bound_seconds <= found.prediction.step_seconds
+    again, _, errors = planned(capsys, "--cluster", "2x RTX 4090", "-o", out)
+    assert again == 2
+    assert "name a file that is not there yet" in errors
+
+
+def test_too_little_memory_is_told_in_numbers(capsys):
+    code, _, errors = planned(capsys, "--cluster", "1x RTX 4090", "--memory", "1.01GiB")
+    assert code == 2
+    assert "no plan fits into memory" in errors
+    assert "needs" in errors
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--cluster", "2xRTX 4091", "did you mean"),
+        ("--cluster", "no_such.toml", "no_such.toml"),
+        ("--memory", "24", "is no size"),
+    ],
+)
+def test_a_wrong_machine_is_refused(capsys, flag, value, message):
+    code, _, errors = planned(capsys, flag, value)
+    assert code == 2
+    assert message in errors.replace("\n", " ")

@@ -1,0 +1,144 @@
+"""What other parallelism, recomputation and sharding do to a chain, against numbers worked out by hand."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from chains import WIDTH, language_model
+
+from evenflow.cluster.short import parse_cluster
+from evenflow.errors import ConfigError
+from evenflow.ir.costs import Costs, Link
+from evenflow.memory import peak_bytes
+from evenflow.plan.in_flight import in_flight
+from evenflow.plan.parallel import context_parallel, expert_parallel, tensor_parallel
+from evenflow.plan.plan import Degrees
+from evenflow.plan.price import _REPEATS, Choice, _sizes
+from evenflow.plan.rank_memory import TrainingState, rank_memory
+from evenflow.plan.recompute import by_worth, recomputed
+from evenflow.plan.scale import scaled
+from evenflow.plan.stages import stage_costs
+from evenflow.schedules import catalog
+
+KIND = "H100"
+
+
+@pytest.fixture
+def chain():
+    return language_model(parse_cluster(KIND), num_blocks=4)(2)
+
+
+def held(chain):
+    return sum(each.num_bytes for each in chain.saved)
+
+
+def test_tensor_parallel_shares_all_and_sums_activations(chain):
+    link = Link(0.0, 1e6)
+    parted = tensor_parallel(chain, 4, link)
+    assert held(parted) == held(chain) / 4
+    assert [p.num_bytes for p in parted.parameters] == [p.num_bytes // 4 for p in chain.parameters]
+    # One matrix in each block: its result is summed once, 2 * 3 / 4 of it over the ring.
+    communication = 1.5 * chain.cut_bytes[2] / 1e6
+    before, after = chain.seconds[KIND], parted.seconds[KIND]
+    assert after.forward[1] == pytest.approx(before.forward[1] / 4 + communication)
+    assert after.input_grad[1] == pytest.approx(before.input_grad[1] / 4 + communication)
+    assert after.weight_grad[1] == pytest.approx(before.weight_grad[1] / 4)
+    assert parted.cut_bytes == chain.cut_bytes
+
+
+def test_context_parallel_keeps_parameters(chain):
+    parted = context_parallel(chain, 2, Link())
+    assert parted.parameters == chain.parameters
+    assert held(parted) == held(chain) / 2
+    assert parted.cut_bytes == tuple(size / 2 for size in chain.cut_bytes)
+
+
+def test_expert_parallel_parts_experts_alone(chain):
+    own = tuple(replace(p, is_expert=p.nodes == (1,)) for p in chain.parameters)
+    parted = expert_parallel(replace(chain, parameters=own), 8, Link(0.0, 1e6), experts_per_token=2)
+    sizes = [(a.num_bytes / b.num_bytes) for a, b in zip(chain.parameters, parted.parameters, strict=True)]
+    assert sizes == [1, 8, 1, 1, 1, 1]
+    there_and_back = 2 * 2 * chain.cut_bytes[2] / 1e6 * 7 / 8
+    before, after = chain.seconds[KIND], parted.seconds[KIND]
+    assert after.forward[1] - before.forward[1] == pytest.approx(there_and_back)
+    assert after.forward[2] == before.forward[2]
+
+
+def test_recomputing_a_block_frees_its_own_and_costs_its_forward(chain):
+    again = recomputed(chain, [1, 2])
+    act = chain.cut_bytes[1]
+    assert held(again) == held(chain) - 2 * 10 * act + 2 * act
+    before, after = chain.seconds[KIND], again.seconds[KIND]
+    assert after.input_grad[1] == before.input_grad[1] + before.forward[1]
+    assert after.input_grad[3] == before.input_grad[3]
+    assert again.backward_transient_bytes[1] == chain.backward_transient_bytes[1] + 10 * act
+    assert recomputed(chain, []) is chain
+    assert set(by_worth(chain, KIND)) == {1, 2, 3, 4}
+
+
+def test_what_is_held_by_two_stages_counts_in_both(chain):
+    first, second = stage_costs(chain, (3,), (KIND, KIND))
+    assert first.saved_bytes + second.saved_bytes == held(chain) + chain.cut_bytes[3]
+    assert first.sent_bytes == second.received_bytes == chain.cut_bytes[3]
+    assert second.end == chain.num_nodes
+    assert first.parameter_bytes + second.parameter_bytes == sum(p.num_bytes for p in chain.parameters)
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "fsdp"])
+def test_ranks_share_what_sharding_says(chain, sharding):
+    (stage,) = stage_costs(chain, (), (KIND,))
+    need = rank_memory([stage], 100.0, TrainingState(8.0, 0.0), data_ranks=4, sharding=sharding)
+    weights = stage.parameter_bytes
+    assert need.optimizer == (2 * weights if sharding == "none" else weights / 2)
+    assert need.gradients == need.parameters == (weights / 4 if sharding == "fsdp" else weights)
+    gathered = 0.75 * weights if sharding == "fsdp" else 0.0
+    assert need.transients == stage.transient_bytes + gathered
+    assert need.allocated == pytest.approx(need.parameters * 2 + need.optimizer + need.transients + 100.0)
+
+
+def test_an_update_that_needs_most_is_the_peak(chain):
+    (stage,) = stage_costs(chain, (), (KIND,))
+    calm = rank_memory([stage], 100.0, TrainingState(8.0, 0.0))
+    peak = rank_memory([stage], 100.0, TrainingState(8.0, 4.0))
+    assert peak.allocated == pytest.approx(
+        calm.allocated - 100.0 - stage.transient_bytes + stage.parameter_bytes
+    )
+
+
+@pytest.mark.parametrize("name", sorted(_REPEATS))
+def test_a_schedule_holds_no_more_with_more_microbatches(name):
+    draw = random.Random(name)
+    for num_ranks, per_rank in ((2, 1), (4, 1), (3, 2), (4, 2), (2, 4)):
+        many = 9 * num_ranks * per_rank
+        choice = Choice(Degrees(num_ranks), per_rank, name, 1, many, "none")
+        try:
+            whole = catalog.get(name)(num_ranks, per_rank, many)
+        except ConfigError:
+            continue
+        some = catalog.get(name)(*_sizes(choice)[1:])
+        stages = whole.placement.num_stages
+        saved = tuple(draw.uniform(1, 2) for _ in range(stages))
+        costs = Costs(*[(1.0,) * stages] * 3, activation_bytes=saved, weight_grad_bytes=(0.5,) * stages)
+        assert peak_bytes(some, costs) == pytest.approx(peak_bytes(whole, costs))
+        assert some.num_microbatches < whole.num_microbatches
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v", "interleaved-1f1b"])
+def test_stages_in_flight_add_up_to_the_rank_s_peak(name):
+    per_rank = catalog.default_stages_per_rank(name)
+    schedule = catalog.get(name)(4, per_rank, 8)
+    stages = schedule.placement.num_stages
+    costs = Costs(*[(1.0,) * stages] * 3, weight_grad_bytes=(0.25,) * stages)
+    found = in_flight(schedule, kept_share=0.25)
+    sums = tuple(sum(found[stage] for stage in schedule.placement.stages_on(rank)) for rank in range(4))
+    assert sums == pytest.approx(peak_bytes(schedule, costs))
+
+
+def test_sizes_between_and_beyond_two_lie_on_their_line():
+    of = language_model(parse_cluster(KIND), num_blocks=3)
+    assert scaled(of(2), of(4), 8).seconds[KIND].forward == pytest.approx(of(8).seconds[KIND].forward)
+    assert sum(h.num_bytes for h in scaled(of(2), of(4), 1).saved) == sum(h.num_bytes for h in of(1).saved)
+    other = language_model(parse_cluster(KIND), num_blocks=4)
+    with pytest.raises(ConfigError, match="2 rows and that with 4 are not alike"):
+        scaled(of(2), other(4), 1)
+    assert WIDTH == 64
