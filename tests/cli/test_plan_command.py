@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from evenflow.cli.main import main
+from evenflow.cli.train import Flags, make_job
+from evenflow.cli.training import prepare_here
+from evenflow.errors import ConfigError
 from evenflow.plan.plan_file import read_plan_file
 
 CONFIG = Path(__file__).parents[2] / "examples" / "train_gpt.toml"
@@ -31,6 +34,21 @@ def test_a_plan_is_shown_and_written(capsys, tmp_path):
     again, _, errors = planned(capsys, "--cluster", "2x RTX 4090", "-o", out)
     assert again == 2
     assert "name a file that is not there yet" in errors
+
+
+def test_a_plan_can_be_trained(capsys, tmp_path):
+    out = tmp_path / "plan.toml"
+    code, _, _ = planned(capsys, "--cluster", "2x CPU core", "--pipeline-only", "-o", out)
+    found = read_plan_file(out)
+    assert code == 0
+    assert found.degrees.num_devices == found.degrees.pipeline == 2
+    job = make_job(Flags(source=str(CONFIG), plan=out, device="cpu", out=tmp_path / "run"))
+    pipe, _ = prepare_here(job)
+    assert [cut.first for cut in pipe.cut] == [stage.first for stage in found.stages]
+    assert job.config.pipeline.schedule == found.schedule
+    pipe.close()
+    with pytest.raises(ConfigError, match="--schedule and --plan are both given"):
+        make_job(Flags(source=str(CONFIG), plan=out, schedule="gpipe"))
 
 
 def test_too_little_memory_is_told_in_numbers(capsys):

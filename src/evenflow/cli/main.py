@@ -75,6 +75,10 @@ def train_command(
     stages_per_rank: StagesPerRank = None,
     schedule: Schedule = None,
     microbatches: Microbatches = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.toml", help="What `evenflow plan -o` wrote: it decides all of these."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write. Default: runs/ and the run's name.")
     ] = None,
@@ -100,6 +104,7 @@ def train_command(
             stages_per_rank=stages_per_rank,
             schedule=schedule,
             num_microbatches=microbatches,
+            plan=plan,
             out=out,
             device=device,
         )
@@ -198,6 +203,12 @@ def plan_command(
     ] = None,
     batch_size: BatchSize = None,
     length: Length = None,
+    pipeline_only: Annotated[
+        bool,
+        typer.Option(
+            "--pipeline-only", help="Plan what `evenflow train --plan` can run: no other parallelism."
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="PLAN.toml", help="Write the plan to a new file.")
     ] = None,
@@ -210,7 +221,7 @@ def plan_command(
     from evenflow.cli.train import Flags
 
     flags = Flags(source=source, model=model, data=tuple(data or ()), batch_size=batch_size, length=length)
-    plan_run(flags, cluster=cluster, memory=memory, rows=rows, out=out)
+    plan_run(flags, cluster=cluster, memory=memory, rows=rows, pipeline_only=pipeline_only, out=out)
 
 
 @app.command("profile")

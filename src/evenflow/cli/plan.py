@@ -39,7 +39,9 @@ _RECORDED_ROWS = (2, 4)  # sizes that are recorded; one row might be taken for n
 _FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
 
-def plan_run(flags: Flags, *, cluster: str, memory: str | None, rows: int | None, out: Path | None) -> Plan:
+def plan_run(
+    flags: Flags, *, cluster: str, memory: str | None, rows: int | None, pipeline_only: bool, out: Path | None
+) -> Plan:
     """Plan the run that `evenflow train` would make of these flags, on a cluster that one need not have.
 
     Raises:
@@ -52,7 +54,7 @@ def plan_run(flags: Flags, *, cluster: str, memory: str | None, rows: int | None
         machine = machine.with_memory(parse_bytes(memory))
     console = Console()
     with console.status("recording the model") as status, refusing("the model cannot be recorded"):
-        request = _request(flags, machine, rows)
+        request = _request(flags, machine, rows, pipeline_only=pipeline_only)
 
         def tell(number: int, of: int, best_seconds: float) -> None:
             best = "" if best_seconds == float("inf") else f", the best {format_seconds(best_seconds)} a step"
@@ -66,7 +68,7 @@ def plan_run(flags: Flags, *, cluster: str, memory: str | None, rows: int | None
     return found
 
 
-def _request(flags: Flags, machine: Cluster, rows: int | None) -> Request:
+def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only: bool) -> Request:
     config = make_job(dataclasses.replace(flags, device="cpu")).config
     with evenflow.deferred_init():
         source = build(config.model, seed=config.training.seed)
@@ -84,18 +86,23 @@ def _request(flags: Flags, machine: Cluster, rows: int | None) -> Request:
         max_leaf_share=share,
         state=TrainingState(optimizer_bytes=2 * size, update_bytes=size),  # AdamW, as `evenflow train` makes
         dtype=str(next(source.model.parameters()).dtype).removeprefix("torch."),
-        levers=_levers(config),
+        levers=_levers(config, pipeline_only=pipeline_only),
     )
 
 
-def _levers(config: RunConfig) -> Levers:
+def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
     """What a configuration says is given; its schedule only where it is not the default."""
     given = config.pipeline
     default = type(given)()
-    return Levers(
+    levers = Levers(
         stages_per_rank=given.stages_per_rank,
         schedule=given.schedule if given.schedule != default.schedule else None,
         microbatch_size=given.microbatch_size,
+    )
+    return (
+        dataclasses.replace(levers, data=1, tensor=1, context=1, recompute="none")
+        if pipeline_only
+        else levers
     )
 
 

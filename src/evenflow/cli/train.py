@@ -24,6 +24,8 @@ from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
 from evenflow.launcher import launch, rank_environment
 from evenflow.pipe.choices import stages_on_each
+from evenflow.plan.plan import Plan
+from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules import catalog
 
 _NUM_CPU_RANKS = 2
@@ -46,6 +48,7 @@ class Flags:
     schedule: str | None = None
     num_microbatches: int | None = None
     out: Path | None = None
+    plan: Path | None = None
     exact: bool | None = None
     device: str | None = None
 
@@ -72,7 +75,10 @@ def make_job(flags: Flags) -> Job:
     Raises:
         ConfigError: The first thing found that cannot work, of what needs no model to be known.
     """
+    plan = None if flags.plan is None else read_plan_file(flags.plan)
     config = _overridden(_config(flags), flags)
+    if plan is not None:
+        config = _planned(config, plan, flags)
     catalog.get(config.pipeline.schedule)  # an unknown one is refused here, with the list
     device = _device(flags.device)
     on_each = stages_on_each(config.pipeline.stages_per_rank, config.pipeline.schedule)
@@ -92,7 +98,28 @@ def make_job(flags: Flags) -> Job:
         num_ranks=num_ranks,
         device=device,
         out=out,
+        plan=plan,
     )
+
+
+def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
+    """The run with a plan in the place of what its configuration says of the pipeline."""
+    given = {
+        "stages": flags.stages,
+        "stages-per-rank": flags.stages_per_rank,
+        "schedule": flags.schedule,
+        "microbatches": flags.num_microbatches,
+    }
+    for name in _given(given):
+        raise ConfigError(f"--{name} and --plan are both given, and a plan decides that: leave one out")
+    pipeline = Pipelining(
+        stages=len(plan.stages),
+        stages_per_rank=plan.stages_per_rank,
+        schedule=plan.schedule,
+        microbatch_size=plan.microbatch_size,
+        exact=config.pipeline.exact,
+    )
+    return dataclasses.replace(config, pipeline=pipeline)
 
 
 def _config(flags: Flags) -> RunConfig:

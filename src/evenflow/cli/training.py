@@ -25,6 +25,7 @@ from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
 from evenflow.errors import ConfigError, EvenflowError
+from evenflow.plan.plan import Plan
 from evenflow.view.picture import draw_timelines
 
 # Reading a loss waits for the device, so it is read only now and then.
@@ -44,6 +45,7 @@ class Job:
     num_ranks: int
     device: str
     out: Path
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # batches have no equality
@@ -111,17 +113,28 @@ def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
             weight_decay=config.training.weight_decay,
         ),
         scheduler=_warmup_then_cosine(config.training),
-        stages=job.num_stages,
-        stages_per_rank=job.stages_per_rank,
-        schedule=config.pipeline.schedule,
-        microbatch_size=config.pipeline.microbatch_size,
-        num_microbatches=config.pipeline.num_microbatches,
-        split=config.pipeline.split or None,
+        **_levers(job),
         exact=config.pipeline.exact,
         seed=config.training.seed,
         device=device,
     )
     return pipe, feed
+
+
+# `Any`: the values have the types of the arguments that they are, which a dict cannot say.
+def _levers(job: Job) -> dict[str, Any]:
+    """What decides the cut and the schedule, as `evenflow.pipeline` takes it."""
+    if job.plan is not None:
+        return {"plan": job.plan}
+    given = job.config.pipeline
+    return {
+        "stages": job.num_stages,
+        "stages_per_rank": job.stages_per_rank,
+        "schedule": given.schedule,
+        "microbatch_size": given.microbatch_size,
+        "num_microbatches": given.num_microbatches,
+        "split": given.split or None,
+    }
 
 
 def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:

@@ -21,10 +21,12 @@ from evenflow.pipe.choices import Splitter
 from evenflow.pipe.fill import Numbers
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
+from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_callable, check_reduction, check_whole, refuse_unfit
 from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
+from evenflow.plan.plan import Plan
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.links.local import LocalLink
@@ -50,7 +52,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     scheduler: SchedulerFactory | None = None,
     stages: int | None = None,
     stages_per_rank: int | None = None,
-    schedule: str | ScheduleFunction = "1f1b",
+    schedule: str | ScheduleFunction | None = None,
     microbatch_size: int | None = None,
     num_microbatches: int | None = None,
     split: Sequence[str] | None = None,
@@ -60,6 +62,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     max_leaf_share: float | None = None,
     exact: bool = False,
     load: str | Path | None = None,
+    plan: Plan | str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -75,10 +78,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `stages`: how many in all; by default `stages_per_rank` for each process, or CUDA device, or just those.
     - `stages_per_rank`: how many each rank holds; by default what suits the schedule: 2 for those that
       interleave and those in the shape of a V, else 1. Where each stage lives, the schedule says.
-    - `schedule`: a name in `evenflow.schedules.catalog`; "auto", the best for equal ops, free transfers and
-      1F1B's memory, which may be searched for seconds; or a function like those of the catalog, called with
-      `num_ranks`, `stages_per_rank` and `num_microbatches`, that places the stages alike for any number of
-      microbatches.
+    - `schedule`: a name in `evenflow.schedules.catalog`, by default "1f1b"; "auto", the best for equal ops,
+      free transfers and 1F1B's memory, which may be searched for seconds; or a function like those of the
+      catalog, called with `num_ranks`, `stages_per_rank` and `num_microbatches`, that places the stages alike
+      for any number of microbatches.
     - `microbatch_size` (rows) or `num_microbatches`: by default up to four microbatches per rank.
     - `split`: names of modules before which to cut, in order; by default the cuts balance estimated FLOPs.
     - `split_batch(batch)` returns a list of microbatches, for batches that dim 0 does not split.
@@ -94,6 +97,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `load`: a folder of safetensors (a Hugging Face model, an export, a PEFT adapter), of which each process
       reads only the tensors that its stages use, in the parameters' own types. The model's parameters may
       then lie on the device "meta". Keys are named as in its `state_dict`, or as transformers stores it.
+    - `plan`: a plan (`evenflow plan -o FILE`) or its file, in the place of the stages, the cuts, the schedule
+      and the size of a microbatch. Each pipeline rank takes the CUDA device that the plan gives it.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -113,21 +118,28 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     True
     """
     refuse_unfit(model, loading=load is not None)
-    check_whole(stages=stages, stages_per_rank=stages_per_rank, seed=seed)
-    check_whole(microbatch_size=microbatch_size, num_microbatches=num_microbatches)
-    check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler, split_batch=split_batch)
+    given = decided(
+        plan,
+        stages=stages,
+        stages_per_rank=stages_per_rank,
+        schedule=schedule,
+        microbatch_size=microbatch_size,
+        num_microbatches=num_microbatches,
+        split=split,
+        split_batch=split_batch,
+        max_leaf_share=max_leaf_share,
+    )
+    check_whole(seed=seed)
+    check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler)
     check_reduction(reduction)
-    choices.check_share(max_leaf_share)
-    if not isinstance(schedule, str):
-        check_callable(schedule=schedule, needed=True)
     choices.check_split(model, split or ())
-    method = catalog.get(schedule) if isinstance(schedule, str) else schedule
+    method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
-    on_each = choices.stages_on_each(stages_per_rank, schedule)
-    num_stages = choices.stage_count(stages, split, world, kind, stages_per_rank=on_each)
+    on_each = choices.stages_on_each(given.stages_per_rank, given.schedule)
+    num_stages = choices.stage_count(given.stages, split, world, kind, stages_per_rank=on_each)
     num_ranks = num_stages // on_each
-    splitter = Splitter(num_ranks, num_microbatches, microbatch_size, split_batch)
+    splitter = Splitter(num_ranks, num_microbatches, given.microbatch_size, split_batch)
     program = loss if loss is not None else model_loss
     items = splitter(example).items
     item = items[0]
@@ -135,7 +147,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         world, method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=len(items)
     )
     placement = programs.placement
-    devices = choices.devices_of(kind, placement)
+    devices = choices.devices_of(kind, placement, given.places)
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
     own_device = devices[own[0]]
@@ -144,14 +156,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
     _share_buffers(model, world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
-    share = 1 / (4 * num_stages) if max_leaf_share is None else max_leaf_share
+    share = 1 / (4 * num_stages) if given.max_leaf_share is None else given.max_leaf_share
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(model, fakes, device=own_device, leaves=leaves, accumulators=accumulators)
     recordings.look(program)
     graph = recordings.trace(program, item)
     check_loss(graph)
     check_trainable(graph)
-    cut = recordings.cut_first(graph, choices.positions_of(graph, split, num_stages), list(parameters))
+    cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
     _check_alike(cut, programs, world)
     programs.training(len(items), cut.flow)  # a wrong schedule is refused here, and not at the first step
     accumulators.learn(cut)

@@ -144,11 +144,14 @@ def stage_count(
     return stages or num_ranks * stages_per_rank
 
 
-def devices_of(kind: str, placement: Placement) -> tuple[torch.device, ...]:
-    """The device of each stage: its rank's, which take turns over those there are."""
+def devices_of(
+    kind: str, placement: Placement, places: Sequence[int] | None = None
+) -> tuple[torch.device, ...]:
+    """The device of each stage: its rank's, `places[rank]` if given; they take turns over those there are."""
     if kind == "cpu":
         return (torch.device("cpu"),) * placement.num_stages
-    return tuple(torch.device("cuda", _cuda_index(rank)) for rank in placement.rank_of)
+    order = range(placement.num_ranks) if places is None else places
+    return tuple(torch.device("cuda", _cuda_index(order[rank])) for rank in placement.rank_of)
 
 
 def check_share(max_leaf_share: float | None) -> None:

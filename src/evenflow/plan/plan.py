@@ -49,9 +49,13 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRank:
-    """A pipeline rank: its device, the bytes it needs and has, and the share of a step that it idles."""
+    """A pipeline rank: its device, the bytes it needs and has, and the share of a step that it idles.
+
+    `device` is a kind, and `place` the first device of this rank among the cluster's, from 0.
+    """
 
     device: str
+    place: int
     memory: RankMemory
     cap_bytes: float
     idle: float

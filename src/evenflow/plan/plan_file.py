@@ -141,7 +141,7 @@ def _number(hint: type[int] | type[float], given: object, place: str) -> float:
     assert isinstance(given, int | float), "checked"
     if not 0 <= given < math.inf:
         raise ConfigError(f"{place} = {given} must be finite and at least 0")
-    if hint is int and given < 1 and not place.endswith((".rank", "num_elements")):
+    if hint is int and given < 1 and not place.endswith((".rank", ".place")):
         raise ConfigError(f"{place} = {given} must be at least 1")
     return hint(given)
 

@@ -276,7 +276,7 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         for stage, rank in zip(best.stages, best.schedule.placement.rank_of, strict=True)
     )
     ranks = tuple(
-        PlannedRank(group.kind, need, group.cap_bytes, idle)
+        PlannedRank(group.kind, group.first, need, group.cap_bytes, idle)
         for group, need, idle in zip(best.groups, best.memory, best.idle, strict=True)
     )
     return Plan(

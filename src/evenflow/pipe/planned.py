@@ -1,0 +1,100 @@
+"""What decides the cut and the order of work: `pipeline`'s arguments for it, or a plan in their place."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evenflow.errors import ConfigError
+from evenflow.graph.cut import legal_positions
+from evenflow.graph.graph import Graph
+from evenflow.pipe import choices
+from evenflow.pipe.refuse import check_callable, check_whole
+from evenflow.plan.plan import Plan, positions_in
+from evenflow.plan.plan_file import read_plan_file
+from evenflow.schedules.catalog import ScheduleFunction
+
+DEFAULT_SCHEDULE = "1f1b"
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """`pipeline`'s arguments of the same names, checked, and those of a plan where there is one."""
+
+    plan: Plan | None
+    stages: int | None
+    stages_per_rank: int | None
+    schedule: str | ScheduleFunction
+    microbatch_size: int | None
+    num_microbatches: int | None
+    split: Sequence[str] | None
+    split_batch: Callable[[Any], Sequence[Any]] | None  # of any batch
+    max_leaf_share: float | None
+
+    @property
+    def places(self) -> Sequence[int] | None:
+        """Which device of the machine each pipeline rank takes, where a plan says it."""
+        return None if self.plan is None else [rank.place for rank in self.plan.ranks]
+
+    def positions(self, graph: Graph, num_stages: int) -> tuple[int, ...]:
+        """Where to cut a recorded program.
+
+        Raises `ConfigError` where it has no such node, or no cut may stand, or too few.
+        """
+        if self.plan is None:
+            return choices.positions_of(graph, self.split, num_stages)
+        return _planned_positions(self.plan, graph)
+
+
+def decided(plan: Plan | str | Path | None, **given: Any) -> Decided:  # given: `pipeline`'s arguments
+    """Check what was given, and put what a plan decides in its place; raises `ConfigError`."""
+    if plan is not None:
+        made = _plan_given(plan, given)
+        given["stages"], given["stages_per_rank"] = len(made.stages), made.stages_per_rank
+        given["schedule"], given["microbatch_size"] = made.schedule, made.microbatch_size
+        given["max_leaf_share"] = made.max_leaf_share
+        return Decided(made, **given)
+    counts = ("stages", "stages_per_rank", "microbatch_size", "num_microbatches")
+    check_whole(**{name: given[name] for name in counts})
+    check_callable(split_batch=given["split_batch"])
+    choices.check_share(given["max_leaf_share"])
+    given["schedule"] = DEFAULT_SCHEDULE if given["schedule"] is None else given["schedule"]
+    if not isinstance(given["schedule"], str):
+        check_callable(schedule=given["schedule"], needed=True)
+    return Decided(None, **given)
+
+
+def _plan_given(plan: Plan | str | Path, others: dict[str, Any]) -> Plan:
+    """The plan, read from its file if it is a path; refused beside other arguments, or if it can't be run."""
+    if contradicting := [name for name, value in others.items() if value is not None]:
+        raise ConfigError(
+            f"{contradicting[0]}= and plan= are both given, and a plan decides that; change it in the plan, "
+            "or leave one of them out"
+        )
+    made = plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
+    degrees = made.degrees
+    if degrees.num_devices > degrees.pipeline:
+        raise ConfigError(
+            f"the plan takes {degrees.data} data, {degrees.tensor} tensor and {degrees.context} context "
+            "ranks beside the pipeline's, which pipeline() cannot run yet: plan for a pipeline alone"
+        )
+    for number, stage in enumerate(made.stages):
+        if stage.recompute:
+            raise ConfigError(
+                f"the plan's stage {number} recomputes {stage.recompute[0]}, which pipeline() cannot do "
+                "yet: plan without, or switch on the model's own gradient checkpointing and plan again"
+            )
+    return made
+
+
+def _planned_positions(plan: Plan, graph: Graph) -> tuple[int, ...]:
+    """Where the plan cuts a recorded program; `ConfigError` where there is no such node or place to cut."""
+    positions = positions_in(plan, [node.name for node in graph.chain])
+    legal = legal_positions(graph)
+    for number, position in enumerate(positions, start=1):
+        if not legal[position]:
+            raise ConfigError(
+                f"the plan's stage {number} begins with {plan.stages[number].first!r}, but a cut there would "
+                "part a tensor from one that shares its memory and is changed later; move it"
+            )
+    return positions

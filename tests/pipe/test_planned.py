@@ -1,0 +1,107 @@
+"""`pipeline(plan=…)`: the plan decides, and the numbers stay those of the unsplit model."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import evenflow
+from evenflow.cluster.short import parse_cluster
+from evenflow.cost.estimate import estimate
+from evenflow.errors import ConfigError
+from evenflow.ir.placement import Placement
+from evenflow.pipe import choices
+from evenflow.pipe.choices import Splitter
+from evenflow.pipe.recorded import recorded
+from evenflow.plan.plan_file import write_plan
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers, Request
+from evenflow.plan.scale import scaled
+from unsplit import mean_square, mlp, regression, sgd
+
+SHARE = 0.0
+
+
+TWO_RANKS = Levers(pipeline=2, stages_per_rank=1, microbatch_size=2)
+
+
+def planned(levers=TWO_RANKS):
+    """A plan for the model of `make`."""
+    machine = parse_cluster("2xRTX 4090")
+
+    def of(rows: int):
+        found = recorded(
+            mlp(4, 8, 8, 1),
+            loss=mean_square,
+            example=regression(rows),
+            splitter=Splitter(1, 1, None, None),
+            max_leaf_share=SHARE,
+            device=torch.device("cpu"),
+        )
+        return estimate(found.graph, found.model, machine.devices, num_rows=rows)
+
+    small, large = of(2), of(4)
+    sizes = {"batch_rows": 8, "row_tokens": 1.0, "max_leaf_share": SHARE, "dtype": "float32"}
+    asked = Request(lambda rows: scaled(small, large, rows), (1, 2, 4), machine, **sizes, levers=levers)
+    return plan(asked)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    options = {"loss": mean_square, "example": regression(), "device": "cpu", "optimizer": sgd} | options
+    return evenflow.pipeline(mlp(4, 8, 8, 1), **options)
+
+
+def refused(text: str):
+    return pytest.raises(ConfigError, match=re.escape(text))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-v"])
+def test_a_planned_pipeline_trains_as_the_unsplit_model(schedule, tmp_path):
+    per_rank = 2 if schedule == "zb-v" else 1
+    made = planned(Levers(pipeline=2, stages_per_rank=per_rank, schedule=schedule, microbatch_size=2))
+    (tmp_path / "plan.toml").write_text(write_plan(made))
+    losses = []
+    for options in ({"stages": 1, "microbatch_size": 2}, {"plan": made}, {"plan": tmp_path / "plan.toml"}):
+        pipe = make(**options)
+        losses.append([float(pipe.step(regression()).loss) for _ in range(3)])
+        pipe.close()
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_the_cut_is_the_plan_s():
+    made = planned()
+    pipe = make(plan=made)
+    assert [cut.num_nodes for cut in pipe.cut] == [stage.num_nodes for stage in made.stages]
+    assert [cut.first for cut in pipe.cut] == [stage.first for stage in made.stages]
+    pipe.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("stages", 2), ("schedule", "gpipe"), ("split", ["2"]), ("num_microbatches", 2)]
+)
+def test_what_a_plan_decides_is_not_given_besides(option, value):
+    with refused(f"{option}= and plan= are both given"):
+        make(plan=planned(), **{option: value})
+
+
+def test_what_a_pipeline_cannot_do_is_refused():
+    made = planned()
+    data = dataclasses.replace(made, degrees=dataclasses.replace(made.degrees, data=2))
+    with refused("the plan takes 2 data, 1 tensor and 1 context ranks"):
+        make(plan=data)
+    again = dataclasses.replace(made.stages[1], recompute=("2",))
+    with refused("the plan's stage 1 recomputes 2, which pipeline() cannot do"):
+        make(plan=dataclasses.replace(made, stages=(made.stages[0], again)))
+    other = dataclasses.replace(made.stages[1], first="head")
+    with refused("the plan's stage 1 begins with 'head', which the recorded program does not have"):
+        make(plan=dataclasses.replace(made, stages=(made.stages[0], other)))
+    with refused("cannot read the plan no_such.toml"):
+        make(plan="no_such.toml")
+
+
+def test_ranks_take_the_devices_that_the_plan_gives_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = choices.devices_of("cuda", Placement.v_shape(2), [1, 0])
+    assert [device.index for device in devices] == [1, 0, 0, 1]
