@@ -302,6 +302,7 @@ def test_a_v_on_two_processes():
             "--nproc-per-node 3, or ask for stages=4"
         )
         assert "ranks 0 and 1 recorded different programs" in found[8]
-    assert names[0] in ranks[0][4], "the first stage is on the first rank"
+    assert names[0] in ranks[0][4], "the first stage"
+    assert names[-1] in ranks[0][4], "and the last are on the first rank"
     assert sorted(ranks[0][4] + ranks[1][4]) == sorted(names)
     assert sorted(ranks[0][6] + ranks[1][6]) == sorted(name for name, _ in alone.named_buffers())
