@@ -185,7 +185,8 @@ def positions_of(graph: Graph, split: Sequence[str] | None, num_stages: int) -> 
                 cut_bytes=crossing_bytes(graph)[:-1],
                 legal=legal[:-1],
                 num_stages=num_stages,
-                cost_per_byte=FLOPS_PER_ELEMENT / 2,  # of fp32 twice an element: it is handed over, and its gradient
+                cost_per_byte=FLOPS_PER_ELEMENT
+                / 2,  # of fp32 twice an element: it is handed over, and its gradient
             )
         except ConfigError as error:
             heaviest = max(zip(costs, graph.chain, strict=True), key=lambda pair: pair[0])[1]
