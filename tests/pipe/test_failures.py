@@ -59,7 +59,7 @@ def test_a_parameter_that_is_unfrozen_later_is_refused():
         ({"num_microbatches": None, "microbatch_size": 1.5}, "microbatch_size=1.5 must be a whole number"),
         ({"split": "2", "stages": None}, "split='2' is one string; give a list"),
         ({"max_leaf_share": float("nan")}, "max_leaf_share=nan must lie between 0 and 1"),
-        ({"schedule": None}, "schedule= must be a function, not a NoneType"),
+        ({"schedule": 3}, "schedule= must be a function, not a int"),
         ({"optimizer": 3}, "optimizer= must be a function, not a int"),
         ({"device": "abacus"}, "device='abacus' is no device that torch knows"),
         ({"optimizer": lambda p: None}, "optimizer= returned a NoneType"),
