@@ -11,6 +11,8 @@ from rich.text import Text
 
 from evenflow.cli.shared_flags import (
     BatchSize,
+    Data,
+    Device,
     Length,
     Microbatches,
     Model,
@@ -82,9 +84,7 @@ def train_command(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write. Default: runs/ and the run's name.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Train a model as a pipeline: one process per rank."""
     # torch takes seconds to import, which --help and --version need not wait for.
@@ -115,10 +115,7 @@ def train_command(
 def check_command(
     source: Source = None,
     model: Model = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
-    ] = None,
+    data: Data = None,
     batch_size: BatchSize = None,
     length: Length = None,
     seed: Seed = None,
@@ -160,9 +157,7 @@ def check_command(
 
 @app.command("doctor")
 def doctor_command(
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
-    ] = None,
+    device: Device = None,
     ranks: Annotated[
         int | None, typer.Option(help="How many ranks on this machine. Default: one a GPU, or 2 on CPUs.")
     ] = None,
@@ -197,10 +192,7 @@ def plan_command(
     rows: Annotated[
         int | None, typer.Option(help="Rows of a step's batch, over all devices. Default: the example's.")
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
-    ] = None,
+    data: Data = None,
     batch_size: BatchSize = None,
     length: Length = None,
     pipeline_only: Annotated[
@@ -228,10 +220,7 @@ def plan_command(
 def profile_command(
     source: Source = None,
     model: Model = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
-    ] = None,
+    data: Data = None,
     batch_size: BatchSize = None,
     length: Length = None,
     seed: Seed = None,
@@ -240,9 +229,7 @@ def profile_command(
         typer.Option(help="For how many stages: more make finer nodes. Default: those of 2 ranks."),
     ] = None,
     microbatches: Microbatches = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
-    ] = None,
+    device: Device = None,
     csv: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write it to a new file, for evenflow schedule --costs."),

@@ -32,6 +32,7 @@ from evenflow.plan.planner import describe, plan
 from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Choice, Levers, Request
 from evenflow.plan.scale import scaled
+from evenflow.runtime.weights import rows_of
 from evenflow.view.units import format_bytes, format_seconds
 
 _MOST_ROWS = 8  # of a microbatch: more only cost memory
@@ -74,7 +75,7 @@ def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only:
         source = build(config.model, seed=config.training.seed)
     share = 1 / (4 * min(machine.num_ranks, _FINEST))
     example = make_feed(config.data, source, config.training).validation[0]
-    batch_rows = rows or _num_rows(example)
+    batch_rows = rows or rows_of(example) or 1
     sizes = tuple(size for size in (1, 2, 4, 8) if size <= _MOST_ROWS and batch_rows % size == 0)
     size = next(source.model.parameters()).element_size()
     return Request(
@@ -135,12 +136,6 @@ def _with_rows(example: object, num_rows: int) -> object:
         return leaf[torch.arange(num_rows) % len(leaf)]
 
     return pytree.tree_map(repeated, example)
-
-
-def _num_rows(example: object) -> int:
-    return max(
-        (len(t) for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.ndim), default=1
-    )
 
 
 def _row_tokens(example: object) -> float:

@@ -1,4 +1,4 @@
-"""The flags that `train` and `check` have in common, each with its help."""
+"""The flags that several commands have in common, each with its help."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,10 @@ Source = Annotated[
 Model = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder: a model and its tokenizer.")
 ]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE_OR_FOLDER", help="Text to take the batch from; repeat it for more."),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences in a batch of text.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a sequence of text.")]
 Seed = Annotated[int | None, typer.Option(help="Where the random numbers start.")]
@@ -24,3 +28,4 @@ StagesPerRank = Annotated[
 ]
 Schedule = Annotated[str | None, typer.Option(help="The order of work, such as 1f1b, zb-v or auto.")]
 Microbatches = Annotated[int | None, typer.Option(help="Into how many microbatches to split a batch.")]
+Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")]

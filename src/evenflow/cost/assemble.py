@@ -49,7 +49,7 @@ def chain_of(
         seconds={kind: _seconds(graph, measured)},
         saved=_held(saved, sizes, private),
         kept=_held(kept, sizes, private_kept),
-        parameters=_parameters(graph, model),
+        parameters=parameters_used(graph, model),
         forward_transient_bytes=forward_transient,
         backward_transient_bytes=_backward_transients(graph, costs),
         cut_bytes=tuple(map(float, crossing_bytes(graph)[: len(nodes)])),
@@ -196,7 +196,8 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
 # -- parameters
 
 
-def _parameters(graph: Graph, model: torch.nn.Module) -> tuple[Parameter, ...]:
+def parameters_used(graph: Graph, model: torch.nn.Module) -> tuple[Parameter, ...]:
+    """The parameters that the nodes of the chain use, under the first of their names."""
     users: defaultdict[str, set[int]] = defaultdict(set)
     for place, node in enumerate(graph.chain):
         for name in node.parameters:

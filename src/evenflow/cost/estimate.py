@@ -7,16 +7,17 @@ step. One measured point (`cluster.device.calibrated`) mends the first on averag
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
 from evenflow.cluster.device import Device
+from evenflow.cost.assemble import parameters_used
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
 from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.module_calls import RUN_FOR_REAL
-from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.plan.chain import Chain, Held, Seconds
 
 # No kernel reads and writes at the memory's full rate: assumed.
 _TRAFFIC_SHARE = 0.85
@@ -60,7 +61,7 @@ def estimate(
         seconds={name: _seconds(graph.chain, of_chain, device, dtype) for name, device in kinds.items()},
         saved=saved,
         kept=saved,
-        parameters=tuple(_parameters(graph, model)),
+        parameters=parameters_used(graph, model),
         forward_transient_bytes=tuple(
             max((cost.forward_bytes for cost in node), default=0.0) for node in of_chain
         ),
@@ -113,14 +114,3 @@ def _saved(graph: Graph, costs: Iterable[list[FunctionCost]], functions: Functio
             held.append(Held(alone, (at,)))
     held += [Held(float(functions.bytes_of[s]), tuple(nodes)) for s, nodes in keepers.items()]
     return tuple(sorted(held, key=lambda each: each.nodes))
-
-
-def _parameters(graph: Graph, model: torch.nn.Module) -> Iterable[Parameter]:
-    users: Mapping[str, list[int]] = defaultdict(list)
-    for at, node in enumerate(graph.chain):
-        for name in node.parameters:
-            users[name].append(at)
-    for name, tensor in model.named_parameters():
-        if users[name]:
-            num_bytes = tensor.numel() * tensor.element_size()
-            yield Parameter(name, tensor.numel(), num_bytes, tensor.requires_grad, tuple(users[name]))

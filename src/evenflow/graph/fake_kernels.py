@@ -64,13 +64,13 @@ def _all_fake(kernel: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:  # kernel:
     mode = next((each.fake_mode for each in args if type(each) is FakeTensor), None)
     if mode is None or kernel._schema.is_mutable or any(r.alias_info for r in kernel._schema.returns):
         return args
-    if not any(map(_is_plain, args)):
+    if not any(map(_is_ordinary, args)):
         return args
     with mode:
-        return tuple(_like(each) if _is_plain(each) else each for each in args)
+        return tuple(_like(each) if _is_ordinary(each) else each for each in args)
 
 
-def _is_plain(leaf: Any) -> bool:  # leaf: anything
+def _is_ordinary(leaf: Any) -> bool:  # leaf: anything
     """Whether a leaf is a real tensor of which a kernel's fake run needs the form alone."""
     plain = type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.dim() > 0
     return plain and not (leaf.is_conj() or leaf.is_neg() or leaf.is_quantized)

@@ -190,11 +190,10 @@ def choices(request: Request) -> Iterator[Choice]:
             continue
         for size in request.microbatch_sizes:
             number, rest = divmod(rows, size)
-            wrong = levers.microbatch_size not in (None, size) or levers.num_microbatches not in (
-                None,
-                number,
-            )
-            if rest or wrong or (number > _MOST_MICROBATCHES and levers.num_microbatches is None):
+            wanted = levers.num_microbatches
+            if rest or levers.microbatch_size not in (None, size) or wanted not in (None, number):
+                continue
+            if wanted is None and number > _MOST_MICROBATCHES:
                 continue
             for per_rank, schedule in _schedules(request, degrees.pipeline):
                 yield Choice(degrees, per_rank, schedule, size, number, "none")

@@ -84,14 +84,14 @@ def chain_for(request: Request, choice: Choice) -> Chain:
     """The program as one device of the choice's degrees sees it, without recomputation."""
     degrees, cluster = choice.degrees, request.cluster
     chain = request.chain_of(choice.microbatch_size)
-    chain = tensor_parallel(chain, degrees.tensor, _widest(cluster, 1, degrees.tensor))
-    ring = _widest(cluster, degrees.tensor, degrees.context)
+    chain = tensor_parallel(chain, degrees.tensor, _slowest(cluster, 1, degrees.tensor))
+    ring = _slowest(cluster, degrees.tensor, degrees.context)
     chain = context_parallel(chain, degrees.context, ring)
-    experts = _widest(cluster, degrees.tensor * degrees.context, degrees.expert)
+    experts = _slowest(cluster, degrees.tensor * degrees.context, degrees.expert)
     return expert_parallel(chain, degrees.expert, experts, experts_per_token=request.experts_per_token)
 
 
-def _widest(cluster: Cluster, stride: int, count: int) -> Link:
+def _slowest(cluster: Cluster, stride: int, count: int) -> Link:
     """The slowest link of a ring over `count` devices that are `stride` apart, from the first on."""
     ranks = [stride * number for number in range(count)]
     links = [cluster.link_between(a, b) for a, b in pairwise(ranks)]
@@ -306,7 +306,7 @@ def _reduce_seconds(
     """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden."""
     if degrees.data == 1:
         return 0.0
-    link = _widest(request.cluster, degrees.tensor * degrees.context, degrees.data)
+    link = _slowest(request.cluster, degrees.tensor * degrees.context, degrees.data)
     sizes = [
         sum(stages[stage].trained_bytes for stage in schedule.placement.stages_on(rank))
         for rank in range(schedule.placement.num_ranks)

@@ -14,7 +14,8 @@ from evenflow.plan.rank_memory import Sharding, TrainingState
 class Levers:
     """What the user has decided; None where the planner decides.
 
-    `recompute`: "none", "selective" or "full". `overheads` says what the runtime costs beside the kernels.
+    `recompute`: "none", "selective" or "full". `max_tensor`, `max_context` and `max_expert` bound the degrees
+    that the planner chooses itself.
     """
 
     pipeline: int | None = None
@@ -40,9 +41,10 @@ class Request:
     - `chain_of(rows)`: the program for a microbatch of so many rows, in seconds of each kind of device of the
       cluster. `microbatch_sizes` are those that it can be asked for.
     - `batch_rows` and `row_tokens`: the batch of one step, over all data ranks, and the tokens of one row.
-    - `experts_per_token`: of a mixture of experts; 0 where the model is none.
-    - `peak_flops_per_second`: of each kind of device in the type that the model computes in; for the MFU.
     - `max_leaf_share`: how fine the program was recorded.
+    - `state`: what training keeps beside the parameters.
+    - `experts_per_token`: of a mixture of experts; 0 where the model is none.
+    - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
     """
 
     chain_of: Callable[[int], Chain]

@@ -100,10 +100,8 @@ def _touches(each: Held | Parameter, start: int, end: int) -> bool:
 def costs_of(
     stages: Sequence[StageCost],
     links: Mapping[tuple[int, int], Link],
-    *,
-    memory_caps: tuple[float, ...] | None = None,
 ) -> Costs:
-    """What a schedule of these stages is priced with. `links` joins ranks; `memory_caps` is of activations.
+    """What a schedule of these stages is priced with; `links` joins ranks.
 
     >>> stages = [
     ...     StageCost(n, n + 1, 1.0, 1.0, 1.0, 4.0, 2.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)
@@ -123,5 +121,4 @@ def costs_of(
         sent_bytes=sent,
         activation_bytes=tuple(stage.saved_bytes for stage in stages),
         weight_grad_bytes=tuple(min(stage.kept_bytes, stage.saved_bytes) for stage in stages),
-        memory_caps=memory_caps,
     )
