@@ -152,3 +152,10 @@ def test_progress_is_told():
     plan(request(boxes("H100", "H100")), progress=lambda *each: told.append(each))
     assert [number for number, _, _ in told] == list(range(len(told)))
     assert told[-1][2] < float("inf")
+
+
+@pytest.mark.parametrize("memory", [7e6, 6.5e6])
+def test_what_waits_for_its_backward_is_counted(memory):
+    levers = Levers(pipeline=4, stages_per_rank=1, schedule="1f1b", microbatch_size=4, recompute="none")
+    found = plan(request(boxes("H100", "H100", "H100", "H100", memory=memory), levers=levers))
+    assert all(rank.memory.allocated <= memory for rank in found.ranks)
