@@ -14,7 +14,7 @@ import torch
 
 from evenflow.cost.measured import Measured
 
-_VERSION = 1  # of how things are measured: raised where old numbers mean something else
+_VERSION = 2  # of how things are measured: raised where old numbers mean something else
 
 
 @dataclass(frozen=True, slots=True)

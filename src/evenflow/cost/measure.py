@@ -41,12 +41,13 @@ def measure(
 ) -> Measured:
     """Measure a node on its bench; `idle` is the same bench without it, `inputs` makes new inputs."""
     clock = _Clock(device)
-    forward, backward, input_grad = clock.seconds(bench, idle, inputs(), budget_seconds)
+    forward, backward, input_grad, entry = clock.seconds(bench, idle, inputs(), budget_seconds)
     saved, kept, result_bytes, forward_peak = _held(bench, inputs, device)
     return Measured(
         forward_seconds=forward,
         backward_seconds=backward,
         input_grad_seconds=min(input_grad, backward),
+        entry_seconds=entry,
         inputs_saved=saved[0],
         results_saved=saved[1],
         private_saved_bytes=saved[2],
@@ -71,8 +72,8 @@ class _Clock:
 
     def seconds(
         self, bench: Bench, idle: Bench, given: Values, budget_seconds: float
-    ) -> tuple[float, float, float]:
-        """Medians for `_once`, without what a bench takes by itself."""
+    ) -> tuple[float, float, float, float]:
+        """Medians for `_once`, without what a bench takes by itself; and that, forward and backward."""
         for _ in range(_WARM_UPS):
             for each in (bench, idle):
                 self._once(each, given)
@@ -82,9 +83,10 @@ class _Clock:
         while len(own) < _FEWEST or (len(own) < _MOST and time.perf_counter() < end):
             own.append(self._once(bench, given))
             bare.append(self._once(idle, given))
-        pairs = zip(_medians(own), _medians(bare), strict=True)
+        entry = _medians(bare)
+        pairs = zip(_medians(own), entry, strict=True)
         forward, backward, input_grad = (max(0.0, took - without) for took, without in pairs)
-        return forward, backward, input_grad
+        return forward, backward, input_grad, entry[0] + entry[1]
 
     def _once(self, bench: Bench, given: Values) -> tuple[float, float, float]:
         """Seconds of a forward, of a backward in one piece, and of the first part of another's."""

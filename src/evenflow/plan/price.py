@@ -12,10 +12,12 @@ from itertools import pairwise
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
+from evenflow.ir.op import InputGrad
 from evenflow.ir.schedule import Schedule
 from evenflow.memory import peak_bytes
 from evenflow.plan.chain import Chain, Held
 from evenflow.plan.in_flight import in_flight
+from evenflow.plan.overheads import as_run
 from evenflow.plan.parallel import (
     all_reduce_seconds,
     context_parallel,
@@ -60,7 +62,7 @@ class Priced:
     idle: tuple[float, ...]
     pipeline_seconds: float
     reduce_seconds: float
-    update_seconds: float
+    update_seconds: float  # and what else a step takes once
 
     @property
     def step_seconds(self) -> float:
@@ -126,7 +128,7 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
         idle=tuple(1 - each / makespan for each in work),
         pipeline_seconds=makespan,
         reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, fit.stages),
-        update_seconds=_update_seconds(request, fit.memory, fit.groups),
+        update_seconds=request.overheads.step_seconds + _update_seconds(request, schedule, fit),
     )
 
 
@@ -167,7 +169,9 @@ def _fitted(request: Request, choice: Choice, chain: Chain) -> _Fit:
     while True:
         cut = _cut(request, choice, chain, schedule, groups, caps)
         placed = tuple(groups[device] for device in cut.devices)
-        stages = stage_costs(chain, cut.positions, [placed[r].kind for r in schedule.placement.rank_of])
+        rank_of = schedule.placement.rank_of
+        stages = stage_costs(chain, cut.positions, [placed[r].kind for r in rank_of])
+        stages = as_run(stages, rank_of, request.overheads, splits=_splits(schedule))
         costs = costs_of(stages, _links(request.cluster, placed))
         memory = _memory(request, choice, schedule, stages, costs)
         over = [need.allocated - group.cap_bytes for need, group in zip(memory, placed, strict=True)]
@@ -211,6 +215,11 @@ def _in_flight(
     name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int, kept_share: float
 ) -> tuple[float, ...]:
     return in_flight(_schedule(name, num_ranks, stages_per_rank, num_microbatches), kept_share=kept_share)
+
+
+def _splits(schedule: Schedule) -> bool:
+    """Whether a schedule's backwards are in two parts."""
+    return any(isinstance(op, InputGrad) for op in schedule.ranks[0])
 
 
 def _sizes(choice: Choice) -> tuple[str, int, int, int]:
@@ -314,13 +323,18 @@ def _reduce_seconds(
     return all_reduce_seconds(max(sizes) * request.state.gradient_bytes, degrees.data, link)
 
 
-def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequence[Group]) -> float:
-    """The longest update: parameters and states are read and written, gradients read."""
+def _update_seconds(request: Request, schedule: Schedule, fit: _Fit) -> float:
+    """The longest update, as measured; else parameters and states are read and written, gradients read."""
     rates = {device.name: device.memory_bytes_per_second for device in request.cluster.devices}
-    return max(
-        (2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind]
-        for need, group in zip(memory, groups, strict=True)
-    )
+    found = []
+    for rank, (need, group) in enumerate(zip(fit.memory, fit.groups, strict=True)):
+        measured = request.update_seconds_per_byte.get(group.kind)
+        if measured is None:
+            found.append((2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind])
+        else:
+            stages = (fit.stages[stage] for stage in schedule.placement.stages_on(rank))
+            found.append(sum(stage.trained_bytes for stage in stages) * measured)
+    return max(found)
 
 
 # What fill and drain add with equal ops: for each further rank so much of one microbatch's work on a rank.

@@ -1,11 +1,13 @@
 """What is to be planned: a program at any microbatch size, the machine, the batch, and what is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.chain import Chain
+from evenflow.plan.overheads import Overheads
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import Sharding, TrainingState
 
@@ -44,6 +46,9 @@ class Request:
     - `max_leaf_share`: how fine the program was recorded.
     - `state`: what training keeps beside the parameters.
     - `experts_per_token`: of a mixture of experts; 0 where the model is none.
+    - `overheads`: what the runtime takes beside the nodes.
+    - `update_seconds_per_byte`: the optimizer's step, for each byte of trained parameters, by the kind of
+      device; where a kind is not named, its memory's speed decides.
     - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
     """
 
@@ -55,6 +60,8 @@ class Request:
     max_leaf_share: float
     state: TrainingState = field(default_factory=TrainingState)
     experts_per_token: int = 0
+    overheads: Overheads = field(default_factory=Overheads)
+    update_seconds_per_byte: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     dtype: str = "bfloat16"
     levers: Levers = field(default_factory=Levers)
 
