@@ -145,12 +145,13 @@ def _held(
     with Made(device) as made:
         flight = bench.forward(given)
     peak, new = made.peak_bytes, {memory.number: memory for memory in made.alive()}
-    results = [flight.made.get(value) for value in node.makes]
+    made_values = bench.results(flight)
+    results = [made_values.get(value) for value in node.makes]
     memories = [None if t is None else new.get(storage_of(t)) for t in results]
     result_bytes = tuple(0 if memory is None else memory.num_bytes for memory in memories)
-    del results
+    del results, made_values
     given.clear()
-    _let_go(flight)
+    flight.made = {}
     in_results = {memory.number for memory in memories if memory is not None}
     private = [memory for memory in new.values() if memory.number not in in_results]
 
@@ -165,7 +166,10 @@ def _held(
     kept: _Kept = ((), (), 0)
     if bench.walks:
         # The weight gradient of a stage walks its whole graph, so nodes without weights are kept for it too.
-        stays = extent(Walk(list(flight.roots.values()), ())).twice and not node.hooks
+        stays = (
+            extent(Walk([root for root in flight.roots.values() if root is not None], ())).twice
+            and not node.hooks
+        )
         bench.arrive(flight)
         bench.input_grad(flight)
         if flight.rest is not None:
@@ -174,15 +178,6 @@ def _held(
             kept = saved
         bench.weight_grad(flight)
     return saved, kept, result_bytes, peak
-
-
-def _let_go(flight: InFlight) -> None:
-    """Empty all tensors that a flight holds beside autograd's graph; they keep their place in that."""
-    flight.made = {}
-    # A view holds what it views; a copy of it has the same graph and holds nothing else.
-    flight.roots = {value: root.clone() for value, root in flight.roots.items()}
-    for tensor in (*flight.received, *flight.roots.values()):
-        tensor.data = tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _backward_peak(bench: Bench, given: Values, device: torch.device) -> int:

@@ -155,7 +155,7 @@ class _Profiler:
         """Run a node forward for its results."""
         role = dataclasses.replace(self._roles[node.index], used=node.makes)
         with self._benches.of(node, role) as (bench, _), torch.no_grad():
-            return bench.forward(inputs).made
+            return bench.results(bench.forward(inputs))
 
 
 def _places(model: torch.nn.Module) -> Places:
