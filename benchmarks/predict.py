@@ -52,13 +52,16 @@ def on_rank(name: str, levers: Levers, rounds: int) -> list[Found]:
         run = Run(model, loss, batch, adamw, levers=levers)
         made = plan(measured_request(run, world, torch.device("cpu")))
         made = world.share(made, 0)
-        pipe = evenflow.pipeline(
-            model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu"
-        )
+        pipe = evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
         seconds = _step_seconds(pipe, batch, world)
         peak = _peak_bytes(pipe, batch) if number == 0 else 0.0
         choice = Choice(
-            made.degrees, made.stages_per_rank, made.schedule, made.microbatch_size, made.num_microbatches, "none"
+            made.degrees,
+            made.stages_per_rank,
+            made.schedule,
+            made.microbatch_size,
+            made.num_microbatches,
+            "none",
         )
         cut = "+".join(str(stage.num_nodes) for stage in made.stages)
         found.append(
@@ -71,7 +74,10 @@ def on_rank(name: str, levers: Levers, rounds: int) -> list[Found]:
             )
         )
         if world.rank == 0:
-            print(f"  {found[-1].described}: {made.prediction.step_seconds:.3f} s promised, {seconds:.3f} s", flush=True)
+            print(
+                f"  {found[-1].described}: {made.prediction.step_seconds:.3f} s promised, {seconds:.3f} s",
+                flush=True,
+            )
         pipe.close()
     return found
 
@@ -90,9 +96,10 @@ def _step_seconds(pipe: Pipeline, batch: Any, world: World) -> float:
 def _peak_bytes(pipe: Pipeline, batch: Any) -> float:
     """The most bytes of tensors that a rank held in a step: what lasts, and what the step made."""
     pipe.step(batch)
-    pipe._parts.updater.clear()
-    parts = pipe._parts
-    lasting = sum(parameter.nbytes for _, parameter in pipe.named_parameters())
+    parts = pipe._parts  # noqa: SLF001 (what a pipeline holds is nobody else's business)
+    parts.updater.clear()
+    here = [each for each in parts.model.parameters() if not each.is_meta]
+    lasting = sum({each.untyped_storage().data_ptr(): each.nbytes for each in here}.values())
     for optimizer in parts.updater.optimizers.values():
         states = (each for state in optimizer.state.values() for each in state.values())
         lasting += sum(each.nbytes for each in states if isinstance(each, torch.Tensor))

@@ -27,6 +27,7 @@ from evenflow.pipe.recorded import recorded
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
+from evenflow.runtime.links.process_group import RECEIVES_AHEAD, SENDS_AHEAD
 from evenflow.runtime.recordings import Program
 from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
@@ -144,6 +145,7 @@ def _overheads(links: Sequence[Probed], op_seconds: float) -> Overheads:
         median([each.parcel_seconds for each in links]),
         median([each.seconds_per_byte for each in links]),
         _STEP_SECONDS,
+        parcels_ahead=RECEIVES_AHEAD + SENDS_AHEAD if links else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run takes beside its nodes: the runtime's own time for ops, parcels and steps."""
+"""What a run takes beside its nodes: the runtime's own time for ops, parcels and steps, and its buffers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +8,13 @@ from evenflow.plan.stages import StageCost
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """Seconds of a rank's own time, in which it computes nothing.
+    """Seconds of a rank's own time, in which it computes nothing, and buffers.
 
     - `op_seconds`: for each forward and each backward of a stage.
     - `parcel_seconds` and `seconds_per_byte`: for what it sends to another rank, and as much for what it
       receives.
     - `step_seconds`: once a step, whatever is in it.
+    - `parcels_ahead`: how many parcels beyond those in use have memory on a rank, as they arrive or leave.
 
     All are 0 where nothing is known of them.
     """
@@ -22,6 +23,7 @@ class Overheads:
     parcel_seconds: float = 0.0
     seconds_per_byte: float = 0.0
     step_seconds: float = 0.0
+    parcels_ahead: int = 0
 
     def handling_seconds(self, num_bytes: float) -> float:
         """What one end of a transfer takes; a transfer of nothing is none.

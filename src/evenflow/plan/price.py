@@ -278,7 +278,8 @@ def _static(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held, ...
         size = float(parameter.num_bytes)  # with "fsdp" all of a stage's are gathered for the step
         if parameter.trains:
             size += parameter.num_bytes * state.gradient_bytes / whole
-            size += parameter.num_elements * state.optimizer_bytes / states
+            # The first stage that uses it updates it.
+            found.append(Held(parameter.num_elements * state.optimizer_bytes / states, parameter.nodes[:1]))
         found.append(Held(size, parameter.nodes))
     return tuple(found)
 
@@ -304,6 +305,7 @@ def _memory(
             request.state,
             data_ranks=choice.degrees.data,
             sharding=choice.degrees.sharding,
+            parcels_ahead=request.overheads.parcels_ahead,
         )
         for rank, peak in enumerate(peaks)
     )

@@ -62,6 +62,7 @@ def rank_memory(
     data_ranks: int = 1,
     sharding: Sharding = "none",
     communicator_bytes: float = 0.0,
+    parcels_ahead: int = 0,
 ) -> RankMemory:
     """What a rank with these stages has allocated at its peak, where its schedule holds so many activations.
 
@@ -75,12 +76,12 @@ def rank_memory(
     """
     parameters = sum(stage.parameter_bytes for stage in stages)
     trained = sum(stage.trained_bytes for stage in stages)
-    elements = sum(stage.trained_elements for stage in stages)
+    elements = sum(stage.owned_elements for stage in stages)
     shards = data_ranks if sharding != "none" else 1
     whole = 1 if sharding != "fsdp" else data_ranks
     transients = max(stage.transient_bytes for stage in stages)
     transients += parameters * (1 - 1 / whole)
-    boundary = max(stage.received_bytes + stage.sent_bytes for stage in stages)
+    boundary = max(_boundary_bytes(stage, parcels_ahead) for stage in stages)
     update = elements * state.update_bytes / shards
     in_update = max(0.0, update - activation_peak_bytes - transients - boundary)
     return RankMemory(
@@ -92,3 +93,9 @@ def rank_memory(
         boundary=boundary,
         communicators=communicator_bytes,
     )
+
+
+def _boundary_bytes(stage: StageCost, parcels_ahead: int) -> float:
+    """What lies in buffers at both cuts: a parcel each, and those ahead, which are of both sizes in turn."""
+    sides = [size for size in (stage.received_bytes, stage.sent_bytes) if size]
+    return sum(sides) * (1 + parcels_ahead / len(sides)) if sides else 0.0

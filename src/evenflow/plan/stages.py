@@ -14,7 +14,8 @@ class StageCost:
 
     `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
     `transient_bytes` is the most that one node allocates besides; `received_bytes` and `sent_bytes` cross the
-    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients.
+    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients, and
+    `owned_elements` are updated here: a parameter of several stages is its first one's.
     """
 
     start: int
@@ -29,7 +30,7 @@ class StageCost:
     sent_bytes: float
     parameter_bytes: float
     trained_bytes: float
-    trained_elements: int
+    owned_elements: int
 
     @property
     def seconds(self) -> float:
@@ -85,7 +86,7 @@ def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
         sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
         trained_bytes=sum(parameter.num_bytes for parameter in trained),
-        trained_elements=sum(parameter.num_elements for parameter in trained),
+        owned_elements=sum(each.num_elements for each in trained if each.nodes[0] >= start),
     )
 
 
