@@ -11,7 +11,7 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.parallel import tensor_parallel
+from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
 from evenflow.plan.planner import _SAVINGS, NoPlanError, choices, plan
 from evenflow.plan.price import chain_for, lower_bound, price
@@ -71,7 +71,9 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     names = asked.chain_of(found.microbatch_size).names
     again = {name for stage in found.stages for name in stage.recompute}
     nodes = [at for at, label in enumerate(node_labels(names)) if label in again]
-    chain = recomputed(tensor_parallel(asked.chain_of(found.microbatch_size), choice.tensor, LINK), nodes)
+    chain = recomputed(
+        tensor_parallel(asked.chain_of(found.microbatch_size), Peers(choice.tensor, LINK)), nodes
+    )
     schedule = catalog.get(found.schedule)(choice.pipeline, found.stages_per_rank, found.num_microbatches)
     stages = stage_costs(chain, positions_in(found, names), ["H100"] * len(found.stages))
     peaks = peak_bytes(schedule, costs_of(stages, {}))
@@ -90,6 +92,51 @@ def test_less_memory_never_makes_a_step_shorter():
     # Sharding the optimizer's states makes the update, a millionth of a step, shorter.
     assert steps == pytest.approx(sorted(steps), rel=1e-4)
     assert steps[-1] > steps[0]
+
+
+def with_experts(of, *, weight: int):
+    """`chain_of` where a block's parameters are experts', `weight` times as large."""
+
+    def chain_of(rows):
+        chain = of(rows)
+        own = tuple(
+            replace(
+                each,
+                is_expert=True,
+                num_elements=weight * each.num_elements,
+                num_bytes=weight * each.num_bytes,
+            )
+            if 0 < each.nodes[0] < chain.num_nodes - 1
+            else each
+            for each in chain.parameters
+        )
+        return replace(chain, parameters=own, expert_bytes=chain.cut_bytes)
+
+    return chain_of
+
+
+def test_experts_go_over_devices_where_one_cannot_hold_them():
+    asked = request(
+        boxes(*["H100"] * 4, memory=4e7), levers=Levers(max_tensor=1, pipeline=1, sharding="none")
+    )
+    asked = replace(asked, chain_of=with_experts(asked.chain_of, weight=8))
+    assert plan(asked).degrees.expert == 4
+    with pytest.raises(NoPlanError):
+        plan(replace(asked, levers=replace(asked.levers, expert=1)))
+
+
+def test_gradients_of_experts_are_summed_by_those_that_have_them():
+    slow = Link(1e-5, 1e6)
+    levers = Levers(pipeline=1, data=4, tensor=1, sharding="none", microbatch_size=1)
+    asked = request(boxes(*["H100"] * 4, link=slow), levers=levers)
+    asked = replace(asked, chain_of=with_experts(asked.chain_of, weight=8))
+    together, apart = (
+        plan(replace(asked, levers=replace(levers, expert=expert))).prediction.reduce_seconds
+        for expert in (1, 4)
+    )
+    parameters = asked.chain_of(1).parameters
+    experts = sum(each.num_bytes for each in parameters if each.is_expert)
+    assert together - apart == pytest.approx(1.5 * experts / 1e6, rel=1e-4)
 
 
 def test_links_that_are_too_slow_are_not_used():

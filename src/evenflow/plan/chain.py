@@ -77,6 +77,8 @@ class Chain:
       beyond what it keeps.
     - `cut_bytes[c]`: what crosses a cut before node c, all values of which a later node is in need; entry 0
       is not used. `legal[c]`: whether a cut may stand there.
+    - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
+      token goes to; by default there are no experts.
 
     Raises `ConfigError` for tuples of other lengths than `names`.
     """
@@ -92,14 +94,18 @@ class Chain:
     backward_transient_bytes: tuple[float, ...]
     cut_bytes: tuple[float, ...]
     legal: tuple[bool, ...]
+    expert_bytes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.expert_bytes:
+            object.__setattr__(self, "expert_bytes", (0.0,) * self.num_nodes)
         per_node = {
             "flops": self.flops,
             "forward_transient_bytes": self.forward_transient_bytes,
             "backward_transient_bytes": self.backward_transient_bytes,
             "cut_bytes": self.cut_bytes,
             "legal": self.legal,
+            "expert_bytes": self.expert_bytes,
             **{f"seconds on {kind}": seconds.forward for kind, seconds in self.seconds.items()},
         }
         for what, given in per_node.items():

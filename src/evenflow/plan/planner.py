@@ -179,7 +179,9 @@ def choices(request: Request) -> Iterator[Choice]:
     """Every choice that the levers leave open, without savings of memory.
 
     >>> from evenflow.cluster.short import parse_cluster
-    >>> request = Request(lambda rows: None, (1, 2), parse_cluster("2xH100"), 4, 8.0, 0.01)
+    >>> from evenflow.plan.request import Levers
+    >>> levers = Levers(expert=1)
+    >>> request = Request(lambda rows: None, (1, 2), parse_cluster("2xH100"), 4, 8.0, 0.01, levers=levers)
     >>> sorted({(choice.degrees.pipeline, choice.degrees.data) for choice in choices(request)})
     [(1, 1), (1, 2), (2, 1)]
     """
@@ -201,6 +203,7 @@ def choices(request: Request) -> Iterator[Choice]:
 
 def _degrees(request: Request) -> Iterator[Degrees]:
     levers, num_ranks = request.levers, request.cluster.num_ranks
+    max_expert = levers.max_expert if levers.expert is None and _has_experts(request) else 1
     # One device alone may be faster than several that are joined badly.
     for used in dict.fromkeys((num_ranks, 1)):
         for pipeline in _divisors(used, levers.pipeline):
@@ -209,9 +212,13 @@ def _degrees(request: Request) -> Iterator[Degrees]:
                     data = used // pipeline // tensor // context
                     if levers.data not in (None, data):
                         continue
-                    most = levers.max_expert if request.experts_per_token else 1
-                    for expert in _divisors(data, levers.expert, most):
+                    for expert in _divisors(data, levers.expert, max_expert):
                         yield Degrees(pipeline, data, tensor, context, expert)
+
+
+def _has_experts(request: Request) -> bool:
+    parameters = request.chain_of(request.microbatch_sizes[0]).parameters
+    return any(parameter.is_expert for parameter in parameters)
 
 
 def _divisors(number: int, given: int | None, most: int | None = None) -> tuple[int, ...]:

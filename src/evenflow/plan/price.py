@@ -17,7 +17,7 @@ from evenflow.memory import peak_bytes
 from evenflow.plan.chain import Chain, Held
 from evenflow.plan.in_flight import in_flight
 from evenflow.plan.parallel import (
-    all_reduce_seconds,
+    Peers,
     context_parallel,
     expert_parallel,
     tensor_parallel,
@@ -82,13 +82,20 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
 
 def chain_for(request: Request, choice: Choice) -> Chain:
     """The program as one device of the choice's degrees sees it, without recomputation."""
-    degrees, cluster = choice.degrees, request.cluster
-    chain = request.chain_of(choice.microbatch_size)
-    chain = tensor_parallel(chain, degrees.tensor, _slowest(cluster, 1, degrees.tensor))
-    ring = _slowest(cluster, degrees.tensor, degrees.context)
-    chain = context_parallel(chain, degrees.context, ring)
-    experts = _slowest(cluster, degrees.tensor * degrees.context, degrees.expert)
-    return expert_parallel(chain, degrees.expert, experts, experts_per_token=request.experts_per_token)
+    degrees, size = choice.degrees, choice.microbatch_size
+    chain = _parted(request, degrees, size)
+    if degrees.expert == 1:
+        return chain
+    peers = Peers.of(request.cluster, stride=degrees.tensor * degrees.context, count=degrees.expert)
+    return expert_parallel(chain, _parted(request, degrees, size * degrees.expert), peers)
+
+
+def _parted(request: Request, degrees: Degrees, num_rows: int) -> Chain:
+    peers = Peers.of(request.cluster, stride=1, count=degrees.tensor)
+    chain = tensor_parallel(request.chain_of(num_rows), peers)
+    return context_parallel(
+        chain, degrees.context, _slowest(request.cluster, degrees.tensor, degrees.context)
+    )
 
 
 def _slowest(cluster: Cluster, stride: int, count: int) -> Link:
@@ -261,11 +268,12 @@ def _cut(
 
 def _static(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held, ...]:
     """What parameters cost wherever they are: themselves, their gradients, the optimizer's states."""
-    state, shared = request.state, degrees.data
-    whole = shared if degrees.sharding == "fsdp" else 1
-    states = shared if degrees.sharding != "none" else 1
+    state = request.state
     found = []
     for parameter in chain.parameters:
+        shared = degrees.data // degrees.expert if parameter.is_expert else degrees.data
+        whole = shared if degrees.sharding == "fsdp" else 1
+        states = shared if degrees.sharding != "none" else 1
         size = float(parameter.num_bytes)  # with "fsdp" all of a stage's are gathered for the step
         if parameter.trains:
             size += parameter.num_bytes * state.gradient_bytes / whole
@@ -294,6 +302,7 @@ def _memory(
             peak,
             request.state,
             data_ranks=choice.degrees.data,
+            expert_ranks=choice.degrees.expert,
             sharding=choice.degrees.sharding,
         )
         for rank, peak in enumerate(peaks)
@@ -303,15 +312,24 @@ def _memory(
 def _reduce_seconds(
     request: Request, degrees: Degrees, schedule: Schedule, stages: Sequence[StageCost]
 ) -> float:
-    """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden."""
-    if degrees.data == 1:
-        return 0.0
-    link = _slowest(request.cluster, degrees.tensor * degrees.context, degrees.data)
-    sizes = [
-        sum(stages[stage].trained_bytes for stage in schedule.placement.stages_on(rank))
-        for rank in range(schedule.placement.num_ranks)
-    ]
-    return all_reduce_seconds(max(sizes) * request.state.gradient_bytes, degrees.data, link)
+    """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden.
+
+    Those of experts are summed over the ranks that have the same ones.
+    """
+    stride = degrees.tensor * degrees.context
+    everyone = Peers.of(request.cluster, stride=stride, count=degrees.data)
+    alike = Peers.of(request.cluster, stride=stride * degrees.expert, count=degrees.data // degrees.expert)
+
+    def seconds(own: Sequence[StageCost]) -> float:
+        experts = sum(stage.expert_trained_bytes for stage in own)
+        others = sum(stage.trained_bytes for stage in own) - experts
+        factor = request.state.gradient_bytes
+        return everyone.all_reduce_seconds(factor * others) + alike.all_reduce_seconds(factor * experts)
+
+    placement = schedule.placement
+    return max(
+        seconds([stages[stage] for stage in placement.stages_on(rank)]) for rank in range(placement.num_ranks)
+    )
 
 
 def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequence[Group]) -> float:

@@ -43,7 +43,6 @@ class Request:
     - `batch_rows` and `row_tokens`: the batch of one step, over all data ranks, and the tokens of one row.
     - `max_leaf_share`: how fine the program was recorded.
     - `state`: what training keeps beside the parameters.
-    - `experts_per_token`: of a mixture of experts; 0 where the model is none.
     - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
     """
 
@@ -54,7 +53,6 @@ class Request:
     row_tokens: float
     max_leaf_share: float
     state: TrainingState = field(default_factory=TrainingState)
-    experts_per_token: int = 0
     dtype: str = "bfloat16"
     levers: Levers = field(default_factory=Levers)
 

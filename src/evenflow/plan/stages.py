@@ -14,7 +14,8 @@ class StageCost:
 
     `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
     `transient_bytes` is the most that one node allocates besides; `received_bytes` and `sent_bytes` cross the
-    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients.
+    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients; what of
+    these three belongs to experts stands beside them.
     """
 
     start: int
@@ -30,6 +31,9 @@ class StageCost:
     parameter_bytes: float
     trained_bytes: float
     trained_elements: int
+    expert_parameter_bytes: float = 0.0
+    expert_trained_bytes: float = 0.0
+    expert_trained_elements: int = 0
 
     @property
     def seconds(self) -> float:
@@ -86,6 +90,9 @@ def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
         trained_bytes=sum(parameter.num_bytes for parameter in trained),
         trained_elements=sum(parameter.num_elements for parameter in trained),
+        expert_parameter_bytes=sum(parameter.num_bytes for parameter in own if parameter.is_expert),
+        expert_trained_bytes=sum(parameter.num_bytes for parameter in trained if parameter.is_expert),
+        expert_trained_elements=sum(parameter.num_elements for parameter in trained if parameter.is_expert),
     )
 
 
