@@ -10,13 +10,14 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.in_flight import in_flight
+from evenflow.plan.in_flight import InFlight
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, tensor_parallel
 from evenflow.plan.plan import Degrees
-from evenflow.plan.price import _REPEATS, Choice, _sizes
 from evenflow.plan.rank_memory import TrainingState, rank_memory
 from evenflow.plan.recompute import by_worth, recomputed
+from evenflow.plan.request import Choice
 from evenflow.plan.scale import scaled
+from evenflow.plan.scheduled import _REPEATS, _sizes
 from evenflow.plan.stages import stage_costs
 from evenflow.schedules import catalog
 
@@ -169,9 +170,14 @@ def test_stages_in_flight_add_up_to_the_rank_s_peak(name):
     schedule = catalog.get(name)(4, per_rank, 8)
     stages = schedule.placement.num_stages
     costs = Costs(*[(1.0,) * stages] * 3, weight_grad_bytes=(0.25,) * stages)
-    found = in_flight(schedule, kept_share=0.25)
+    found = InFlight(schedule).microbatches(kept_share=0.25)
     sums = tuple(sum(found[stage] for stage in schedule.placement.stages_on(rank)) for rank in range(4))
     assert sums == pytest.approx(peak_bytes(schedule, costs))
+    draw = random.Random(name)
+    saved = tuple(draw.uniform(1, 2) for _ in range(stages))
+    kept = tuple(draw.uniform(0, 1) for _ in range(stages))
+    uneven = replace(costs, activation_bytes=saved, weight_grad_bytes=kept)
+    assert InFlight(schedule).peak_bytes(saved, kept) == pytest.approx(peak_bytes(schedule, uneven))
 
 
 def test_sizes_between_and_beyond_two_lie_on_their_line():

@@ -1,11 +1,15 @@
 """What each stage of a cut chain costs: seconds, and bytes of every kind that planning counts."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from evenflow.ir.costs import Costs, Link
 from evenflow.plan.chain import Chain, Held, Parameter
+
+_Used = TypeVar("_Used", Held, Parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +69,19 @@ def stage_costs(chain: Chain, positions: Sequence[int], kinds: Sequence[str]) ->
     ((3.0, 8.0, 0), (6.0, 16))
     """
     bounds = (0, *positions, chain.num_nodes)
+    saved, kept = (_held_bytes(held, positions) for held in (chain.saved, chain.kept))
+    own = _by_stage(chain.parameters, positions)
     return tuple(
-        _stage_cost(chain, start, end, kind)
-        for (start, end), kind in zip(pairwise(bounds), kinds, strict=True)
+        _stage_cost(chain, run, kind, saved=saved[stage], kept=kept[stage], own=own[stage])
+        for stage, (run, kind) in enumerate(zip(pairwise(bounds), kinds, strict=True))
     )
 
 
-def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
+def _stage_cost(
+    chain: Chain, run: tuple[int, int], kind: str, *, saved: float, kept: float, own: Sequence[Parameter]
+) -> StageCost:
+    start, end = run
     seconds = chain.seconds[kind]
-    own = [parameter for parameter in chain.parameters if _touches(parameter, start, end)]
     trained = [parameter for parameter in own if parameter.trains]
     transients = (*chain.forward_transient_bytes[start:end], *chain.backward_transient_bytes[start:end])
     return StageCost(
@@ -82,8 +90,8 @@ def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
         sum(seconds.forward[start:end]),
         sum(seconds.input_grad[start:end]),
         sum(seconds.weight_grad[start:end]),
-        saved_bytes=_held_bytes(chain.saved, start, end),
-        kept_bytes=_held_bytes(chain.kept, start, end),
+        saved_bytes=saved,
+        kept_bytes=kept,
         transient_bytes=max(transients),
         received_bytes=chain.cut_bytes[start] if start else 0.0,
         sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
@@ -96,12 +104,17 @@ def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
     )
 
 
-def _held_bytes(held: Sequence[Held], start: int, end: int) -> float:
-    return sum(each.num_bytes for each in held if _touches(each, start, end))
+def _held_bytes(held: Sequence[Held], positions: Sequence[int]) -> list[float]:
+    return [sum(each.num_bytes for each in own) for own in _by_stage(held, positions)]
 
 
-def _touches(each: Held | Parameter, start: int, end: int) -> bool:
-    return any(start <= node < end for node in each.nodes)
+def _by_stage(each: Sequence[_Used], positions: Sequence[int]) -> list[list[_Used]]:
+    """What each stage has: all that any of its nodes uses."""
+    found: list[list[_Used]] = [[] for _ in range(len(positions) + 1)]
+    for one in each:
+        for stage in {bisect_right(positions, node) for node in one.nodes}:
+            found[stage].append(one)
+    return found
 
 
 def costs_of(
