@@ -1,5 +1,7 @@
 """The planner: nothing that it could have chosen is faster, what it chooses fits, what can't is told."""
 
+import itertools
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -11,14 +13,17 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
+from evenflow.plan.expected import expected
+from evenflow.plan.fit import at_cuts, fitted
 from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
-from evenflow.plan.planner import _SAVINGS, NoPlanError, choices, plan
+from evenflow.plan.planner import NoPlanError, choices, plan
 from evenflow.plan.price import chain_for, lower_bound, price
 from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.rank_memory import TrainingState, rank_memory
-from evenflow.plan.recompute import recomputed
+from evenflow.plan.recompute import by_worth, recomputed
 from evenflow.plan.request import Levers, Request
+from evenflow.plan.selective import fitted_selectively
 from evenflow.plan.stages import costs_of, stage_costs
 from evenflow.schedules import catalog
 
@@ -41,7 +46,9 @@ def all_prices(asked: Request):
     """Every choice with every saving, priced."""
     found = []
     for choice in choices(asked):
-        for sharding, recompute in _SAVINGS:
+        for sharding, recompute in itertools.product(
+            ("none", "zero1", "fsdp"), ("none", "selective", "full")
+        ):
             one = replace(choice, degrees=replace(choice.degrees, sharding=sharding), recompute=recompute)
             if sharding == "none" or one.degrees.data > 1:
                 try:
@@ -194,10 +201,71 @@ def test_a_selective_plan_recomputes_as_little_as_fits():
     assert lower_bound(asked, choice, chain) < found.step_seconds < full.step_seconds
 
 
+def test_a_lever_of_selective_recomputation_holds_where_nothing_must_be():
+    found = plan(request(boxes("H100", "H100"), levers=Levers(recompute="selective")))
+    assert not any(stage.recompute for stage in found.stages)
+
+
+def fewest_over_all_stages(asked, choice, chain):
+    """The fewest nodes, those first that free most bytes a second anywhere, with which some cut fits."""
+    worth = by_worth(chain, "H100")
+    for number in range(len(worth) + 1):
+        try:
+            return worth[:number], fitted(asked, choice, recomputed(chain, worth[:number]))
+        except DoesNotFitError:
+            continue
+    raise AssertionError("all of them suffice")
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "interleaved-1f1b", "zb-v"])
+@pytest.mark.parametrize("memory", [1.5e7, 1e7, 9e6])
+@pytest.mark.parametrize("head", [1.0, 4.0])
+def test_ranks_that_hold_most_recompute_most(name, memory, head):
+    per_rank = catalog.default_stages_per_rank(name)
+    levers = Levers(pipeline=4, stages_per_rank=per_rank, schedule=name, microbatch_size=2)
+    asked = request(boxes(*["H100"] * 4, memory=memory), levers=levers, num_blocks=24, head=head)
+    choice = replace(next(iter(choices(asked))), recompute="selective")
+    chain = chain_for(asked, choice)
+    nodes, fit = fitted_selectively(asked, choice, chain)
+    assert max(fit.over_bytes) <= 0
+    again = [sum(stage.start <= node < stage.end for node in nodes) for stage in fit.stages]
+    own = [sum(again[stage] for stage in fit.schedule.placement.stages_on(rank)) for rank in range(4)]
+    if name == "1f1b":
+        assert own == sorted(own, reverse=True)
+    # No rank recomputes a node that it need not.
+    for node in nodes:
+        fewer = recomputed(chain, [each for each in nodes if each != node])
+        assert max(at_cuts(asked, choice, fewer, fit.positions, fit.groups).over_bytes) > 0
+    before, other = fewest_over_all_stages(asked, choice, chain)
+    assert max(fit.load_seconds) <= max(other.load_seconds) * 1.001, (nodes, before)
+
+
+@pytest.mark.parametrize("memory", [None, 2e7])
+def test_what_is_expected_is_near_to_what_comes_out(memory):
+    asked = request(boxes(*["H100"] * 4, memory=memory), num_blocks=60, head=1.0, sizes=(2,))
+    ratios = []
+    for choice in choices(asked):
+        for recompute in ("none", "selective"):
+            one = replace(choice, recompute=recompute)
+            chain = chain_for(asked, one)
+            try:
+                found, told = price(asked, one, chain), expected(asked, one, chain)
+            except EvenflowError:
+                continue
+            if recompute == "selective" or told.is_roomy:
+                ratios.append(told.seconds / found.step_seconds)
+    assert len(ratios) > 20
+    # What is expected to be slower than it is might be overlooked.
+    assert max(ratios) < 1.1
+    assert statistics.median(ratios) > 0.95
+
+
 def test_progress_is_told():
     told = []
     plan(request(boxes("H100", "H100")), progress=lambda *each: told.append(each))
-    assert [number for number, _, _ in told] == list(range(len(told)))
+    numbers = [number for number, _, _ in told]
+    assert numbers == sorted(numbers)
+    assert 0 < numbers[-1] <= told[-1][1]
     assert told[-1][2] < float("inf")
 
 

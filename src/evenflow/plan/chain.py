@@ -4,8 +4,8 @@ It is data, made by measuring (`cost.profile`), by counting (`cost.estimate`) or
 here on nobody needs the model, or torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from evenflow.errors import ConfigError
 
@@ -35,6 +35,31 @@ class Parameter:
     trains: bool
     nodes: tuple[int, ...]
     is_expert: bool = False
+
+
+def together(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
+    """The parameters that the same nodes use and that are of one kind, as one: much less to count.
+
+    >>> [
+    ...     one.num_bytes
+    ...     for one in together([Parameter("a", 2, 8, True, (0,)), Parameter("b", 1, 4, True, (0,))])
+    ... ]
+    [12]
+    """
+    found: dict[tuple[tuple[int, ...], bool, bool], Parameter] = {}
+    for one in parameters:
+        key = one.nodes, one.trains, one.is_expert
+        same = found.get(key)
+        found[key] = (
+            one
+            if same is None
+            else replace(
+                same,
+                num_elements=same.num_elements + one.num_elements,
+                num_bytes=same.num_bytes + one.num_bytes,
+            )
+        )
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)

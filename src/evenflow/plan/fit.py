@@ -34,7 +34,7 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
     width = degrees.num_devices // degrees.pipeline
     found = []
     for first in range(0, degrees.num_devices, width):
-        devices = cluster.devices[first : first + width]
+        devices = {id(each): each for each in cluster.devices[first : first + width]}.values()
         slowest = min(devices, key=lambda device: max(device.flops_per_second.values()) * device.efficiency)
         room = min(device.memory_bytes - device.reserved_bytes for device in devices)
         found.append(Group(first, slowest.name, room))

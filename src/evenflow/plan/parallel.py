@@ -8,13 +8,14 @@ et al., "GShard", 2020 (expert); Patarasuk & Yuan, "Bandwidth optimal all-reduce
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Link
-from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.plan.chain import Chain, Held, Parameter, Seconds, together
 
 _MATRICES_PER_SUM = 4  # queries, keys, values and output need one sum of activations; an MLP's three one more
 
@@ -56,7 +57,8 @@ class Peers:
     def of(cluster: Cluster, *, stride: int, count: int) -> "Peers":
         """`count` of a cluster's devices that are `stride` apart, from the first on.
 
-        The slowest links count. Where hosts have unequal numbers of them, each is taken to be alone.
+        The slowest links between neighbours count. Where hosts have unequal numbers of them, each is taken
+        to be alone.
 
         >>> from evenflow.cluster.short import parse_cluster
         >>> peers = Peers.of(parse_cluster("4x8xH100"), stride=2, count=16)
@@ -66,13 +68,12 @@ class Peers:
         ranks = [stride * number for number in range(count)]
         hosts = [cluster.host_of[rank] for rank in ranks]
         links: dict[bool, list[Link]] = {True: [], False: []}
-        # Neighbours, and the first with all: what is between others is much the same.
-        for a, b in {*pairwise(ranks), *((ranks[0], rank) for rank in ranks[1:])}:
+        for a, b in pairwise(ranks):
             links[cluster.host_of[a] == cluster.host_of[b]].append(cluster.link_between(a, b))
         near, far = (
             min(links[same], key=lambda link: link.bytes_per_second, default=Link()) for same in (True, False)
         )
-        numbers = {hosts.count(host) for host in hosts}
+        numbers = set(Counter(hosts).values())
         num_near = numbers.pop() if len(numbers) == 1 else 1
         return Peers(num_near, near, count // num_near, far)
 
@@ -120,7 +121,7 @@ def tensor_parallel(chain: Chain, peers: Peers) -> Chain:
         math.ceil(number / _MATRICES_PER_SUM) * peers.all_reduce_seconds(_leaving(chain, node))
         for node, number in enumerate(matrices)
     ]
-    return _shared(replace(chain, parameters=_parted(chain.parameters, degree)), degree, sums)
+    return _shared(replace(chain, parameters=_parted(together(chain.parameters), degree)), degree, sums)
 
 
 def context_parallel(chain: Chain, degree: int, link: Link) -> Chain:

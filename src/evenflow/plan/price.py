@@ -1,14 +1,14 @@
 """What one choice would take and need: cut, scheduled, simulated, and held against the devices' memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
-from evenflow.plan.chain import Chain
+from evenflow.plan.chain import Chain, together
 from evenflow.plan.fit import Group, fitted, groups_of
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, tensor_parallel
 from evenflow.plan.plan import Degrees
@@ -31,6 +31,7 @@ class Priced:
     schedule: Schedule
     stages: tuple[StageCost, ...]
     memory: tuple[RankMemory, ...]
+    load_seconds: tuple[float, ...]  # of each rank, for one microbatch
     idle: tuple[float, ...]
     pipeline_seconds: float
     reduce_seconds: float
@@ -46,10 +47,10 @@ def chain_for(request: Request, choice: Choice) -> Chain:
     """The program as one device of the choice's degrees sees it, without recomputation."""
     degrees, size = choice.degrees, choice.microbatch_size
     chain = _parted(request, degrees, size)
-    if degrees.expert == 1:
-        return chain
-    peers = Peers.of(request.cluster, stride=degrees.tensor * degrees.context, count=degrees.expert)
-    return expert_parallel(chain, _parted(request, degrees, size * degrees.expert), peers)
+    if degrees.expert > 1:
+        peers = Peers.of(request.cluster, stride=degrees.tensor * degrees.context, count=degrees.expert)
+        chain = expert_parallel(chain, _parted(request, degrees, size * degrees.expert), peers)
+    return replace(chain, parameters=together(chain.parameters))
 
 
 def _parted(request: Request, degrees: Degrees, num_rows: int) -> Chain:
@@ -93,6 +94,7 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
         schedule,
         fit.stages,
         fit.memory,
+        fit.load_seconds,
         idle=tuple(1 - each / makespan for each in work),
         pipeline_seconds=makespan,
         reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, fit.stages),
@@ -103,23 +105,26 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
 def _reduce_seconds(
     request: Request, degrees: Degrees, schedule: Schedule, stages: Sequence[StageCost]
 ) -> float:
-    """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden.
+    """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden."""
+    found = [0.0]
+    for rank in range(schedule.placement.num_ranks):
+        own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
+        of_experts = sum(stage.expert_trained_bytes for stage in own)
+        others = sum(stage.trained_bytes for stage in own) - of_experts
+        found.append(sum_seconds(request, degrees, others, of_experts))
+    return max(found)
 
-    Those of experts are summed over the ranks that have the same ones.
-    """
-    stride = degrees.tensor * degrees.context
+
+def sum_seconds(request: Request, degrees: Degrees, others_bytes: float, expert_bytes: float) -> float:
+    """How long data ranks take to sum gradients; those of experts only where the experts are the same."""
+    if degrees.data == 1:
+        return 0.0
+    stride, num_alike = degrees.tensor * degrees.context, degrees.data // degrees.expert
     everyone = Peers.of(request.cluster, stride=stride, count=degrees.data)
-    alike = Peers.of(request.cluster, stride=stride * degrees.expert, count=degrees.data // degrees.expert)
-
-    def seconds(own: Sequence[StageCost]) -> float:
-        experts = sum(stage.expert_trained_bytes for stage in own)
-        others = sum(stage.trained_bytes for stage in own) - experts
-        factor = request.state.gradient_bytes
-        return everyone.all_reduce_seconds(factor * others) + alike.all_reduce_seconds(factor * experts)
-
-    placement = schedule.placement
-    return max(
-        seconds([stages[stage] for stage in placement.stages_on(rank)]) for rank in range(placement.num_ranks)
+    alike = Peers.of(request.cluster, stride=stride * degrees.expert, count=num_alike)
+    factor = request.state.gradient_bytes
+    return everyone.all_reduce_seconds(factor * others_bytes) + alike.all_reduce_seconds(
+        factor * expert_bytes
     )
 
 
@@ -132,30 +137,36 @@ def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequ
     )
 
 
-# What fill and drain add with equal ops: for each further rank so much of one microbatch's work on a rank.
-_FILL = {
-    "zb-h1": 1 / 3,
-    "zb-h2": 1 / 3,
-    "interleaved-zb": 1 / 3,
-    "zb-v": 1 / 3,
-    "v-half": 2 / 3,
-    "v-min": 1.0,
-}
-
-
-def stretch_of(choice: Choice) -> float:
-    """How many times as long as its work a choice's schedule takes if all ops are equal, at the least.
-
-    >>> stretch_of(Choice(Degrees(pipeline=2), 1, "1f1b", 1, 4, "none"))
-    1.25
-    """
-    fill = _FILL.get(choice.schedule, 1.0) / choice.stages_per_rank
-    return 1 + fill * (choice.degrees.pipeline - 1) / choice.num_microbatches
-
-
 def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:
-    """Seconds that no cut and no schedule of this choice can beat: all work, spread without a loss."""
-    groups = groups_of(request.cluster, choice.degrees)
-    totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}
-    speed = sum(1 / totals[group.kind] for group in groups)
-    return choice.num_microbatches / speed
+    """Seconds that no cut, no schedule and no saving of memory of this choice can beat.
+
+    Each microbatch takes the most loaded rank at least `least_load`, and the gradients that a rank must sum
+    are at least the mean of all ranks.
+    """
+    trained = [parameter for parameter in chain.parameters if parameter.trains]
+    others, experts = (
+        sum(each.num_bytes for each in trained if each.is_expert is mixed) / choice.degrees.pipeline
+        for mixed in (False, True)
+    )
+    load = least_load(chain, groups_of(request.cluster, choice.degrees))
+    return choice.num_microbatches * load + sum_seconds(request, choice.degrees, others, experts)
+
+
+def least_load(chain: Chain, groups: Sequence[Group]) -> float:
+    """What the most loaded of some devices computes at least for one microbatch, wherever the chain is cut.
+
+    It is the mean if work is dealt out by speed, or more where nodes are few: of as many nodes as there are
+    devices, and one more, two share a device; and so on.
+
+    >>> from evenflow.plan.chain import Seconds
+    >>> times = Seconds((4.0, 4.0, 4.0, 1.0), (0.0,) * 4, (0.0,) * 4)
+    >>> chain = Chain(("a",) * 4, 1, (1.0,) * 4, {"cpu": times}, (), (), (), *[(0.0,) * 4] * 3, (True,) * 4)
+    >>> least_load(chain, [Group(rank, "cpu", 1.0) for rank in range(2)])
+    8.0
+    """
+    totals = {kind: seconds.total for kind, seconds in chain.seconds.items()}
+    mean = 1 / sum(1 / max(sum(totals[group.kind]), 1e-30) for group in groups)
+    fastest = zip(*(totals[kind] for kind in {group.kind for group in groups}), strict=True)
+    heaviest: list[float] = sorted((min(times) for times in fastest), reverse=True)
+    crowded = (-(-count // len(groups)) * each for count, each in enumerate(heaviest, 1))
+    return max(mean, *crowded)
