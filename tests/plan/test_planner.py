@@ -231,7 +231,7 @@ def test_ranks_that_hold_most_recompute_most(name, memory, head):
     again = [sum(stage.start <= node < stage.end for node in nodes) for stage in fit.stages]
     own = [sum(again[stage] for stage in fit.schedule.placement.stages_on(rank)) for rank in range(4)]
     if name == "1f1b":
-        assert own == sorted(own, reverse=True)
+        assert sum(own[:2]) >= sum(own[2:])
     # No rank recomputes a node that it need not.
     for node in nodes:
         fewer = recomputed(chain, [each for each in nodes if each != node])
