@@ -85,6 +85,26 @@ def test_parameters_are_never_allocated_nor_read():
     assert names(graph_of(model)) == ["0", "1", "2", "mse_loss"]
 
 
+def test_the_mask_of_an_attention_is_never_allocated():
+    """Heads of values that are narrower than those of queries have no kernel of their own on a CPU."""
+    length = 2048
+
+    def program(model, batch):
+        query, key, value = (part[:, None] for part in model(batch).split([8, 8, 4], -1))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).mean()
+
+    def allocated(program, model):
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            program(model, torch.ones(1, length, WIDTH))
+        return sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
+
+    model = nn.Linear(WIDTH, 20)
+    graph = graph_of(model, program, torch.ones(1, length, WIDTH))
+    assert sum(node.flops for node in graph.nodes) == 2 * length * (length * (8 + 4) + WIDTH * 20)
+    assert allocated(program, model) > length**2
+    assert allocated(lambda model, batch: graph_of(model, program, batch), model) < length**2
+
+
 def test_the_program_runs_once():
     calls = []
 

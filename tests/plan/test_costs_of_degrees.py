@@ -10,13 +10,14 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.in_flight import in_flight
-from evenflow.plan.parallel import context_parallel, expert_parallel, tensor_parallel
+from evenflow.plan.in_flight import InFlight
+from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, tensor_parallel
 from evenflow.plan.plan import Degrees
-from evenflow.plan.price import _REPEATS, Choice, _sizes
 from evenflow.plan.rank_memory import TrainingState, rank_memory
 from evenflow.plan.recompute import by_worth, recomputed
+from evenflow.plan.request import Choice
 from evenflow.plan.scale import scaled
+from evenflow.plan.scheduled import _REPEATS, _sizes
 from evenflow.plan.stages import stage_costs
 from evenflow.schedules import catalog
 
@@ -34,7 +35,7 @@ def held(chain):
 
 def test_tensor_parallel_shares_all_and_sums_activations(chain):
     link = Link(0.0, 1e6)
-    parted = tensor_parallel(chain, 4, link)
+    parted = tensor_parallel(chain, Peers(4, link))
     assert held(parted) == held(chain) / 4
     assert [p.num_bytes for p in parted.parameters] == [p.num_bytes // 4 for p in chain.parameters]
     # One matrix in each block: its result is summed once, 2 * 3 / 4 of it over the ring.
@@ -53,15 +54,55 @@ def test_context_parallel_keeps_parameters(chain):
     assert parted.cut_bytes == tuple(size / 2 for size in chain.cut_bytes)
 
 
+def with_experts(chain, *, handed=0.0):
+    """The chain where all of block 1's parameters are experts', and adding up their gradients takes 0.5 s."""
+    own = tuple(replace(parameter, is_expert=parameter.nodes == (1,)) for parameter in chain.parameters)
+    times = chain.seconds[KIND]
+    slower = tuple(time + 0.5 * (node == 1) for node, time in enumerate(times.weight_grad))
+    seconds = {KIND: replace(times, weight_grad=slower)}
+    bytes_ = tuple(handed * (node == 1) for node in range(chain.num_nodes))
+    return replace(chain, parameters=own, seconds=seconds, expert_bytes=bytes_)
+
+
 def test_expert_parallel_parts_experts_alone(chain):
-    own = tuple(replace(p, is_expert=p.nodes == (1,)) for p in chain.parameters)
-    parted = expert_parallel(replace(chain, parameters=own), 8, Link(0.0, 1e6), experts_per_token=2)
-    sizes = [(a.num_bytes / b.num_bytes) for a, b in zip(chain.parameters, parted.parameters, strict=True)]
+    of = language_model(parse_cluster(KIND), num_blocks=4)
+    plain, many = with_experts(of(2), handed=1e6), with_experts(of(16), handed=8e6)
+    parted = expert_parallel(plain, many, Peers(8, Link(0.0, 1e6)))
+    sizes = [(a.num_bytes / b.num_bytes) for a, b in zip(plain.parameters, parted.parameters, strict=True)]
     assert sizes == [1, 8, 1, 1, 1, 1]
-    there_and_back = 2 * 2 * chain.cut_bytes[2] / 1e6 * 7 / 8
-    before, after = chain.seconds[KIND], parted.seconds[KIND]
+    there_and_back = 2 * 7 / 8
+    before, after = plain.seconds[KIND], parted.seconds[KIND]
     assert after.forward[1] - before.forward[1] == pytest.approx(there_and_back)
+    assert after.input_grad[1] - before.input_grad[1] == pytest.approx(there_and_back)
     assert after.forward[2] == before.forward[2]
+    # An eighth of the experts, so an eighth of the gradients to add up; the same number of tokens.
+    assert before.weight_grad[1] - after.weight_grad[1] == pytest.approx(0.5 * 7 / 8)
+    assert after.weight_grad[2] == before.weight_grad[2]
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "fsdp"])
+def test_experts_are_shared_by_the_ranks_that_have_the_same_ones(chain, sharding):
+    parted = expert_parallel(with_experts(chain), with_experts(chain), Peers(4, Link()))
+    (stage,) = stage_costs(parted, (), (KIND,))
+    need = rank_memory([stage], 0.0, TrainingState(8.0, 0.0), data_ranks=8, expert_ranks=4, sharding=sharding)
+    experts = chain.parameters[1].num_elements / 4
+    others = sum(parameter.num_elements for parameter in chain.parameters) - 4 * experts
+    elements = others + experts if sharding == "none" else others / 8 + experts / 2
+    assert need.optimizer == pytest.approx(8 * elements)
+    weights = 4 * (others / 8 + experts / 2 if sharding == "fsdp" else others + experts)
+    assert need.gradients == need.parameters == pytest.approx(weights)
+
+
+def test_peers_sum_within_hosts_first():
+    cluster = parse_cluster("4x8xH100")
+    peers = Peers.of(cluster, stride=2, count=16)
+    assert (peers.num_near, peers.num_far) == (4, 4)
+    assert (peers.near, peers.far) == (cluster.hosts[0].link, cluster.network)
+    far_alone = Peers(1, Link(), 16, cluster.network)
+    assert peers.all_reduce_seconds(1e9) < 0.5 * far_alone.all_reduce_seconds(1e9)
+    # All but a sixteenth leaves the device either way; three quarters of it leave the host.
+    assert peers.all_to_all_seconds(1e9) == pytest.approx(0.75e9 / 40e9 + 15e-6)
+    assert far_alone.all_to_all_seconds(1e9) == pytest.approx(15 / 16 * 1e9 / 40e9 + 15e-6)
 
 
 def test_recomputing_a_block_frees_its_own_and_costs_its_forward(chain):
@@ -129,9 +170,14 @@ def test_stages_in_flight_add_up_to_the_rank_s_peak(name):
     schedule = catalog.get(name)(4, per_rank, 8)
     stages = schedule.placement.num_stages
     costs = Costs(*[(1.0,) * stages] * 3, weight_grad_bytes=(0.25,) * stages)
-    found = in_flight(schedule, kept_share=0.25)
+    found = InFlight(schedule).microbatches(kept_share=0.25)
     sums = tuple(sum(found[stage] for stage in schedule.placement.stages_on(rank)) for rank in range(4))
     assert sums == pytest.approx(peak_bytes(schedule, costs))
+    draw = random.Random(name)
+    saved = tuple(draw.uniform(1, 2) for _ in range(stages))
+    kept = tuple(draw.uniform(0, 1) for _ in range(stages))
+    uneven = replace(costs, activation_bytes=saved, weight_grad_bytes=kept)
+    assert InFlight(schedule).peak_bytes(saved, kept) == pytest.approx(peak_bytes(schedule, uneven))
 
 
 def test_sizes_between_and_beyond_two_lie_on_their_line():

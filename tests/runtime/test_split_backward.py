@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from torch.autograd.graph import get_gradient_edge
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 import evenflow

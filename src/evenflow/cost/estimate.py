@@ -8,11 +8,13 @@ step. One measured point (`cluster.device.calibrated`) mends the first on averag
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from evenflow.cluster.device import Device
 from evenflow.cost.assemble import parameters_used
+from evenflow.cost.experts import Experts
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
 from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph, Node
@@ -54,6 +56,7 @@ def estimate(
     saved = _saved(graph, of_chain, functions)
     kinds = {device.name: device for device in devices}
     num_nodes = len(graph.chain)
+    experts = Experts(graph)
     return Chain(
         names=tuple(node.name for node in graph.chain),
         num_rows=num_rows,
@@ -61,7 +64,10 @@ def estimate(
         seconds={name: _seconds(graph.chain, of_chain, device, dtype) for name, device in kinds.items()},
         saved=saved,
         kept=saved,
-        parameters=parameters_used(graph, model),
+        parameters=tuple(
+            replace(parameter, is_expert=parameter.name in experts.parameters)
+            for parameter in parameters_used(graph, model)
+        ),
         forward_transient_bytes=tuple(
             max((cost.forward_bytes for cost in node), default=0.0) for node in of_chain
         ),
@@ -70,6 +76,7 @@ def estimate(
         ),
         cut_bytes=tuple(map(float, crossing_bytes(graph)[:num_nodes])),
         legal=tuple(legal_positions(graph)[:num_nodes]),
+        expert_bytes=experts.handed_bytes,
     )
 
 

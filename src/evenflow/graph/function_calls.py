@@ -42,6 +42,7 @@ READS = frozenset(_NUMBERS | _TEXT | ARRAYS | {"equal", "allclose", "is_nonzero"
 _READ_GRADIENT = vars(torch._C.TensorBase)["grad"].__get__
 _READ_VERSION = vars(torch._C.TensorBase)["_version"].__get__
 # Functions that read lengths from the memory of whole numbers, which no kernel shows.
+_ATTENTION = "scaled_dot_product_attention"
 _READS_LENGTHS = frozenset({"tensor_split", "_pad_packed_sequence"})
 # Functions whose effect is not in what they return: repeating the call elsewhere would not repeat the effect.
 _METADATA = {
@@ -250,6 +251,9 @@ class FunctionCalls:
             if name == "_pad_packed_sequence":
                 result, self._kernels.known = run_padding(function, args, kwargs)
                 return result
+            if name == _ATTENTION:
+                fakes = (leaf for leaf in leaves if isinstance(leaf, FakeTensor))
+                self._kernels.all_fake = next((fake.fake_mode for fake in fakes), None)
             return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise needs_numbers(name, self._calls.where) from error
@@ -261,6 +265,7 @@ class FunctionCalls:
             raise
         finally:
             self.blind = False
+            self._kernels.all_fake = None
 
     def _note_draws(self, name: str) -> None:
         """Note where the program sets the generator's state itself: its draws are keyed at entry alone."""

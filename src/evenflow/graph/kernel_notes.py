@@ -7,6 +7,7 @@ nobody handed over.
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.needs_numbers import no_subclass
@@ -23,6 +24,7 @@ class KernelNotes:
         self.changed: set[int] = set()
         self.within: set[int] | None = None
         self.captured = False
+        self.all_fake: FakeTensorMode | None = None
         self.born = {storage_of(tensor) for tensor in own}
         self._calls = calls
         self._outside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)

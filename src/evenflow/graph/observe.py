@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch._functorch import apis, eager_transforms
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -71,6 +71,7 @@ class KernelListener(Protocol):
     born: set[int]  # memory that the run made, by `storage_of`
     within: set[int] | None  # inside a whole function: memory that it was given or made
     captured: bool  # it used other memory
+    all_fake: FakeTensorMode | None  # makes fake what a kernel would make of nothing: a mask of all positions
 
     def no_subclass(self, name: str, kind: type[torch.Tensor]) -> Exception:
         """What to raise where a subclass of Tensor meets a fake one."""
@@ -298,7 +299,8 @@ class _Kernels(TorchDispatchMode):
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
         if func._schema.is_mutable:
             self.note_writes(func, args, kwargs)
-        result, lengths = run_kernel(func, args, kwargs)
+        with self.observer.all_fake or contextlib.nullcontext():
+            result, lengths = run_kernel(func, args, kwargs)
         if self.observer.within is not None:
             self.note_captured(self.observer.within, func, (args, kwargs), result)
         self.observer.deciding += lengths

@@ -4,8 +4,8 @@ It is data, made by measuring (`cost.profile`), by counting (`cost.estimate`) or
 here on nobody needs the model, or torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from evenflow.errors import ConfigError
 
@@ -35,6 +35,31 @@ class Parameter:
     trains: bool
     nodes: tuple[int, ...]
     is_expert: bool = False
+
+
+def together(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
+    """The parameters that the same nodes use and that are of one kind, as one: much less to count.
+
+    >>> [
+    ...     one.num_bytes
+    ...     for one in together([Parameter("a", 2, 8, True, (0,)), Parameter("b", 1, 4, True, (0,))])
+    ... ]
+    [12]
+    """
+    found: dict[tuple[tuple[int, ...], bool, bool], Parameter] = {}
+    for one in parameters:
+        key = one.nodes, one.trains, one.is_expert
+        same = found.get(key)
+        found[key] = (
+            one
+            if same is None
+            else replace(
+                same,
+                num_elements=same.num_elements + one.num_elements,
+                num_bytes=same.num_bytes + one.num_bytes,
+            )
+        )
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +102,8 @@ class Chain:
       beyond what it keeps.
     - `cut_bytes[c]`: what crosses a cut before node c, all values of which a later node is in need; entry 0
       is not used. `legal[c]`: whether a cut may stand there.
+    - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
+      token goes to; by default there are no experts.
 
     Raises `ConfigError` for tuples of other lengths than `names`.
     """
@@ -92,14 +119,18 @@ class Chain:
     backward_transient_bytes: tuple[float, ...]
     cut_bytes: tuple[float, ...]
     legal: tuple[bool, ...]
+    expert_bytes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.expert_bytes:
+            object.__setattr__(self, "expert_bytes", (0.0,) * self.num_nodes)
         per_node = {
             "flops": self.flops,
             "forward_transient_bytes": self.forward_transient_bytes,
             "backward_transient_bytes": self.backward_transient_bytes,
             "cut_bytes": self.cut_bytes,
             "legal": self.legal,
+            "expert_bytes": self.expert_bytes,
             **{f"seconds on {kind}": seconds.forward for kind, seconds in self.seconds.items()},
         }
         for what, given in per_node.items():

@@ -1,17 +1,21 @@
 """Other kinds of parallelism as axes of the estimate: what a chain costs a device that is one of several.
 
 Tensor, context and expert parallelism change what each node costs and holds; each adds its communication to
-the nodes' seconds. Data parallelism adds a sum of gradients after the last microbatch (`reduce_seconds`).
+the nodes' seconds, none of which is hidden behind computing. Data parallelism adds a sum of gradients after
+the last microbatch (`reduce_seconds`).
 Sources: Shoeybi et al., "Megatron-LM", 2019 (tensor); Liu et al., "Ring Attention", 2023 (context); Lepikhin
 et al., "GShard", 2020 (expert); Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms", 2009.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Link
-from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.plan.chain import Chain, Held, Parameter, Seconds, together
 
 _MATRICES_PER_SUM = 4  # queries, keys, values and output need one sum of activations; an MLP's three one more
 
@@ -37,20 +41,87 @@ def all_to_all_seconds(num_bytes: float, num_ranks: int, link: Link) -> float:
     return link.occupied_seconds(num_bytes) * (num_ranks - 1) / num_ranks + link.latency_seconds
 
 
-def tensor_parallel(chain: Chain, degree: int, link: Link) -> Chain:
-    """The chain where each node's matrices are parted over `degree` devices that `link` joins.
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Devices that work together: `num_near` of them in each of `num_far` hosts.
+
+    `near` joins two of a host, `far` two of different hosts; each device has one of its own.
+    """
+
+    num_near: int = 1
+    near: Link = field(default_factory=Link)
+    num_far: int = 1
+    far: Link = field(default_factory=Link)
+
+    @staticmethod
+    def of(cluster: Cluster, *, stride: int, count: int) -> "Peers":
+        """`count` of a cluster's devices that are `stride` apart, from the first on.
+
+        The slowest links between neighbours count. Where hosts have unequal numbers of them, each is taken
+        to be alone.
+
+        >>> from evenflow.cluster.short import parse_cluster
+        >>> peers = Peers.of(parse_cluster("4x8xH100"), stride=2, count=16)
+        >>> peers.num_near, peers.num_far
+        (4, 4)
+        """
+        ranks = [stride * number for number in range(count)]
+        hosts = [cluster.host_of[rank] for rank in ranks]
+        links: dict[bool, list[Link]] = {True: [], False: []}
+        for a, b in pairwise(ranks):
+            links[cluster.host_of[a] == cluster.host_of[b]].append(cluster.link_between(a, b))
+        near, far = (
+            min(links[same], key=lambda link: link.bytes_per_second, default=Link()) for same in (True, False)
+        )
+        numbers = set(Counter(hosts).values())
+        num_near = numbers.pop() if len(numbers) == 1 else 1
+        return Peers(num_near, near, count // num_near, far)
+
+    @property
+    def num_ranks(self) -> int:
+        """How many there are."""
+        return self.num_near * self.num_far
+
+    def all_reduce_seconds(self, num_bytes: float) -> float:
+        """How long they take to sum so many bytes: each host its own, then each device its part over hosts.
+
+        >>> Peers(4, Link(bytes_per_second=1e9), 2, Link(bytes_per_second=1e8)).all_reduce_seconds(4e9)
+        16.0
+        """
+        return all_reduce_seconds(num_bytes, self.num_near, self.near) + all_reduce_seconds(
+            num_bytes / self.num_near, self.num_far, self.far
+        )
+
+    def all_to_all_seconds(self, num_bytes: float) -> float:
+        """How long each takes to hand all others their part of so many bytes, near and far at the same time.
+
+        >>> Peers(4, Link(bytes_per_second=1e9), 2, Link(bytes_per_second=1e8)).all_to_all_seconds(8e9)
+        40.0
+        """
+        if self.num_ranks == 1:
+            return 0.0
+        within = num_bytes / self.num_far
+        return max(
+            all_to_all_seconds(within, self.num_near, self.near),
+            all_to_all_seconds(num_bytes, self.num_far, self.far),
+        )
+
+
+def tensor_parallel(chain: Chain, peers: Peers) -> Chain:
+    """The chain where each node's matrices are parted over devices.
 
     Work, parameters, and what is saved are shared evenly; the activations behind each attention and each MLP
     are summed, in the forward and in the backward.
     """
-    if degree == 1:
+    if peers.num_ranks == 1:
         return chain
+    degree = peers.num_ranks
     matrices = _count(chain, lambda parameter: parameter.num_elements >= 2**12)
     sums = [
-        math.ceil(number / _MATRICES_PER_SUM) * all_reduce_seconds(_leaving(chain, node), degree, link)
+        math.ceil(number / _MATRICES_PER_SUM) * peers.all_reduce_seconds(_leaving(chain, node))
         for node, number in enumerate(matrices)
     ]
-    return _shared(replace(chain, parameters=_parted(chain.parameters, degree)), degree, sums)
+    return _shared(replace(chain, parameters=_parted(together(chain.parameters), degree)), degree, sums)
 
 
 def context_parallel(chain: Chain, degree: int, link: Link) -> Chain:
@@ -68,22 +139,42 @@ def context_parallel(chain: Chain, degree: int, link: Link) -> Chain:
     return replace(parted, cut_bytes=tuple(size / degree for size in chain.cut_bytes))
 
 
-def expert_parallel(chain: Chain, degree: int, link: Link, *, experts_per_token: int) -> Chain:
-    """The chain where experts live on `degree` data ranks: their parameters are parted, tokens travel.
+def expert_parallel(chain: Chain, many: Chain, peers: Peers) -> Chain:
+    """The chain where each of some data ranks has a part of the experts, and tokens travel to theirs.
 
-    Each token's activation goes to its experts and comes back, in the forward and in the backward.
+    A rank's experts serve the tokens of all these ranks, as many as they would have with so many times the
+    rows: `many` is the same chain for those, and a part of it what a node with experts costs here. Tokens
+    are taken to be spread evenly. They go to their experts and come back, in the forward and in the backward.
     """
+    degree = peers.num_ranks
     if degree == 1:
         return chain
-    counts = _count(chain, lambda parameter: parameter.is_expert)
-    travel = [
-        2 * all_to_all_seconds(experts_per_token * _leaving(chain, node), degree, link) * bool(number)
-        for node, number in enumerate(counts)
-    ]
+    has_experts = _count(chain, lambda parameter: parameter.is_expert)
+    travel = [2 * peers.all_to_all_seconds(size) for size in chain.expert_bytes]
+
+    def part(own: Sequence[float], whole: Sequence[float]) -> tuple[float, ...]:
+        return tuple(
+            b / degree if number else a for a, b, number in zip(own, whole, has_experts, strict=True)
+        )
+
+    seconds = {
+        kind: Seconds(
+            part(each.forward, many.seconds[kind].forward),
+            part(each.input_grad, many.seconds[kind].input_grad),
+            part(each.weight_grad, many.seconds[kind].weight_grad),
+        )
+        for kind, each in chain.seconds.items()
+    }
     own = tuple(
         _part(parameter, degree) if parameter.is_expert else parameter for parameter in chain.parameters
     )
-    return replace(chain, parameters=own, seconds=_slower(chain, 1, travel))
+    return replace(
+        chain,
+        parameters=own,
+        seconds=_slower(seconds, 1, travel),
+        forward_transient_bytes=part(chain.forward_transient_bytes, many.forward_transient_bytes),
+        backward_transient_bytes=part(chain.backward_transient_bytes, many.backward_transient_bytes),
+    )
 
 
 def _leaving(chain: Chain, node: int) -> float:
@@ -104,15 +195,16 @@ def _shared(chain: Chain, degree: int, extra: Sequence[float]) -> Chain:
     return replace(
         chain,
         flops=tuple(flops / degree for flops in chain.flops),
-        seconds=_slower(chain, degree, extra),
+        seconds=_slower(chain.seconds, degree, extra),
         saved=_less(chain.saved, degree),
         kept=_less(chain.kept, degree),
+        expert_bytes=tuple(size / degree for size in chain.expert_bytes),
         forward_transient_bytes=tuple(size / degree for size in chain.forward_transient_bytes),
         backward_transient_bytes=tuple(size / degree for size in chain.backward_transient_bytes),
     )
 
 
-def _slower(chain: Chain, degree: int, extra: Sequence[float]) -> dict[str, Seconds]:
+def _slower(seconds: Mapping[str, Seconds], degree: int, extra: Sequence[float]) -> dict[str, Seconds]:
     return {
         kind: Seconds(
             tuple(time / degree + more for time, more in zip(each.forward, extra, strict=True)),
@@ -122,7 +214,7 @@ def _slower(chain: Chain, degree: int, extra: Sequence[float]) -> dict[str, Seco
             ),
             tuple(time / degree for time in each.weight_grad),
         )
-        for kind, each in chain.seconds.items()
+        for kind, each in seconds.items()
     }
 
 

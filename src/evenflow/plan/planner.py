@@ -6,11 +6,14 @@ recomputed follows from memory: the first of the ways to save some, in the order
 One pipeline stage with plain or sharded data parallelism is always among the choices, so that the answer may
 be not to pipeline.
 
-Choices are priced in the order of an estimate: all work spread without a loss, and the idle time that their
-schedule has with equal stages. What is estimated above the best that was found is not priced. The bound that
-a plan states is a strict one: of all choices, priced or not, the least work spread without a loss.
+Choices are priced in the order of an estimate: first the least work, and the idle time that their schedule
+has with equal stages; then, for those that are next by that, with what memory and recomputation add
+(`expected.py`). What is estimated above the best that was found is not priced. The bound that a plan states
+is a strict one: of all choices, priced or not, the least work spread without a loss.
 """
 
+import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,8 @@ from typing import NoReturn
 
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
+from evenflow.plan.expected import Expected, expected
+from evenflow.plan.fit import refuse_at_once
 from evenflow.plan.plan import (
     Degrees,
     Plan,
@@ -28,10 +33,12 @@ from evenflow.plan.plan import (
     RunnerUp,
     node_labels,
 )
-from evenflow.plan.price import Priced, chain_for, lower_bound, price, stretch_of
-from evenflow.plan.problem import DoesNotFitError
+from evenflow.plan.price import Priced, chain_for, lower_bound, price
+from evenflow.plan.problem import DoesNotFitError, check_places
 from evenflow.plan.rank_memory import Sharding
+from evenflow.plan.recompute import cheapest_to_hold
 from evenflow.plan.request import Choice, Request
+from evenflow.plan.scheduled import stretch_of
 
 # By stages per rank: the schedules worth pricing. The others are never faster, nor hold less.
 _SCHEDULES = {
@@ -39,19 +46,8 @@ _SCHEDULES = {
     2: ("interleaved-1f1b", "interleaved-zb", "zb-v", "v-half", "v-min"),
     4: ("interleaved-1f1b", "interleaved-zb"),
 }
-# Ways to save memory, in the order of what they cost: (what data ranks share, what is recomputed).
-_SAVINGS: tuple[tuple[Sharding, str], ...] = (
-    ("none", "none"),
-    ("zero1", "none"),
-    ("fsdp", "none"),
-    ("none", "selective"),
-    ("zero1", "selective"),
-    ("fsdp", "selective"),
-    ("none", "full"),
-    ("zero1", "full"),
-    ("fsdp", "full"),
-)
-_MARGIN = 1.02  # a step that is longer than its estimate by less is as good as that
+_SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "fsdp")  # in the order of what they cost
+_MARGIN = 1.02  # a rank that does more than expected by less is as good as that
 _MOST_MICROBATCHES = 512  # of a choice of the planner's own; the user may ask for more
 _NUM_RUNNERS_UP = 5
 
@@ -75,97 +71,146 @@ def plan(
 ) -> Plan:
     """Return the fastest plan that fits.
 
-    Pricing goes on for at most about `budget_seconds` once something fits; what is left then is what several
-    stages a rank, or a choice of a higher estimate, might gain, and no more than the plan's gap.
+    Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds`; what is
+    left then is what a choice of a higher estimate might gain, and no more than the plan's gap.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
     """
-    # One stage a rank first: it is cut exactly and at once, and what it reaches rules out most of the rest.
-    ranked = sorted(
-        _ranked(request), key=lambda each: (each.choice.stages_per_rank > 1, each.estimate_seconds)
-    )
-    if not ranked:
-        raise ConfigError(
-            f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and the "
-            "levers that were given admit no microbatches of a whole number of rows; give fewer levers"
-        )
     search, start = _Search(request), time.perf_counter()
-    for number, each in enumerate(ranked):
+    for seen in search.run():
         if progress is not None:
-            progress(number, len(ranked), search.best_seconds)
-        if search.found and time.perf_counter() - start > budget_seconds:
+            progress(seen, search.num_choices, search.best_seconds)
+        if time.perf_counter() - start > budget_seconds:
             break
-        if each.estimate_seconds < search.best_seconds:
-            search.look_at(each)
     found = sorted(search.found, key=lambda priced: priced.step_seconds)
-    return _plan(request, found or search.refuse(), min(each.bound_seconds for each in ranked))
+    return _plan(request, found or search.refuse(), search.bound_seconds)
 
 
 @dataclass(frozen=True, slots=True)
-class _Ranked:
-    choice: Choice  # without savings
+class _Candidate:
+    choice: Choice
     chain: Chain
-    bound_seconds: float
-    estimate_seconds: float
-
-
-def _ranked(request: Request) -> Iterator[_Ranked]:
-    chains: dict[tuple[Degrees, int], tuple[Chain, float]] = {}
-    for choice in choices(request):
-        key = choice.degrees, choice.microbatch_size
-        if key not in chains:
-            chain = chain_for(request, choice)
-            chains[key] = chain, lower_bound(request, choice, chain)
-        chain, bound_seconds = chains[key]
-        yield _Ranked(choice, chain, bound_seconds, bound_seconds * stretch_of(choice))
+    savings: tuple[tuple[Sharding, str], ...]  # that are left to try: sharding, recomputation
+    told: Expected | None = None  # of the choice, where it has one of them
 
 
 class _Search:
-    """What was priced so far, and of what did not fit the nearest."""
+    """What is to be looked at, by estimate; what was priced so far, and of what did not fit the nearest.
+
+    Raises `ConfigError` where the levers leave no choice.
+    """
 
     def __init__(self, request: Request) -> None:
         self.found: list[Priced] = []
+        self.bound_seconds = math.inf
         self._request = request
+        self._order = itertools.count()
+        self._queue: list[tuple[bool, float, int, _Candidate]] = []  # (does not fit, seconds, ...)
         self._nearest: tuple[float, Choice, DoesNotFitError] | None = None
         self._refusal: EvenflowError | None = None
+        chains: dict[tuple[int, int, int, int], Chain] = {}
+        bounds: dict[tuple[Degrees, int], float] = {}
+        for choice in choices(request):
+            degrees, size = choice.degrees, choice.microbatch_size
+            key = degrees.tensor, degrees.context, degrees.expert, size
+            if key not in chains:
+                chains[key] = chain_for(request, choice)
+            if (degrees, size) not in bounds:
+                bounds[degrees, size] = lower_bound(request, choice, chains[key])
+            self.bound_seconds = min(self.bound_seconds, bounds[degrees, size])
+            self._begin(choice, chains[key], bounds[degrees, size])
+        self.num_choices = len(self._queue)
+        if not self._queue and self._refusal is None:
+            raise ConfigError(
+                f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and "
+                "the levers that were given admit no microbatches of a whole number of rows; give fewer "
+                "levers"
+            )
+
+    def _begin(self, choice: Choice, chain: Chain, bound_seconds: float) -> None:
+        try:
+            check_places(chain.legal, choice.degrees.pipeline * choice.stages_per_rank)
+            seconds = bound_seconds * stretch_of(choice, chain)
+        except ConfigError as error:  # too few places to cut, or a schedule that can't serve these sizes
+            self._refusal = self._refusal or error
+        else:
+            self._push(_Candidate(choice, chain, tuple(self._savings(choice))), seconds)
+
+    def _push(self, candidate: _Candidate, seconds: float, *, fits: bool = True) -> None:
+        heapq.heappush(self._queue, (not fits, seconds, next(self._order), candidate))
 
     @property
     def best_seconds(self) -> float:
         """The shortest step so far."""
         return min((priced.step_seconds for priced in self.found), default=math.inf)
 
-    def look_at(self, ranked: _Ranked) -> None:
-        """Price a choice with the cheapest savings that fit, and with others where they may be faster."""
-        for sharding, recompute in self._savings(ranked.choice):
-            degrees = replace(ranked.choice.degrees, sharding=sharding)
-            choice = replace(ranked.choice, degrees=degrees, recompute=recompute)
+    def run(self) -> Iterator[int]:
+        """Look at what may be best, until all that is left is no better; tell how many choices were seen."""
+        seen = 0
+        while self._queue:
+            lacks, seconds, _, candidate = heapq.heappop(self._queue)
+            if self.found and (lacks or seconds >= self.best_seconds):
+                return
+            if candidate.told is not None:
+                self._price(candidate, candidate.told)
+            else:
+                self._save(candidate)
+                seen += 1
+            yield seen
+
+    def _save(self, candidate: _Candidate) -> None:
+        """Put a choice back with each of the savings that may fit, up to the first that has room."""
+        chain = candidate.chain
+        all_again = cheapest_to_hold(chain, range(chain.num_nodes))
+        for number, (sharding, recompute) in enumerate(candidate.savings, 1):
+            degrees = replace(candidate.choice.degrees, sharding=sharding)
+            choice = replace(candidate.choice, degrees=degrees, recompute=recompute)
             try:
-                priced = price(self._request, choice, ranked.chain)
+                refuse_at_once(self._request, choice, chain if recompute == "none" else all_again)
+                told = expected(self._request, choice, chain)
             except DoesNotFitError as error:
-                share = error.needed_bytes / error.kind.cap_bytes
-                if self._nearest is None or share < self._nearest[0]:
-                    self._nearest = share, choice, error
-            except EvenflowError as error:  # sizes that this schedule can't serve, too few places to cut
+                self._note(choice, error)
+            except EvenflowError as error:  # sizes that this schedule can't serve
                 self._refusal = self._refusal or error
                 return
             else:
-                if recompute != "selective" or priced.recompute:
-                    self.found.append(priced)
-                # Where memory bends the cut, the next saving may give back more than it costs.
-                if recompute != "none" or priced.pipeline_seconds <= ranked.estimate_seconds * _MARGIN:
+                left = candidate.savings[number:] if told.is_roomy else ()
+                self._push(_Candidate(choice, chain, left, told), told.seconds, fits=told.fits)
+                if told.is_roomy:
                     return
 
+    def _price(self, candidate: _Candidate, told: Expected) -> None:
+        choice = candidate.choice
+        try:
+            priced = price(self._request, choice, candidate.chain)
+        except DoesNotFitError as error:
+            self._note(choice, error)
+        except EvenflowError as error:
+            self._refusal = self._refusal or error
+            return
+        else:
+            is_same = choice.recompute == "selective" and not priced.recompute  # as "none"
+            if not is_same or self._request.levers.recompute is not None:
+                self.found.append(priced)
+            if max(priced.load_seconds) <= told.load_seconds * _MARGIN:
+                return
+        # Memory has a say in the cut after all: the next saving may give back more than it costs.
+        self._save(candidate)
+
+    def _note(self, choice: Choice, error: DoesNotFitError) -> None:
+        share = error.needed_bytes / error.kind.cap_bytes
+        if self._nearest is None or share < self._nearest[0]:
+            self._nearest = share, choice, error
+
     def _savings(self, choice: Choice) -> Iterator[tuple[Sharding, str]]:
-        levers, degrees = self._request.levers, choice.degrees
-        for sharding, recompute in _SAVINGS:
-            if levers.sharding not in (None, sharding) or levers.recompute not in (None, recompute):
-                continue
-            if degrees.data == 1 and sharding != "none":
-                continue
-            # To find the fewest nodes takes many cuts, and those of looped stages take long.
-            if recompute != "selective" or choice.stages_per_rank == 1 or levers.recompute is not None:
-                yield sharding, recompute
+        levers = self._request.levers
+        # "selective" may recompute everything; what it must not leave out is only done on demand.
+        hows = ("none", "selective") if levers.recompute is None else (levers.recompute,)
+        for recompute in hows:
+            for sharding in _SHARDINGS if choice.degrees.data > 1 else _SHARDINGS[:1]:
+                if levers.sharding in (None, sharding):
+                    yield sharding, recompute
 
     def refuse(self) -> NoReturn:
         """Say why there is no plan."""
@@ -179,7 +224,9 @@ def choices(request: Request) -> Iterator[Choice]:
     """Every choice that the levers leave open, without savings of memory.
 
     >>> from evenflow.cluster.short import parse_cluster
-    >>> request = Request(lambda rows: None, (1, 2), parse_cluster("2xH100"), 4, 8.0, 0.01)
+    >>> from evenflow.plan.request import Levers
+    >>> levers = Levers(expert=1)
+    >>> request = Request(lambda rows: None, (1, 2), parse_cluster("2xH100"), 4, 8.0, 0.01, levers=levers)
     >>> sorted({(choice.degrees.pipeline, choice.degrees.data) for choice in choices(request)})
     [(1, 1), (1, 2), (2, 1)]
     """
@@ -201,6 +248,7 @@ def choices(request: Request) -> Iterator[Choice]:
 
 def _degrees(request: Request) -> Iterator[Degrees]:
     levers, num_ranks = request.levers, request.cluster.num_ranks
+    max_expert = levers.max_expert if levers.expert is None and _has_experts(request) else 1
     # One device alone may be faster than several that are joined badly.
     for used in dict.fromkeys((num_ranks, 1)):
         for pipeline in _divisors(used, levers.pipeline):
@@ -209,9 +257,13 @@ def _degrees(request: Request) -> Iterator[Degrees]:
                     data = used // pipeline // tensor // context
                     if levers.data not in (None, data):
                         continue
-                    most = levers.max_expert if request.experts_per_token else 1
-                    for expert in _divisors(data, levers.expert, most):
+                    for expert in _divisors(data, levers.expert, max_expert):
                         yield Degrees(pipeline, data, tensor, context, expert)
+
+
+def _has_experts(request: Request) -> bool:
+    parameters = request.chain_of(request.microbatch_sizes[0]).parameters
+    return any(parameter.is_expert for parameter in parameters)
 
 
 def _divisors(number: int, given: int | None, most: int | None = None) -> tuple[int, ...]:

@@ -78,13 +78,7 @@ class PartitionProblem:
         for name in ("static", "held"):
             _check_numbers(name, [group.num_bytes for group in getattr(self, name)])
             _check_nodes(name, getattr(self, name), self.num_nodes)
-        num_places, num_stages = len(self.places), self.placement.num_stages
-        if num_places < num_stages - 1:
-            raise ConfigError(
-                f"{num_stages} stages need {num_stages - 1} cuts, but the recorded program has "
-                f"{self.num_nodes} nodes and {num_places} places to cut; ask for at most {num_places + 1} "
-                "stages"
-            )
+        check_places(self.legal, self.placement.num_stages)
 
     def _check_lengths(self) -> None:
         if len(self.kinds) != self.placement.num_ranks:
@@ -165,6 +159,19 @@ class DoesNotFitError(ConfigError):
         self.kind = kind
         self.needed_bytes = needed_bytes
         self.is_proven = is_proven
+
+
+def check_places(legal: Sequence[bool], num_stages: int) -> None:
+    """Raise `ConfigError` where a chain has fewer places to cut than so many stages need cuts.
+
+    `legal[c]`: whether a cut may stand before node c; entry 0 is not used.
+    """
+    num_places = sum(legal[1:])
+    if num_places < num_stages - 1:
+        raise ConfigError(
+            f"{num_stages} stages need {num_stages - 1} cuts, but the recorded program has {len(legal)} "
+            f"nodes and {num_places} places to cut; ask for at most {num_places + 1} stages"
+        )
 
 
 def _check_numbers(name: str, given: Sequence[float]) -> None:

@@ -4,7 +4,7 @@ Allocated bytes: what the framework asks its allocator for. What the driver's co
 allocator can't use, is a device's `reserved_bytes`, and no part of these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
@@ -60,6 +60,7 @@ def rank_memory(
     state: TrainingState,
     *,
     data_ranks: int = 1,
+    expert_ranks: int = 1,
     sharding: Sharding = "none",
     communicator_bytes: float = 0.0,
     parcels_ahead: int = 0,
@@ -69,25 +70,32 @@ def rank_memory(
     The peak lies in the backward, or in the optimizer's step, when no activations are held: whichever is
     higher counts, and what the step needs beyond stands among the transients. With "zero1" the data ranks
     share the optimizer's states, with "fsdp" parameters and gradients too; a step then gathers all of its
-    stages' parameters, which count among the transients.
+    stages' parameters, which count among the transients. Of the data ranks, `expert_ranks` have other
+    experts each, so that experts are shared by so many times fewer.
 
     Source of the sharding: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", 2020.
     """
-    parameters = sum(stage.parameter_bytes for stage in stages)
-    trained = sum(stage.trained_bytes for stage in stages)
-    elements = sum(stage.owned_elements for stage in stages)
     shards = data_ranks if sharding != "none" else 1
-    whole = 1 if sharding != "fsdp" else data_ranks
+    whole = data_ranks if sharding == "fsdp" else 1
+
+    def share(what: Callable[[StageCost], float], experts: Callable[[StageCost], float], of: int) -> float:
+        """One rank's part where `of` share everything."""
+        of_experts = sum(map(experts, stages))
+        return (sum(map(what, stages)) - of_experts) / of + of_experts / max(1, of // expert_ranks)
+
+    parameters = share(lambda s: s.parameter_bytes, lambda s: s.expert_parameter_bytes, whole)
+    gradients = share(lambda s: s.trained_bytes, lambda s: s.expert_trained_bytes, whole)
+    elements = share(lambda s: s.owned_elements, lambda s: s.expert_owned_elements, shards)
     transients = max(stage.transient_bytes for stage in stages)
-    transients += parameters * (1 - 1 / whole)
+    transients += sum(stage.parameter_bytes for stage in stages) - parameters
     boundary = max(_boundary_bytes(stage, parcels_ahead) for stage in stages)
-    update = elements * state.update_bytes / shards
+    update = elements * state.update_bytes
     in_update = max(0.0, update - activation_peak_bytes - transients - boundary)
     return RankMemory(
-        parameters=parameters / whole,
-        gradients=trained * state.gradient_bytes / whole,
-        optimizer=elements * state.optimizer_bytes / shards,
+        parameters=parameters,
+        gradients=gradients * state.gradient_bytes,
+        optimizer=elements * state.optimizer_bytes,
         activations=activation_peak_bytes,
         transients=transients + in_update,
         boundary=boundary,

@@ -63,6 +63,11 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
     )
 
 
+def cheapest_to_hold(chain: Chain, nodes: Collection[int]) -> Chain:
+    """The chain that holds what it does where all these nodes are recomputed, but takes no longer."""
+    return replace(recomputed(chain, nodes), seconds=chain.seconds)
+
+
 def private_bytes(chain: Chain) -> tuple[float, ...]:
     """What each node keeps that no other node does: what recomputing it would free, but for its inputs."""
     private: defaultdict[int, float] = defaultdict(float)

@@ -45,7 +45,6 @@ class Request:
     - `batch_rows` and `row_tokens`: the batch of one step, over all data ranks, and the tokens of one row.
     - `max_leaf_share`: how fine the program was recorded.
     - `state`: what training keeps beside the parameters.
-    - `experts_per_token`: of a mixture of experts; 0 where the model is none.
     - `overheads`: what the runtime takes beside the nodes.
     - `update_seconds_per_byte`: the optimizer's step, for each byte of trained parameters, by the kind of
       device; where a kind is not named, its memory's speed decides.
@@ -59,7 +58,6 @@ class Request:
     row_tokens: float
     max_leaf_share: float
     state: TrainingState = field(default_factory=TrainingState)
-    experts_per_token: int = 0
     overheads: Overheads = field(default_factory=Overheads)
     update_seconds_per_byte: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     dtype: str = "bfloat16"

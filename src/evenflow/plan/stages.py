@@ -1,11 +1,15 @@
 """What each stage of a cut chain costs: seconds, and bytes of every kind that planning counts."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from evenflow.ir.costs import Costs, Link
 from evenflow.plan.chain import Chain, Held, Parameter
+
+_Used = TypeVar("_Used", Held, Parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +19,8 @@ class StageCost:
     `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
     `transient_bytes` is the most that one node allocates besides; `received_bytes` and `sent_bytes` cross the
     cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients, and
-    `owned_elements` are updated here: a parameter of several stages is its first one's.
+    `owned_elements` are updated here: a parameter of several stages is its first one's. What of these three
+    belongs to experts stands beside them.
     """
 
     start: int
@@ -31,6 +36,9 @@ class StageCost:
     parameter_bytes: float
     trained_bytes: float
     owned_elements: int
+    expert_parameter_bytes: float = 0.0
+    expert_trained_bytes: float = 0.0
+    expert_owned_elements: int = 0
 
     @property
     def seconds(self) -> float:
@@ -62,16 +70,21 @@ def stage_costs(chain: Chain, positions: Sequence[int], kinds: Sequence[str]) ->
     ((3.0, 8.0, 0), (6.0, 16))
     """
     bounds = (0, *positions, chain.num_nodes)
+    saved, kept = (_held_bytes(held, positions) for held in (chain.saved, chain.kept))
+    own = _by_stage(chain.parameters, positions)
     return tuple(
-        _stage_cost(chain, start, end, kind)
-        for (start, end), kind in zip(pairwise(bounds), kinds, strict=True)
+        _stage_cost(chain, run, kind, saved=saved[stage], kept=kept[stage], own=own[stage])
+        for stage, (run, kind) in enumerate(zip(pairwise(bounds), kinds, strict=True))
     )
 
 
-def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
+def _stage_cost(
+    chain: Chain, run: tuple[int, int], kind: str, *, saved: float, kept: float, own: Sequence[Parameter]
+) -> StageCost:
+    start, end = run
     seconds = chain.seconds[kind]
-    own = [parameter for parameter in chain.parameters if _touches(parameter, start, end)]
     trained = [parameter for parameter in own if parameter.trains]
+    owned = [parameter for parameter in trained if parameter.nodes[0] >= start]
     transients = (*chain.forward_transient_bytes[start:end], *chain.backward_transient_bytes[start:end])
     return StageCost(
         start,
@@ -79,23 +92,31 @@ def _stage_cost(chain: Chain, start: int, end: int, kind: str) -> StageCost:
         sum(seconds.forward[start:end]),
         sum(seconds.input_grad[start:end]),
         sum(seconds.weight_grad[start:end]),
-        saved_bytes=_held_bytes(chain.saved, start, end),
-        kept_bytes=_held_bytes(chain.kept, start, end),
+        saved_bytes=saved,
+        kept_bytes=kept,
         transient_bytes=max(transients),
         received_bytes=chain.cut_bytes[start] if start else 0.0,
         sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
         trained_bytes=sum(parameter.num_bytes for parameter in trained),
-        owned_elements=sum(each.num_elements for each in trained if each.nodes[0] >= start),
+        owned_elements=sum(parameter.num_elements for parameter in owned),
+        expert_parameter_bytes=sum(parameter.num_bytes for parameter in own if parameter.is_expert),
+        expert_trained_bytes=sum(parameter.num_bytes for parameter in trained if parameter.is_expert),
+        expert_owned_elements=sum(parameter.num_elements for parameter in owned if parameter.is_expert),
     )
 
 
-def _held_bytes(held: Sequence[Held], start: int, end: int) -> float:
-    return sum(each.num_bytes for each in held if _touches(each, start, end))
+def _held_bytes(held: Sequence[Held], positions: Sequence[int]) -> list[float]:
+    return [sum(each.num_bytes for each in own) for own in _by_stage(held, positions)]
 
 
-def _touches(each: Held | Parameter, start: int, end: int) -> bool:
-    return any(start <= node < end for node in each.nodes)
+def _by_stage(each: Sequence[_Used], positions: Sequence[int]) -> list[list[_Used]]:
+    """What each stage has: all that any of its nodes uses."""
+    found: list[list[_Used]] = [[] for _ in range(len(positions) + 1)]
+    for one in each:
+        for stage in {bisect_right(positions, node) for node in one.nodes}:
+            found[stage].append(one)
+    return found
 
 
 def costs_of(

@@ -1,0 +1,101 @@
+"""What a choice is likely to take, at once: without a cut, and without a schedule's every op.
+
+The chain is taken for a rod that can be cut anywhere and is the same all along: what a rank has of its
+seconds it has of its bytes. Memory then says how much of the rod a rank can hold, and how much of that it
+must recompute. The planner prices in the order of it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evenflow.plan.chain import Chain
+from evenflow.plan.fit import groups_of, static_bytes
+from evenflow.plan.price import least_load, sum_seconds
+from evenflow.plan.recompute import by_worth, private_bytes, recomputed
+from evenflow.plan.request import Choice, Request
+from evenflow.plan.scheduled import in_flight, microbatches_in_flight, stretch_of
+
+Floats = npt.NDArray[np.float64]
+_ROUNDS = 8
+_NEARLY = 0.9  # a rod of which so much finds room may in truth fit
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Seconds of a step, and of a microbatch on the most loaded rank; whether it may fit, and with room."""
+
+    seconds: float
+    load_seconds: float
+    fits: bool
+    is_roomy: bool
+
+
+def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
+    """What a choice is likely to take; `chain` is `chain_for` it.
+
+    Raises `ConfigError` for a schedule that cannot serve the choice's sizes.
+    """
+    if choice.recompute == "full":
+        chain = recomputed(chain, range(chain.num_nodes))
+    groups, placement = groups_of(request.cluster, choice.degrees), in_flight(choice).placement
+    flying = microbatches_in_flight(choice, chain)
+    held = np.array([np.mean([flying[s] for s in placement.stages_on(r)]) for r in range(len(groups))])
+    totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}
+    alone = np.array([totals[group.kind] for group in groups])
+    transient = max(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes))
+    caps = np.maximum(np.array([group.cap_bytes for group in groups]) - transient, 0.0)
+    saved = sum(each.num_bytes for each in chain.saved)
+    static = sum(each.num_bytes for each in static_bytes(request, choice.degrees, chain))
+    freed, again = _curve(chain, groups[0].kind) if choice.recompute == "selective" else (np.zeros(1),) * 2
+    room = caps / np.maximum(static + held * (saved - freed[-1]), 1.0)
+    found = min(float(room.sum()), 1.0)
+    seconds, share = alone, np.zeros(len(groups))
+    over = np.zeros(len(groups))
+    for _ in range(_ROUNDS):
+        share = _filled(1 / seconds, room / found)
+        over = np.maximum(share * (static + held * saved) - caps, 0.0) / held
+        share_of_rod = np.maximum(share, 1e-9)
+        extra = np.interp(over / share_of_rod, freed, again) * alone / alone[0]
+        seconds = alone + extra
+    slower = float((share * seconds).sum() / (share * alone).sum())
+    load = max(float((share * seconds).max()), least_load(chain, groups) * slower)
+    load += 2 * choice.stages_per_rank * request.overheads.op_seconds
+    pipeline = load * choice.num_microbatches * stretch_of(choice, chain)
+    trained = [each for each in chain.parameters if each.trains]
+    parts = [
+        sum(each.num_bytes for each in trained if each.is_expert is mixed) / len(groups)
+        for mixed in (False, True)
+    ]
+    return Expected(
+        load_seconds=load,
+        seconds=pipeline / found
+        + sum_seconds(request, choice.degrees, parts[0], parts[1])
+        + request.overheads.step_seconds,
+        fits=found >= _NEARLY,
+        is_roomy=found == 1 and bool((share < room).all()) and not over.any(),
+    )
+
+
+def _curve(chain: Chain, kind: str) -> tuple[Floats, Floats]:
+    """Bytes that can be freed, and the least seconds that this takes, both ascending from 0."""
+    worth = by_worth(chain, kind)
+    private, forward = private_bytes(chain), chain.seconds[kind].forward
+    freed = np.cumsum([0.0, *(private[node] - chain.cut_bytes[node] for node in worth)])
+    return freed, np.cumsum([0.0, *(forward[node] for node in worth)])
+
+
+def _filled(wish: Floats, room: Floats) -> Floats:
+    """Shares of 1 in proportion to a wish, none above its room; the room in sum must do."""
+    share, full = np.zeros(len(wish)), np.zeros(len(wish), dtype=bool)
+    while True:
+        left = 1 - room[full].sum()
+        share = np.where(full, room, 0.0)
+        if full.all():
+            return share
+        share[~full] = left * wish[~full] / wish[~full].sum()
+        over = ~full & (share > room * (1 + 1e-12))
+        if not over.any():
+            return share
+        full |= over

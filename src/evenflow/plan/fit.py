@@ -1,0 +1,218 @@
+"""A choice's program, cut so that it fits: the stages, and what each rank then needs.
+
+What a rank may hold decides the cut, the cut decides what the schedule holds, and that decides how much is
+left: so a cut that turns out not to fit is made again for devices that much smaller, until it fits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evenflow.cluster.cluster import Cluster
+from evenflow.ir.costs import Costs, Link
+from evenflow.ir.schedule import Schedule
+from evenflow.plan.chain import Chain, Held
+from evenflow.plan.overheads import as_run
+from evenflow.plan.partition import partition
+from evenflow.plan.plan import Degrees
+from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
+from evenflow.plan.rank_memory import RankMemory, rank_memory
+from evenflow.plan.request import Choice, Request
+from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of, splits
+from evenflow.plan.stages import StageCost, costs_of, stage_costs
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The devices of one pipeline rank: they have one kind, the slowest, and the least memory among them."""
+
+    first: int  # its first device's rank in the cluster
+    kind: str
+    cap_bytes: float
+
+
+def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
+    """The devices of each pipeline rank: tensor ranks closest together, pipeline ranks farthest apart."""
+    width = degrees.num_devices // degrees.pipeline
+    found = []
+    for first in range(0, degrees.num_devices, width):
+        devices = {id(each): each for each in cluster.devices[first : first + width]}.values()
+        slowest = min(devices, key=lambda device: max(device.flops_per_second.values()) * device.efficiency)
+        room = min(device.memory_bytes - device.reserved_bytes for device in devices)
+        found.append(Group(first, slowest.name, room))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A cut, the schedule's costs with it, and what each rank needs. `groups[rank]` has its devices."""
+
+    positions: tuple[int, ...]
+    groups: tuple[Group, ...]
+    schedule: Schedule
+    stages: tuple[StageCost, ...]
+    costs: Costs
+    memory: tuple[RankMemory, ...]
+
+    @property
+    def over_bytes(self) -> tuple[float, ...]:
+        """How much each rank needs beyond what it has; negative where it has more."""
+        return tuple(
+            need.allocated - group.cap_bytes for need, group in zip(self.memory, self.groups, strict=True)
+        )
+
+    @property
+    def load_seconds(self) -> tuple[float, ...]:
+        """What each rank computes for one microbatch."""
+        placement = self.schedule.placement
+        return tuple(
+            sum(self.stages[stage].seconds for stage in placement.stages_on(rank))
+            for rank in range(placement.num_ranks)
+        )
+
+
+def fitted(
+    request: Request,
+    choice: Choice,
+    chain: Chain,
+    *,
+    groups: Sequence[Group] = (),
+    slower: Sequence[float] = (),
+) -> Fit:
+    """Cut so that every rank fits, and the most loaded one does as little as possible.
+
+    `groups` and `slower` say which devices the ranks have, and how many times as long as the chain says each
+    takes; by default the cluster's, in the best order, none of them slower. Raises `DoesNotFitError` where no
+    cut fits, and `ConfigError` for a schedule that cannot serve these sizes.
+    """
+    own = tuple(groups) or groups_of(request.cluster, choice.degrees)
+    refuse_at_once(request, choice, chain)
+    caps = [group.cap_bytes for group in own]
+    while True:
+        kinds = [
+            Kind(group.kind, _times(chain.seconds[group.kind].total, factor), cap)
+            for group, cap, factor in zip(own, caps, slower or (1.0,) * len(own), strict=True)
+        ]
+        cut = _cut(request, choice, chain, kinds, own, any_order=not groups)
+        fit = at_cuts(request, choice, chain, cut.positions, [own[device] for device in cut.devices])
+        if max(fit.over_bytes) <= 0:
+            return fit
+        for rank, excess in enumerate(fit.over_bytes):
+            # At least a thousandth, so that it ends; what is left then is too little for anything.
+            caps[cut.devices[rank]] -= max(excess, fit.groups[rank].cap_bytes * 1e-3) if excess > 0 else 0.0
+        if min(caps) <= 0:
+            rank = fit.over_bytes.index(max(fit.over_bytes))
+            raise _lacking(fit.groups[rank], rank, fit.memory[rank].allocated)
+
+
+def at_cuts(
+    request: Request, choice: Choice, chain: Chain, positions: Sequence[int], groups: Sequence[Group]
+) -> Fit:
+    """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices."""
+    schedule = schedule_of(choice)
+    rank_of = schedule.placement.rank_of
+    stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of])
+    stages = as_run(stages, rank_of, request.overheads, splits=splits(schedule))
+    costs = costs_of(stages, _links(request.cluster, groups))
+    memory = _memory(request, choice, schedule, stages, costs)
+    return Fit(tuple(positions), tuple(groups), schedule, stages, costs, memory)
+
+
+def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:
+    """Refuse what no cut can help: more than all devices together hold, wherever the cuts are.
+
+    Raises `DoesNotFitError`, and `ConfigError` for a schedule that cannot serve these sizes.
+    """
+    groups = groups_of(request.cluster, choice.degrees)
+    needed_bytes = sum(held.num_bytes for held in static_bytes(request, choice.degrees, chain))
+    needed_bytes += min(microbatches_in_flight(choice, chain)) * sum(held.num_bytes for held in chain.saved)
+    if needed_bytes > sum(group.cap_bytes for group in groups):
+        least = min(range(len(groups)), key=lambda rank: groups[rank].cap_bytes)
+        raise _lacking(groups[least], least, needed_bytes / len(groups))
+
+
+def _lacking(group: Group, rank: int, needed_bytes: float) -> DoesNotFitError:
+    return DoesNotFitError(rank, Kind(group.kind, (), group.cap_bytes), needed_bytes, is_proven=False)
+
+
+def _cut(
+    request: Request,
+    choice: Choice,
+    chain: Chain,
+    kinds: Sequence[Kind],
+    groups: Sequence[Group],
+    *,
+    any_order: bool,
+) -> Partition:
+    links = _links(request.cluster, groups).values()
+    rate = min((link.bytes_per_second for link in links), default=float("inf"))
+    problem = PartitionProblem(
+        schedule_of(choice).placement,
+        tuple(kinds),
+        chain.legal,
+        chain.cut_bytes,
+        cut_seconds=tuple(size / rate for size in chain.cut_bytes),
+        static=static_bytes(request, choice.degrees, chain),
+        held=chain.saved,
+        transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
+        in_flight=microbatches_in_flight(choice, chain),
+        any_order=any_order
+        and len({(group.kind, group.cap_bytes) for group in groups}) > 1
+        and len(groups) <= 8,
+    )
+    try:
+        return partition(problem)
+    except DoesNotFitError as error:  # tell of what the device has, not of what an earlier round left
+        group = max(
+            (group for group in groups if group.kind == error.kind.name), key=lambda each: each.cap_bytes
+        )
+        needed_bytes = error.needed_bytes + group.cap_bytes - error.kind.cap_bytes
+        raise _lacking(group, error.rank, needed_bytes) from None
+
+
+def _times(seconds: Sequence[float], factor: float) -> tuple[float, ...]:
+    return tuple(each * factor for each in seconds)
+
+
+def static_bytes(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held, ...]:
+    """What parameters cost wherever they are: themselves, their gradients, the optimizer's states."""
+    state = request.state
+    found = []
+    for parameter in chain.parameters:
+        shared = degrees.data // degrees.expert if parameter.is_expert else degrees.data
+        whole = shared if degrees.sharding == "fsdp" else 1
+        states = shared if degrees.sharding != "none" else 1
+        size = float(parameter.num_bytes)  # with "fsdp" all of a stage's are gathered for the step
+        if parameter.trains:
+            size += parameter.num_bytes * state.gradient_bytes / whole
+            # The first stage that uses it updates it.
+            found.append(Held(parameter.num_elements * state.optimizer_bytes / states, parameter.nodes[:1]))
+        found.append(Held(size, parameter.nodes))
+    return tuple(found)
+
+
+def _links(cluster: Cluster, groups: Sequence[Group]) -> dict[tuple[int, int], Link]:
+    """The links between neighbours among the pipeline ranks, the last and the first too, both ways."""
+    pairs = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups)) if len(groups) > 1]
+    return {
+        (a, b): cluster.link_between(groups[a].first, groups[b].first)
+        for pair in pairs
+        for a, b in (pair, pair[::-1])
+    }
+
+
+def _memory(
+    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost], costs: Costs
+) -> tuple[RankMemory, ...]:
+    peaks = in_flight(choice).peak_bytes(costs.activation_bytes, costs.weight_grad_bytes)
+    return tuple(
+        rank_memory(
+            [stages[stage] for stage in schedule.placement.stages_on(rank)],
+            peak,
+            request.state,
+            data_ranks=choice.degrees.data,
+            expert_ranks=choice.degrees.expert,
+            sharding=choice.degrees.sharding,
+            parcels_ahead=request.overheads.parcels_ahead,
+        )
+        for rank, peak in enumerate(peaks)
+    )

@@ -1,0 +1,78 @@
+"""Selective recomputation: in each stage as few nodes as its rank must, and the cut that suits them.
+
+A schedule does not load its ranks evenly: the first of 1f1b hold most, the last hardly anything, so that only
+some must recompute. What they recompute makes them slower, and then they should do less. So a cut for which
+everything *could* be recomputed is followed by the fewest nodes that each rank must, and by a cut for ranks
+that are that much slower, until that changes nothing any more.
+"""
+
+from collections.abc import Sequence
+
+from evenflow.ir.costs import ROUNDING
+from evenflow.plan.chain import Chain
+from evenflow.plan.fit import Fit, at_cuts, fitted, groups_of
+from evenflow.plan.recompute import by_worth, cheapest_to_hold, recomputed
+from evenflow.plan.request import Choice, Request
+
+_ROUNDS = 6  # of cutting; few change anything after the third
+_SETTLED = 1e-3  # a rank whose slowness changes by less is cut for
+
+
+def fitted_selectively(request: Request, choice: Choice, chain: Chain) -> tuple[tuple[int, ...], Fit]:
+    """The nodes to recompute, ascending, and the cut that fits with them.
+
+    Nodes of a stage are chosen in the order of what each frees in a second. Of all rounds that one counts
+    whose most loaded rank does least. Raises `DoesNotFitError` where no cut fits even if all is recomputed.
+    """
+    worth = by_worth(chain, groups_of(request.cluster, choice.degrees)[0].kind)
+    least = cheapest_to_hold(chain, worth)
+    cut = fitted(request, choice, least)
+    slower = (1.0,) * len(cut.groups)
+    best: tuple[tuple[int, ...], Fit] | None = None
+    for _ in range(_ROUNDS):
+        nodes = _fewest(request, choice, chain, worth, cut)
+        fit = at_cuts(request, choice, recomputed(chain, nodes), cut.positions, cut.groups)
+        if best is None or max(fit.load_seconds) < max(best[1].load_seconds) * (1 - ROUNDING):
+            best = nodes, fit
+        plain = at_cuts(request, choice, chain, cut.positions, cut.groups).load_seconds
+        now = tuple(a / b if b else 1.0 for a, b in zip(fit.load_seconds, plain, strict=True))
+        if max(abs(a - b) for a, b in zip(now, slower, strict=True)) < _SETTLED:
+            break
+        # Half way, as a rank that does less has less to recompute.
+        slower = tuple((a + b) / 2 for a, b in zip(now, slower, strict=True))
+        cut = fitted(request, choice, least, groups=cut.groups, slower=slower)
+    assert best is not None, "there is at least one round"
+    return best
+
+
+def _fewest(
+    request: Request, choice: Choice, chain: Chain, worth: Sequence[int], cut: Fit
+) -> tuple[int, ...]:
+    """As few nodes of each rank as make it fit, those first that are worth most: all ranks at once."""
+    rank_of = cut.schedule.placement.rank_of
+    candidates: list[list[int]] = [[] for _ in cut.groups]
+    rank_of_node = [
+        rank_of[stage] for stage, each in enumerate(cut.stages) for _ in range(each.start, each.end)
+    ]
+    for node in worth:
+        candidates[rank_of_node[node]].append(node)
+
+    def chosen(counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            sorted(node for own, count in zip(candidates, counts, strict=True) for node in own[:count])
+        )
+
+    def over_bytes(counts: Sequence[int]) -> tuple[float, ...]:
+        again = recomputed(chain, chosen(counts))
+        return at_cuts(request, choice, again, cut.positions, cut.groups).over_bytes
+
+    low = [0] * len(candidates)
+    high = [len(own) if over > 0 else 0 for own, over in zip(candidates, over_bytes(low), strict=True)]
+    while low != high:
+        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+        for rank, over in enumerate(over_bytes(middle)):
+            if low[rank] < high[rank]:
+                low[rank], high[rank] = (
+                    (low[rank], middle[rank]) if over <= 0 else (middle[rank] + 1, high[rank])
+                )
+    return chosen(high)
