@@ -52,9 +52,9 @@ def test_a_plan_can_be_trained(capsys, tmp_path):
 
 
 def test_too_little_memory_is_told_in_numbers(capsys):
-    code, _, errors = planned(capsys, "--cluster", "1x RTX 4090", "--memory", "1.01GiB")
+    code, _, errors = planned(capsys, "--cluster", "2x RTX 4090", "--memory", "1.02GiB", "--pipeline-only")
     assert code == 2
-    assert "no plan fits into memory" in errors
+    assert "no plan fits into memory; the nearest: 2 pipeline ranks" in errors
     assert "needs" in errors
 
 
@@ -70,3 +70,52 @@ def test_a_wrong_machine_is_refused(capsys, flag, value, message):
     code, _, errors = planned(capsys, flag, value)
     assert code == 2
     assert message in errors.replace("\n", " ")
+
+
+MODEL = '''
+import torch
+from torch import nn
+
+
+class Layers(nn.Module):
+    def __init__(self, width, number):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(number))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+
+def make(width=8, number=4, rows=8):
+    return Layers(width, number), lambda model, x: model(x).square().mean(), torch.ones(rows, width)
+
+
+def untouchable():
+    """More parameters than any machine has memory for, and no forward: it must not come to that."""
+    model = Layers(2**16, 64)
+    model.forward = None
+    return model, lambda model, x: model(x).mean(), torch.ones(1, 2**16)
+'''
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "layers_to_plan.py"
+    path.write_text(MODEL, encoding="utf-8")
+    return path
+
+
+def planned_function(capsys, reference, *arguments):
+    with pytest.raises(SystemExit) as exited:
+        main(["plan", reference, *map(str, arguments)])
+    written = capsys.readouterr()
+    return exited.value.code, written.out, written.err
+
+
+def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file):
+    code, _, errors = planned_function(capsys, f"{model_file}:untouchable", "--cluster", "8xH100")
+    assert code == 2
+    assert "each held once, need 5.0 TiB, and all devices together have 629.2 GiB" in errors
+    assert "LoRA of rank 16 on all linear layers, 134,217,728 elements" in errors

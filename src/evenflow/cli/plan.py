@@ -13,6 +13,7 @@ from rich.text import Text
 from torch.utils import _pytree as pytree
 
 import evenflow
+from evenflow.cli.collecting import no_collecting
 from evenflow.cli.config import RunConfig
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.train import Flags, make_job
@@ -22,6 +23,7 @@ from evenflow.cluster.read import read_cluster
 from evenflow.cluster.short import parse_cluster
 from evenflow.cluster.sizes import parse_bytes
 from evenflow.cost.estimate import estimate
+from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import Recorded, recorded
@@ -32,6 +34,7 @@ from evenflow.plan.planner import describe, plan
 from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Choice, Levers, Request
 from evenflow.plan.scale import scaled
+from evenflow.plan.weights import check_weights
 from evenflow.runtime.weights import rows_of
 from evenflow.view.units import format_bytes, format_seconds
 
@@ -71,13 +74,15 @@ def plan_run(
 
 def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only: bool) -> Request:
     config = make_job(dataclasses.replace(flags, device="cpu")).config
-    with evenflow.deferred_init():
-        source = build(config.model, seed=config.training.seed)
+    with no_collecting(), evenflow.deferred_init():
+        source = build(config.model, seed=config.training.seed, loads=False)
+    size = next(source.model.parameters()).element_size()
+    state = TrainingState(optimizer_bytes=2 * size, update_bytes=size)  # AdamW, as `evenflow train` makes it
+    check_weights(weights_of(source.model), machine, state)
     share = 1 / (4 * min(machine.num_ranks, _FINEST))
     example = make_feed(config.data, source, config.training).validation[0]
     batch_rows = rows or rows_of(example) or 1
     sizes = tuple(size for size in (1, 2, 4, 8) if size <= _MOST_ROWS and batch_rows % size == 0)
-    size = next(source.model.parameters()).element_size()
     return Request(
         _chains(source, example, machine, share),
         sizes,
@@ -85,7 +90,7 @@ def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only:
         batch_rows,
         row_tokens=_row_tokens(example),
         max_leaf_share=share,
-        state=TrainingState(optimizer_bytes=2 * size, update_bytes=size),  # AdamW, as `evenflow train` makes
+        state=state,
         dtype=str(next(source.model.parameters()).dtype).removeprefix("torch."),
         levers=_levers(config, pipeline_only=pipeline_only),
     )
