@@ -119,3 +119,11 @@ def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file)
     assert code == 2
     assert "each held once, need 5.0 TiB, and all devices together have 629.2 GiB" in errors
     assert "LoRA of rank 16 on all linear layers, 134,217,728 elements" in errors
+
+
+def test_what_would_fit_is_told_in_the_shell(capsys):
+    flags = ("--cluster", "2x RTX 4090", "--memory", "1.02GiB", "--pipeline-only")
+    code, _, errors = planned(capsys, *flags)
+    assert code == 2
+    assert "and has 20.5 MiB: parameters" in errors
+    assert "- 1 more RTX 4090, 3 devices in all: 3 pipeline ranks" in errors

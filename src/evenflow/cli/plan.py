@@ -27,10 +27,11 @@ from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import Recorded, recorded
+from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import write_plan
-from evenflow.plan.planner import describe, plan
+from evenflow.plan.planner import NoPlanError, describe, plan
 from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Choice, Levers, Request
 from evenflow.plan.scale import scaled
@@ -64,7 +65,11 @@ def plan_run(
             best = "" if best_seconds == float("inf") else f", the best {format_seconds(best_seconds)} a step"
             status.update(f"{number} of {of} choices{best}")
 
-        found = plan(request, progress=tell)
+        try:
+            found = plan(request, progress=tell)
+        except NoPlanError as refused:
+            status.update("nothing fits: looking for what would")
+            raise advised(request, refused) from None
     print_plan(console, found)
     if out is not None:
         out.write_text(write_plan(found), encoding="utf-8")
