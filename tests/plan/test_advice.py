@@ -14,7 +14,6 @@ from evenflow.plan.parallel import tensor_parallel
 from evenflow.plan.planner import NoPlanError, choices, plan
 from evenflow.plan.price import chain_for, price
 from evenflow.plan.problem import DoesNotFitError
-from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Levers, Request
 
 PIPELINE_ONLY = Levers(data=1, tensor=1, context=1, recompute="none")
@@ -91,6 +90,9 @@ def test_the_fewest_more_devices_are_told():
     with pytest.raises(NoPlanError):
         plan(replace(asked, cluster=boxes("H100", "H100", "H100", memory=5e6)))
 
+    fewer = next(what for what in whats(advice(CASES["pipeline only"])) if " more " in what)
+    assert fewer == "1 more H100, 3 devices in all"  # though 4 were tried before
+
 
 def test_several_hosts_grow_by_whole_hosts():
     more = next(change for change in advice(CASES["hosts"]).changes if " more " in change.what)
@@ -142,16 +144,6 @@ def test_that_degree_is_the_least(memory):
             chain_of=lambda rows, n=parts: tensor_parallel(language_model(asked.cluster)(rows), n, Link()),
         )
         assert (too_large(parted) is None) == fits
-
-
-def test_without_states_there_is_no_other_optimizer_to_advise():
-    plain = replace(
-        CASES["two ranks"],
-        state=TrainingState(optimizer_bytes=0.0, update_bytes=0.0),
-        cluster=boxes("H100", memory=3e6),
-    )
-    assert not [what for what in whats(advice(plain)) if "SGD" in what]
-    assert [what for what in whats(advice(CASES["two ranks"])) if "SGD" in what]
 
 
 def test_what_fits_is_one_of_the_choices():

@@ -150,8 +150,8 @@ def _changes(request: Request) -> Iterator[Change | None]:
             left_open: dict[str, Any] = {lever: None}  # levers differ in their types
             yield _change(what, replace(request, levers=replace(request.levers, **left_open)))
     yield _more_devices(request)
-    if request.state.optimizer_bytes:
-        yield _change("SGD without momentum", replace(request, state=_without_states(request.state)))
+    stateless = replace(request.state, optimizer_bytes=0.0, update_bytes=0.0)
+    yield _change("SGD without momentum", replace(request, state=stateless))
     yield _change(f"LoRA of rank {_LORA_RANK} on all matrices (an estimate)", _adapted(request))
 
 
@@ -218,10 +218,6 @@ def _grown(cluster: Cluster, number: int) -> tuple[Cluster, str]:
         grown = replace(cluster, hosts=(replace(last, devices=(*last.devices, *[device] * number)),))
         what = f"{number} more {device.name}"
     return grown, f"{what}, {grown.num_ranks} devices in all"
-
-
-def _without_states(state: TrainingState) -> TrainingState:
-    return replace(state, optimizer_bytes=0.0, update_bytes=0.0)
 
 
 def _adapted(request: Request) -> Request:
