@@ -127,3 +127,19 @@ def test_what_would_fit_is_told_in_the_shell(capsys):
     assert code == 2
     assert "and has 20.5 MiB: parameters" in errors
     assert "- 1 more RTX 4090, 3 devices in all: 3 pipeline ranks" in errors
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("torchtitan", '[["tok_embeddings", "layers.0", '),
+        ("megatron", '--pipeline-model-parallel-layout "Et*'),
+        ("deepspeed", '"train_batch_size": 8'),
+    ],
+)
+def test_a_plan_for_another_system_comes_with_its_settings(capsys, target, expected):
+    flags = ("--cluster", "2x CPU core", "--pipeline-only", "--target", target)
+    code, shown, _ = planned(capsys, *flags)
+    assert code == 0
+    assert f"for {target}:" in shown
+    assert expected in shown

@@ -203,6 +203,10 @@ def plan_command(
             "--pipeline-only", help="Plan what `evenflow train --plan` can run: no other parallelism."
         ),
     ] = False,
+    target: Annotated[
+        Literal["torchtitan", "megatron", "deepspeed"] | None,
+        typer.Option(help="Plan only what this system can run, and print its settings."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="PLAN.toml", help="Write the plan to a new file.")
     ] = None,
@@ -212,11 +216,12 @@ def plan_command(
     The cluster need not be there: times are estimated from operations and bytes.
     """
     with no_collecting():
-        from evenflow.cli.plan import plan_run
+        from evenflow.cli.plan import Asked, plan_run
         from evenflow.cli.train import Flags
 
     flags = Flags(source=source, model=model, data=tuple(data or ()), batch_size=batch_size, length=length)
-    plan_run(flags, cluster=cluster, memory=memory, rows=rows, pipeline_only=pipeline_only, out=out)
+    asked = Asked(cluster, memory, rows, pipeline_only=pipeline_only, target=target, out=out)
+    plan_run(flags, asked)
 
 
 @app.command("profile")

@@ -175,17 +175,18 @@ def fitting(request: Request) -> Priced | None:
         chain = chain_for(request, choice)
         for sharding, recompute in _savings(request, choice):
             degrees = replace(choice.degrees, sharding=sharding)
-            found = _priced(request, replace(choice, degrees=degrees, recompute=recompute), chain)
-            if found is not None:
+            saving = replace(choice, degrees=degrees, recompute=recompute)
+            if request.allows(saving) and (found := _priced(request, saving, chain)):
                 return found
     return None
 
 
 def _savings(request: Request, choice: Choice) -> Iterator[tuple[Sharding, str]]:
     levers = request.levers
-    most: Sharding = "fsdp" if choice.degrees.data > 1 else "none"
+    shared: tuple[Sharding, ...] = ("fsdp", "zero1", "none") if choice.degrees.data > 1 else ("none",)
     for recompute in ("none", "full", "selective") if levers.recompute is None else (levers.recompute,):
-        yield (most if levers.sharding is None else levers.sharding), recompute
+        for sharding in shared if levers.sharding is None else (levers.sharding,):
+            yield sharding, recompute
 
 
 def _more_devices(request: Request) -> Change | None:

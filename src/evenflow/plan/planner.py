@@ -140,6 +140,8 @@ class _Search:
         for sharding, recompute in self._savings(ranked.choice):
             degrees = replace(ranked.choice.degrees, sharding=sharding)
             choice = replace(ranked.choice, degrees=degrees, recompute=recompute)
+            if not self._request.allows(choice):
+                continue
             try:
                 priced = price(self._request, choice, ranked.chain)
             except DoesNotFitError as error:
@@ -196,7 +198,9 @@ def choices(request: Request) -> Iterator[Choice]:
             if wanted is None and number > _MOST_MICROBATCHES:
                 continue
             for per_rank, schedule in _schedules(request, degrees.pipeline):
-                yield Choice(degrees, per_rank, schedule, size, number, "none")
+                choice = Choice(degrees, per_rank, schedule, size, number, "none")
+                if request.lays_out(choice):
+                    yield choice
 
 
 def _degrees(request: Request) -> Iterator[Degrees]:
