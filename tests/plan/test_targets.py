@@ -46,6 +46,7 @@ CASES = {
     "slow links": four(link=SLOW),
     "a long pipeline": replace(four(), levers=Levers(pipeline=4)),
     "interleaved": replace(four(), levers=Levers(pipeline=2, stages_per_rank=2)),
+    "two and two": replace(four(9e6), levers=Levers(pipeline=2, tensor=1, recompute="none")),
     "no pipeline": replace(four(12e6), levers=Levers(pipeline=1)),
     "few microbatches": replace(four(), batch_rows=6, levers=Levers(pipeline=4, num_microbatches=6)),
 }
@@ -187,7 +188,7 @@ def test_settings_for_megatron_lay_out_each_layer_once(case):
         assert [stage.count("t") for stage in stages] == list(found.blocks)
 
 
-@pytest.mark.parametrize("case", ["a long pipeline", "roomy", "no pipeline"])
+@pytest.mark.parametrize("case", ["a long pipeline", "roomy", "two and two", "no pipeline"])
 def test_settings_for_deepspeed_add_up(case):
     found = within("deepspeed", CASES[case])
     text, degrees = settings(found), found.plan.degrees
@@ -196,6 +197,7 @@ def test_settings_for_deepspeed_add_up(case):
     assert config["train_batch_size"] == rows * degrees.data == 16
     assert config["zero_optimization"]["stage"] == {"none": 0, "zero1": 1, "fsdp": 3}[degrees.sharding]
     assert ("num_stages=" in text) == (degrees.pipeline > 1)
+    assert case != "two and two" or degrees.sharding == "zero1"
 
 
 def test_deepspeed_takes_the_better_way_to_cut():
@@ -238,3 +240,34 @@ def test_unknown_targets_are_refused():
 def test_a_large_cluster_can_be_planned_for():
     asked = fine(request(parse_cluster("2x8xH100"), rows=64))
     assert within("megatron", asked).plan.degrees.num_devices in {1, 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "recompute", "allowed"),
+    [
+        ("torchtitan", Degrees(2, data=2, sharding="fsdp"), "full", True),
+        ("torchtitan", Degrees(2, data=2, sharding="zero1"), "none", False),
+        ("torchtitan", Degrees(2, data=2), "none", False),
+        ("torchtitan", Degrees(1, data=4), "none", True),
+        ("torchtitan", Degrees(4), "selective", False),
+        ("megatron", Degrees(2, data=2, sharding="zero1"), "full", True),
+        ("megatron", Degrees(2, data=2, sharding="fsdp"), "none", False),
+        ("megatron", Degrees(1, data=4, sharding="fsdp"), "none", True),
+        ("deepspeed", Degrees(2, data=2, sharding="zero1"), "full", True),
+        ("deepspeed", Degrees(2, data=2, sharding="fsdp"), "none", False),
+        ("deepspeed", Degrees(1, data=4, sharding="fsdp"), "none", True),
+        ("deepspeed", Degrees(2, tensor=2), "none", False),
+    ],
+)
+def test_what_each_may_share_and_recompute(name, degrees, recompute, allowed):
+    choice = Choice(degrees, 1, "1f1b", 1, 8, recompute)
+    assert TARGETS[name].limits().allows(choice) == allowed
+
+
+def test_deepspeed_spreads_layers_as_it_says():
+    layers = layers_of(["embed", *(f"h.{n}" for n in range(7)), "head"])
+    cuts = TARGETS["deepspeed"].cuts
+    assert cuts["uniform"](layers, 4) == (3, 5, 7)  # 9 layers: 3, 2, 2 and 2
+    assert cuts["uniform"](layers, 10) is None
+    assert cuts["type:"](layers, 7) == (2, 3, 4, 5, 6, 7)  # blocks alone count
+    assert cuts["type:"](layers, 2) is None
