@@ -43,7 +43,7 @@ from evenflow.plan.weights import check_weights
 from evenflow.runtime.weights import rows_of
 from evenflow.view.units import format_bytes, format_seconds
 
-_MOST_ROWS = 8  # of a microbatch: more only cost memory
+_SIZES = (1, 2, 4, 8)  # of a microbatch, in rows: more only cost memory
 _RECORDED_ROWS = (2, 4)  # sizes that are recorded; one row might be taken for no row
 _FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
@@ -118,7 +118,8 @@ def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only:
     share = 1 / (4 * min(machine.num_ranks, _FINEST))
     example = make_feed(config.data, source, config.training).validation[0]
     batch_rows = rows or rows_of(example) or 1
-    sizes = tuple(size for size in (1, 2, 4, 8) if size <= _MOST_ROWS and batch_rows % size == 0)
+    given = config.pipeline.microbatch_size
+    sizes = tuple(size for size in sorted({*_SIZES, given or 1}) if batch_rows % size == 0)
     request = Request(
         _chains(source, example, machine, share),
         sizes,

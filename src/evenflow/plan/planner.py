@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
+from evenflow.plan.contradictions import contradiction
 from evenflow.plan.plan import (
     Degrees,
     Plan,
@@ -86,10 +87,7 @@ def plan(
         _ranked(request), key=lambda each: (each.choice.stages_per_rank > 1, each.estimate_seconds)
     )
     if not ranked:
-        raise ConfigError(
-            f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and the "
-            "levers that were given admit no microbatches of a whole number of rows; give fewer levers"
-        )
+        raise ConfigError(contradiction(request))
     search, start = _Search(request), time.perf_counter()
     for number, each in enumerate(ranked):
         if progress is not None:
