@@ -149,7 +149,7 @@ def test_the_size_of_a_microbatch_may_be_any_that_divides_the_rows(capsys, tmp_p
     config = tmp_path / "run.toml"
     text = '[model]\nfunction = "layers_to_plan.py:make"\narguments = {rows = 12}\n'
     text += "[pipeline]\nmicrobatch_size = "
-    for size, expected in ((6, "microbatches of 6"), (5, "microbatches of 5 rows, from the 12 rows")):
+    for size, expected in ((6, "2 microbatches of 6"), (5, "microbatches of 5 rows, from the 12 rows")):
         config.write_text(f"{text}{size}\n", encoding="utf-8")
         _, shown, errors = planned_function(capsys, str(config), "--cluster", "1x CPU core")
         assert expected in (shown or errors)

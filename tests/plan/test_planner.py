@@ -124,7 +124,7 @@ def test_levers_are_kept():
         (Levers(pipeline=3), "3 pipeline ranks are asked for, and 2 devices"),
         (Levers(pipeline=2, data=2), "2 pipeline x 2 data ranks are asked for, and 2 devices"),
         (Levers(microbatch_size=3), "microbatches of 3 rows, from the 15 rows.*can be planned are 1, 2, 4"),
-        (Levers(microbatch_size=5), "microbatches of 5 rows, from the 15 rows"),
+        (Levers(microbatch_size=2), "microbatches of 2 rows, from the 15 rows"),
         (Levers(data=2), "15 rows cannot be parted evenly over 2 data ranks: give a multiple of 2"),
         (
             Levers(num_microbatches=4),
