@@ -117,7 +117,7 @@ def planned_function(capsys, reference, *arguments):
 def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file):
     code, _, errors = planned_function(capsys, f"{model_file}:untouchable", "--cluster", "8xH100")
     assert code == 2
-    assert "each held once, need 5.0 TiB, and all devices together have 629.2 GiB" in errors
+    assert "each held once, need 5,120.1 GiB, and all devices together have 629.2 GiB" in errors
     assert "LoRA of rank 16 on all linear layers, 134,217,728 elements" in errors
 
 

@@ -44,10 +44,12 @@ def write_bytes(num_bytes: float) -> str:
 def told_bytes(num_bytes: float) -> str:
     """Return a size as a person reads it, with one decimal, in the largest unit in which it is at least 1.
 
-    >>> told_bytes(24 * 2**30), told_bytes(1536), told_bytes(0)
-    ('24.0 GiB', '1.5 KiB', '0 B')
+    Below 10 TiB, GiB do: sizes that are to be compared then stand in one unit.
+
+    >>> told_bytes(24 * 2**30), told_bytes(1.5 * 2**40), told_bytes(1536), told_bytes(0)
+    ('24.0 GiB', '1,536.0 GiB', '1.5 KiB', '0 B')
     """
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if num_bytes >= _UNITS[unit]:
-            return f"{num_bytes / _UNITS[unit]:.1f} {unit}"
+    for unit, least in (("TiB", 10), ("GiB", 1), ("MiB", 1), ("KiB", 1)):
+        if num_bytes >= least * _UNITS[unit]:
+            return f"{num_bytes / _UNITS[unit]:,.1f} {unit}"
     return f"{num_bytes:.0f} B"
