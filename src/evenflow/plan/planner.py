@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
+from evenflow.plan.contradictions import contradiction
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
 from evenflow.plan.plan import (
@@ -122,11 +123,7 @@ class _Search:
             self._begin(choice, chains[key], bounds[degrees, size])
         self.num_choices = len(self._queue)
         if not self._queue and self._refusal is None:
-            raise ConfigError(
-                f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and "
-                "the levers that were given admit no microbatches of a whole number of rows; give fewer "
-                "levers"
-            )
+            raise ConfigError(contradiction(request))
 
     def _begin(self, choice: Choice, chain: Chain, bound_seconds: float) -> None:
         try:
@@ -166,6 +163,8 @@ class _Search:
         for number, (sharding, recompute) in enumerate(candidate.savings, 1):
             degrees = replace(candidate.choice.degrees, sharding=sharding)
             choice = replace(candidate.choice, degrees=degrees, recompute=recompute)
+            if not self._request.allows(choice):
+                continue
             try:
                 refuse_at_once(self._request, choice, chain if recompute == "none" else all_again)
                 told = expected(self._request, choice, chain)
@@ -243,7 +242,9 @@ def choices(request: Request) -> Iterator[Choice]:
             if wanted is None and number > _MOST_MICROBATCHES:
                 continue
             for per_rank, schedule in _schedules(request, degrees.pipeline):
-                yield Choice(degrees, per_rank, schedule, size, number, "none")
+                choice = Choice(degrees, per_rank, schedule, size, number, "none")
+                if request.lays_out(choice):
+                    yield choice
 
 
 def _degrees(request: Request) -> Iterator[Degrees]:

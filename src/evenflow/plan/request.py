@@ -36,6 +36,26 @@ class Levers:
     max_expert: int = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One point of the space that is searched; `recompute` is "none", "selective" or "full"."""
+
+    degrees: Degrees
+    stages_per_rank: int
+    schedule: str
+    microbatch_size: int
+    num_microbatches: int
+    recompute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What another system can run: whether it `lays_out` a choice, and `allows` it with its savings."""
+
+    lays_out: Callable[[Choice], bool]
+    allows: Callable[[Choice], bool]
+
+
 @dataclass(frozen=True)
 class Request:
     """A question to the planner.
@@ -49,6 +69,7 @@ class Request:
     - `update_seconds_per_byte`: the optimizer's step, for each byte of trained parameters, by the kind of
       device; where a kind is not named, its memory's speed decides.
     - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
+    - `limits`: what may be chosen at all; anything where there are none.
     """
 
     chain_of: Callable[[int], Chain]
@@ -62,6 +83,15 @@ class Request:
     update_seconds_per_byte: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     dtype: str = "bfloat16"
     levers: Levers = field(default_factory=Levers)
+    limits: Limits | None = None
+
+    def lays_out(self, choice: Choice) -> bool:
+        """Whether a choice is within the limits, whatever is shared and recomputed."""
+        return self.limits is None or self.limits.lays_out(choice)
+
+    def allows(self, choice: Choice) -> bool:
+        """Whether a choice with its savings is within the limits."""
+        return self.limits is None or self.limits.allows(choice)
 
     def __post_init__(self) -> None:
         if self.batch_rows < 1 or not self.microbatch_sizes:
@@ -69,15 +99,3 @@ class Request:
                 f"a batch of {self.batch_rows} rows in microbatches of {self.microbatch_sizes}: plan for at "
                 "least one row"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One point of the space that is searched; `recompute` is "none", "selective" or "full"."""
-
-    degrees: Degrees
-    stages_per_rank: int
-    schedule: str
-    microbatch_size: int
-    num_microbatches: int
-    recompute: str
