@@ -16,7 +16,15 @@ T = TypeVar("T")
 
 
 class Meter:
-    """See the module; `Pipeline.meter` makes one. All but `peak_bytes` are collective calls."""
+    """See the module; `Pipeline.meter` makes one. All but `peak_bytes` are collective calls.
+
+    >>> from evenflow.pipe.build import pipeline
+    >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)
+    >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+    >>> _, peak_bytes = pipe.meter.peak_bytes(lambda: pipe.step(batch))
+    >>> peak_bytes > 0, len(pipe.meter.times(5).timelines)
+    (True, 1)
+    """
 
     def __init__(self, parts: "Parts", times: Times) -> None:
         self._parts, self._times = parts, times
