@@ -69,6 +69,16 @@ def test_nothing_is_cut_off_and_all_fits_into_a_hundred_columns():
     assert any(line.split()[0] == "stage" and line.split()[-1] == "±" for line in tables if line.split())
 
 
+def test_memory_that_nobody_knows_has_no_column():
+    ranks = tuple(dataclasses.replace(rank, peak_bytes=None) for rank in RUN.ranks)
+    unknown = dataclasses.replace(RUN, ranks=ranks, num_steps=1, num_timed=1)
+    lines = shown(unknown, plan=None)
+    assert "1 step, 1,000 tok/s, loss -1.250 -> -1.250" in lines
+    assert "0 0 25.0" in lines
+    assert not any("memory" in line for line in lines)
+    assert "0 0 20.0 25.0 800.00 - -" in shown(unknown)
+
+
 def test_without_losses_none_is_shown():
     assert shown(steps=STEPS[1:])[2] == "12 steps, 1,000 tok/s"
 

@@ -53,14 +53,13 @@ def print_run(console: Console, run: Run, steps: Sequence[Step], plan: Plan | No
 
 
 def _sizes(run: Run) -> str:
-    sizes = ((len(run.stages), "stage", "s"), (len(run.ranks), "rank", "s"))
-    counted = ", ".join(f"{n} {noun}{'' if n == 1 else plural}" for n, noun, plural in sizes)
-    return f"{run.schedule}, {counted}, microbatches: {run.num_microbatches}"
+    stages, ranks = _count(len(run.stages), "stage"), _count(len(run.ranks), "rank")
+    return f"{run.schedule}, {stages}, {ranks}, microbatches: {run.num_microbatches}"
 
 
 def _learnt(run: Run, steps: Sequence[Step]) -> str:
     last = [step.loss for step in steps if step.loss is not None]
-    told = f"{run.num_steps:,} steps, {run.items_per_second:,.0f} {run.item}/s"
+    told = f"{_count(run.num_steps, 'step')}, {run.items_per_second:,.0f} {run.item}/s"
     if not last:
         return told
     mean = sum(last[-_NUM_LAST:]) / len(last[-_NUM_LAST:])
@@ -70,7 +69,7 @@ def _learnt(run: Run, steps: Sequence[Step]) -> str:
 def _step_table(run: Run, numbers: Sequence[Beside]) -> Table:
     unit = time_unit(run.step.median)
     group = _Group(("", ""), unit, numbers)
-    table = _table(f"A step, in {unit.name} (medians of {run.num_timed:,} steps)", "")
+    table = _table(f"A step, in {unit.name} (medians of {_count(run.num_timed, 'step')})", "")
     group.head(table)
     table.add_column("least", justify="right", vertical="bottom")
     table.add_column("most", justify="right", vertical="bottom")
@@ -83,10 +82,9 @@ def _step_table(run: Run, numbers: Sequence[Beside]) -> Table:
 def _rank_table(run: Run, numbers: Sequence[tuple[Beside, Beside]]) -> Table:
     idle, memory = zip(*numbers, strict=True)
     unit = byte_unit(max(each.measured or each.planned or 0.0 for each in memory))
-    groups = (
-        _Group(("idle", "(%)"), _PERCENT, idle, has_deviation=False),
-        _Group(("memory", f"({unit.name})"), unit, memory),
-    )
+    groups = [_Group(("idle", "(%)"), _PERCENT, idle, has_deviation=False)]
+    if any(each.planned is not None or each.measured is not None for each in memory):
+        groups.append(_Group(("memory", f"({unit.name})"), unit, memory))
     table = _table("Ranks", "rank", "stages")
     for group in groups:
         group.head(table)
@@ -184,6 +182,10 @@ def _told(number: Beside) -> str:
         f"{number.what}, planned {format_seconds(number.planned)} and measured "
         f"{format_seconds(number.measured)} a microbatch ({_deviation(number)})"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _table(title: str, *headings: str) -> Table:
