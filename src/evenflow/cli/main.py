@@ -84,7 +84,11 @@ def train_command(
         typer.Option(metavar="PLAN.toml", help="What `evenflow plan -o` wrote: it decides all of these."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where to write. Default: runs/ and the run's name.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A new folder to write to. Default: runs/NAME, or runs/NAME-2 if that is taken, and so on.",
+        ),
     ] = None,
     device: Device = None,
 ) -> None:
@@ -111,6 +115,16 @@ def train_command(
             device=device,
         )
     )
+
+
+@app.command("show")
+def show_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `evenflow train` has written.")],
+) -> None:
+    """Show what a run's steps took: step, ranks and stages, beside what its plan expected."""
+    from evenflow.cli.show import show
+
+    show(run)
 
 
 @app.command("check")
