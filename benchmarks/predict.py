@@ -20,7 +20,7 @@ from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.plan.planner import describe, plan
-from evenflow.plan.request import Choice, Levers
+from evenflow.plan.request import Levers, choice_of
 from evenflow.runtime.world import World
 
 ROUNDS, WARM_UPS, STEPS = 5, 2, 5
@@ -55,18 +55,10 @@ def on_rank(name: str, levers: Levers, rounds: int) -> list[Found]:
         pipe = evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
         seconds = _step_seconds(pipe, batch, world)
         peak = _peak_bytes(pipe, batch) if number == 0 else 0.0
-        choice = Choice(
-            made.degrees,
-            made.stages_per_rank,
-            made.schedule,
-            made.microbatch_size,
-            made.num_microbatches,
-            "none",
-        )
         cut = "+".join(str(stage.num_nodes) for stage in made.stages)
         found.append(
             Found(
-                f"{describe(choice)}, {cut} nodes",
+                f"{describe(choice_of(made))}, {cut} nodes",
                 made.prediction.step_seconds,
                 seconds,
                 tuple(rank.memory.allocated for rank in made.ranks),

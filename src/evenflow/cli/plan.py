@@ -28,14 +28,14 @@ from evenflow.cost.estimate import estimate
 from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.recorded import Recorded, recorded
+from evenflow.pipe.recorded import Recorded, recorded, row_tokens
 from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import NoPlanError, describe, plan
 from evenflow.plan.rank_memory import TrainingState
-from evenflow.plan.request import Choice, Levers, Request
+from evenflow.plan.request import Choice, Levers, Request, choice_of
 from evenflow.plan.scale import scaled
 from evenflow.plan.target_settings import settings
 from evenflow.plan.targets import Within, plan_within, target_called, within_limits
@@ -125,7 +125,7 @@ def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only:
         sizes,
         machine,
         batch_rows,
-        row_tokens=_row_tokens(example),
+        row_tokens=row_tokens(example),
         max_leaf_share=share,
         state=state,
         dtype=str(next(source.model.parameters()).dtype).removeprefix("torch."),
@@ -188,28 +188,10 @@ def _with_rows(example: object, num_rows: int) -> object:
     return pytree.tree_map(repeated, example)
 
 
-def _row_tokens(example: object) -> float:
-    """The most whole numbers in a row: tokens; 1 where there are none."""
-    whole = (
-        leaf
-        for leaf in pytree.tree_leaves(example)
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 and not leaf.is_floating_point()
-    )
-    return float(max((leaf[0].numel() for leaf in whole), default=1))
-
-
 def print_plan(console: Console, found: Plan) -> None:
     """The plan as tables: what was chosen, each pipeline rank, the runners-up."""
     told = found.prediction
-    choice = Choice(
-        found.degrees,
-        found.stages_per_rank,
-        found.schedule,
-        found.microbatch_size,
-        found.num_microbatches,
-        "none",
-    )
-    console.print(Text(describe(choice), style="bold"), soft_wrap=True)
+    console.print(Text(describe(choice_of(found)), style="bold"), soft_wrap=True)
     mfu = f", {told.mfu:.1%} of the devices' peak" if told.mfu is not None else ""
     console.print(
         f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); "

@@ -17,6 +17,13 @@ from evenflow.cost.measured import Measured
 _VERSION = 2  # of how things are measured: raised where old numbers mean something else
 
 
+def user_folder() -> Path:
+    """Where measurements are kept: EVENFLOW_CACHE, or a folder in the user's own cache."""
+    own = os.environ.get("EVENFLOW_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(shared) / "evenflow"
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where something was measured: what makes its numbers hold elsewhere too."""

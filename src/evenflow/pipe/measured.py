@@ -20,10 +20,11 @@ from evenflow.cost.cache import device_name
 from evenflow.cost.local_device import local_device
 from evenflow.cost.optimizer import OptimizerCost, OptimizerFactory, optimizer_cost
 from evenflow.cost.profile import Profile
+from evenflow.errors import EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
-from evenflow.pipe.recorded import recorded
+from evenflow.pipe.recorded import recorded, row_tokens
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
@@ -35,6 +36,7 @@ from evenflow.runtime.world import World
 _SIZES = (1, 2, 4, 8, 16, 32)  # rows of a microbatch that are tried
 # Agreeing on the batch and the result: 4 to 10 ms on two CPU cores over Gloo (measured 2026-11-22).
 _STEP_SECONDS = 6e-3
+_BUDGET_SECONDS = 0.15  # to measure each distinct node
 _FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
 Progress = Callable[[str], None]
@@ -69,7 +71,8 @@ def measured_request(
     share = 1 / (4 * min(max(world.size, 2), _FINEST))
     rows = rows_of(run.example) or 1
     given = run.levers.microbatch_size
-    sizes = (given,) if given is not None else tuple(n for n in _SIZES if n <= rows and rows % n == 0)
+    most = max(1, rows // world.size)  # more leave a rank without work
+    sizes = (given,) if given is not None else tuple(n for n in _SIZES if n <= most and rows % n == 0)
     chains = {size: _chain(run, world, device, size, share, cache, tell) for size in sizes}
     tell("measuring links and the optimizer")
     links = probe(world, device) if world.size > 1 else {}
@@ -87,7 +90,7 @@ def measured_request(
         sizes,
         _cluster(world, device, links),
         batch_rows=rows,
-        row_tokens=1.0,
+        row_tokens=row_tokens(run.example),
         max_leaf_share=share,
         state=costs[0].state,
         dtype=str(next(run.model.parameters()).dtype).removeprefix("torch."),
@@ -101,23 +104,33 @@ def _chain(
     run: Run, world: World, device: torch.device, size: int, share: float, cache: Path | None, tell: Progress
 ) -> tuple[Chain, float]:
     """The measured chain for microbatches of `size` rows, and what an op takes beside its nodes."""
-    found = recorded(
-        run.model,
-        loss=run.loss,
-        example=run.example,
-        splitter=Splitter(world.size, None, size, None),
-        max_leaf_share=share,
-        device=device,
-        atomic=run.atomic,
-        seed=run.seed,
-    )
-    world.gather_numbers([size])  # so that all begin
 
     def named(name: str, done: int, total: int) -> None:
         tell(f"measuring {name} ({done + 1} of {total}) in microbatches of {size}")
 
-    mine = found.profile(cache=cache, progress=named)
-    return _together(world.gather(mine)), mine.op_seconds
+    def measured() -> Profile:
+        found = recorded(
+            run.model,
+            loss=run.loss,
+            example=run.example,
+            splitter=Splitter(world.size, None, size, None),
+            max_leaf_share=share,
+            device=device,
+            atomic=run.atomic,
+            seed=run.seed,
+        )
+        return found.profile(cache=cache, budget_seconds=_BUDGET_SECONDS, progress=named)
+
+    mine: Profile | EvenflowError
+    try:
+        mine = measured()
+    except EvenflowError as error:
+        mine = error
+    profiles = world.gather(mine)
+    for each in profiles:
+        if isinstance(each, EvenflowError):
+            raise each
+    return _together(profiles), profiles[world.rank].op_seconds
 
 
 def _together(profiles: Sequence[Profile]) -> Chain:

@@ -8,7 +8,7 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.chain import Chain
 from evenflow.plan.overheads import Overheads
-from evenflow.plan.plan import Degrees
+from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.rank_memory import Sharding, TrainingState
 
 
@@ -46,6 +46,13 @@ class Choice:
     microbatch_size: int
     num_microbatches: int
     recompute: str
+
+
+def choice_of(made: Plan) -> Choice:
+    """What a plan chose; each of its stages says itself what it recomputes."""
+    return Choice(
+        made.degrees, made.stages_per_rank, made.schedule, made.microbatch_size, made.num_microbatches, "none"
+    )
 
 
 @dataclass(frozen=True, slots=True)
