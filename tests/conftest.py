@@ -1,4 +1,4 @@
-"""Set-up of every test: no network, one thread, as each rank has, and a folder of its own for measurements."""
+"""Set-up of every test: no network, one thread, as each rank has, and an empty folder for measurements."""
 
 import atexit
 import os

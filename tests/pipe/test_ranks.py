@@ -567,7 +567,10 @@ SCRIPT = """
     (Path(sys.argv[1]) / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
     pipe = evenflow.pipeline(
-        model, loss=lambda model, batch: model(batch).square().mean(), example=torch.ones(8, 4)
+        model,
+        loss=lambda model, batch: model(batch).square().mean(),
+        example=torch.ones(8, 4),
+        schedule="1f1b",
     )
     pipe.step(torch.ones(8, 4))
     print("stepped", flush=True)
