@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from evenflow.cli.main import main
 from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import prepare_here
+from evenflow.cost.cache import device_name
 from evenflow.errors import ConfigError
 from evenflow.plan.plan_file import read_plan_file
 
@@ -34,6 +36,26 @@ def test_a_plan_is_shown_and_written(capsys, tmp_path):
     again, _, errors = planned(capsys, "--cluster", "2x RTX 4090", "-o", out)
     assert again == 2
     assert "name a file that is not there yet" in errors
+
+
+def test_without_a_cluster_this_machine_is_measured(capsys, tmp_path):
+    out = tmp_path / "plan.toml"
+    code, shown, errors = planned(capsys, "-o", out)
+    assert code == 0, errors
+    found = read_plan_file(out)
+    assert found.degrees.num_devices == found.degrees.pipeline == 2
+    assert found.ranks[0].device == device_name(torch.device("cpu"))
+    assert found.prediction.update_seconds > 0
+    assert "s a step expected" in shown
+    job = make_job(Flags(source=str(CONFIG), plan=out, device="cpu", out=tmp_path / "run"))
+    prepare_here(job)[0].close()
+
+
+@pytest.mark.parametrize("flag", [("--rows", 64), ("--target", "megatron")])
+def test_what_is_not_measured_needs_a_cluster(capsys, flag):
+    code, _, errors = planned(capsys, *flag)
+    assert code == 2
+    assert f"{flag[0]} plans for a machine that is not measured" in errors
 
 
 def test_a_plan_can_be_trained(capsys, tmp_path):

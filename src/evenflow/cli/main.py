@@ -199,9 +199,12 @@ def plan_command(
     source: Source = None,
     model: Model = None,
     cluster: Annotated[
-        str,
-        typer.Option(metavar="CLUSTER.toml|8xH100", help="A cluster file, or devices in a few words."),
-    ] = "2xCPU core",
+        str | None,
+        typer.Option(
+            metavar="CLUSTER.toml|8xH100",
+            help="A cluster file, or devices in a few words. Default: this machine, measured.",
+        ),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="24GiB", help="How much memory each device has.")
     ] = None,
@@ -227,7 +230,8 @@ def plan_command(
 ) -> None:
     """Choose how to train a model on a cluster: stages, cuts, schedule, microbatches, recomputation.
 
-    The cluster need not be there: times are estimated from operations and bytes.
+    A cluster need not be there: times are then estimated from operations and bytes. Without one, as many
+    processes as `evenflow train` would start here measure the model, their links and the optimizer.
     """
     with no_collecting():
         from evenflow.cli.plan import Asked, plan_run

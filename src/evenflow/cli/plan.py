@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import evenflow
 from evenflow.cli.collecting import no_collecting
 from evenflow.cli.config import RunConfig
+from evenflow.cli.plan_here import plan_here
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import make_feed, refusing
@@ -38,7 +39,7 @@ from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Choice, Levers, Request, choice_of
 from evenflow.plan.scale import scaled
 from evenflow.plan.target_settings import settings
-from evenflow.plan.targets import Within, plan_within, target_called, within_limits
+from evenflow.plan.targets import Target, Within, plan_within, target_called, within_limits
 from evenflow.plan.weights import check_weights
 from evenflow.runtime.weights import rows_of
 from evenflow.view.units import format_bytes, format_seconds
@@ -50,9 +51,12 @@ _FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command line says of a plan; see its help. `target` is the name of another system."""
+    """What the command line says of a plan; see its help. `target` is the name of another system.
 
-    cluster: str
+    With no cluster the ranks that `evenflow train` would start here are measured.
+    """
+
+    cluster: str | None = None
     memory: str | None = None
     rows: int | None = None
     pipeline_only: bool = False
@@ -61,7 +65,7 @@ class Asked:
 
 
 def plan_run(flags: Flags, asked: Asked) -> Plan:
-    """Plan the run that `evenflow train` would make of these flags, on a cluster that one need not have.
+    """Plan the run that `evenflow train` would make of these flags, here or on a cluster that is not there.
 
     Raises:
         EvenflowError: The model, the cluster or the levers cannot work as given, or nothing fits.
@@ -69,14 +73,40 @@ def plan_run(flags: Flags, asked: Asked) -> Plan:
     out = asked.out
     if out is not None and (out.exists() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out}: name a file that is not there yet, in a folder that is")
-    target = None if asked.target is None else target_called(asked.target)
-    machine = (
-        read_cluster(Path(asked.cluster)) if asked.cluster.endswith(".toml") else parse_cluster(asked.cluster)
-    )
-    if asked.memory is not None:
-        machine = machine.with_memory(parse_bytes(asked.memory))
+    memory = None if asked.memory is None else parse_bytes(asked.memory)
     console = Console()
     within: Within | None = None
+    if asked.cluster is None:
+        found = _measured(flags, asked, memory)
+    else:
+        target = None if asked.target is None else target_called(asked.target)
+        found, within = _estimated(console, flags, asked, asked.cluster, memory, target)
+    print_plan(console, found)
+    if within is not None:
+        console.print(Text(f"for {within.target.name}:", style="bold"))
+        console.print(settings(within), soft_wrap=True, highlight=False, markup=False)
+    if out is not None:
+        out.write_text(write_plan(found), encoding="utf-8")
+        console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+    return found
+
+
+def _measured(flags: Flags, asked: Asked, memory_bytes: float | None) -> Plan:
+    if asked.rows is not None or asked.target is not None:
+        name = "rows" if asked.rows is not None else "target"
+        raise ConfigError(f"--{name} plans for a machine that is not measured: name one with --cluster")
+    job = make_job(flags)
+    return plan_here(
+        job, replace(_levers(job.config, pipeline_only=True), pipeline=job.num_ranks), memory_bytes
+    )
+
+
+def _estimated(
+    console: Console, flags: Flags, asked: Asked, cluster: str, memory: float | None, target: Target | None
+) -> tuple[Plan, Within | None]:
+    machine = read_cluster(Path(cluster)) if cluster.endswith(".toml") else parse_cluster(cluster)
+    if memory is not None:
+        machine = machine.with_memory(memory)
     with console.status("recording the model") as status, refusing("the model cannot be recorded"):
         request, heads = _request(flags, machine, asked.rows, pipeline_only=asked.pipeline_only)
 
@@ -86,10 +116,9 @@ def plan_run(flags: Flags, asked: Asked) -> Plan:
 
         try:
             if target is None:
-                found = plan(request, progress=tell)
-            else:
-                within = plan_within(request, target, heads=heads, progress=tell)
-                found = within.plan
+                return plan(request, progress=tell), None
+            within = plan_within(request, target, heads=heads, progress=tell)
+            return within.plan, within
         except NoPlanError as refused:
             status.update("nothing fits: looking for what would")
             if target is None:
@@ -97,14 +126,6 @@ def plan_run(flags: Flags, asked: Asked) -> Plan:
             if target.cuts:  # what another cut would let fit is no advice to it
                 raise
             raise advised(within_limits(request, target, heads=heads), refused) from None
-    print_plan(console, found)
-    if within is not None:
-        console.print(Text(f"for {within.target.name}:", style="bold"))
-        console.print(settings(within), soft_wrap=True, highlight=False, markup=False)
-    if out is not None:
-        out.write_text(write_plan(found), encoding="utf-8")
-        console.print(f"wrote {out}", soft_wrap=True, highlight=False)
-    return found
 
 
 def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only: bool) -> tuple[Request, int]:

@@ -107,12 +107,7 @@ def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
         source.model,
         loss=source.loss,
         example=feed.validation[0],
-        optimizer=lambda named_parameters: torch.optim.AdamW(
-            named_parameters,
-            lr=config.training.learning_rate,
-            betas=(0.9, 0.98),
-            weight_decay=config.training.weight_decay,
-        ),
+        optimizer=make_optimizer(config.training),
         scheduler=_warmup_then_cosine(config.training),
         **_levers(job),
         exact=config.pipeline.exact,
@@ -120,6 +115,16 @@ def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
         device=device,
     )
     return pipe, feed
+
+
+def make_optimizer(training: Training) -> Callable[[Any], torch.optim.Optimizer]:
+    """What makes the optimizer of some named parameters."""
+    return lambda named_parameters: torch.optim.AdamW(
+        named_parameters,
+        lr=training.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=training.weight_decay,
+    )
 
 
 # `Any`: the values have the types of the arguments that they are, which a dict cannot say.

@@ -1,7 +1,7 @@
 """What is to be planned: a program at any microbatch size, the machine, the batch, and what is given."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from evenflow.cluster.cluster import Cluster
@@ -91,6 +91,12 @@ class Request:
     dtype: str = "bfloat16"
     levers: Levers = field(default_factory=Levers)
     limits: Limits | None = None
+
+    def with_memory(self, memory_bytes: float | None) -> "Request":
+        """The same question for devices of so much memory each; None leaves it as it is."""
+        if memory_bytes is None:
+            return self
+        return replace(self, cluster=self.cluster.with_memory(memory_bytes))
 
     def lays_out(self, choice: Choice) -> bool:
         """Whether a choice is within the limits, whatever is shared and recomputed."""
