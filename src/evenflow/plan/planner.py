@@ -161,11 +161,11 @@ class _Search:
 
     def _save(self, candidate: _Candidate) -> None:
         """Put a choice back with each of the savings that may fit, up to the first that has room."""
-        chain = candidate.chain
-        all_again = cheapest_to_hold(chain, range(chain.num_nodes))
         for number, (sharding, recompute) in enumerate(candidate.savings, 1):
             degrees = replace(candidate.choice.degrees, sharding=sharding)
             choice = replace(candidate.choice, degrees=degrees, recompute=recompute)
+            chain = chain_for(self._request, choice) if degrees.gathers_nodes else candidate.chain
+            all_again = cheapest_to_hold(chain, range(chain.num_nodes))
             try:
                 refuse_at_once(self._request, choice, chain if recompute == "none" else all_again)
                 told = expected(self._request, choice, chain)
@@ -177,7 +177,8 @@ class _Search:
             else:
                 left = candidate.savings[number:] if told.is_roomy else ()
                 self._push(_Candidate(choice, chain, left, told), told.seconds, fits=told.fits)
-                if told.is_roomy:
+                # To gather node by node hides the sums of gradients, with or without room.
+                if told.is_roomy and (degrees.pipeline > 1 or sharding == "fsdp"):
                     return
 
     def _price(self, candidate: _Candidate, told: Expected) -> None:
