@@ -87,7 +87,14 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     peaks = peak_bytes(schedule, costs_of(stages, {}))
     for rank, peak in enumerate(peaks):
         own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
-        need = rank_memory(own, peak, asked.state, data_ranks=choice.data, sharding=choice.sharding)
+        need = rank_memory(
+            own,
+            peak,
+            asked.state,
+            data_ranks=choice.data,
+            sharding=choice.sharding,
+            gathers_nodes=choice.gathers_nodes,
+        )
         assert need == found.ranks[rank].memory
         assert need.allocated <= found.ranks[rank].cap_bytes == memory
 
