@@ -255,10 +255,10 @@ def tell(console: Console, what: str, request: Request, found: Plan) -> None:
     each = told.tokens_per_second / request.cluster.num_ranks
     mfu = f", {told.mfu:.1%} of the peak" if told.mfu is not None else ""
     memory = [rank.memory.allocated / 2**30 for rank in found.ranks]
-    idle = [rank.idle for rank in found.ranks]
+    idle = [max(0.0, rank.idle) for rank in found.ranks]
     console.print(
         f"    {told.step_seconds:.2f} s a step, {each:,.0f} tokens/s on each device{mfu}; memory "
-        f"{min(memory):.0f} to {max(memory):.0f} GiB, idle {max(min(idle), 0):.0%} to {max(max(idle), 0):.0%}"
+        f"{min(memory):.0f} to {max(memory):.0f} GiB, idle {min(idle):.0%} to {max(idle):.0%}"
     )
     if len({rank.device for rank in found.ranks}) > 1:
         flops, at = request.chain_of(found.microbatch_size).flops, 0
