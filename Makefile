@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan setup clean
+.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-levers setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -27,7 +27,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-search bench-partition bench-build bench-record bench-plan
+bench: bench-search bench-partition bench-build bench-record bench-plan bench-levers
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
@@ -43,6 +43,9 @@ bench-plan: setup
 bench-record: setup
 	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/replay.py
+
+bench-levers: setup
+	$(BIN)/python benchmarks/levers.py
 
 bench-build: setup
 	$(BIN)/python benchmarks/build_memory.py

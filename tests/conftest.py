@@ -1,11 +1,17 @@
-"""Set-up of every test: no network, and one thread, as each rank has."""
+"""Set-up of every test: no network, one thread, as each rank has, and a folder of its own for measurements."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before anything imports transformers or torch.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+if "EVENFLOW_CACHE" not in os.environ:
+    os.environ["EVENFLOW_CACHE"] = tempfile.mkdtemp(prefix="evenflow_tests_")
+    atexit.register(shutil.rmtree, os.environ["EVENFLOW_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

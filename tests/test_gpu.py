@@ -64,3 +64,22 @@ def test_the_users_cuda_generator_is_left_alone():
     before = torch.cuda.get_rng_state()
     losses(2)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_the_allocator_tells_a_steps_peak_of_memory():
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(16, 32), "y": torch.randn(16, 1)}
+    pipe = evenflow.pipeline(
+        Net(),
+        loss=loss,
+        example=batch,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        stages=2,
+        num_microbatches=4,
+        device="cuda",
+    )
+    pipe.step(batch)
+    result, peak = pipe.meter.peak_bytes(lambda: pipe.step(batch))
+    held = sum(4 * parameter.numel() for _, parameter in pipe.named_parameters())
+    assert 4 * held < peak <= torch.cuda.max_memory_allocated()  # with gradients and two states
+    assert result.loss.is_cuda

@@ -6,7 +6,8 @@ import sys
 MODULES = (
     "evenflow.ir, evenflow.cluster.read, evenflow.rules, evenflow.soundness, evenflow.schedules, "
     "evenflow.schedules.catalog, "
-    "evenflow.simulate, evenflow.lower, evenflow.validate, evenflow.view.text, evenflow.view.picture"
+    "evenflow.simulate, evenflow.lower, evenflow.validate, evenflow.view.text, evenflow.view.picture, "
+    "evenflow.journal.deviation, evenflow.journal.folder"
 )
 
 

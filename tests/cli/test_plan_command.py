@@ -44,7 +44,8 @@ def test_a_plan_can_be_trained(capsys, tmp_path):
     assert found.degrees.num_devices == found.degrees.pipeline == 2
     job = make_job(Flags(source=str(CONFIG), plan=out, device="cpu", out=tmp_path / "run"))
     pipe, _ = prepare_here(job)
-    assert [cut.first for cut in pipe.cut] == [stage.first for stage in found.stages]
+    firsts = [stage.first.partition("#")[0] for stage in found.stages]  # the plan tells namesakes apart
+    assert [cut.first for cut in pipe.cut] == firsts
     assert job.config.pipeline.schedule == found.schedule
     pipe.close()
     with pytest.raises(ConfigError, match="--schedule and --plan are both given"):
@@ -52,9 +53,9 @@ def test_a_plan_can_be_trained(capsys, tmp_path):
 
 
 def test_too_little_memory_is_told_in_numbers(capsys):
-    code, _, errors = planned(capsys, "--cluster", "1x RTX 4090", "--memory", "1.01GiB")
+    code, _, errors = planned(capsys, "--cluster", "2x RTX 4090", "--memory", "1.02GiB", "--pipeline-only")
     assert code == 2
-    assert "no plan fits into memory" in errors
+    assert "no plan fits into memory; the nearest: 2 pipeline ranks" in errors
     assert "needs" in errors
 
 
@@ -70,3 +71,86 @@ def test_a_wrong_machine_is_refused(capsys, flag, value, message):
     code, _, errors = planned(capsys, flag, value)
     assert code == 2
     assert message in errors.replace("\n", " ")
+
+
+MODEL = '''
+import torch
+from torch import nn
+
+
+class Layers(nn.Module):
+    def __init__(self, width, number):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(number))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+
+def make(width=8, number=4, rows=8):
+    return Layers(width, number), lambda model, x: model(x).square().mean(), torch.ones(rows, width)
+
+
+def untouchable():
+    """More parameters than any machine has memory for, and no forward: it must not come to that."""
+    model = Layers(2**16, 64)
+    model.forward = None
+    return model, lambda model, x: model(x).mean(), torch.ones(1, 2**16)
+'''
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "layers_to_plan.py"
+    path.write_text(MODEL, encoding="utf-8")
+    return path
+
+
+def planned_function(capsys, reference, *arguments):
+    with pytest.raises(SystemExit) as exited:
+        main(["plan", reference, *map(str, arguments)])
+    written = capsys.readouterr()
+    return exited.value.code, written.out, written.err
+
+
+def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file):
+    code, _, errors = planned_function(capsys, f"{model_file}:untouchable", "--cluster", "8xH100")
+    assert code == 2
+    assert "each held once, need 5,120.1 GiB, and all devices together have 629.2 GiB" in errors
+    assert "LoRA of rank 16 on all linear layers, 134,217,728 elements" in errors
+
+
+def test_what_would_fit_is_told_in_the_shell(capsys):
+    flags = ("--cluster", "2x RTX 4090", "--memory", "1.02GiB", "--pipeline-only")
+    code, _, errors = planned(capsys, *flags)
+    assert code == 2
+    assert "and has 20.5 MiB: parameters" in errors
+    assert "- 1 more RTX 4090, 3 devices in all: 3 pipeline ranks" in errors
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("torchtitan", '[["tok_embeddings", "layers.0", '),
+        ("megatron", '--pipeline-model-parallel-layout "Et*'),
+        ("deepspeed", '"train_batch_size": 8'),
+    ],
+)
+def test_a_plan_for_another_system_comes_with_its_settings(capsys, target, expected):
+    flags = ("--cluster", "2x CPU core", "--pipeline-only", "--target", target)
+    code, shown, _ = planned(capsys, *flags)
+    assert code == 0
+    assert f"for {target}:" in shown
+    assert expected in shown
+
+
+def test_the_size_of_a_microbatch_may_be_any_that_divides_the_rows(capsys, tmp_path, model_file):
+    config = tmp_path / "run.toml"
+    text = '[model]\nfunction = "layers_to_plan.py:make"\narguments = {rows = 12}\n'
+    text += "[pipeline]\nmicrobatch_size = "
+    for size, expected in ((6, "2 microbatches of 6"), (5, "microbatches of 5 rows, from the 12 rows")):
+        config.write_text(f"{text}{size}\n", encoding="utf-8")
+        _, shown, errors = planned_function(capsys, str(config), "--cluster", "1x CPU core")
+        assert expected in (shown or errors)

@@ -32,7 +32,12 @@ def written(act, **options):
 
 def test_the_last_line_is_one_line_of_the_agreed_form():
     summary = Summary(
-        first_loss=5.551, last_loss=1.5, validation_loss=1.6004, step_seconds=0.2, bubble=0.2512
+        first_loss=5.551,
+        last_loss=1.5,
+        validation_loss=1.6004,
+        items_per_second=10240.0,
+        step_seconds=0.2,
+        bubble=0.2512,
     )
     assert summary.line(UNITS) == (
         "done: train loss 5.551 -> 1.500, validation 1.600 nats/byte, 10240 tok/s, step 200.0 ms, "

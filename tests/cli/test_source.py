@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import evenflow
 from evenflow.cli.config import FolderModel, FunctionModel
 from evenflow.cli.source import build, find_function
 from evenflow.errors import ConfigError
@@ -183,6 +184,10 @@ def test_a_folder_with_weights_gives_them(tiny_llama, tmp_path):
     transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
     second = build(FolderModel(folder), seed=2).model
     assert all(map(torch.equal, first.parameters(), second.parameters()))
+    with evenflow.deferred_init():  # to plan with, nothing is read
+        third = build(FolderModel(folder), seed=2, loads=False).model
+    assert {parameter.dtype for parameter in third.parameters()} == {torch.float32}
+    assert all(parameter.is_meta for parameter in third.parameters())
 
 
 def test_text_that_is_no_text_is_refused_where_a_tokenizer_reads_it(tiny_llama):
@@ -193,5 +198,5 @@ def test_text_that_is_no_text_is_refused_where_a_tokenizer_reads_it(tiny_llama):
 
 def test_a_folder_with_a_config_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="cannot load a causal language model and its tokenizer from"):
+    with pytest.raises(ConfigError, match="cannot load a causal language model from"):
         build(FolderModel(tmp_path), seed=0)

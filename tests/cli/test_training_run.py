@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from evenflow.cli.config import read_config
+from evenflow.journal.folder import read_plan_of, read_run, read_steps
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples" / "train_gpt.toml"
 GPT = f"{ROOT / 'examples' / 'gpt.py'}:build"
@@ -38,6 +41,8 @@ num_microbatches = 4
 """
 
 
+NUM_PARAMETERS = 40_000  # about
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -59,10 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path):
-    """The same training in two processes, in two under torchrun, and in one by another schedule.
-
-    Each takes the place of the one before in the run's folder.
-    """
+    """The same training in two processes, in two under torchrun, and in one by another schedule."""
     tiny = write_tiny(folder)
     return {
         "two": evenflow("train", tiny, cwd=folder),
@@ -93,12 +95,71 @@ def test_the_way_to_run_it_changes_no_loss(runs):
     assert len({DONE.match(done.stdout.splitlines()[-1]).groups()[:3] for done in runs.values()}) == 1
 
 
+WRITTEN = ["checkpoint", "config.toml", "run.json", "steps.jsonl", "timeline.png"]
+
+
 @pytest.mark.usefixtures("runs")
-def test_a_run_leaves_a_checkpoint_and_a_picture(folder):
-    written = folder / "runs" / "tiny"
+@pytest.mark.parametrize("name", ["tiny", "tiny-2", "tiny-3"])
+def test_each_run_has_a_folder_of_its_own(folder, name):
+    written = folder / "runs" / name
     assert (written / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert any((written / "checkpoint").iterdir())
-    assert sorted(path.name for path in written.iterdir()) == ["checkpoint", "timeline.png"]
+    assert sorted(path.name for path in written.iterdir()) == WRITTEN
+    assert len(list(written.parent.iterdir())) == 3
+
+
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize(("name", "num_ranks"), [("tiny", 2), ("tiny-2", 2), ("tiny-3", 1)])
+def test_a_run_tells_what_every_rank_did(folder, runs, name, num_ranks):
+    written = folder / "runs" / name
+    run, steps = read_run(written), read_steps(written)
+    assert (run.name, run.num_steps, run.num_timed, run.num_microbatches) == ("tiny", 12, 10, 4)
+    assert run.schedule == ("1f1b" if num_ranks == 2 else "sequential")
+    assert [stage.rank for stage in run.stages] == list(range(num_ranks))
+    assert len(run.ranks) == num_ranks
+    # Each rank holds, in fp32, the parameters, gradients and two states of about half of the model.
+    for rank in run.ranks:
+        assert rank.peak_bytes > 16 * NUM_PARAMETERS / num_ranks / 2
+        assert 0 <= rank.idle < 1
+    for stage in run.stages:
+        assert 0 < stage.forward_seconds < run.step.median
+        assert 0 < stage.whole_backward_seconds < run.step.median
+    assert run.step.least <= run.step.median <= run.step.most
+    assert run.pipeline.least < run.step.most
+    assert [step.number for step in steps] == list(range(1, 13))
+    last = sorted(step.seconds for step in steps[2:])
+    assert (run.step.least, run.step.most) == (last[0], last[-1])
+    way = {"tiny": "two", "tiny-2": "torchrun", "tiny-3": "one"}[name]
+    first, _, _, _, step_ms, _ = map(float, DONE.match(runs[way].stdout.splitlines()[-1]).groups())
+    assert steps[0].loss == pytest.approx(first, abs=1e-3)
+    assert 1000 * run.step.median == pytest.approx(step_ms, abs=0.1)
+    config = read_config(written / "config.toml")
+    assert (config.name, config.training.steps, config.data.batch_size) == ("tiny", 12, 8)
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_run_is_shown_and_never_written_over(folder):
+    shown = evenflow("show", "runs/tiny", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("tiny: 1f1b, 2 stages, 2 ranks, microbatches: 4\n")
+    before = (folder / "runs" / "tiny" / "run.json").read_bytes()
+    again = evenflow("train", write_tiny(folder), "--out", "runs/tiny", cwd=folder)
+    assert again.returncode == 2
+    assert "--out runs/tiny holds something already" in again.stderr
+    assert (folder / "runs" / "tiny" / "run.json").read_bytes() == before
+
+
+def test_a_planned_run_is_shown_beside_its_plan(tmp_path):
+    tiny = write_tiny(tmp_path)
+    planned = evenflow("plan", tiny, "--pipeline-only", "-o", "plan.toml", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    done = evenflow("train", tiny, "--plan", "plan.toml", "--steps", 3, "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_plan_of(tmp_path / "here", read_run(tmp_path / "here")) is not None
+    shown = evenflow("show", "here", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("planned") >= 4
+    assert "Furthest from the plan: stage " in shown.stdout
 
 
 def test_a_function_alone_learns_its_example_by_heart(tmp_path):

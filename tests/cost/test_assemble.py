@@ -27,6 +27,7 @@ def chain(model, loss, *, backward=2.0, input_grad=1.5):
             forward_seconds=1.0,
             backward_seconds=0.0 if node.glue else backward,
             input_grad_seconds=0.0 if node.glue else input_grad,
+            entry_seconds=0.25,
             inputs_saved=(0,),
             results_saved=(0,),
             private_saved_bytes=100,

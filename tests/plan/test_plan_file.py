@@ -46,7 +46,7 @@ def test_a_person_may_move_a_cut(made):
         (
             "num_microbatches = ",
             "num_microbatches = -",
-            r"num_microbatches = -\d+ must be finite and at least 0",
+            r"num_microbatches = -\d+ must be at least 1",
         ),
         ("num_microbatches = ", "num_microbatches = 0 # ", "num_microbatches = 0 must be at least 1"),
         ("num_microbatches = ", "num_microbatches = 1.5 # ", "num_microbatches = 1.5 must be a whole number"),

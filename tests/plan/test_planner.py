@@ -180,9 +180,32 @@ def test_levers_are_kept():
     assert [stage.rank for stage in found.stages] == [0, 1, 1, 0]
 
 
-def test_levers_that_leave_nothing_are_refused():
-    with pytest.raises(ConfigError, match="16 rows, 2 devices and the levers"):
-        plan(request(boxes("H100", "H100"), levers=Levers(pipeline=3)))
+@pytest.mark.parametrize(
+    ("levers", "message"),
+    [
+        (Levers(pipeline=3), "3 pipeline ranks are asked for, and 2 devices"),
+        (Levers(pipeline=2, data=2), "2 pipeline x 2 data ranks are asked for, and 2 devices"),
+        (Levers(microbatch_size=3), "microbatches of 3 rows, from the 15 rows.*can be planned are 1, 2, 4"),
+        (Levers(microbatch_size=2), "microbatches of 2 rows, from the 15 rows"),
+        (Levers(data=2), "15 rows cannot be parted evenly over 2 data ranks: give a multiple of 2"),
+        (
+            Levers(num_microbatches=4),
+            "4 microbatches, from the 15 rows of a data rank: make it a divisor of 15",
+        ),
+        (Levers(num_microbatches=3), "3 microbatches, from the 15 rows of a data rank, have 5 each"),
+        (Levers(pipeline=2, schedule="gpipe"), "the schedule gpipe with any number of stages a rank"),
+    ],
+)
+def test_levers_that_leave_nothing_are_refused(levers, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(request(boxes("H100", "H100"), rows=15, levers=levers))
+
+
+def test_more_stages_than_places_to_cut_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"16 stages need 15 cuts, .* 10 nodes .*; ask for at most 10 stages"
+    ):
+        plan(request(boxes(*["H100"] * 16), levers=Levers(pipeline=16, stages_per_rank=1)))
 
 
 def test_what_cannot_fit_is_told_in_numbers():

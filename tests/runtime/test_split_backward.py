@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 import evenflow
@@ -274,7 +275,7 @@ def test_the_extent_of_a_graph():
     one = torch.ones(())
 
     def of(*roots):
-        return extent(Walk(roots, [one] * len(roots)))
+        return extent(Walk([get_gradient_edge(root) for root in roots], [one] * len(roots)))
 
     assert of() == Extent(received=False, weights=False, twice=True)
     assert of(leaf) == Extent(received=False, weights=True, twice=True)

@@ -1,5 +1,6 @@
 """The `evenflow` command: its subcommands, their flags, and how an error looks to the user."""
 
+import gc
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from evenflow.cli.collecting import no_collecting
 from evenflow.cli.shared_flags import (
     BatchSize,
     Data,
@@ -82,7 +84,11 @@ def train_command(
         typer.Option(metavar="PLAN.toml", help="What `evenflow plan -o` wrote: it decides all of these."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where to write. Default: runs/ and the run's name.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A new folder to write to. Default: runs/NAME, or runs/NAME-2 if that is taken, and so on.",
+        ),
     ] = None,
     device: Device = None,
 ) -> None:
@@ -109,6 +115,16 @@ def train_command(
             device=device,
         )
     )
+
+
+@app.command("show")
+def show_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `evenflow train` has written.")],
+) -> None:
+    """Show what a run's steps took: step, ranks and stages, beside what its plan expected."""
+    from evenflow.cli.show import show
+
+    show(run)
 
 
 @app.command("check")
@@ -201,6 +217,10 @@ def plan_command(
             "--pipeline-only", help="Plan what `evenflow train --plan` can run: no other parallelism."
         ),
     ] = False,
+    target: Annotated[
+        Literal["torchtitan", "megatron", "deepspeed"] | None,
+        typer.Option(help="Plan only what this system can run, and print its settings."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="PLAN.toml", help="Write the plan to a new file.")
     ] = None,
@@ -209,11 +229,13 @@ def plan_command(
 
     The cluster need not be there: times are estimated from operations and bytes.
     """
-    from evenflow.cli.plan import plan_run
-    from evenflow.cli.train import Flags
+    with no_collecting():
+        from evenflow.cli.plan import Asked, plan_run
+        from evenflow.cli.train import Flags
 
     flags = Flags(source=source, model=model, data=tuple(data or ()), batch_size=batch_size, length=length)
-    plan_run(flags, cluster=cluster, memory=memory, rows=rows, pipeline_only=pipeline_only, out=out)
+    asked = Asked(cluster, memory, rows, pipeline_only=pipeline_only, target=target, out=out)
+    plan_run(flags, asked)
 
 
 @app.command("profile")
@@ -353,3 +375,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(_EXIT_CODE) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        if arguments is None:
+            gc.freeze()  # the process ends: a last look at all that was imported takes a second

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from rich.text import Text
 from torch.utils import _pytree as pytree
 
 import evenflow
+from evenflow.cli.collecting import no_collecting
 from evenflow.cli.config import RunConfig
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.train import Flags, make_job
@@ -22,73 +25,120 @@ from evenflow.cluster.read import read_cluster
 from evenflow.cluster.short import parse_cluster
 from evenflow.cluster.sizes import parse_bytes
 from evenflow.cost.estimate import estimate
+from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.recorded import Recorded, recorded
+from evenflow.pipe.recorded import Recorded, recorded, row_tokens
+from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import write_plan
-from evenflow.plan.planner import describe, plan
+from evenflow.plan.planner import NoPlanError, describe, plan
 from evenflow.plan.rank_memory import TrainingState
-from evenflow.plan.request import Choice, Levers, Request
+from evenflow.plan.request import Choice, Levers, Request, choice_of
 from evenflow.plan.scale import scaled
+from evenflow.plan.target_settings import settings
+from evenflow.plan.targets import Within, plan_within, target_called, within_limits
+from evenflow.plan.weights import check_weights
 from evenflow.runtime.weights import rows_of
 from evenflow.view.units import format_bytes, format_seconds
 
-_MOST_ROWS = 8  # of a microbatch: more only cost memory
+_SIZES = (1, 2, 4, 8)  # of a microbatch, in rows: more only cost memory
 _RECORDED_ROWS = (2, 4)  # sizes that are recorded; one row might be taken for no row
 _FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
 
-def plan_run(
-    flags: Flags, *, cluster: str, memory: str | None, rows: int | None, pipeline_only: bool, out: Path | None
-) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says of a plan; see its help. `target` is the name of another system."""
+
+    cluster: str
+    memory: str | None = None
+    rows: int | None = None
+    pipeline_only: bool = False
+    target: str | None = None
+    out: Path | None = None
+
+
+def plan_run(flags: Flags, asked: Asked) -> Plan:
     """Plan the run that `evenflow train` would make of these flags, on a cluster that one need not have.
 
     Raises:
         EvenflowError: The model, the cluster or the levers cannot work as given, or nothing fits.
     """
+    out = asked.out
     if out is not None and (out.exists() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out}: name a file that is not there yet, in a folder that is")
-    machine = read_cluster(Path(cluster)) if cluster.endswith(".toml") else parse_cluster(cluster)
-    if memory is not None:
-        machine = machine.with_memory(parse_bytes(memory))
+    target = None if asked.target is None else target_called(asked.target)
+    machine = (
+        read_cluster(Path(asked.cluster)) if asked.cluster.endswith(".toml") else parse_cluster(asked.cluster)
+    )
+    if asked.memory is not None:
+        machine = machine.with_memory(parse_bytes(asked.memory))
     console = Console()
+    within: Within | None = None
     with console.status("recording the model") as status, refusing("the model cannot be recorded"):
-        request = _request(flags, machine, rows, pipeline_only=pipeline_only)
+        request, heads = _request(flags, machine, asked.rows, pipeline_only=asked.pipeline_only)
 
         def tell(number: int, of: int, best_seconds: float) -> None:
             best = "" if best_seconds == float("inf") else f", the best {format_seconds(best_seconds)} a step"
             status.update(f"{number} of {of} choices{best}")
 
-        found = plan(request, progress=tell)
+        try:
+            if target is None:
+                found = plan(request, progress=tell)
+            else:
+                within = plan_within(request, target, heads=heads, progress=tell)
+                found = within.plan
+        except NoPlanError as refused:
+            status.update("nothing fits: looking for what would")
+            if target is None:
+                raise advised(request, refused) from None
+            if target.cuts:  # what another cut would let fit is no advice to it
+                raise
+            raise advised(within_limits(request, target, heads=heads), refused) from None
     print_plan(console, found)
+    if within is not None:
+        console.print(Text(f"for {within.target.name}:", style="bold"))
+        console.print(settings(within), soft_wrap=True, highlight=False, markup=False)
     if out is not None:
         out.write_text(write_plan(found), encoding="utf-8")
         console.print(f"wrote {out}", soft_wrap=True, highlight=False)
     return found
 
 
-def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only: bool) -> Request:
+def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only: bool) -> tuple[Request, int]:
+    """The question to the planner, and the attention heads that tensor ranks must divide, 0 if unknown."""
     config = make_job(dataclasses.replace(flags, device="cpu")).config
-    with evenflow.deferred_init():
-        source = build(config.model, seed=config.training.seed)
+    with no_collecting(), evenflow.deferred_init():
+        source = build(config.model, seed=config.training.seed, loads=False)
+    size = next(source.model.parameters()).element_size()
+    state = TrainingState(optimizer_bytes=2 * size, update_bytes=size)  # AdamW, as `evenflow train` makes it
+    check_weights(weights_of(source.model), machine, state)
     share = 1 / (4 * min(machine.num_ranks, _FINEST))
     example = make_feed(config.data, source, config.training).validation[0]
     batch_rows = rows or rows_of(example) or 1
-    sizes = tuple(size for size in (1, 2, 4, 8) if size <= _MOST_ROWS and batch_rows % size == 0)
-    size = next(source.model.parameters()).element_size()
-    return Request(
+    given = config.pipeline.microbatch_size
+    sizes = tuple(size for size in sorted({*_SIZES, given or 1}) if batch_rows % size == 0)
+    request = Request(
         _chains(source, example, machine, share),
         sizes,
         machine,
         batch_rows,
-        row_tokens=_row_tokens(example),
+        row_tokens=row_tokens(example),
         max_leaf_share=share,
-        state=TrainingState(optimizer_bytes=2 * size, update_bytes=size),  # AdamW, as `evenflow train` makes
+        state=state,
         dtype=str(next(source.model.parameters()).dtype).removeprefix("torch."),
         levers=_levers(config, pipeline_only=pipeline_only),
     )
+    return request, _heads(source.model)
+
+
+def _heads(model: torch.nn.Module) -> int:
+    """The attention heads, also those of keys and values, as Hugging Face's configurations call them."""
+    config = vars(model).get("config")
+    named = ("num_attention_heads", "num_key_value_heads")
+    return math.gcd(*(getattr(config, name, None) or 0 for name in named))
 
 
 def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
@@ -138,28 +188,10 @@ def _with_rows(example: object, num_rows: int) -> object:
     return pytree.tree_map(repeated, example)
 
 
-def _row_tokens(example: object) -> float:
-    """The most whole numbers in a row: tokens; 1 where there are none."""
-    whole = (
-        leaf
-        for leaf in pytree.tree_leaves(example)
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 and not leaf.is_floating_point()
-    )
-    return float(max((leaf[0].numel() for leaf in whole), default=1))
-
-
 def print_plan(console: Console, found: Plan) -> None:
     """The plan as tables: what was chosen, each pipeline rank, the runners-up."""
     told = found.prediction
-    choice = Choice(
-        found.degrees,
-        found.stages_per_rank,
-        found.schedule,
-        found.microbatch_size,
-        found.num_microbatches,
-        "none",
-    )
-    console.print(Text(describe(choice), style="bold"), soft_wrap=True)
+    console.print(Text(describe(choice_of(found)), style="bold"), soft_wrap=True)
     mfu = f", {told.mfu:.1%} of the devices' peak" if told.mfu is not None else ""
     console.print(
         f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); "

@@ -1,7 +1,6 @@
 """`evenflow profile`: measure what each part of a model costs, and show it as a table."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ from rich.text import Text
 from evenflow.cli.source import build
 from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import make_feed, refusing
+from evenflow.cost.cache import user_folder
 from evenflow.cost.profile import Profile
 from evenflow.cost_table import LayerTimes, write_layers
 from evenflow.errors import ConfigError
@@ -40,7 +40,7 @@ def profile(flags: Flags, *, csv: Path | None) -> None:
 
         with refusing("the model cannot be measured"):
             found = _recorded(flags)
-            measured = found.profile(cache=_cache_folder(), progress=tell)
+            measured = found.profile(cache=user_folder(), progress=tell)
     _print(console, measured, found)
     if csv is not None:
         write_layers(csv, *_layers(measured.chain))
@@ -63,13 +63,6 @@ def _recorded(flags: Flags) -> Recorded:
         device=torch.device(kind, 0) if kind == "cuda" else torch.device(kind),
         seed=config.training.seed,
     )
-
-
-def _cache_folder() -> Path:
-    """Where measurements are kept: EVENFLOW_CACHE, or a folder in the user's own cache."""
-    own = os.environ.get("EVENFLOW_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(shared) / "evenflow"
 
 
 # -- the table

@@ -18,6 +18,7 @@ from evenflow.view.units import format_bytes
 
 # So many lines, evenly spread, stand in for the bar where output goes to a file.
 _NUM_LINES = 10
+_MAX_WIDTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Summary:
     first_loss: float
     last_loss: float
     validation_loss: float
+    items_per_second: float
     step_seconds: float
     bubble: float
 
@@ -43,14 +45,14 @@ class Summary:
         """The last line of the output.
 
         Example:
-            >>> line = Summary(5.55, 1.5, 1.6, 0.2, 0.25).line(Units("tok", 2048, "nats/byte"))
+            >>> line = Summary(5.55, 1.5, 1.6, 10240.0, 0.2, 0.25).line(Units("tok", 2048, "nats/byte"))
             >>> line.startswith("done: train loss 5.550 -> 1.500, validation 1.600 nats/byte, 10240 tok/s, ")
             True
         """
         return (
             f"done: train loss {self.first_loss:.3f} -> {self.last_loss:.3f}, "
             f"validation {self.validation_loss:.3f} {units.loss}, "
-            f"{units.num_items_per_batch / self.step_seconds:.0f} {units.item}/s, "
+            f"{self.items_per_second:.0f} {units.item}/s, "
             f"step {1000 * self.step_seconds:.1f} ms, bubble {100 * self.bubble:.1f} %"
         )
 
@@ -135,6 +137,15 @@ def print_check(console: Console, report: ComparisonReport) -> None:
         table.add_row(*(Text(cell) for cell in row))  # `Text`: names of outputs hold square brackets
     console.print(table)
     console.print(Text(report.verdict, style="bold green" if report.equal else "bold red"), soft_wrap=True)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with all its columns, however narrow the terminal is: cut off, they tell nothing."""
+    width = console.width
+    console.width = _MAX_WIDTH
+    console.width = max(width, console.measure(table).maximum)
+    console.print(table, crop=False)
+    console.width = width
 
 
 class ProgressReport:

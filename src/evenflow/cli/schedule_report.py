@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evenflow.bounds import Bound, Bounds
+from evenflow.cli.report import print_whole
 from evenflow.cli.schedule_flags import Sizes
 from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
@@ -21,7 +22,6 @@ from evenflow.view.terminal import draw_lanes
 from evenflow.view.units import Unit, format_bytes, format_seconds, time_unit
 
 _MIN_WIDTH = 40
-_MAX_WIDTH = 200
 _NUM_NAMED = 8  # ranks that a line tells of one by one
 
 
@@ -166,21 +166,12 @@ def print_comparison(
         table.add_column("transfers", justify="right")
         for each in reports:
             table.add_row(*_cells(each, unit, has_caps=has_caps), style="dim" if each.memory_faults else None)
-        _print_whole(console, table)
+        print_whole(console, table)
         _line(console, Text("peak held: the most of any rank, in microbatches' activations", "dim"))
     else:
         _line(console, Text(f"{title}: no schedule can serve them", "bold"))
     for name, reason in left_out.items():
         _line(console, Text.assemble((name, "bold"), f": {reason.removeprefix(f'schedule {name!r} ')}"))
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    """Print a table with all its columns, however narrow the terminal is: cut off, they tell nothing."""
-    width = console.width
-    console.width = _MAX_WIDTH
-    console.width = max(width, console.measure(table).maximum)
-    console.print(table, crop=False)
-    console.width = width
 
 
 def _cells(report: Report, unit: Unit, *, has_caps: bool) -> list[str]:

@@ -4,11 +4,13 @@ Every command that needs a model takes a function that returns three things: the
 computes the loss of one microbatch, and an example batch. A folder is made into the same three.
 """
 
+import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -104,8 +106,10 @@ def _import_module(name: str) -> ModuleType:
         raise ConfigError(f"importing {name} failed: {type(error).__name__}: {error}") from error
 
 
-def build(choice: ModelChoice, *, seed: int) -> ModelSource:
+def build(choice: ModelChoice, *, seed: int, loads: bool = True) -> ModelSource:
     """Build the model: the same weights on every rank that passes the same `seed`.
+
+    Without `loads`, weights that lie in a folder are not read: the model is one of fresh numbers.
 
     Raises:
         ConfigError: The model cannot be found, or its function did not return the three things.
@@ -119,7 +123,7 @@ def build(choice: ModelChoice, *, seed: int) -> ModelSource:
         case FunctionModel(reference=reference, arguments=arguments):
             return _build_from_function(reference, arguments)
         case FolderModel(folder=folder):
-            return _build_from_folder(folder)
+            return _build_from_folder(folder, loads=loads)
 
 
 def _build_from_function(reference: str, arguments: Mapping[str, object]) -> ModelSource:
@@ -156,27 +160,25 @@ def _import_transformers() -> ModuleType:
         ) from error
 
 
-def _build_from_folder(folder: Path) -> ModelSource:
+def _build_from_folder(folder: Path, *, loads: bool) -> ModelSource:
     """The folder's model: with its weights where it holds them, else with fresh ones."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no Hugging Face model folder: it holds no config.json")
     transformers = _import_transformers()
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    try:
+    has_weights = any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    with _loading("a causal language model", folder):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = (
-            transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=config, local_files_only=True, dtype=torch.float32
-            )
-            if weights
-            else transformers.AutoModelForCausalLM.from_config(config)
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot load a causal language model and its tokenizer from {folder}: {error}"
-        ) from error
+        kind = transformers.AutoModelForCausalLM
+        if has_weights and loads:
+            model = kind.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
+        else:
+            model = kind.from_config(config, **({"dtype": torch.float32} if has_weights else {}))
     model.config.use_cache = False  # the cache serves generation; in training it is only memory
+
+    @functools.cache
+    def tokenizer() -> Any:  # transformers' classes are not typed
+        with _loading("a tokenizer", folder):
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def tokenize(text: bytes) -> Tensor:
         try:
@@ -186,13 +188,21 @@ def _build_from_folder(folder: Path) -> ModelSource:
             decoded = text.decode("utf-8", errors="ignore")
             if len(decoded.encode()) < len(text) - 6:
                 raise ConfigError(f"the text is not UTF-8, which the tokenizer of {folder} needs") from None
-        return torch.tensor(tokenizer(decoded, add_special_tokens=False, verbose=False)["input_ids"])
+        return torch.tensor(tokenizer()(decoded, add_special_tokens=False, verbose=False)["input_ids"])
 
     example = {
         "input_ids": torch.zeros(1, 8, dtype=torch.int64),
         "labels": torch.zeros(1, 8, dtype=torch.int64),
     }
     return ModelSource(model=model, loss=_own_loss, example=example, tokenize=tokenize)
+
+
+@contextlib.contextmanager
+def _loading(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load {what} from {folder}: {error}") from error
 
 
 def _own_loss(model: Any, microbatch: Mapping[str, Tensor]) -> Any:  # Hugging Face's classes are not typed

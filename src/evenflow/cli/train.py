@@ -22,6 +22,7 @@ from evenflow.cli.config import (
 )
 from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
+from evenflow.journal.folder import is_free
 from evenflow.launcher import launch, rank_environment
 from evenflow.pipe.choices import stages_on_each
 from evenflow.plan.plan import Plan
@@ -90,7 +91,7 @@ def make_job(flags: Flags) -> Job:
             f"machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"
         )
     out = flags.out or Path("runs") / config.name
-    _check_out(out)
+    _check_out(out, asked=flags.out is not None)
     return Job(
         config=config,
         num_stages=num_stages,
@@ -223,9 +224,14 @@ def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
     return num_ranks * stages_per_rank
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, *, asked: bool) -> None:
     for place in (out, *out.parents):
         if place.is_dir():
-            return
+            break
         if place.exists():
             raise ConfigError(f"cannot write the run to {out}: {place} is a file, not a folder")
+    if asked and not is_free(out):
+        raise ConfigError(
+            f"--out {out} holds something already: name a folder that is not there yet, or is empty; without "
+            "--out a run finds a name of its own"
+        )

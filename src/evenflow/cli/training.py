@@ -7,9 +7,7 @@ rank's console speaks.
 import contextlib
 import itertools
 import math
-import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,13 @@ from torch.utils import _pytree as pytree
 
 import evenflow
 from evenflow.cli.config import DataChoice, ExampleData, RunConfig, TextData, Training
+from evenflow.cli.config_text import write_config
 from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
+from evenflow.cli.step_log import StepLog
 from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
 from evenflow.errors import ConfigError, EvenflowError
+from evenflow.journal.folder import claim, write_run
 from evenflow.plan.plan import Plan
 from evenflow.view.picture import draw_timelines
 
@@ -59,7 +60,7 @@ class Feed:
 
 
 def run_rank(job: Job) -> None:
-    """Train as one rank of `job`: print the cut and the progress, validate, write checkpoint and picture.
+    """Train as one rank of `job`: print the cut and the progress, validate, write the run's folder.
 
     Raises:
         EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
@@ -141,39 +142,35 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     console = Console(quiet=not pipe.is_main)
     print_cut(console, pipe.cut)
     training = job.config.training
-    last_losses: deque[Any] = deque(maxlen=_NUM_LAST_LOSSES)  # lazy: each is read once, at the end
-    first_loss = math.nan
-    pace = _Pace()
+    log = StepLog(pipe, num_steps=training.steps, device=job.device)
     with ProgressReport(console, num_steps=training.steps, units=feed.units) as report:
         report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
-        pace.resume()
-        for number, batch in enumerate(pipe.feed(feed.batches), start=1):
-            result = pipe.step(batch)
-            last_losses.append(result.loss)
-            if number == 1:
-                first_loss = float(result.loss)
+        for number, batch in enumerate(log.batches(feed.batches), start=1):
+            log.step(batch)
             validates = number % training.validate_every == 0 and number < training.steps
             if validates or number == 1 or number % _READ_EVERY == 0 or number == training.steps:
-                loss = float(result.loss)
-                pace.count(number)
-                report.step(number, loss=loss, step_seconds=pace.recent_seconds)
+                report.step(number, loss=log.losses[-1], step_seconds=log.recent_seconds())
             if validates:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
-                pace.resume()
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
+    run, steps = log.finish(job.config.name, job.config.pipeline.schedule, feed.units)
+    last_losses = log.losses[-_NUM_LAST_LOSSES:]
     summary = Summary(
-        first_loss=first_loss,
-        last_loss=math.fsum(float(loss) for loss in last_losses) / len(last_losses),
+        first_loss=log.losses[0],
+        last_loss=math.fsum(last_losses) / len(last_losses),
         validation_loss=_validate(pipe, feed),
-        step_seconds=pace.mean_seconds,
+        items_per_second=run.items_per_second,
+        step_seconds=run.step.median,
         bubble=measured.bubble,
     )
-    pipe.save(job.out / "checkpoint")
+    folder: Path = pipe.meter.gather(claim(job.out) if pipe.is_main else None)[0]
+    pipe.save(folder / "checkpoint")
     if pipe.is_main:
         title = f"{job.config.name}: {job.config.pipeline.schedule}, {job.num_stages} stages"
-        draw_timelines(job.out / "timeline.png", predicted=predicted, measured=measured, title=title)
-    report.line(f"wrote {job.out / 'checkpoint'} and {job.out / 'timeline.png'}")
+        draw_timelines(folder / "timeline.png", predicted=predicted, measured=measured, title=title)
+        write_run(folder, run, steps, plan=job.plan, config=write_config(job.config))
+    report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
     report.line(summary.line(feed.units))
 
 
@@ -232,35 +229,3 @@ def _warmup_then_cosine(
         return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-class _Pace:
-    """A stopwatch of training steps. The first step, which warms every cache up, is not in the mean."""
-
-    def __init__(self) -> None:
-        self._since_seconds = time.perf_counter()
-        self._num_counted = 0
-        self._timed_seconds = 0.0
-        self._num_timed = 0
-        self.recent_seconds = math.inf
-
-    def resume(self) -> None:
-        """Forget the time since the last count: it went into something other than steps."""
-        self._since_seconds = time.perf_counter()
-
-    def count(self, number: int) -> None:
-        """Note that `number` steps are done by now, the device's share included."""
-        now_seconds = time.perf_counter()
-        num_steps = number - self._num_counted
-        elapsed_seconds = now_seconds - self._since_seconds
-        if self._num_counted > 0:
-            self._timed_seconds += elapsed_seconds
-            self._num_timed += num_steps
-        self._since_seconds = now_seconds
-        self._num_counted = number
-        self.recent_seconds = elapsed_seconds / num_steps
-
-    @property
-    def mean_seconds(self) -> float:
-        """Seconds of a step; of the only one where there was but one."""
-        return self._timed_seconds / self._num_timed if self._num_timed else self.recent_seconds

@@ -39,3 +39,17 @@ def write_bytes(num_bytes: float) -> str:
         if num_bytes and num_bytes % _UNITS[unit] == 0:
             return f"{int(num_bytes) // _UNITS[unit]}{unit}"
     return f"{Decimal(str(num_bytes)).normalize():f}B"
+
+
+def told_bytes(num_bytes: float) -> str:
+    """Return a size as a person reads it, with one decimal, in the largest unit in which it is at least 1.
+
+    Below 10 TiB, GiB do: sizes that are to be compared then stand in one unit.
+
+    >>> told_bytes(24 * 2**30), told_bytes(1.5 * 2**40), told_bytes(1536), told_bytes(0)
+    ('24.0 GiB', '1,536.0 GiB', '1.5 KiB', '0 B')
+    """
+    for unit, least in (("TiB", 10), ("GiB", 1), ("MiB", 1), ("KiB", 1)):
+        if num_bytes >= least * _UNITS[unit]:
+            return f"{num_bytes / _UNITS[unit]:,.1f} {unit}"
+    return f"{num_bytes:.0f} B"

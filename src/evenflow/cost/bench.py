@@ -72,6 +72,10 @@ class Bench:
         self._stage.run_forward(flight, batch, step=0, microbatch=0)
         return flight
 
+    def results(self, flight: InFlight) -> Mapping[int, torch.Tensor]:
+        """What others use of what its forward made, by value."""
+        return dict(zip(self.role.used, flight.made.get(_AFTER, ()), strict=True))  # type: ignore[arg-type]  # an activation always exists
+
     def arrive(self, flight: InFlight) -> None:
         """Let the gradients of its results be there, as others have just made them."""
         flight.owed.clear()

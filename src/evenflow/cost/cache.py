@@ -14,7 +14,14 @@ import torch
 
 from evenflow.cost.measured import Measured
 
-_VERSION = 1  # of how things are measured: raised where old numbers mean something else
+_VERSION = 2  # of how things are measured: raised where old numbers mean something else
+
+
+def user_folder() -> Path:
+    """Where measurements are kept: EVENFLOW_CACHE, or a folder in the user's own cache."""
+    own = os.environ.get("EVENFLOW_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(shared) / "evenflow"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,12 +41,13 @@ def measure(
 ) -> Measured:
     """Measure a node on its bench; `idle` is the same bench without it, `inputs` makes new inputs."""
     clock = _Clock(device)
-    forward, backward, input_grad = clock.seconds(bench, idle, inputs(), budget_seconds)
+    forward, backward, input_grad, entry = clock.seconds(bench, idle, inputs(), budget_seconds)
     saved, kept, result_bytes, forward_peak = _held(bench, inputs, device)
     return Measured(
         forward_seconds=forward,
         backward_seconds=backward,
         input_grad_seconds=min(input_grad, backward),
+        entry_seconds=entry,
         inputs_saved=saved[0],
         results_saved=saved[1],
         private_saved_bytes=saved[2],
@@ -71,8 +72,8 @@ class _Clock:
 
     def seconds(
         self, bench: Bench, idle: Bench, given: Values, budget_seconds: float
-    ) -> tuple[float, float, float]:
-        """Medians for `_once`, without what a bench takes by itself."""
+    ) -> tuple[float, float, float, float]:
+        """Medians for `_once`, without what a bench takes by itself; and that, forward and backward."""
         for _ in range(_WARM_UPS):
             for each in (bench, idle):
                 self._once(each, given)
@@ -82,9 +83,10 @@ class _Clock:
         while len(own) < _FEWEST or (len(own) < _MOST and time.perf_counter() < end):
             own.append(self._once(bench, given))
             bare.append(self._once(idle, given))
-        pairs = zip(_medians(own), _medians(bare), strict=True)
+        entry = _medians(bare)
+        pairs = zip(_medians(own), entry, strict=True)
         forward, backward, input_grad = (max(0.0, took - without) for took, without in pairs)
-        return forward, backward, input_grad
+        return forward, backward, input_grad, entry[0] + entry[1]
 
     def _once(self, bench: Bench, given: Values) -> tuple[float, float, float]:
         """Seconds of a forward, of a backward in one piece, and of the first part of another's."""
@@ -143,12 +145,13 @@ def _held(
     with Made(device) as made:
         flight = bench.forward(given)
     peak, new = made.peak_bytes, {memory.number: memory for memory in made.alive()}
-    results = [flight.made.get(value) for value in node.makes]
+    made_values = bench.results(flight)
+    results = [made_values.get(value) for value in node.makes]
     memories = [None if t is None else new.get(storage_of(t)) for t in results]
     result_bytes = tuple(0 if memory is None else memory.num_bytes for memory in memories)
-    del results
+    del results, made_values
     given.clear()
-    _let_go(flight)
+    flight.made = {}
     in_results = {memory.number for memory in memories if memory is not None}
     private = [memory for memory in new.values() if memory.number not in in_results]
 
@@ -163,7 +166,10 @@ def _held(
     kept: _Kept = ((), (), 0)
     if bench.walks:
         # The weight gradient of a stage walks its whole graph, so nodes without weights are kept for it too.
-        stays = extent(Walk(list(flight.roots.values()), ())).twice and not node.hooks
+        stays = (
+            extent(Walk([root for root in flight.roots.values() if root is not None], ())).twice
+            and not node.hooks
+        )
         bench.arrive(flight)
         bench.input_grad(flight)
         if flight.rest is not None:
@@ -172,15 +178,6 @@ def _held(
             kept = saved
         bench.weight_grad(flight)
     return saved, kept, result_bytes, peak
-
-
-def _let_go(flight: InFlight) -> None:
-    """Empty all tensors that a flight holds beside autograd's graph; they keep their place in that."""
-    flight.made = {}
-    # A view holds what it views; a copy of it has the same graph and holds nothing else.
-    flight.roots = {value: root.clone() for value, root in flight.roots.items()}
-    for tensor in (*flight.received, *flight.roots.values()):
-        tensor.data = tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _backward_peak(bench: Bench, given: Values, device: torch.device) -> int:

@@ -9,6 +9,7 @@ class Measured:
 
     - `forward_seconds`; `backward_seconds`, all of it; `input_grad_seconds`, the part of that which makes
       gradients for other nodes (all of it where it cannot be taken apart).
+    - `entry_seconds`: what a stage without a node takes, forward and backward together.
     - `inputs_saved`, `results_saved`: which of the node's inputs and results (by place in `Node.inputs` and
       `Node.makes`) are in memory until the backward; `private_saved_bytes` what else is. `inputs_kept`,
       `results_kept`, `private_kept_bytes`: those that the input gradient leaves for the weight gradient.
@@ -19,6 +20,7 @@ class Measured:
     forward_seconds: float
     backward_seconds: float
     input_grad_seconds: float
+    entry_seconds: float
     inputs_saved: tuple[int, ...]
     results_saved: tuple[int, ...]
     private_saved_bytes: int

@@ -5,6 +5,7 @@ what a kernel takes for itself and gives back before it returns is not seen. (to
 but writes lines of its own to the error stream, and takes seconds to start.)
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Memory:
 class Made(TorchDispatchMode):
     """Notes the memories that kernels make while it is on, and the most that were there at once.
 
+    On the CPU it can `include` what was there before, for as long as it is there.
+
     >>> with Made(torch.device("cpu")) as made:
     ...     x = torch.ones(256) + 1  # two of 1 KiB, then one
     >>> made.peak_bytes, sum(memory.num_bytes for memory in made.alive())
@@ -44,6 +47,7 @@ class Made(TorchDispatchMode):
         self._device = device
         self._memories: dict[int, Memory] = {}  # by number; a number is used again once a memory is gone
         self._seen_bytes = 0
+        self._noted_bytes = 0  # at least what is alive: what has gone is found out now and then
         self._before_bytes = 0
 
     def __enter__(self) -> "Made":
@@ -62,20 +66,37 @@ class Made(TorchDispatchMode):
             return max(0, torch.cuda.max_memory_allocated(self._device) - self._before_bytes)
         return self._seen_bytes
 
+    def include(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count these tensors' memories too, which were there before."""
+        for tensor in tensors:
+            self._note(tensor)
+        self._look()
+
     def alive(self) -> list[Memory]:
         """What was made and is still held."""
         self._memories = {number: memory for number, memory in self._memories.items() if memory.alive}
         return list(self._memories.values())
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        number = storage_of(tensor)
+        if number < 0:  # a sparse tensor, which has no one memory
+            return
+        if number not in self._memories or not self._memories[number].alive:
+            self._memories[number] = Memory(tensor)
+            self._noted_bytes += self._memories[number].num_bytes
+
+    def _look(self) -> None:
+        """See whether there is more than ever; looking at all costs time, so only where there may be."""
+        if self._noted_bytes > self._seen_bytes:
+            self._noted_bytes = sum(memory.num_bytes for memory in self.alive())
+            self._seen_bytes = max(self._seen_bytes, self._noted_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = func(*args, **(kwargs or {}))
         there = {storage_of(tensor) for tensor in given}
         for tensor in pytree.tree_leaves(result):
-            number = storage_of(tensor) if isinstance(tensor, torch.Tensor) else -1
-            if number < 0 or number in there:  # (below 0: a sparse tensor, which has no one memory)
-                continue
-            if number not in self._memories or not self._memories[number].alive:
-                self._memories[number] = Memory(tensor)
-        self._seen_bytes = max(self._seen_bytes, sum(memory.num_bytes for memory in self.alive()))
+            if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in there:
+                self._note(tensor)
+        self._look()
         return result

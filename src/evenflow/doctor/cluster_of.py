@@ -7,7 +7,7 @@ from statistics import median
 
 from evenflow.cluster.cluster import Cluster, Host
 from evenflow.cluster.device import Device
-from evenflow.cluster.presets import PRESETS, device_called
+from evenflow.cost.local_device import device_found
 from evenflow.doctor.examine import Examination, Place
 from evenflow.doctor.exchange import Exchange
 from evenflow.errors import ConfigError
@@ -74,20 +74,5 @@ def _alike(link: Link, other: Link) -> bool:
 
 def _device(place: Place, kinds: dict[str, Device]) -> Device:
     """A rank's device; one kind has one rate, that of the first rank that has it."""
-    try:
-        preset = device_called(place.device_name)
-    except ConfigError:
-        preset = PRESETS["CPU core"]
-    if preset.name != "CPU core":
-        return preset
-    measured = Device(
-        place.device_name,
-        {"float32": _digits(place.flops_per_second)},
-        memory_bytes=place.memory_bytes,
-        memory_bytes_per_second=preset.memory_bytes_per_second,
-        reserved_bytes=0.0,
-        efficiency=1.0,
-        source="evenflow doctor measured the rate; the memory's speed is assumed",
-        kernel_seconds=preset.kernel_seconds,
-    )
-    return replace(kinds.setdefault(place.device_name, measured), memory_bytes=place.memory_bytes)
+    found = device_found(place.device_name, place.memory_bytes, _digits(place.flops_per_second))
+    return replace(kinds.setdefault(found.name, found), memory_bytes=found.memory_bytes)

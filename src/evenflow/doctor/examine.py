@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch hands it on
 
+from evenflow.cost.local_device import flops_per_second_of, memory_bytes_of
 from evenflow.doctor.exchange import Exchange
 from evenflow.doctor.worker import Fault, Meeting, Worker
 from evenflow.runtime.world import ProcessGroupWorld, World
@@ -111,20 +111,14 @@ def _place(device: torch.device, settings: Mapping[str, str]) -> Place:
         host=socket.gethostname(),
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU core",
-        memory_bytes=_memory(device),
-        flops_per_second=_rate(device),
+        memory_bytes=memory_bytes_of(device) / (1 if device.type == "cuda" else os.cpu_count() or 1),
+        flops_per_second=flops_per_second_of(device),
         peers=_peers(device),
         shared_memory_bytes=float(shutil.disk_usage(shared_memory).total) if shared_memory.exists() else 0.0,
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         iommu=groups.is_dir() and any(groups.iterdir()),
         settings=dict(settings),
     )
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / (os.cpu_count() or 1)
 
 
 def _peers(device: torch.device) -> tuple[int, ...]:
@@ -136,16 +130,3 @@ def _peers(device: torch.device) -> tuple[int, ...]:
         for each in others
         if each != device.index and torch.cuda.can_device_access_peer(device.index or 0, each)
     )
-
-
-def _rate(device: torch.device) -> float:
-    size = 8192 if device.type == "cuda" else 512
-    matrix = torch.ones(size, size, device=device)
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
-    return best

@@ -15,7 +15,7 @@ from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.ir.placement import Placement
-from evenflow.pipe import choices
+from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.fill import Numbers
@@ -98,7 +98,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       reads only the tensors that its stages use, in the parameters' own types. The model's parameters may
       then lie on the device "meta". Keys are named as in its `state_dict`, or as transformers stores it.
     - `plan`: a plan (`evenflow plan -o FILE`) or its file, in the place of the stages, the cuts, the schedule
-      and the size of a microbatch. Each pipeline rank takes the CUDA device that the plan gives it.
+      and the size of a microbatch. Each pipeline rank takes the CUDA device that the plan gives it. With
+      "auto" all processes together measure the model and their links, and plan what is not given; so it is
+      where there are several processes and nothing is given. Measurements are kept for the next time.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -118,29 +120,38 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     True
     """
     refuse_unfit(model, loading=load is not None)
-    given = decided(
-        plan,
-        stages=stages,
-        stages_per_rank=stages_per_rank,
-        schedule=schedule,
-        microbatch_size=microbatch_size,
-        num_microbatches=num_microbatches,
-        split=split,
-        split_batch=split_batch,
-        max_leaf_share=max_leaf_share,
-    )
+    levers = {
+        "stages": stages,
+        "stages_per_rank": stages_per_rank,
+        "schedule": schedule,
+        "microbatch_size": microbatch_size,
+        "num_microbatches": num_microbatches,
+        "split": split,
+        "split_batch": split_batch,
+        "max_leaf_share": max_leaf_share,
+    }
     check_whole(seed=seed)
     check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler)
     check_reduction(reduction)
     choices.check_split(model, split or ())
-    method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
+    program = loss if loss is not None else model_loss
+    plan, levers = auto.planned(
+        plan,
+        levers,
+        world,
+        choices.own_device(kind, world),
+        exact=exact,
+        run={"model": model, "loss": program, "example": example, "optimizer": optimizer}
+        | {"atomic": tuple(atomic), "seed": seed},
+    )
+    given = decided(plan, **levers)
+    method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
     on_each = choices.stages_on_each(given.stages_per_rank, given.schedule)
     num_stages = choices.stage_count(given.stages, split, world, kind, stages_per_rank=on_each)
     num_ranks = num_stages // on_each
-    splitter = Splitter(num_ranks, num_microbatches, given.microbatch_size, split_batch)
-    program = loss if loss is not None else model_loss
+    splitter = Splitter(num_ranks, given.num_microbatches, given.microbatch_size, split_batch)
     items = splitter(example).items
     item = items[0]
     programs = Programs(

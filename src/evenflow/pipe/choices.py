@@ -90,8 +90,16 @@ def world_of(kind: str) -> World:
         torch.cuda.set_device(_cuda_index(dist.get_rank()))
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return SingleProcess()
-    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", _cuda_index(dist.get_rank()))
-    return ProcessGroupWorld(device)
+    return ProcessGroupWorld(_device_of(kind, dist.get_rank()))
+
+
+def own_device(kind: str, world: World) -> torch.device:
+    """The device that this process has if nothing else is said."""
+    return _device_of(kind, world.rank)
+
+
+def _device_of(kind: str, number: int) -> torch.device:
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", _cuda_index(number))
 
 
 def _leave() -> None:

@@ -23,6 +23,7 @@ from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
+from evenflow.pipe.meter import Meter
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
 from evenflow.pipe.result import StepResult
@@ -242,6 +243,11 @@ class Pipeline:
         Predicted: the simulator, fed with each stage's median times of the steps before.
         """
         return self._times.timelines(self._parts.world)
+
+    @property
+    def meter(self) -> Meter:
+        """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
+        return Meter(self._parts, self._times)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""

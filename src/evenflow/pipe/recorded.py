@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from evenflow.cost.profile import BUDGET_SECONDS, Profile, Progress, profile
 from evenflow.graph.fakes import FakeParameters
@@ -94,3 +95,13 @@ def recorded(
     check_loss(graph)
     check_trainable(graph)
     return Recorded(graph, model, tensors(item), rows_of(item) or 1, device)
+
+
+def row_tokens(example: object) -> float:
+    """The most whole numbers in a row: tokens; 1 where there are none."""
+    whole = (
+        leaf
+        for leaf in pytree.tree_leaves(example)
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 and not leaf.is_floating_point()
+    )
+    return float(max((leaf[0].numel() for leaf in whole), default=1))

@@ -2,7 +2,8 @@
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
@@ -13,6 +14,22 @@ from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram
 
 KEPT_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What some steps took: the timeline of each, over all ranks, and the median seconds of each stage's ops.
+
+    `simulated` is what the simulator makes of those medians: it knows no transfers and no overhead.
+    """
+
+    timelines: tuple[Timeline, ...]
+    op_seconds: Mapping[tuple[type[SimpleOp], int], float]
+    simulated: Timeline
+
+    def seconds(self, kind: type[SimpleOp], stage: int) -> float | None:
+        """The median seconds of a stage's ops of a kind; None where it ran none."""
+        return self.op_seconds.get((kind, stage))
 
 
 class Times:
@@ -38,15 +55,47 @@ class Times:
         gathered = world.gather((spans, [span for _, _, earlier in before for span in earlier]))
         measured = [span for last, _ in gathered for span in last]
         costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
-        start = min(span.start_seconds for span in measured if span.is_compute)
-        moved = [Span(s.rank, s.op, s.start_seconds - start, s.end_seconds - start) for s in measured]
-        num_ranks = proven.program.schedule.placement.num_ranks
-        predicted = (
-            simulate(proven.program.schedule, proven.program.flow, costs)
-            if world.size > 1
-            else _serial(proven, costs)
+        return _simulated(proven, costs, world), _from_first_op(proven, measured)
+
+    def measured(self, world: World, num_steps: int) -> Measured:
+        """What the last steps took, at most so many of those kept; collective. Raises as `timelines` does."""
+        if not self._steps:
+            raise ConfigError("no step has run yet: there is nothing to measure")
+        steps = list(self._steps)[-num_steps:]
+        gathered = world.gather([(spans, parts) for _, spans, parts in steps])
+        timelines = [
+            _from_first_op(proven, [span for rank in gathered for span in rank[at][0]])
+            for at, (proven, _, _) in enumerate(steps)
+        ]
+        parts = [span for rank in gathered for _, spans in rank for span in spans]
+        found = _seconds_of(parts)
+        costs = costs_of(self._num_stages, parts)
+        return Measured(
+            tuple(timelines),
+            {key: statistics.median(seconds) for key, seconds in found.items()},
+            _simulated(steps[-1][0], costs, world),
         )
-        return predicted, Timeline.of(num_ranks, moved)
+
+
+def _from_first_op(proven: ProvenProgram, spans: Sequence[Span]) -> Timeline:
+    start = min(span.start_seconds for span in spans if span.is_compute)
+    moved = [Span(s.rank, s.op, s.start_seconds - start, s.end_seconds - start) for s in spans]
+    return Timeline.of(proven.program.schedule.placement.num_ranks, moved)
+
+
+def _simulated(proven: ProvenProgram, costs: Costs, world: World) -> Timeline:
+    if world.size == 1:
+        return _serial(proven, costs)
+    return simulate(proven.program.schedule, proven.program.flow, costs)
+
+
+def _seconds_of(spans: Sequence[Span]) -> dict[tuple[type[SimpleOp], int], list[float]]:
+    """What the simple ops took, by kind and stage."""
+    found: dict[tuple[type[SimpleOp], int], list[float]] = {}
+    for span in spans:
+        assert isinstance(span.op, SimpleOp), f"{span.op} is not a simple op"
+        found.setdefault((type(span.op), span.op.stage), []).append(span.seconds)
+    return found
 
 
 def costs_of(num_stages: int, spans: Sequence[Span]) -> Costs:
@@ -64,10 +113,7 @@ def costs_of(num_stages: int, spans: Sequence[Span]) -> Costs:
     >>> costs.forward_seconds, costs.input_grad_seconds, costs.weight_grad_seconds
     ((1.0,), (0.75,), (2.25,))
     """
-    found: dict[tuple[type[SimpleOp], int], list[float]] = {}
-    for span in spans:
-        assert isinstance(span.op, SimpleOp), f"{span.op} is not a simple op"
-        found.setdefault((type(span.op), span.op.stage), []).append(span.seconds)
+    found = _seconds_of(spans)
 
     def median(kind: type[SimpleOp], stage: int) -> float:
         return statistics.median(found.get((kind, stage), (0.0,)))

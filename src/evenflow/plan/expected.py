@@ -61,6 +61,7 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
         seconds = alone + extra
     slower = float((share * seconds).sum() / (share * alone).sum())
     load = max(float((share * seconds).max()), least_load(chain, groups) * slower)
+    load += 2 * choice.stages_per_rank * request.overheads.op_seconds
     pipeline = load * choice.num_microbatches * stretch_of(choice, chain)
     trained = [each for each in chain.parameters if each.trains]
     parts = [
@@ -69,7 +70,9 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     ]
     return Expected(
         load_seconds=load,
-        seconds=pipeline / found + sum_seconds(request, choice.degrees, parts[0], parts[1]),
+        seconds=pipeline / found
+        + sum_seconds(request, choice.degrees, parts[0], parts[1])
+        + request.overheads.step_seconds,
         fits=found >= _NEARLY,
         is_roomy=found == 1 and bool((share < room).all()) and not over.any(),
     )

@@ -11,12 +11,13 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
+from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
 from evenflow.plan.plan import Degrees
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.rank_memory import RankMemory, rank_memory
 from evenflow.plan.request import Choice, Request
-from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of
+from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.stages import StageCost, costs_of, stage_costs
 
 
@@ -108,7 +109,9 @@ def at_cuts(
 ) -> Fit:
     """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices."""
     schedule = schedule_of(choice)
-    stages = stage_costs(chain, positions, [groups[rank].kind for rank in schedule.placement.rank_of])
+    rank_of = schedule.placement.rank_of
+    stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of])
+    stages = as_run(stages, rank_of, request.overheads, splits=splits(schedule))
     costs = costs_of(stages, _links(request.cluster, groups))
     memory = _memory(request, choice, schedule, stages, costs)
     return Fit(tuple(positions), tuple(groups), schedule, stages, costs, memory)
@@ -182,7 +185,8 @@ def static_bytes(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held
         size = parameter.num_bytes / (whole if degrees.gathers_nodes and not parameter.is_expert else 1)
         if parameter.trains:
             size += parameter.num_bytes * state.gradient_bytes / whole
-            size += parameter.num_elements * state.optimizer_bytes / states
+            # The first stage that uses it updates it.
+            found.append(Held(parameter.num_elements * state.optimizer_bytes / states, parameter.nodes[:1]))
         found.append(Held(size, parameter.nodes))
     return tuple(found)
 
@@ -210,6 +214,7 @@ def _memory(
             expert_ranks=choice.degrees.expert,
             sharding=choice.degrees.sharding,
             gathers_nodes=choice.degrees.gathers_nodes,
+            parcels_ahead=request.overheads.parcels_ahead,
         )
         for rank, peak in enumerate(peaks)
     )

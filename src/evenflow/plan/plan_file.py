@@ -5,17 +5,13 @@ sizes, the stages' first nodes and what they recompute); what is predicted may b
 """
 
 import json
-import math
 import tomllib
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any
 
-from evenflow.cluster.names import nearest
 from evenflow.errors import ConfigError
+from evenflow.plain_data import read_as
 from evenflow.plan.plan import Plan
 
 _VERSION = 1
@@ -23,8 +19,6 @@ _HEADER = """\
 # A plan of Evenflow. Stages begin with the node called "first" and end before the next stage's; seconds and
 # bytes are of one microbatch. After a change of [[stages]] the predictions are those of the plan before it.
 """
-
-T = TypeVar("T")
 
 
 def write_plan(plan: Plan) -> str:
@@ -71,7 +65,7 @@ def read_plan(text: str) -> Plan:
         raise ConfigError(
             f"version = {version!r}: this Evenflow reads plans of version {_VERSION}; plan again"
         )
-    plan = _read(Plan, content, "")
+    plan = read_as(Plan, content, _least)
     num_ranks = plan.degrees.pipeline
     if len(plan.ranks) != num_ranks:
         raise ConfigError(
@@ -95,56 +89,5 @@ def read_plan_file(path: Path) -> Plan:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _read(kind: type[T], content: object, place: str) -> T:
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{place} = {content!r} must be a table")
-    hints = typing.get_type_hints(kind)
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # `kind` is a dataclass
-    for key in content:
-        if key not in known:
-            raise ConfigError(f"unknown key {_full(place, key)!r}{nearest(key, tuple(known))}")
-    values = {}
-    for name, field in known.items():
-        if name in content:
-            values[name] = _value(hints[name], content[name], _full(place, name))
-        elif isinstance(hints[name], types.UnionType):
-            values[name] = None  # TOML has no word for it
-        elif field.default is MISSING:
-            raise ConfigError(f"{_full(place, name)} is missing")
-    return kind(**values)
-
-
-def _value(hint: Any, given: object, place: str) -> object:  # hint: a type, an alias or a union
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in get_args(hint) if option is not types.NoneType)
-    if is_dataclass(hint):
-        return _read(typing.cast("type[Any]", hint), given, place)
-    if get_origin(hint) is tuple:
-        if not isinstance(given, list):
-            raise ConfigError(f"{place} = {given!r} must be a list")
-        return tuple(_value(get_args(hint)[0], each, f"{place}[{at}]") for at, each in enumerate(given))
-    if get_origin(hint) is typing.Literal:
-        if given not in get_args(hint):
-            raise ConfigError(f"{place} = {given!r} must be one of {', '.join(map(repr, get_args(hint)))}")
-        return given
-    if hint is str:
-        if not isinstance(given, str):
-            raise ConfigError(f"{place} = {given!r} must be a string, in quotes")
-        return given
-    return _number(hint, given, place)
-
-
-def _number(hint: type[int] | type[float], given: object, place: str) -> float:
-    whole = isinstance(given, int) and not isinstance(given, bool)
-    if not (whole or (hint is float and isinstance(given, float))):
-        raise ConfigError(f"{place} = {given!r} must be a {'whole ' if hint is int else ''}number")
-    assert isinstance(given, int | float), "checked"
-    if not 0 <= given < math.inf:
-        raise ConfigError(f"{place} = {given} must be finite and at least 0")
-    if hint is int and given < 1 and not place.endswith((".rank", ".place")):
-        raise ConfigError(f"{place} = {given} must be at least 1")
-    return hint(given)
-
-
-def _full(place: str, key: str) -> str:
-    return f"{place}.{key}" if place else key
+def _least(kind: type[int] | type[float], place: str) -> float:
+    return 1 if kind is int and not place.endswith((".rank", ".place")) else 0

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
+from evenflow.plan.contradictions import contradiction
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
 from evenflow.plan.plan import (
@@ -71,8 +72,9 @@ def plan(
 ) -> Plan:
     """Return the fastest plan that fits.
 
-    Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds`; what is
-    left then is what a choice of a higher estimate might gain, and no more than the plan's gap.
+    Pricing goes on until all that is left is estimated to be slower, or, once something fits, for about
+    `budget_seconds`; what is left then is what a choice of a higher estimate might gain, and no more than the
+    plan's gap.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
@@ -81,7 +83,7 @@ def plan(
     for seen in search.run():
         if progress is not None:
             progress(seen, search.num_choices, search.best_seconds)
-        if time.perf_counter() - start > budget_seconds:
+        if search.found and time.perf_counter() - start > budget_seconds:
             break
     found = sorted(search.found, key=lambda priced: priced.step_seconds)
     return _plan(request, found or search.refuse(), search.bound_seconds)
@@ -122,11 +124,7 @@ class _Search:
             self._begin(choice, chains[key], bounds[degrees, size])
         self.num_choices = len(self._queue)
         if not self._queue and self._refusal is None:
-            raise ConfigError(
-                f"nothing can be chosen: {request.batch_rows} rows, {request.cluster.num_ranks} devices and "
-                "the levers that were given admit no microbatches of a whole number of rows; give fewer "
-                "levers"
-            )
+            raise ConfigError(contradiction(request))
 
     def _begin(self, choice: Choice, chain: Chain, bound_seconds: float) -> None:
         try:
@@ -164,6 +162,8 @@ class _Search:
         for number, (sharding, recompute) in enumerate(candidate.savings, 1):
             degrees = replace(candidate.choice.degrees, sharding=sharding)
             choice = replace(candidate.choice, degrees=degrees, recompute=recompute)
+            if not self._request.allows(choice):
+                continue
             chain = chain_for(self._request, choice) if degrees.gathers_nodes else candidate.chain
             all_again = cheapest_to_hold(chain, range(chain.num_nodes))
             try:
@@ -206,8 +206,10 @@ class _Search:
 
     def _savings(self, choice: Choice) -> Iterator[tuple[Sharding, str]]:
         levers = self._request.levers
-        # "selective" may recompute everything; what it must not leave out is only done on demand.
-        hows = ("none", "selective") if levers.recompute is None else (levers.recompute,)
+        # "selective" may recompute everything: "full" is for those who can't choose.
+        chooses = self._request.allows(replace(choice, recompute="selective"))
+        open_ones = ("none", "selective" if chooses else "full")
+        hows = open_ones if levers.recompute is None else (levers.recompute,)
         for recompute in hows:
             for sharding in _SHARDINGS if choice.degrees.data > 1 else _SHARDINGS[:1]:
                 if levers.sharding in (None, sharding):
@@ -244,7 +246,9 @@ def choices(request: Request) -> Iterator[Choice]:
             if wanted is None and number > _MOST_MICROBATCHES:
                 continue
             for per_rank, schedule in _schedules(request, degrees.pipeline):
-                yield Choice(degrees, per_rank, schedule, size, number, "none")
+                choice = Choice(degrees, per_rank, schedule, size, number, "none")
+                if request.lays_out(choice):
+                    yield choice
 
 
 def _degrees(request: Request) -> Iterator[Degrees]:

@@ -9,7 +9,7 @@ from evenflow.ir.costs import Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, together
-from evenflow.plan.fit import Group, fitted, groups_of
+from evenflow.plan.fit import Fit, Group, fitted, groups_of
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory
@@ -35,7 +35,7 @@ class Priced:
     idle: tuple[float, ...]
     pipeline_seconds: float
     reduce_seconds: float
-    update_seconds: float
+    update_seconds: float  # and what else a step takes once
 
     @property
     def step_seconds(self) -> float:
@@ -104,7 +104,7 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
         idle=tuple(1 - each / makespan for each in work),
         pipeline_seconds=makespan,
         reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, fit.stages),
-        update_seconds=_update_seconds(request, fit.memory, fit.groups),
+        update_seconds=request.overheads.step_seconds + _update_seconds(request, schedule, fit),
     )
 
 
@@ -136,13 +136,18 @@ def sum_seconds(request: Request, degrees: Degrees, others_bytes: float, expert_
     )
 
 
-def _update_seconds(request: Request, memory: Sequence[RankMemory], groups: Sequence[Group]) -> float:
-    """The longest update: parameters and states are read and written, gradients read."""
+def _update_seconds(request: Request, schedule: Schedule, fit: Fit) -> float:
+    """The longest update, as measured; else parameters and states are read and written, gradients read."""
     rates = {device.name: device.memory_bytes_per_second for device in request.cluster.devices}
-    return max(
-        (2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind]
-        for need, group in zip(memory, groups, strict=True)
-    )
+    found = []
+    for rank, (need, group) in enumerate(zip(fit.memory, fit.groups, strict=True)):
+        measured = request.update_seconds_per_byte.get(group.kind)
+        if measured is None:
+            found.append((2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind])
+        else:
+            stages = (fit.stages[stage] for stage in schedule.placement.stages_on(rank))
+            found.append(sum(stage.trained_bytes for stage in stages) * measured)
+    return max(found)
 
 
 def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:

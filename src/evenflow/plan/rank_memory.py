@@ -64,6 +64,7 @@ def rank_memory(
     sharding: Sharding = "none",
     gathers_nodes: bool = False,
     communicator_bytes: float = 0.0,
+    parcels_ahead: int = 0,
 ) -> RankMemory:
     """What a rank with these stages has allocated at its peak, where its schedule holds so many activations.
 
@@ -87,14 +88,14 @@ def rank_memory(
 
     parameters = share(lambda s: s.parameter_bytes, lambda s: s.expert_parameter_bytes, whole)
     gradients = share(lambda s: s.trained_bytes, lambda s: s.expert_trained_bytes, whole)
-    elements = share(lambda s: s.trained_elements, lambda s: s.expert_trained_elements, shards)
+    elements = share(lambda s: s.owned_elements, lambda s: s.expert_owned_elements, shards)
     transients = max(stage.transient_bytes for stage in stages)
 
     def gathered(stage: StageCost) -> float:
         return stage.expert_parameter_bytes if gathers_nodes else stage.parameter_bytes
 
     transients += sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes, whole)
-    boundary = max(stage.received_bytes + stage.sent_bytes for stage in stages)
+    boundary = max(_boundary_bytes(stage, parcels_ahead) for stage in stages)
     update = elements * state.update_bytes
     in_update = max(0.0, update - activation_peak_bytes - transients - boundary)
     return RankMemory(
@@ -106,3 +107,9 @@ def rank_memory(
         boundary=boundary,
         communicators=communicator_bytes,
     )
+
+
+def _boundary_bytes(stage: StageCost, parcels_ahead: int) -> float:
+    """What lies in buffers at both cuts: a parcel each, and those ahead, which are of both sizes in turn."""
+    sides = [size for size in (stage.received_bytes, stage.sent_bytes) if size]
+    return sum(sides) * (1 + parcels_ahead / len(sides)) if sides else 0.0

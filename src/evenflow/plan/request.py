@@ -1,12 +1,14 @@
 """What is to be planned: a program at any microbatch size, the machine, the batch, and what is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.chain import Chain
-from evenflow.plan.plan import Degrees
+from evenflow.plan.overheads import Overheads
+from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.rank_memory import Sharding, TrainingState
 
 
@@ -34,36 +36,6 @@ class Levers:
     max_expert: int = 64
 
 
-@dataclass(frozen=True)
-class Request:
-    """A question to the planner.
-
-    - `chain_of(rows)`: the program for a microbatch of so many rows, in seconds of each kind of device of the
-      cluster. `microbatch_sizes` are those that it can be asked for.
-    - `batch_rows` and `row_tokens`: the batch of one step, over all data ranks, and the tokens of one row.
-    - `max_leaf_share`: how fine the program was recorded.
-    - `state`: what training keeps beside the parameters.
-    - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
-    """
-
-    chain_of: Callable[[int], Chain]
-    microbatch_sizes: tuple[int, ...]
-    cluster: Cluster
-    batch_rows: int
-    row_tokens: float
-    max_leaf_share: float
-    state: TrainingState = field(default_factory=TrainingState)
-    dtype: str = "bfloat16"
-    levers: Levers = field(default_factory=Levers)
-
-    def __post_init__(self) -> None:
-        if self.batch_rows < 1 or not self.microbatch_sizes:
-            raise ConfigError(
-                f"a batch of {self.batch_rows} rows in microbatches of {self.microbatch_sizes}: plan for at "
-                "least one row"
-            )
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One point of the space that is searched; `recompute` is "none", "selective" or "full"."""
@@ -74,3 +46,63 @@ class Choice:
     microbatch_size: int
     num_microbatches: int
     recompute: str
+
+
+def choice_of(made: Plan) -> Choice:
+    """What a plan chose; each of its stages says itself what it recomputes."""
+    return Choice(
+        made.degrees, made.stages_per_rank, made.schedule, made.microbatch_size, made.num_microbatches, "none"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What another system can run: whether it `lays_out` a choice, and `allows` it with its savings."""
+
+    lays_out: Callable[[Choice], bool]
+    allows: Callable[[Choice], bool]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question to the planner.
+
+    - `chain_of(rows)`: the program for a microbatch of so many rows, in seconds of each kind of device of the
+      cluster. `microbatch_sizes` are those that it can be asked for.
+    - `batch_rows` and `row_tokens`: the batch of one step, over all data ranks, and the tokens of one row.
+    - `max_leaf_share`: how fine the program was recorded.
+    - `state`: what training keeps beside the parameters.
+    - `overheads`: what the runtime takes beside the nodes.
+    - `update_seconds_per_byte`: the optimizer's step, for each byte of trained parameters, by the kind of
+      device; where a kind is not named, its memory's speed decides.
+    - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
+    - `limits`: what may be chosen at all; anything where there are none.
+    """
+
+    chain_of: Callable[[int], Chain]
+    microbatch_sizes: tuple[int, ...]
+    cluster: Cluster
+    batch_rows: int
+    row_tokens: float
+    max_leaf_share: float
+    state: TrainingState = field(default_factory=TrainingState)
+    overheads: Overheads = field(default_factory=Overheads)
+    update_seconds_per_byte: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    dtype: str = "bfloat16"
+    levers: Levers = field(default_factory=Levers)
+    limits: Limits | None = None
+
+    def lays_out(self, choice: Choice) -> bool:
+        """Whether a choice is within the limits, whatever is shared and recomputed."""
+        return self.limits is None or self.limits.lays_out(choice)
+
+    def allows(self, choice: Choice) -> bool:
+        """Whether a choice with its savings is within the limits."""
+        return self.limits is None or self.limits.allows(choice)
+
+    def __post_init__(self) -> None:
+        if self.batch_rows < 1 or not self.microbatch_sizes:
+            raise ConfigError(
+                f"a batch of {self.batch_rows} rows in microbatches of {self.microbatch_sizes}: plan for at "
+                "least one row"
+            )

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
+from evenflow.ir.op import InputGrad
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
 from evenflow.plan.in_flight import InFlight
@@ -24,6 +25,11 @@ def schedule_of(choice: Choice) -> Schedule:
     return _schedule(
         choice.schedule, choice.degrees.pipeline, choice.stages_per_rank, choice.num_microbatches
     )
+
+
+def splits(schedule: Schedule) -> bool:
+    """Whether a schedule's backwards are in two parts, the second of which walks the whole graph again."""
+    return any(isinstance(op, InputGrad) for op in schedule.ranks[0])
 
 
 def in_flight(choice: Choice) -> InFlight:
@@ -48,10 +54,13 @@ def stretch_of(choice: Choice, chain: Chain) -> float:
     whole = sum(parts)
     if num_ranks == 1 or not whole:
         return 1.0
-    shares = tuple(max(1, round(_STEPS * part / whole)) for part in parts)
     few = min(num_ranks, _FEW_THAT_STALL.get(choice.schedule, _FEW_RANKS))
+    if splits(_schedule(choice.schedule, few, choice.stages_per_rank, few)):
+        parts[2] += parts[1]
+    shares = tuple(max(1, round(_STEPS * part / whole)) for part in parts)
     each, fill = _pace(choice.schedule, few, choice.stages_per_rank, shares)
-    return each + fill * (num_ranks - 1) / (few - 1) / number
+    more = sum(parts) / whole
+    return more * (each + fill * (num_ranks - 1) / (few - 1) / number)
 
 
 @lru_cache(maxsize=1024)

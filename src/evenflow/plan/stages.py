@@ -18,8 +18,9 @@ class StageCost:
 
     `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
     `transient_bytes` is the most that one node allocates besides; `received_bytes` and `sent_bytes` cross the
-    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients; what of
-    these three belongs to experts stands beside them.
+    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients, and
+    `owned_elements` are updated here: a parameter of several stages is its first one's. What of these three
+    belongs to experts stands beside them.
     """
 
     start: int
@@ -34,10 +35,10 @@ class StageCost:
     sent_bytes: float
     parameter_bytes: float
     trained_bytes: float
-    trained_elements: int
+    owned_elements: int
     expert_parameter_bytes: float = 0.0
     expert_trained_bytes: float = 0.0
-    expert_trained_elements: int = 0
+    expert_owned_elements: int = 0
 
     @property
     def seconds(self) -> float:
@@ -83,6 +84,7 @@ def _stage_cost(
     start, end = run
     seconds = chain.seconds[kind]
     trained = [parameter for parameter in own if parameter.trains]
+    owned = [parameter for parameter in trained if parameter.nodes[0] >= start]
     transients = (*chain.forward_transient_bytes[start:end], *chain.backward_transient_bytes[start:end])
     return StageCost(
         start,
@@ -97,10 +99,10 @@ def _stage_cost(
         sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
         trained_bytes=sum(parameter.num_bytes for parameter in trained),
-        trained_elements=sum(parameter.num_elements for parameter in trained),
+        owned_elements=sum(parameter.num_elements for parameter in owned),
         expert_parameter_bytes=sum(parameter.num_bytes for parameter in own if parameter.is_expert),
         expert_trained_bytes=sum(parameter.num_bytes for parameter in trained if parameter.is_expert),
-        expert_trained_elements=sum(parameter.num_elements for parameter in trained if parameter.is_expert),
+        expert_owned_elements=sum(parameter.num_elements for parameter in owned if parameter.is_expert),
     )
 
 

@@ -10,23 +10,30 @@ program.
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Boundary(torch.autograd.Function):
-    """Identity that delivers the gradient of its input to `sink[value]` and ends the graph there."""
+    """Identity that delivers the gradient of what was received to `sink[value]` and ends the graph there.
+
+    The first input is an empty leaf that wants a gradient, so that the graph begins here; it gets none. The
+    received tensor itself is no leaf: that would be held until the backward, needed or not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, received: torch.Tensor, value: int, sink: dict[int, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        ctx: Any, _: torch.Tensor, received: torch.Tensor, value: int, sink: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         ctx.value, ctx.sink = value, sink
         ctx.set_materialize_grads(False)
         return received.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None, None]:
         (gradient,) = gradients
         if gradient is not None:
             ctx.sink[ctx.value] = gradient
-        return None, None, None
+        return None, None, None, None
 
 
 def is_boundary(node: Any) -> bool:  # a node of autograd's graph
@@ -38,6 +45,16 @@ def receive(
     tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A received tensor as the start of this stage's graph, and the leaf in which that graph ends."""
-    leaf = tensor.detach().requires_grad_()
-    entered: torch.Tensor = Boundary.apply(leaf, value, sink)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    leaf = tensor.new_empty(0).requires_grad_()
+    entered: torch.Tensor = Boundary.apply(leaf, tensor, value, sink)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return entered, leaf
+
+
+def root_of(tensor: torch.Tensor) -> GradientEdge | None:
+    """Where a gradient of the tensor enters the graph; None where it has none. Does not hold the tensor.
+
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> root_of(weight * 2).node.name(), root_of(torch.ones(2))
+    ('MulBackward0', None)
+    """
+    return get_gradient_edge(tensor) if tensor.requires_grad else None

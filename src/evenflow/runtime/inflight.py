@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from evenflow.runtime.split_backward import Walk
 from evenflow.runtime.work import Work
@@ -19,13 +20,13 @@ class InFlight:
     work: Work
     activations: dict[int, Parcel] = field(default_factory=dict)  # arrived, by source stage
     gradients: dict[int, Parcel] = field(default_factory=dict)  # arrived, by source stage
-    roots: dict[int, torch.Tensor] = field(
+    roots: dict[int, GradientEdge | None] = field(
         default_factory=dict
-    )  # tensors that get a gradient from later stages
+    )  # of tensors that get a gradient from later stages; None for one that has no graph
     received: list[torch.Tensor] = field(
         default_factory=list
-    )  # leaves of autograd's graph, one for each value that came and wants a gradient
-    made: dict[int, torch.Tensor] = field(default_factory=dict)  # activations to send, by value
+    )  # empty leaves of autograd's graph, one for each value that came and wants a gradient
+    made: dict[int, Parcel] = field(default_factory=dict)  # activations to send, by target stage
     owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
     rest: Walk | None = None  # what `InputGrad` left to `WeightGrad`
     output: Any = None  # what the loss function returned, on the last stage

@@ -104,6 +104,10 @@ class Accumulators:
         """This process's accumulators of a shared parameter, other than the parameter itself, in order."""
         return [(use, self._objects[use]) for use in self.uses[name] if use in self._objects]
 
+    def copies(self) -> list[torch.nn.Parameter]:
+        """All of this process's accumulators, other than the parameters themselves."""
+        return list(self._objects.values())
+
     def publish(self, name: str) -> None:
         """After an update, give the new numbers to accumulators that have a copy of their own."""
         parameter = self._parameters[name]

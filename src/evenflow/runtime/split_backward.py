@@ -29,6 +29,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from evenflow.runtime.backward import is_boundary
 
@@ -37,7 +38,7 @@ from evenflow.runtime.backward import is_boundary
 class Walk:
     """A backward that is ready to be run: where it starts, and with which gradients."""
 
-    roots: Sequence[torch.Tensor]
+    roots: Sequence[GradientEdge]
     gradients: Sequence[torch.Tensor]
 
     def run(self) -> None:
@@ -63,11 +64,11 @@ def extent(walk: Walk) -> Extent:
     """Look through the graph of a walk. Takes about 3 µs a node.
 
     >>> weight = torch.ones(2, requires_grad=True)
-    >>> extent(Walk([(weight * 2).sum()], [torch.ones(())]))
+    >>> extent(Walk([torch.autograd.graph.get_gradient_edge((weight * 2).sum())], [torch.ones(())]))
     Extent(received=False, weights=True, twice=True)
     """
-    waiting = [root.grad_fn for root in walk.roots]
-    received, weights, twice = False, None in waiting, True  # (a root without a maker is itself a weight)
+    waiting: list[Any] = [root.node for root in walk.roots]
+    received, weights, twice = False, False, True
     seen: set[Any] = {None}  # nodes of autograd's graph
     while waiting:
         node = waiting.pop()

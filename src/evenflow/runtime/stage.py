@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from evenflow.ir.op import Payload
-from evenflow.runtime.backward import receive
+from evenflow.runtime.backward import receive, root_of
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.kept import kept_as_left
 from evenflow.runtime.rng import Streams
@@ -86,8 +87,11 @@ class Stage(torch.nn.Module):
         values.update((value, values[value].clone()) for value in section.live if value in values)
         if train:
             awaited = (value for group in section.gradient_receives.values() for value in group)
-            flight.roots |= {value: values[value] for value in awaited if value not in flight.roots}
-        flight.made = {value: values[value].detach() for group in section.sends.values() for value in group}
+            flight.roots |= {value: root_of(values[value]) for value in awaited if value not in flight.roots}
+        flight.made = {
+            target: tuple(values[value].detach() for value in group)
+            for target, group in section.sends.items()
+        }
         if section.needs_output:
             flight.output = work.output(values)
 
@@ -107,7 +111,7 @@ class Stage(torch.nn.Module):
             tensor, leaf = receive(arrived, value, flight.owed)
             flight.received.append(leaf)
             if value in section.relayed:
-                flight.roots[value] = tensor
+                flight.roots[value] = root_of(tensor)
         return tensor.clone() if value in section.cloned else tensor
 
     def run_backward(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
@@ -154,15 +158,17 @@ class Stage(torch.nn.Module):
             flight.rest = None
 
     def _walk(self, flight: InFlight, loss: torch.Tensor | None, weight: float) -> Walk:
-        roots, gradients = [], []
+        roots: list[GradientEdge] = []
+        gradients = []
         for source, expected in flight.work.section.gradient_receives.items():
             for value, gradient in zip(expected, flight.gradients.pop(source), strict=True):
                 # What came out of an unseen operation only may have a graph.
-                if gradient is not None and flight.roots[value].requires_grad:
-                    roots.append(flight.roots[value])
+                root = flight.roots[value]
+                if gradient is not None and root is not None:
+                    roots.append(root)
                     gradients.append(gradient)
-        if loss is not None and loss.requires_grad:
-            roots.append(loss)
+        if loss is not None and (root := root_of(loss)) is not None:
+            roots.append(root)
             gradients.append(torch.full_like(loss, weight))
         flight.roots = {}
         flight.output = None
@@ -179,5 +185,5 @@ class Stage(torch.nn.Module):
         """What leaves for another stage."""
         section = flight.work.section
         if payload is Payload.ACTIVATION:
-            return tuple(flight.made[value] for value in section.sends.get(target, ()))
+            return flight.made.pop(target, ())
         return tuple(flight.owed.pop(value, None) for value in section.gradient_sends.get(target, ()))

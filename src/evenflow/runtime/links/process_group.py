@@ -10,6 +10,7 @@ the size of everything in it, and those of gradients are learnt from headers, wh
 the group themselves. (`lower` writes no groups.)
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +26,32 @@ from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, empty, pack, unpack
 from evenflow.runtime.links.link import Link, Manifest
 
-AHEAD = 4  # receives under way beyond the place the program has reached, on Gloo
+# On Gloo: receives under way beyond the place that the program has reached, and parcels that may be leaving
+# while it goes on. A send waits for the oldest of them, as it may: the program also lives on a link on which
+# every send waits for its receive.
+RECEIVES_AHEAD = 4
+SENDS_AHEAD = 1
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
 )
 _MAX_DIMS = 12
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A parcel on its way; Gloo tells that it has left only to who waits for it."""
+
+    works: list[dist.Work]
+    blocks: list[torch.Tensor]
+
+    @property
+    def has_left(self) -> bool:
+        return all(work.is_completed() for work in self.works)
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 @dataclass(slots=True)
@@ -47,14 +68,16 @@ class ProcessGroupLink(Link):
         self._rank_of = placement.rank_of
         self._rank = dist.get_rank()
         self._device = device
-        self._ahead = AHEAD if dist.get_backend() == "gloo" else 0
+        on_gloo = dist.get_backend() == "gloo"
+        self._ahead = RECEIVES_AHEAD if on_gloo else 0
+        self._most_leaving = SENDS_AHEAD if on_gloo else math.inf  # NCCL's stream would wait, and compute too
         self._known: dict[
             tuple[Any, ...], tuple[Layout | None, ...]
         ] = {}  # parcel key -> how its tensors lie
         self._expected: deque[tuple[Recv, Manifest]] = deque()  # receives not yet under way, in program order
         self._arriving: dict[Recv, _Arriving] = {}
         self._reached = 0  # receives under way beyond the program's place
-        self._leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._leaving: deque[_Leaving] = deque()
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
         self._expected = deque(receives)
@@ -68,20 +91,27 @@ class ProcessGroupLink(Link):
                 raise self._lost(first, error) from error
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
+        self._send(op, parcel, manifest)
         try:
-            layouts = self._layouts(manifest)
+            while self._leaving and (len(self._leaving) > self._most_leaving or self._leaving[0].has_left):
+                self._leaving.popleft().wait()
+        except RuntimeError as error:
+            raise self._lost(op, error) from error
+
+    def _send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
+        try:
+            layouts, leaving = self._layouts(manifest), _Leaving([], [])
             if layouts is None:
                 layouts = tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel)
                 self._known[manifest.key] = layouts
-                self._leave(_encode(layouts, self._device), self._peer(op))
+                self._leave(_encode(layouts, self._device), op, leaving)
             for tensor, layout in zip(parcel, layouts, strict=True):
                 if layout is None:
                     assert tensor is None, f"{op}: a gradient exists that did not in the first microbatch"
                     continue
                 block = empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout)
-                self._leave(block, self._peer(op))
-            while self._leaving and self._leaving[0][0].is_completed():
-                self._leaving.popleft()[0].wait()
+                self._leave(block, op, leaving)
+            self._leaving.append(leaving)
         except RuntimeError as error:
             raise self._lost(op, error) from error
 
@@ -105,7 +135,7 @@ class ProcessGroupLink(Link):
                 "must be known beforehand; write the transfers one after the other, as `lower` does"
             )
         for op, parcel, manifest in sends:
-            self.send(op, parcel, manifest)
+            self._send(op, parcel, manifest)
         for recv in receives:
             self.post(recv)
 
@@ -126,7 +156,7 @@ class ProcessGroupLink(Link):
         assert not self._expected, "a receive was never posted"
         try:
             while self._leaving:
-                self._leaving.popleft()[0].wait()
+                self._leaving.popleft().wait()
         except RuntimeError as error:
             raise PeerError(
                 f"rank {self._rank}: a peer was lost before it took all that was sent to it: {error}"
@@ -135,10 +165,11 @@ class ProcessGroupLink(Link):
     def _layouts(self, manifest: Manifest) -> tuple[Layout | None, ...] | None:
         return self._known.get(manifest.key) if manifest.values else ()
 
-    def _leave(self, block: torch.Tensor, target: int) -> None:
-        work = dist.isend(block, target)
+    def _leave(self, block: torch.Tensor, op: Send, leaving: _Leaving) -> None:
+        work = dist.isend(block, self._peer(op))
         assert work is not None, "this rank is part of the group"
-        self._leaving.append((work, block))
+        leaving.works.append(work)
+        leaving.blocks.append(block)
 
     def _look_ahead(self) -> None:
         """Begin receives before their place, as long as what they will look like is known."""

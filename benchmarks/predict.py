@@ -1,0 +1,130 @@
+"""How near a plan's promise comes to the run: five models, two ranks of one thread each.
+
+Each round measures nodes, links and optimizer anew, plans, builds the pipeline of that plan and runs it, so
+that prediction and fact meet the same machine. Run: `python benchmarks/predict.py [MODEL …]`.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from five_models import MODELS, build
+
+import evenflow
+from evenflow.cost.storages import Made
+from evenflow.launcher import launch
+from evenflow.pipe.choices import world_of
+from evenflow.pipe.measured import Run, measured_request
+from evenflow.pipe.pipeline import Pipeline
+from evenflow.plan.planner import describe, plan
+from evenflow.plan.request import Levers, choice_of
+from evenflow.runtime.world import World
+
+ROUNDS, WARM_UPS, STEPS = 5, 2, 5
+RANKS = 2
+_MIB = 2.0**20
+
+
+@dataclass(frozen=True)
+class Found:
+    """One round: seconds of a step and peak bytes of each rank, promised and measured."""
+
+    described: str
+    promised_seconds: float
+    measured_seconds: float
+    promised_bytes: tuple[float, ...]
+    measured_bytes: tuple[float, ...]
+
+
+def adamw(named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter for _, parameter in named], lr=1e-4)
+
+
+def on_rank(name: str, levers: Levers, rounds: int) -> list[Found]:
+    """What each rank does."""
+    world = world_of("cpu")
+    found = []
+    for number in range(rounds):
+        model, loss, batch = build(name)
+        run = Run(model, loss, batch, adamw, levers=levers)
+        made = plan(measured_request(run, world, torch.device("cpu")))
+        made = world.share(made, 0)
+        pipe = evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
+        seconds = _step_seconds(pipe, batch, world)
+        peak = _peak_bytes(pipe, batch) if number == 0 else 0.0
+        cut = "+".join(str(stage.num_nodes) for stage in made.stages)
+        found.append(
+            Found(
+                f"{describe(choice_of(made))}, {cut} nodes",
+                made.prediction.step_seconds,
+                seconds,
+                tuple(rank.memory.allocated for rank in made.ranks),
+                tuple(world.gather(peak)),
+            )
+        )
+        if world.rank == 0:
+            print(
+                f"  {found[-1].described}: {made.prediction.step_seconds:.3f} s promised, {seconds:.3f} s",
+                flush=True,
+            )
+        pipe.close()
+    return found
+
+
+def _step_seconds(pipe: Pipeline, batch: Any, world: World) -> float:
+    took = []
+    for _ in range(WARM_UPS + STEPS):
+        world.gather_numbers([0])
+        start = time.perf_counter()
+        pipe.step(batch)
+        world.gather_numbers([0])
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[WARM_UPS:])
+
+
+def _peak_bytes(pipe: Pipeline, batch: Any) -> float:
+    """The most bytes of tensors that a rank held in a step: what lasts, and what the step made."""
+    pipe.step(batch)
+    parts = pipe._parts  # noqa: SLF001 (what a pipeline holds is nobody else's business)
+    parts.updater.clear()
+    here = [each for each in parts.model.parameters() if not each.is_meta]
+    lasting = sum({each.untyped_storage().data_ptr(): each.nbytes for each in here}.values())
+    for optimizer in parts.updater.optimizers.values():
+        states = (each for state in optimizer.state.values() for each in state.values())
+        lasting += sum(each.nbytes for each in states if isinstance(each, torch.Tensor))
+    with Made(torch.device("cpu")) as made:
+        pipe.step(batch)
+    return lasting + made.peak_bytes
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    levers = Levers(pipeline=RANKS, data=1, tensor=1, context=1, recompute="none")
+    off, off_bytes = [], []
+    print("| model | plan | promised | measured | off | range | peak bytes off, by rank |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in sys.argv[1:] or MODELS:
+        found = launch(on_rank, name, levers, ROUNDS, nproc=RANKS)[0]
+        ratios = [each.promised_seconds / each.measured_seconds - 1 for each in found]
+        first = found[0]
+        memory = [p / m - 1 for p, m in zip(first.promised_bytes, first.measured_bytes, strict=True)]
+        off.append(statistics.median(ratios))
+        off_bytes += memory
+        print(
+            f"| {name} | {found[-1].described} "
+            f"| {statistics.median(each.promised_seconds for each in found):.3f} s "
+            f"| {statistics.median(each.measured_seconds for each in found):.3f} s "
+            f"| {off[-1]:+.1%} | {min(ratios):+.1%} to {max(ratios):+.1%} "
+            f"| {', '.join(f'{each:+.1%}' for each in memory)} "
+            f"({', '.join(f'{each / _MIB:.0f}' for each in first.measured_bytes)} MiB) |",
+            flush=True,
+        )
+    print(f"step time: median {statistics.median(map(abs, off)):.1%}, worst {max(map(abs, off)):.1%}")
+    print(f"peak bytes: worst {max(map(abs, off_bytes)):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The folder of a run: what is in it, how it is written, and how it is read again.
+
+    run.json       what the run was and what its steps took (`Run`); written last: with it, all is there
+    steps.jsonl    a line for each step (`Step`)
+    plan.toml      the plan that the run followed, where there was one
+    config.toml    what was asked for, as `evenflow train` reads it
+    timeline.png   the last step, predicted and measured
+    checkpoint/    the trained parameters
+
+A folder may come from a stranger: it is data, and what is wrong in it is said with its file and its place.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from evenflow.errors import ConfigError
+from evenflow.journal.run import Run, Step
+from evenflow.plain_data import read_as
+from evenflow.plan.plan import Plan
+from evenflow.plan.plan_file import read_plan_file, write_plan
+
+_VERSION = 1
+_RUN, _STEPS, _PLAN, _CONFIG = "run.json", "steps.jsonl", "plan.toml", "config.toml"
+_MOST_BYTES = 2**30
+
+
+def claim(folder: Path) -> Path:
+    """Make `folder`, or, where there is something of that name, one called NAME-2, NAME-3, …; return which.
+
+    A folder that is there and empty is taken as it is. Raises `ConfigError` where none can be made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     _ = (claim(Path(place) / "run") / "run.json").write_text("{}")
+    ...     claim(Path(place) / "run").name
+    'run-2'
+    """
+    number, found = 1, folder
+    while True:
+        try:
+            found.mkdir(parents=True)
+            return found
+        except FileExistsError:
+            if is_free(found):
+                return found
+        except OSError as error:
+            raise ConfigError(f"cannot make the run's folder {found}: {error.strerror}") from error
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a run can be written to `folder` without touching anything: it is not there, or empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def write_run(folder: Path, run: Run, steps: Iterable[Step], *, plan: Plan | None, config: str) -> None:
+    """Write what is known of a run into its folder; `config` is the text of its configuration."""
+    _write(folder / _CONFIG, config)
+    if plan is not None:
+        _write(folder / _PLAN, write_plan(plan))
+    _write(folder / _STEPS, "".join(f"{json.dumps(asdict(step), allow_nan=False)}\n" for step in steps))
+    content = {"version": _VERSION, **asdict(run)}
+    _write(folder / _RUN, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is there only when it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run was.
+
+    Raises `ConfigError` for a folder that holds no run, or one of another version, and for what is wrong in
+    it, each with its place.
+    """
+    path = folder / _RUN
+    if not path.exists():
+        raise ConfigError(f"{folder} holds no {_RUN}: {_where(folder)}")
+    content = _json(path, _text(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no record of a run: it must be an object of JSON")
+    version = content.pop("version", None)
+    if version != _VERSION:
+        raise ConfigError(
+            f"{path}: version = {version!r}, and this Evenflow reads runs of version {_VERSION}"
+        )
+    try:
+        return read_as(Run, content, _least)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_steps(folder: Path) -> tuple[Step, ...]:
+    """Read a run's steps; raises `ConfigError` with the line for what is wrong."""
+    path = folder / _STEPS
+    steps = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        place = f"{path}, line {number}"
+        try:
+            steps.append(read_as(Step, _json(place, line), _least))
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+    return tuple(steps)
+
+
+def read_plan_of(folder: Path, run: Run) -> Plan | None:
+    """Read the plan that a run followed; None where there was none.
+
+    Raises `ConfigError` for a plan that can't be read, or that has other stages than the run.
+    """
+    path = folder / _PLAN
+    if not path.exists():
+        return None
+    plan = read_plan_file(path)
+    mine, its = ([stage.rank for stage in each.stages] for each in (run, plan))
+    if mine != its or len(run.ranks) != len(plan.ranks):
+        raise ConfigError(
+            f"{path} plans {len(its)} stages on ranks {its}, and the run had {len(mine)} on ranks {mine}: "
+            "it is not this run's plan"
+        )
+    return plan
+
+
+def _where(folder: Path) -> str:
+    """Where there are runs, if `folder` is none."""
+    runs = sorted(path.parent.name for path in folder.glob(f"*/{_RUN}")) if folder.is_dir() else []
+    if runs:
+        return f"name one of the runs in it: {', '.join(runs)}"
+    return "name a folder that `evenflow train` has written, such as runs/NAME"
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{path} has more than {_MOST_BYTES >> 20} MiB: that is no record of a run")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text ({error})") from error
+
+
+def _json(place: object, text: str) -> object:
+    try:
+        found: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place} is no JSON: {error}") from error
+    return found
+
+
+def _least(kind: type[int] | type[float], place: str) -> float:
+    if place == "loss":
+        return -math.inf
+    return 1 if kind is int and not place.endswith((".rank", ".peak_bytes")) else 0

@@ -1,0 +1,120 @@
+"""What it takes to hand tensors to a neighbour, measured over the very link that the pipeline uses."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from evenflow.graph.tree import TensorInfo
+from evenflow.ir.costs import Link as LinkCost
+from evenflow.ir.op import Payload, Recv, Send
+from evenflow.ir.placement import Placement
+from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.process_group import ProcessGroupLink
+from evenflow.runtime.world import World
+
+_SMALL, _LARGE = 2**12, 2**20  # bytes
+_WARM_UPS, _TRIPS = 3, 15
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """One direction of a link, and what an end of a transfer takes of its rank's processor."""
+
+    link: LinkCost
+    parcel_seconds: float
+    seconds_per_byte: float
+
+
+def probe(world: World, device: torch.device) -> dict[tuple[int, int], Probed]:
+    """Measure the links between neighbouring ranks, every second pair at once; collective.
+
+    Returns them by (rank, next rank). Each goes there and back; both directions are taken for equal.
+    """
+    found: dict[tuple[int, int], Probed] = {}
+    for parity in (0, 1):
+        first = world.rank - (world.rank - parity) % 2
+        pair = (first, first + 1)
+        mine = None
+        world.gather_numbers([0])  # so that both ends begin
+        if pair[0] >= 0 and pair[1] < world.size:
+            mine = (
+                pair,
+                _probed(ProcessGroupLink(device, Placement.linear(world.size)), world.rank, pair, device),
+            )
+        ends: dict[tuple[int, int], list[Probed]] = {}
+        for each in world.gather(mine):
+            if each is not None:
+                ends.setdefault(each[0], []).append(each[1])
+        found |= {pair: _mean(*both) for pair, both in ends.items()}
+    return found
+
+
+def _mean(one: Probed, other: Probed) -> Probed:
+    """The two ends of a link see the same time, and may handle their part differently."""
+    return Probed(
+        one.link,
+        (one.parcel_seconds + other.parcel_seconds) / 2,
+        (one.seconds_per_byte + other.seconds_per_byte) / 2,
+    )
+
+
+def _probed(link: Link, rank: int, pair: tuple[int, int], device: torch.device) -> Probed:
+    (small, small_busy), (large, large_busy) = (
+        _trips(link, rank, pair, device, size) for size in (_SMALL, _LARGE)
+    )
+    per_byte = max(large - small, 0.0) / (_LARGE - _SMALL)
+    latency = max(small - per_byte * _SMALL, 0.0)
+    busy_per_byte = max(large_busy - small_busy, 0.0) / (_LARGE - _SMALL)
+    return Probed(
+        LinkCost(latency, 1 / per_byte if per_byte else float("inf")),
+        max(small_busy - busy_per_byte * _SMALL, 0.0),
+        busy_per_byte,
+    )
+
+
+def _trips(
+    link: Link, rank: int, pair: tuple[int, int], device: torch.device, num_bytes: int
+) -> tuple[float, float]:
+    """Seconds of one transfer, and of this rank's processor for one end of it: a ball goes to and fro."""
+    low, high = pair
+    info = TensorInfo((num_bytes // 4,), (1,), torch.float32, False)
+    ball = (torch.zeros(num_bytes // 4, device=device),)
+
+    def there(number: int) -> tuple[Send, Recv, Manifest]:
+        manifest = Manifest(("probe", num_bytes, low, high), (info,), device)
+        return (
+            Send(low, high, number, Payload.ACTIVATION),
+            Recv(low, high, number, Payload.ACTIVATION),
+            manifest,
+        )
+
+    def back(number: int) -> tuple[Send, Recv, Manifest]:
+        manifest = Manifest(("probe", num_bytes, high, low), (info,), device)
+        return Send(high, low, number, Payload.GRADIENT), Recv(high, low, number, Payload.GRADIENT), manifest
+
+    serve, answer = (there, back) if rank == low else (back, there)
+    numbers = range(_WARM_UPS + _TRIPS)
+    link.start([answer(number)[1:] for number in numbers])
+    took, busy = [], []
+
+    def send(number: int) -> None:
+        op, _, manifest = serve(number)
+        link.send(op, ball, manifest)
+
+    def take(number: int) -> None:
+        op = answer(number)[1]
+        link.post(op)
+        link.take(op)
+
+    turns: tuple[Callable[[int], None], ...] = (send, take) if rank == low else (take, send)
+    for number in numbers:
+        start, start_busy = time.perf_counter(), time.process_time()
+        for turn in turns:
+            turn(number)
+        took.append((time.perf_counter() - start) / 2)
+        busy.append((time.process_time() - start_busy) / 2)
+    link.finish()
+    return statistics.median(took[_WARM_UPS:]), statistics.median(busy[_WARM_UPS:])

@@ -1,0 +1,73 @@
+"""What a run takes beside its nodes: the runtime's own time for ops, parcels and steps, and its buffers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from evenflow.plan.stages import StageCost
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Seconds of a rank's own time, in which it computes nothing, and buffers.
+
+    - `op_seconds`: for each forward and each backward of a stage.
+    - `parcel_seconds` and `seconds_per_byte`: for what it sends to another rank, and as much for what it
+      receives.
+    - `step_seconds`: once a step, whatever is in it.
+    - `parcels_ahead`: how many parcels beyond those in use have memory on a rank, as they arrive or leave.
+
+    All are 0 where nothing is known of them.
+    """
+
+    op_seconds: float = 0.0
+    parcel_seconds: float = 0.0
+    seconds_per_byte: float = 0.0
+    step_seconds: float = 0.0
+    parcels_ahead: int = 0
+
+    def handling_seconds(self, num_bytes: float) -> float:
+        """What one end of a transfer takes; a transfer of nothing is none.
+
+        >>> Overheads(parcel_seconds=1.0, seconds_per_byte=0.5).handling_seconds(4.0)
+        3.0
+        """
+        return self.parcel_seconds + self.seconds_per_byte * num_bytes if num_bytes else 0.0
+
+
+def as_run(
+    stages: Sequence[StageCost], rank_of: Sequence[int], overheads: Overheads, *, splits: bool
+) -> tuple[StageCost, ...]:
+    """The stages as the runtime runs them: with its own time, and with backwards as it parts them.
+
+    Where the schedule splits backwards, the weight gradient walks the whole graph once more, unless the input
+    gradient was all of it; the first stage, which nobody waits for, leaves everything to it.
+
+    >>> ends = [StageCost(n, n + 1, 1.0, 1.0, 0.5, 4.0, 2.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)]
+    >>> first, second = as_run(ends, (0, 1), Overheads(op_seconds=0.25), splits=True)
+    >>> (first.input_grad_seconds, first.weight_grad_seconds), second.weight_grad_seconds
+    ((0.0, 1.75), 1.75)
+    """
+    return tuple(_as_run(stage, number, rank_of, overheads, splits) for number, stage in enumerate(stages))
+
+
+def _as_run(
+    stage: StageCost, number: int, rank_of: Sequence[int], overheads: Overheads, splits: bool
+) -> StageCost:
+    last = len(rank_of) - 1
+    sides = (
+        (stage.received_bytes, number > 0 and rank_of[number - 1] != rank_of[number]),
+        (stage.sent_bytes, number < last and rank_of[number + 1] != rank_of[number]),
+    )
+    # Activations and gradients cross the same cuts, in opposite directions.
+    own = overheads.op_seconds + sum(overheads.handling_seconds(size) for size, leaves in sides if leaves)
+    first, rest = stage.input_grad_seconds, stage.weight_grad_seconds
+    if splits and number == 0:
+        first, rest = 0.0, first + rest
+    elif splits and rest:
+        rest += first
+    return replace(
+        stage,
+        forward_seconds=stage.forward_seconds + own,
+        input_grad_seconds=first + (own if first or not splits else 0.0),
+        weight_grad_seconds=rest + (overheads.op_seconds if splits and rest else 0.0),
+    )

@@ -1,0 +1,104 @@
+"""`evenflow show`: the tables of a run, beside its plan or alone, and what is refused."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from evenflow.cli.main import main
+from evenflow.cli.show import print_run
+from evenflow.journal.folder import write_run
+from small_runs import PLAN, RUN, STAGES, STEPS
+
+
+def shown(run=RUN, steps=STEPS, plan=PLAN, width=100):
+    """The lines that are printed, their spaces made one."""
+    file = io.StringIO()
+    print_run(Console(file=file, width=width), run, steps, plan)
+    return [" ".join(line.split()) for line in file.getvalue().splitlines()]
+
+
+def test_a_planned_run_stands_beside_its_plan():
+    lines = shown()
+    assert lines[0] == "mine: 1f1b, 2 stages, 2 ranks, microbatches: 4"
+    assert lines[2] == "12 steps, 1,000 tok/s, loss -1.250 -> -1.250"
+    assert "step 160.00 200.00 +25.0% 190.00 400.00" in lines
+    assert "its pipeline 150.00 180.00 +20.0% 170.00 300.00" in lines
+    assert "the rest 10.00 20.00 ×2.0 - -" in lines
+    assert "0 0 20.0 25.0 800.00 1000.00 +25.0%" in lines
+    assert "1 1 10.0 20.0 800.00 - -" in lines
+    assert "0 embed 10.00 10.00 +0.0% 20.00 26.00 +30.0%" in lines
+    assert "1 head 20.00 20.00 +0.0% 40.00 35.00 -12.5%" in lines
+    assert any("pipeline takes 175.00 ms; it took 180.00 ms" in line for line in lines)
+    assert lines[-1] == (
+        "Furthest from the plan: stage 0, backward, planned 20.00 ms and measured 26.00 ms a microbatch "
+        "(+30.0%)"
+    )
+
+
+def test_halves_of_backwards_are_told_apart():
+    halves = dataclasses.replace(STAGES[1], rank=0)
+    lines = shown(dataclasses.replace(RUN, stages=(halves, STAGES[1])))
+    assert "1 head 20.00 20.00 +0.0% 20.00 15.00 -25.0% 20.00 20.00 +0.0%" in lines
+
+
+def test_a_run_without_a_plan_stands_alone():
+    lines = shown(plan=None)
+    assert not any("plan" in line for line in lines)
+    assert "step 200.00 190.00 400.00" in lines
+    assert "0 0 25.0 1000.00" in lines
+    assert "0 embed 10.00 26.00" in lines
+
+
+def test_a_plan_of_other_steps_is_said_to_be_so():
+    lines = shown(dataclasses.replace(RUN, num_microbatches=8))
+    assert lines[3].startswith("The plan is of steps of 4 microbatches, and these had 8: only what one")
+    assert "step 200.00 190.00 400.00" in lines
+    assert "0 embed 10.00 10.00 +0.0% 20.00 26.00 +30.0%" in lines
+
+
+def test_nothing_is_cut_off_and_all_fits_into_a_hundred_columns():
+    long = tuple(dataclasses.replace(STAGES[1], rank=each.rank, first="layers.11" * 9) for each in STAGES)
+    file = io.StringIO()
+    print_run(Console(file=file, width=60), dataclasses.replace(RUN, stages=long), STEPS, PLAN)
+    tables = file.getvalue().partition("A step")[2].partition("Simulated")[0].splitlines()
+    assert 60 < max(map(len, tables)) <= 100
+    assert any(line.split()[0] == "stage" and line.split()[-1] == "±" for line in tables if line.split())
+
+
+def test_memory_that_nobody_knows_has_no_column():
+    ranks = tuple(dataclasses.replace(rank, peak_bytes=None) for rank in RUN.ranks)
+    unknown = dataclasses.replace(RUN, ranks=ranks, num_steps=1, num_timed=1)
+    lines = shown(unknown, plan=None)
+    assert "1 step, 1,000 tok/s, loss -1.250 -> -1.250" in lines
+    assert "0 0 25.0" in lines
+    assert not any("memory" in line for line in lines)
+    assert "0 0 20.0 25.0 800.00 - -" in shown(unknown)
+
+
+def test_without_losses_none_is_shown():
+    assert shown(steps=STEPS[1:])[2] == "12 steps, 1,000 tok/s"
+
+
+def test_the_command_reads_a_folder(tmp_path, capsys):
+    write_run(tmp_path, RUN, STEPS, plan=PLAN, config="")
+    with pytest.raises(SystemExit) as exited:
+        main(["show", str(tmp_path)])
+    assert exited.value.code == 0
+    assert capsys.readouterr().out.startswith("mine: 1f1b")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["show", str(tmp_path)])
+    assert exited.value.code == 2
+    assert "holds no run.json: name a folder that `evenflow train` has written" in capsys.readouterr().err
+
+
+def test_showing_needs_no_torch():
+    code = "import evenflow.cli.main, evenflow.cli.show, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
