@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-levers setup clean
+.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-levers setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -27,7 +27,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-search bench-partition bench-build bench-record bench-levers
+bench: bench-search bench-partition bench-build bench-record bench-plan bench-levers
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
@@ -36,6 +36,9 @@ bench-search: setup
 
 bench-partition: setup
 	$(BIN)/python benchmarks/partition.py
+
+bench-plan: setup
+	$(BIN)/python benchmarks/plan_big.py
 
 bench-record: setup
 	$(BIN)/python benchmarks/record.py

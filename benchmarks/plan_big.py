@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 
+from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.short import parse_cluster
+from evenflow.ir.costs import Link
 from evenflow.plan.plan import Plan
 from evenflow.plan.planner import NoPlanError, describe, plan
 from evenflow.plan.rank_memory import TrainingState
@@ -32,7 +34,7 @@ MIXED = TrainingState(optimizer_bytes=12.0, update_bytes=4.0, gradient_bytes=2.0
 
 @dataclass(frozen=True)
 class Layout:
-    """A published layout, and the tokens a second and device that it reached; 0 where none were published."""
+    """A published layout, and the tokens a second that each device reached; 0 where none were published."""
 
     source: str
     levers: Levers
@@ -50,7 +52,6 @@ class Case:
     state: TrainingState = MIXED
     published: tuple[Layout, ...] = ()
     sizes: tuple[int, ...] = (1, 2, 4, 8)
-    vocabulary: int = field(default=1000)
 
 
 def llama_70b() -> Any:
@@ -103,16 +104,29 @@ CASES = {
         rows=512,
         length=8192,
         published=(
+            # torchtitan's of Llama 3.1 70B (benchmarks/llama3_h100_202412_torchtitan.md, table 4): there 32
+            # of these groups of 8, here 8; and float8.
             Layout(
-                "4-way pipeline, 8-way tensor, 2-way sharded data, 1f1b",
+                "torchtitan's: 8-way tensor, the rest sharded data, all recomputed",
                 Levers(
-                    pipeline=4,
+                    pipeline=1,
                     tensor=8,
-                    data=2,
-                    stages_per_rank=1,
-                    schedule="1f1b",
                     sharding="fsdp",
+                    microbatch_size=2,
+                    recompute="full",
+                ),
+                tokens_per_second=829.0,
+            ),
+            # The Llama 3 paper's of 405B (table 4), with as many pipeline ranks as 64 devices leave.
+            Layout(
+                "the paper's of 405B: 8-way tensor, pipeline over hosts, nothing recomputed",
+                Levers(
+                    pipeline=8,
+                    tensor=8,
+                    stages_per_rank=4,
+                    schedule="interleaved-1f1b",
                     microbatch_size=1,
+                    recompute="none",
                 ),
             ),
         ),
@@ -213,8 +227,16 @@ def run(name: str) -> None:
             console.print(f"  {layout.source}: {error}")
             continue
         tell(console, f"published ({layout.source})", request, other)
+        free = replace(request, cluster=without_waiting(request.cluster), levers=layout.levers)
+        tell(console, "the same, if no transfer took time", free, plan(free))
         if layout.tokens_per_second:
             console.print(f"  reached: {layout.tokens_per_second:,.0f} tokens/s on each device")
+
+
+def without_waiting(cluster: Cluster) -> Cluster:
+    """The cluster where whatever is sent is there at once."""
+    hosts = tuple(replace(host, link=Link()) for host in cluster.hosts)
+    return Cluster(hosts, Link())
 
 
 def tell(console: Console, what: str, request: Request, found: Plan) -> None:
@@ -233,16 +255,21 @@ def tell(console: Console, what: str, request: Request, found: Plan) -> None:
     each = told.tokens_per_second / request.cluster.num_ranks
     mfu = f", {told.mfu:.1%} of the peak" if told.mfu is not None else ""
     memory = [rank.memory.allocated / 2**30 for rank in found.ranks]
-    idle = [rank.idle for rank in found.ranks]
+    idle = [max(0.0, rank.idle) for rank in found.ranks]
     console.print(
         f"    {told.step_seconds:.2f} s a step, {each:,.0f} tokens/s on each device{mfu}; memory "
         f"{min(memory):.0f} to {max(memory):.0f} GiB, idle {min(idle):.0%} to {max(idle):.0%}"
     )
     if len({rank.device for rank in found.ranks}) > 1:
+        flops, at = request.chain_of(found.microbatch_size).flops, 0
+        done = [0.0] * len(found.ranks)
+        for stage in found.stages:
+            done[stage.rank] += sum(flops[at : at + stage.num_nodes]) / sum(flops)
+            at += stage.num_nodes
         for number, rank in enumerate(found.ranks):
-            stages = [stage for stage in found.stages if stage.rank == number]
-            num_nodes = sum(stage.num_nodes for stage in stages)
-            console.print(f"    rank {number}: {rank.device}, {num_nodes} nodes, {memory[number]:.1f} GiB")
+            console.print(
+                f"    rank {number}: {rank.device}, {done[number]:.1%} of the work, {memory[number]:.1f} GiB"
+            )
 
 
 def main() -> None:

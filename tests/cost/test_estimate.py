@@ -8,7 +8,6 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 import evenflow
 from evenflow.cluster.device import Device, calibrated
-from evenflow.cluster.presets import PRESETS
 from evenflow.cost.estimate import estimate
 from evenflow.errors import ConfigError
 from evenflow.graph.fakes import FakeParameters
@@ -80,12 +79,6 @@ def test_deepseek_v3_computes_with_its_active_parameters():
     # The technical report (arXiv 2412.19437) counts 37 B active parameters, the embedding's among them.
     active = (sum(chain.flops) / length - attention) / 2 + 129280 * 7168
     assert active == pytest.approx(37e9, rel=0.05)
-
-
-@pytest.mark.parametrize(("kind", "tokens_per_second"), [("A100 80GB", 2973), ("H100", 6667)])
-def test_presets_say_what_torchtitan_published_of_llama_3_8b(kind, tokens_per_second):
-    chain = chain_of(llama(LLAMA_8B), 8192, PRESETS[kind])
-    assert 8192 / sum(chain.seconds[kind].total) == pytest.approx(tokens_per_second, rel=0.03)
 
 
 def test_times_of_a_product_that_computes_and_a_sum_that_moves():

@@ -11,7 +11,7 @@ from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
 from evenflow.plan.in_flight import InFlight
-from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, tensor_parallel
+from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import TrainingState, rank_memory
 from evenflow.plan.recompute import by_worth, recomputed
@@ -91,6 +91,32 @@ def test_experts_are_shared_by_the_ranks_that_have_the_same_ones(chain, sharding
     assert need.optimizer == pytest.approx(8 * elements)
     weights = 4 * (others / 8 + experts / 2 if sharding == "fsdp" else others + experts)
     assert need.gradients == need.parameters == pytest.approx(weights)
+
+
+def test_gathering_a_node_hides_behind_computing_it(chain):
+    times = chain.seconds[KIND]
+    sizes = [parameter.num_bytes for parameter in chain.parameters]
+    rate = sizes[1] / times.forward[1]  # so that a block comes in 3 / 4 of its forward
+    parted = fully_sharded(chain, Peers(4, Link(0.0, rate)), gradient_bytes=2.0)
+    after = parted.seconds[KIND]
+    assert after.forward[1] == times.forward[1]
+    # The embedding computes a tenth of a block, and has more parameters.
+    assert sizes[0] > sizes[1]
+    assert after.forward[0] == pytest.approx(0.75 * sizes[0] / rate)
+    both = [after.input_grad[0] + after.weight_grad[0], times.input_grad[0] + times.weight_grad[0]]
+    # Its parameters come once more, and gradients of twice their size go.
+    assert both[0] == pytest.approx(3 * 0.75 * sizes[0] / rate)
+    assert both[0] > both[1]
+    assert parted.forward_transient_bytes[1] == chain.forward_transient_bytes[1] + sizes[1] + sizes[2]
+    assert fully_sharded(chain, Peers(), gradient_bytes=1.0) is chain
+
+
+def test_what_is_gathered_node_by_node_is_not_there_at_once(chain):
+    (stage,) = stage_costs(chain, (), (KIND,))
+    state = TrainingState(8.0, 0.0)
+    need = rank_memory([stage], 0.0, state, data_ranks=4, sharding="fsdp", gathers_nodes=True)
+    assert need.parameters == stage.parameter_bytes / 4
+    assert need.transients == stage.transient_bytes
 
 
 def test_peers_sum_within_hosts_first():

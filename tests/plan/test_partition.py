@@ -209,3 +209,18 @@ def test_all_partitions_are_tried_in_these_tests():
         Placement.linear(3), (kind,) * 3, (True, True, False, True, True), (0.0,) * 5, any_order=True
     )
     assert len({(cuts, devices) for cuts, devices, *_ in every(problem)}) == 3 * 6
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_stage_that_holds_nothing_at_its_rank_s_peak():
+    kind = Kind("A100", (1.0,) * 40, 10.5)
+    problem = PartitionProblem(
+        Placement.looped(2, 4),
+        (kind, kind),
+        (True,) * 40,
+        (1.0,) * 40,
+        held=tuple(Held(1.0, (node,)) for node in range(40)),
+        in_flight=(0.0, 1.0) * 4,
+    )
+    found = partition(problem)
+    assert max(found.needed_bytes) <= 10.5 < max(found.load_seconds)

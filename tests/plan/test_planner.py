@@ -15,7 +15,7 @@ from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
 from evenflow.plan.expected import expected
 from evenflow.plan.fit import at_cuts, fitted
-from evenflow.plan.parallel import Peers, tensor_parallel
+from evenflow.plan.parallel import Peers, fully_sharded, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
 from evenflow.plan.planner import NoPlanError, choices, plan
 from evenflow.plan.price import chain_for, lower_bound, price
@@ -78,15 +78,23 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     names = asked.chain_of(found.microbatch_size).names
     again = {name for stage in found.stages for name in stage.recompute}
     nodes = [at for at, label in enumerate(node_labels(names)) if label in again]
-    chain = recomputed(
-        tensor_parallel(asked.chain_of(found.microbatch_size), Peers(choice.tensor, LINK)), nodes
-    )
+    chain = tensor_parallel(asked.chain_of(found.microbatch_size), Peers(choice.tensor, LINK))
+    if choice.gathers_nodes:
+        chain = fully_sharded(chain, Peers(choice.data, LINK), gradient_bytes=1.0)
+    chain = recomputed(chain, nodes)
     schedule = catalog.get(found.schedule)(choice.pipeline, found.stages_per_rank, found.num_microbatches)
     stages = stage_costs(chain, positions_in(found, names), ["H100"] * len(found.stages))
     peaks = peak_bytes(schedule, costs_of(stages, {}))
     for rank, peak in enumerate(peaks):
         own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
-        need = rank_memory(own, peak, asked.state, data_ranks=choice.data, sharding=choice.sharding)
+        need = rank_memory(
+            own,
+            peak,
+            asked.state,
+            data_ranks=choice.data,
+            sharding=choice.sharding,
+            gathers_nodes=choice.gathers_nodes,
+        )
         assert need == found.ranks[rank].memory
         assert need.allocated <= found.ranks[rank].cap_bytes == memory
 

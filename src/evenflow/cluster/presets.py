@@ -5,11 +5,17 @@ computes by default; 16-bit types add up in 32 bits. Memory is what nvidia-smi s
 the card is called after. A gibibyte of it is set aside for the driver's context and for what the allocator
 cannot use, and a kernel costs 5 µs: both are assumed.
 
-An efficiency makes `cost.estimate` say what was published of a whole training step (docs/performance.md of
-torchtitan, sequences of 8,192 in bfloat16): 2,973 tokens a second of Llama 3 8B on each of 64 A100, 6,667 of
-Llama 3.1 8B on each of 8 H100 (limited to 500 W). It also says 44 % of the peak for Llama 3.1 405B on H100,
-where the Llama 3 paper (table 4) has 43 %. So it holds the communication and the recomputation of those runs,
-and is rather low: one measured point of one's own is better (`calibrated`).
+An efficiency makes the planner say of a published run, with the degrees of that run, the speed that was
+published. Communication and recomputation, which the planner counts, are not in it:
+
+- A100: three runs of torchtitan on 64 (docs/performance.md; sharded over all): 2,162 tokens a second on each
+  of Llama 2 13B without recomputation, 331 of Llama 3 70B with all recomputed, and 2,973 of Llama 3 8B. They
+  need 0.68, 0.74 and 0.73.
+- H100: Llama 3.1 8B on 8 of torchtitan's (benchmarks/llama3_h100_202412_torchtitan.md): 6,667. These had
+  slower memory and no more than 500 W, so that others are likely to be faster.
+
+The last two runs recompute some operations. That cost 13.6 % of the time of Llama 2 13B in the first table,
+and is taken to cost as much here.
 """
 
 from collections.abc import Mapping
@@ -52,7 +58,7 @@ _DEVICES = (
         _HOPPER,
         memory_mib=81_559,
         gigabytes_per_second=3_350,
-        efficiency=0.46,
+        efficiency=0.535,
         source="NVIDIA H100 data sheet, SXM; efficiency by torchtitan, Llama 3.1 8B",
     ),
     _gpu(
@@ -60,7 +66,7 @@ _DEVICES = (
         _HOPPER,
         memory_mib=143_771,
         gigabytes_per_second=4_800,
-        efficiency=0.46,
+        efficiency=0.535,
         source="NVIDIA H200 data sheet, SXM; efficiency assumed: that of the H100",
     ),
     _gpu(
@@ -68,15 +74,15 @@ _DEVICES = (
         _AMPERE,
         memory_mib=81_920,
         gigabytes_per_second=2_039,
-        efficiency=0.63,
-        source="NVIDIA A100 data sheet, SXM 80 GB; efficiency by torchtitan, Llama 3 8B",
+        efficiency=0.715,
+        source="NVIDIA A100 data sheet, SXM 80 GB; efficiency by torchtitan, Llama 2 and 3",
     ),
     _gpu(
         "A100 40GB",
         _AMPERE,
         memory_mib=40_960,
         gigabytes_per_second=1_555,
-        efficiency=0.63,
+        efficiency=0.715,
         source="NVIDIA A100 data sheet, SXM 40 GB; efficiency assumed: that of the A100 80GB",
     ),
     _gpu(
@@ -100,7 +106,7 @@ _DEVICES = (
         {"float32": 35.6, "bfloat16": 71.0, "float16": 71.0},
         memory_mib=24_576,
         gigabytes_per_second=936,
-        efficiency=0.63,
+        efficiency=0.715,
         source="NVIDIA Ampere GA102 whitepaper, appendix A; efficiency assumed: that of the A100",
     ),
     Device(

@@ -181,7 +181,8 @@ def static_bytes(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held
         shared = degrees.data // degrees.expert if parameter.is_expert else degrees.data
         whole = shared if degrees.sharding == "fsdp" else 1
         states = shared if degrees.sharding != "none" else 1
-        size = float(parameter.num_bytes)  # with "fsdp" all of a stage's are gathered for the step
+        # A pipeline gathers all of a stage's for the step.
+        size = parameter.num_bytes / (whole if degrees.gathers_nodes and not parameter.is_expert else 1)
         if parameter.trains:
             size += parameter.num_bytes * state.gradient_bytes / whole
             # The first stage that uses it updates it.
@@ -212,6 +213,7 @@ def _memory(
             data_ranks=choice.degrees.data,
             expert_ranks=choice.degrees.expert,
             sharding=choice.degrees.sharding,
+            gathers_nodes=choice.degrees.gathers_nodes,
             parcels_ahead=request.overheads.parcels_ahead,
         )
         for rank, peak in enumerate(peaks)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from operator import add
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Link
@@ -174,6 +175,45 @@ def expert_parallel(chain: Chain, many: Chain, peers: Peers) -> Chain:
         seconds=_slower(seconds, 1, travel),
         forward_transient_bytes=part(chain.forward_transient_bytes, many.forward_transient_bytes),
         backward_transient_bytes=part(chain.backward_transient_bytes, many.backward_transient_bytes),
+    )
+
+
+def fully_sharded(chain: Chain, peers: Peers, *, gradient_bytes: float) -> Chain:
+    """The chain where data ranks have a part of each node's parameters, and gather all while the node runs.
+
+    They gather the next node's meanwhile, so that a node takes as long as it computes or as its parameters
+    take to come, whichever is longer; in the backward they come again, and gradients are summed and parted.
+    `gradient_bytes` are those of each byte of a parameter. Experts stay where they are.
+
+    Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023.
+    """
+    if peers.num_ranks == 1:
+        return chain
+    whole, trained = [0.0] * chain.num_nodes, [0.0] * chain.num_nodes
+    for parameter in chain.parameters:
+        for node in () if parameter.is_expert else parameter.nodes:
+            whole[node] += parameter.num_bytes
+            trained[node] += parameter.num_bytes * parameter.trains
+    # A sum of all is a sum that is parted, and a gathering.
+    gather = [peers.all_reduce_seconds(size) / 2 for size in whole]
+    part = [peers.all_reduce_seconds(size * gradient_bytes) / 2 for size in trained]
+
+    def overlapped(each: Seconds) -> Seconds:
+        forward = map(max, each.forward, gather)
+        backward = zip(each.input_grad, each.weight_grad, gather, part, strict=True)
+        return Seconds(
+            tuple(forward),
+            tuple(max(first, come + go - rest) for first, rest, come, go in backward),
+            each.weight_grad,
+        )
+
+    # Besides the node's own, the next one's are there.
+    there = tuple(own + after for own, after in zip(whole, (*whole[1:], 0.0), strict=True))
+    return replace(
+        chain,
+        seconds={kind: overlapped(each) for kind, each in chain.seconds.items()},
+        forward_transient_bytes=tuple(map(add, chain.forward_transient_bytes, there)),
+        backward_transient_bytes=tuple(map(add, chain.backward_transient_bytes, there)),
     )
 
 

@@ -28,6 +28,15 @@ class Degrees:
         """How many devices that takes."""
         return self.pipeline * self.data * self.tensor * self.context
 
+    @property
+    def gathers_nodes(self) -> bool:
+        """Whether parameters are gathered node by node, while these run; in a pipeline, once for a step.
+
+        >>> Degrees(data=8, sharding="fsdp").gathers_nodes, Degrees(4, 2, sharding="fsdp").gathers_nodes
+        (True, False)
+        """
+        return self.sharding == "fsdp" and self.pipeline == 1 and self.data > 1
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:

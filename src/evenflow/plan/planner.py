@@ -72,8 +72,9 @@ def plan(
 ) -> Plan:
     """Return the fastest plan that fits.
 
-    Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds`; what is
-    left then is what a choice of a higher estimate might gain, and no more than the plan's gap.
+    Pricing goes on until all that is left is estimated to be slower, or, once something fits, for about
+    `budget_seconds`; what is left then is what a choice of a higher estimate might gain, and no more than the
+    plan's gap.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
@@ -82,7 +83,7 @@ def plan(
     for seen in search.run():
         if progress is not None:
             progress(seen, search.num_choices, search.best_seconds)
-        if time.perf_counter() - start > budget_seconds:
+        if search.found and time.perf_counter() - start > budget_seconds:
             break
     found = sorted(search.found, key=lambda priced: priced.step_seconds)
     return _plan(request, found or search.refuse(), search.bound_seconds)
@@ -158,13 +159,13 @@ class _Search:
 
     def _save(self, candidate: _Candidate) -> None:
         """Put a choice back with each of the savings that may fit, up to the first that has room."""
-        chain = candidate.chain
-        all_again = cheapest_to_hold(chain, range(chain.num_nodes))
         for number, (sharding, recompute) in enumerate(candidate.savings, 1):
             degrees = replace(candidate.choice.degrees, sharding=sharding)
             choice = replace(candidate.choice, degrees=degrees, recompute=recompute)
             if not self._request.allows(choice):
                 continue
+            chain = chain_for(self._request, choice) if degrees.gathers_nodes else candidate.chain
+            all_again = cheapest_to_hold(chain, range(chain.num_nodes))
             try:
                 refuse_at_once(self._request, choice, chain if recompute == "none" else all_again)
                 told = expected(self._request, choice, chain)
@@ -176,7 +177,8 @@ class _Search:
             else:
                 left = candidate.savings[number:] if told.is_roomy else ()
                 self._push(_Candidate(choice, chain, left, told), told.seconds, fits=told.fits)
-                if told.is_roomy:
+                # To gather node by node hides the sums of gradients, with or without room.
+                if told.is_roomy and (degrees.pipeline > 1 or sharding == "fsdp"):
                     return
 
     def _price(self, candidate: _Candidate, told: Expected) -> None:
@@ -204,8 +206,10 @@ class _Search:
 
     def _savings(self, choice: Choice) -> Iterator[tuple[Sharding, str]]:
         levers = self._request.levers
-        # "selective" may recompute everything; what it must not leave out is only done on demand.
-        hows = ("none", "selective") if levers.recompute is None else (levers.recompute,)
+        # "selective" may recompute everything: "full" is for those who can't choose.
+        chooses = self._request.allows(replace(choice, recompute="selective"))
+        open_ones = ("none", "selective" if chooses else "full")
+        hows = open_ones if levers.recompute is None else (levers.recompute,)
         for recompute in hows:
             for sharding in _SHARDINGS if choice.degrees.data > 1 else _SHARDINGS[:1]:
                 if levers.sharding in (None, sharding):

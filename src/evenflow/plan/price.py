@@ -10,7 +10,7 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, together
 from evenflow.plan.fit import Fit, Group, fitted, groups_of
-from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, tensor_parallel
+from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory
 from evenflow.plan.recompute import recomputed
@@ -44,12 +44,18 @@ class Priced:
 
 
 def chain_for(request: Request, choice: Choice) -> Chain:
-    """The program as one device of the choice's degrees sees it, without recomputation."""
+    """The program as one device of the choice's degrees sees it, without recomputation.
+
+    Only parameters that are gathered node by node make a difference between ways to share them.
+    """
     degrees, size = choice.degrees, choice.microbatch_size
     chain = _parted(request, degrees, size)
     if degrees.expert > 1:
         peers = Peers.of(request.cluster, stride=degrees.tensor * degrees.context, count=degrees.expert)
         chain = expert_parallel(chain, _parted(request, degrees, size * degrees.expert), peers)
+    if degrees.gathers_nodes:
+        peers = Peers.of(request.cluster, stride=degrees.tensor * degrees.context, count=degrees.data)
+        chain = fully_sharded(chain, peers, gradient_bytes=request.state.gradient_bytes)
     return replace(chain, parameters=together(chain.parameters))
 
 
@@ -120,6 +126,8 @@ def sum_seconds(request: Request, degrees: Degrees, others_bytes: float, expert_
     if degrees.data == 1:
         return 0.0
     stride, num_alike = degrees.tensor * degrees.context, degrees.data // degrees.expert
+    if degrees.gathers_nodes:
+        others_bytes = 0.0  # summed on the way (`parallel.fully_sharded`)
     everyone = Peers.of(request.cluster, stride=stride, count=degrees.data)
     alike = Peers.of(request.cluster, stride=stride * degrees.expert, count=num_alike)
     factor = request.state.gradient_bytes
@@ -145,15 +153,17 @@ def _update_seconds(request: Request, schedule: Schedule, fit: Fit) -> float:
 def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:
     """Seconds that no cut, no schedule and no saving of memory of this choice can beat.
 
-    Each microbatch takes the most loaded rank at least `least_load`, and the gradients that a rank must sum
-    are at least the mean of all ranks.
+    Each microbatch takes the most loaded rank at least `least_load`. In a pipeline, the gradients that a rank
+    must sum besides are at least the mean of all ranks.
     """
+    load = least_load(chain, groups_of(request.cluster, choice.degrees))
+    if choice.degrees.pipeline == 1:
+        return choice.num_microbatches * load
     trained = [parameter for parameter in chain.parameters if parameter.trains]
     others, experts = (
         sum(each.num_bytes for each in trained if each.is_expert is mixed) / choice.degrees.pipeline
         for mixed in (False, True)
     )
-    load = least_load(chain, groups_of(request.cluster, choice.degrees))
     return choice.num_microbatches * load + sum_seconds(request, choice.degrees, others, experts)
 
 

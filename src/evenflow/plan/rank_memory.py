@@ -62,6 +62,7 @@ def rank_memory(
     data_ranks: int = 1,
     expert_ranks: int = 1,
     sharding: Sharding = "none",
+    gathers_nodes: bool = False,
     communicator_bytes: float = 0.0,
     parcels_ahead: int = 0,
 ) -> RankMemory:
@@ -70,8 +71,9 @@ def rank_memory(
     The peak lies in the backward, or in the optimizer's step, when no activations are held: whichever is
     higher counts, and what the step needs beyond stands among the transients. With "zero1" the data ranks
     share the optimizer's states, with "fsdp" parameters and gradients too; a step then gathers all of its
-    stages' parameters, which count among the transients. Of the data ranks, `expert_ranks` have other
-    experts each, so that experts are shared by so many times fewer.
+    stages' parameters, which count among the transients, unless it `gathers_nodes` one after the other: the
+    stage's own transients hold those already (experts are not gathered so). Of the data ranks, `expert_ranks`
+    have other experts each, so that experts are shared by so many times fewer.
 
     Source of the sharding: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", 2020.
@@ -88,7 +90,11 @@ def rank_memory(
     gradients = share(lambda s: s.trained_bytes, lambda s: s.expert_trained_bytes, whole)
     elements = share(lambda s: s.owned_elements, lambda s: s.expert_owned_elements, shards)
     transients = max(stage.transient_bytes for stage in stages)
-    transients += sum(stage.parameter_bytes for stage in stages) - parameters
+
+    def gathered(stage: StageCost) -> float:
+        return stage.expert_parameter_bytes if gathers_nodes else stage.parameter_bytes
+
+    transients += sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes, whole)
     boundary = max(_boundary_bytes(stage, parcels_ahead) for stage in stages)
     update = elements * state.update_bytes
     in_update = max(0.0, update - activation_peak_bytes - transients - boundary)

@@ -50,7 +50,7 @@ class RunMemory:
         return np.asarray(
             others.num_bytes
             + self.static[at]
-            + in_flight * self.held[at]
+            + (in_flight * self.held[at] if in_flight else 0.0)  # what is infinite stays so in `static`
             + np.maximum(self.transient[at], others.transient)
         )
 
@@ -164,7 +164,7 @@ class Runs:
             transient[:valid] = np.maximum(transient[:valid], per_step[steps - 1 :])
             transient[valid:] = math.inf
             rows.append((static.grown(steps), held.grown(steps), transient.copy()))
-            if (rows[-1][0] + least * rows[-1][1] + transient).min() > limit_bytes:
+            if (rows[-1][0] + (least * rows[-1][1] if least else 0.0) + transient).min() > limit_bytes:
                 break
         return RunMemory(limit_bytes, *(np.array(column) for column in zip(*rows, strict=True)))
 

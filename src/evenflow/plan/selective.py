@@ -14,7 +14,7 @@ from evenflow.plan.fit import Fit, at_cuts, fitted, groups_of
 from evenflow.plan.recompute import by_worth, cheapest_to_hold, recomputed
 from evenflow.plan.request import Choice, Request
 
-_ROUNDS = 6  # of cutting; few change anything after the third
+_ROUNDS = 3  # of cutting; more hardly change anything
 _SETTLED = 1e-3  # a rank whose slowness changes by less is cut for
 
 
