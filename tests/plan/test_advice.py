@@ -76,6 +76,12 @@ def test_what_was_given_is_taken_back_first():
     assert "recomputation left open: 2 pipeline ranks, 1f1b, 16 microbatches of 1, full recomp" in str(told)
 
 
+def test_what_was_given_may_be_left_open_together():
+    told = advice(request(boxes(*["H100"] * 4, memory=3.8e6), levers=PIPELINE_ONLY))
+    assert "all levers left open" in whats(told)
+    assert "tensor parallelism left open" not in whats(told)  # it would need recomputation too
+
+
 def test_the_size_of_a_microbatch_is_one_of_the_changes():
     smaller = advice(CASES["large microbatches"]).changes
     assert "the size of a microbatch left open" in [change.what for change in smaller]

@@ -19,7 +19,7 @@ from evenflow.plan.planner import NoPlanError, choices, describe
 from evenflow.plan.price import Priced, chain_for, price
 from evenflow.plan.rank_memory import RankMemory, Sharding, TrainingState
 from evenflow.plan.recompute import recomputed
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Choice, Levers, Request
 from evenflow.plan.stages import stage_costs
 
 _LORA_RANK = 16
@@ -145,14 +145,23 @@ def _priced(request: Request, choice: Choice, chain: Chain) -> Priced | None:
 
 
 def _changes(request: Request) -> Iterator[Change | None]:
-    for lever, what in _LEVERS.items():
-        if getattr(request.levers, lever) is not None:
-            left_open: dict[str, Any] = {lever: None}  # levers differ in their types
-            yield _change(what, replace(request, levers=replace(request.levers, **left_open)))
+    yield from _levers_left_open(request)
     yield _more_devices(request)
     stateless = replace(request.state, optimizer_bytes=0.0, update_bytes=0.0)
     yield _change("SGD without momentum", replace(request, state=stateless))
     yield _change(f"LoRA of rank {_LORA_RANK} on all matrices (an estimate)", _adapted(request))
+
+
+def _levers_left_open(request: Request) -> list[Change]:
+    """Each lever that was given left open, where that suffices; else all of them."""
+    found = []
+    for lever, what in _LEVERS.items():
+        if getattr(request.levers, lever) is not None:
+            left_open: dict[str, Any] = {lever: None}  # levers differ in their types
+            found.append(_change(what, replace(request, levers=replace(request.levers, **left_open))))
+    alone = [each for each in found if each is not None]
+    together = None if alone else _change("all levers left open", replace(request, levers=Levers()))
+    return alone if together is None else [together]
 
 
 def _change(what: str, request: Request) -> Change | None:

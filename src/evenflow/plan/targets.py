@@ -5,9 +5,9 @@ All of them cut between whole layers only. What they say of themselves, and wher
 - torchtitan: `torchtitan/config/parallelism.py` of https://github.com/pytorch/torchtitan (modules of each
   stage by name; schedules by the names of torch.distributed.pipelining, whose sizes
   `torch/distributed/pipelining/schedules.py` checks). Of data ranks beside other kinds it shards all states.
-- Megatron-LM: docs/user-guide/parallelism-guide.md and docs/user-guide/features/pipeline_parallel_layout.md
-  of https://github.com/NVIDIA/Megatron-LM (a layout of stages as text). It shards parameters without a
-  pipeline alone.
+- Megatron-LM: docs/user-guide/parallelism-guide.md of https://github.com/NVIDIA/Megatron-LM, and the "Custom
+  Pipeline Model Parallel Layout" (experimental) of https://docs.nvidia.com/megatron-core/developer-guide/latest/
+  user-guide/features/pipeline_parallel_layout.html. FSDP beside a pipeline is left out: torch's is refused.
 - DeepSpeed: https://www.deepspeed.ai/tutorials/pipeline/ (`PipelineModule`, which spreads its list of
   layers "uniform"ly, or those of a "type:" evenly; "parameters" is not used, as ties between its partitions
   are not documented). Its pipelines refuse ZeRO beyond stage 1 (`deepspeed/runtime/pipe/engine.py`), and
