@@ -14,7 +14,6 @@ import torch
 from five_models import MODELS, build
 
 import evenflow
-from evenflow.cost.storages import Made
 from evenflow.launcher import launch
 from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
@@ -23,7 +22,7 @@ from evenflow.plan.planner import describe, plan
 from evenflow.plan.request import Levers, choice_of
 from evenflow.runtime.world import World
 
-ROUNDS, WARM_UPS, STEPS = 5, 2, 5
+ROUNDS, WARM_UPS, STEPS = 3, 2, 5
 RANKS = 2
 _MIB = 2.0**20
 
@@ -46,31 +45,28 @@ def adamw(named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
 def on_rank(name: str, levers: Levers, rounds: int) -> list[Found]:
     """What each rank does."""
     world = world_of("cpu")
-    found = []
-    for number in range(rounds):
-        model, loss, batch = build(name)
-        run = Run(model, loss, batch, adamw, levers=levers)
-        made = plan(measured_request(run, world, torch.device("cpu")))
-        made = world.share(made, 0)
-        pipe = evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
-        seconds = _step_seconds(pipe, batch, world)
-        peak = _peak_bytes(pipe, batch) if number == 0 else 0.0
-        cut = "+".join(str(stage.num_nodes) for stage in made.stages)
-        found.append(
-            Found(
-                f"{describe(choice_of(made))}, {cut} nodes",
-                made.prediction.step_seconds,
-                seconds,
-                tuple(rank.memory.allocated for rank in made.ranks),
-                tuple(world.gather(peak)),
-            )
-        )
-        if world.rank == 0:
-            print(
-                f"  {found[-1].described}: {made.prediction.step_seconds:.3f} s promised, {seconds:.3f} s",
-                flush=True,
-            )
-        pipe.close()
+    return [_round(name, levers, world) for _ in range(rounds)]
+
+
+def _round(name: str, levers: Levers, world: World) -> Found:
+    model, loss, batch = build(name)
+    request = measured_request(Run(model, loss, batch, adamw, levers=levers), world, torch.device("cpu"))
+    made = world.share(plan(request), 0)
+    pipe = evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
+    seconds = _step_seconds(pipe, batch, world)
+    _, peak = pipe.meter.peak_bytes(lambda: pipe.step(batch))
+    pipe.close()
+    cut = "+".join(str(stage.num_nodes) for stage in made.stages)
+    found = Found(
+        f"{describe(choice_of(made))}, {cut} nodes",
+        made.prediction.step_seconds,
+        seconds,
+        tuple(rank.memory.allocated for rank in made.ranks),
+        tuple(world.gather(peak)),
+    )
+    if world.rank == 0:
+        told = f"{found.promised_seconds:.3f} s promised, {seconds:.3f} s measured"
+        print(f"  {found.described}: {told}", flush=True)
     return found
 
 
@@ -83,21 +79,6 @@ def _step_seconds(pipe: Pipeline, batch: Any, world: World) -> float:
         world.gather_numbers([0])
         took.append(time.perf_counter() - start)
     return statistics.median(took[WARM_UPS:])
-
-
-def _peak_bytes(pipe: Pipeline, batch: Any) -> float:
-    """The most bytes of tensors that a rank held in a step: what lasts, and what the step made."""
-    pipe.step(batch)
-    parts = pipe._parts  # noqa: SLF001 (what a pipeline holds is nobody else's business)
-    parts.updater.clear()
-    here = [each for each in parts.model.parameters() if not each.is_meta]
-    lasting = sum({each.untyped_storage().data_ptr(): each.nbytes for each in here}.values())
-    for optimizer in parts.updater.optimizers.values():
-        states = (each for state in optimizer.state.values() for each in state.values())
-        lasting += sum(each.nbytes for each in states if isinstance(each, torch.Tensor))
-    with Made(torch.device("cpu")) as made:
-        pipe.step(batch)
-    return lasting + made.peak_bytes
 
 
 def main() -> None:

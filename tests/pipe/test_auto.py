@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import evenflow
 from evenflow.cost.optimizer import optimizer_cost
@@ -44,6 +45,10 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+def adamw(named):
+    return torch.optim.AdamW([parameter for _, parameter in named], foreach=False)
+
+
 def refuses_to_measure(*_, **__):
     raise RecordError("no")
 
@@ -73,6 +78,12 @@ def on_two_ranks():
             found["asked for it"] = str(error)
     finally:
         auto.measured_request = whole
+    wide, batch = mlp(64, 512, 512, 512, 512, 64), {"x": torch.randn(256, 64), "y": torch.randn(256, 64)}
+    pipe = evenflow.pipeline(wide, loss=mean_square, example=batch, optimizer=adamw, plan="auto")
+    pipe.step(batch)
+    peak = pipe.meter.peak_bytes(lambda: pipe.step(batch))[1]
+    found["peaks"] = pipe.plan.ranks[dist.get_rank()].memory.allocated, peak
+    pipe.close()
     world = world_of("cpu")
     run = Run(mlp(4, 64, 1), mean_square, regression(16), sgd)
     request = measured_request(run, world, CPU)
@@ -150,6 +161,12 @@ def test_links_and_the_runtime_are_measured():
     assert 0 < overheads.op_seconds < 0.1
     assert overheads.parcels_ahead > 0
     assert results()[0]["sizes"] == (1, 2, 4, 8), "each rank has at least one microbatch"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_promised_peak_is_kept(rank):
+    promised, measured = results()[rank]["peaks"]
+    assert promised == pytest.approx(measured, rel=0.1)
 
 
 def test_one_process_has_nothing_to_plan():

@@ -226,6 +226,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
                 cut, placement, {name: (owner[name], parameters[name].numel()) for name in parameters}
             ),
             loaded=None if load is None else Path(load),
+            plan=given.plan,
         )
     )
 

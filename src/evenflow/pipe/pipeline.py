@@ -29,6 +29,7 @@ from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.times import Times
 from evenflow.pipe.update import Updater
+from evenflow.plan.plan import Plan
 from evenflow.runtime.executor import Executor, Job, Reading, Result
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.microbatch import join
@@ -78,12 +79,14 @@ class Parts:
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
     loaded: Path | None  # the folder that the weights came from
+    plan: Plan | None
 
 
 class Pipeline:
     """Trains a model cut into stages; see `evenflow.pipeline` for an example.
 
-    `cut` tells what each stage holds, `reduction` how the step's loss is put together from the microbatches'.
+    `cut` tells what each stage holds, `reduction` how the step's loss is put together from the microbatches',
+    and `plan` is the plan that the pipeline follows, its own or a given one (None where there is none).
     `is_main` is true on the one process that should print and write files.
     """
 
@@ -91,6 +94,7 @@ class Pipeline:
         self._parts = parts
         self.cut = parts.summaries
         self.reduction = parts.reduction
+        self.plan = parts.plan
         self.is_main = parts.world.rank == 0
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
