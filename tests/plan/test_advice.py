@@ -8,9 +8,8 @@ from test_planner import boxes, request
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.short import parse_cluster
-from evenflow.ir.costs import Link
 from evenflow.plan.advice import NothingFitsError, advised, fitting, too_large
-from evenflow.plan.parallel import tensor_parallel
+from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.planner import NoPlanError, choices, plan
 from evenflow.plan.price import chain_for, price
 from evenflow.plan.problem import DoesNotFitError
@@ -141,7 +140,7 @@ def test_that_degree_is_the_least(memory):
     for parts, fits in ((degree, True), (degree - 1, False)):
         parted = replace(
             asked,
-            chain_of=lambda rows, n=parts: tensor_parallel(language_model(asked.cluster)(rows), n, Link()),
+            chain_of=lambda rows, n=parts: tensor_parallel(language_model(asked.cluster)(rows), Peers(n)),
         )
         assert (too_large(parted) is None) == fits
 

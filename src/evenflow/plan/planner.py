@@ -72,8 +72,9 @@ def plan(
 ) -> Plan:
     """Return the fastest plan that fits.
 
-    Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds`; what is
-    left then is what a choice of a higher estimate might gain, and no more than the plan's gap.
+    Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds` if a plan
+    was found by then; what is left is what a choice of a higher estimate might gain, and no more than the
+    plan's gap.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
@@ -82,7 +83,7 @@ def plan(
     for seen in search.run():
         if progress is not None:
             progress(seen, search.num_choices, search.best_seconds)
-        if time.perf_counter() - start > budget_seconds:
+        if search.found and time.perf_counter() - start > budget_seconds:
             break
     found = sorted(search.found, key=lambda priced: priced.step_seconds)
     return _plan(request, found or search.refuse(), search.bound_seconds)
