@@ -21,7 +21,7 @@ def test_the_map_of_the_design_names_every_file():
     page = (ROOT / "docs" / "design.md").read_text()
     (drawn,) = re.findall(r"```\nsrc/evenflow/\n(.*?)```", page, re.DOTALL)
     source = ROOT / "src" / "evenflow"
-    named: dict[str, set[str]] = {"": set()}
+    place, named = "", dict[str, set[str]]()
     for line in drawn.splitlines():
         folder = re.match(r"  (?:   +)?(\w+)/ ", line)
         place = folder[1] if folder else place if line.startswith("    ") else ""
