@@ -15,3 +15,23 @@ def test_every_file_that_a_page_links_to_is_there(page):
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_map_of_the_design_names_every_file():
+    page = (ROOT / "docs" / "design.md").read_text()
+    (drawn,) = re.findall(r"```\nsrc/evenflow/\n(.*?)```", page, re.DOTALL)
+    source = ROOT / "src" / "evenflow"
+    place, named = "", dict[str, set[str]]()
+    for line in drawn.splitlines():
+        folder = re.match(r"  (?:   +)?(\w+)/ ", line)
+        place = folder[1] if folder else place if line.startswith("    ") else ""
+        names = re.split(r" {3,}", line[folder.end() :].strip() if folder else line.strip())[0]
+        named.setdefault(place, set()).update(names.split())
+    missing = [
+        str(path.relative_to(source))
+        for path in sorted(source.rglob("*.py"))
+        # Each method of the catalog has a file of its own: the map says so, and names none.
+        if not path.stem.startswith("__") and path.parent.name != "schedules"
+        if path.stem not in named.get("" if path.parent == source else path.parent.name, set())
+    ]
+    assert not missing

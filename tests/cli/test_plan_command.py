@@ -155,8 +155,8 @@ def test_what_would_fit_is_told_in_the_shell(capsys):
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("torchtitan", '[["tok_embeddings", "layers.0", '),
-        ("megatron", '--pipeline-model-parallel-layout "Et*'),
+        ("torchtitan", '[["tok_embeddings", "layers.0"'),
+        ("megatron", '--pipeline-model-parallel-layout "Et'),
         ("deepspeed", '"train_batch_size": 8'),
     ],
 )

@@ -8,8 +8,9 @@ be not to pipeline.
 
 Choices are priced in the order of an estimate: first the least work, and the idle time that their schedule
 has with equal stages; then, for those that are next by that, with what memory and recomputation add
-(`expected.py`). What is estimated above the best that was found is not priced. The bound that a plan states
-is a strict one: of all choices, priced or not, the least work spread without a loss.
+(`expected.py`). What is estimated above the best that was found is not priced. Of the best few the cuts are
+then moved as long as that helps (`refine.py`). The bound that a plan states is a strict one: of all choices,
+priced or not, the least work spread without a loss.
 """
 
 import heapq
@@ -38,6 +39,7 @@ from evenflow.plan.price import Priced, chain_for, lower_bound, price
 from evenflow.plan.problem import DoesNotFitError, check_places
 from evenflow.plan.rank_memory import Sharding
 from evenflow.plan.recompute import cheapest_to_hold
+from evenflow.plan.refine import refined
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import stretch_of
 
@@ -72,8 +74,8 @@ def plan(
 ) -> Plan:
     """Return the fastest plan that fits.
 
-    Pricing goes on until all that is left is estimated to be slower, or, once something fits, for about
-    `budget_seconds`; what is left then is what a choice of a higher estimate might gain, and no more than the
+    Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds` if a plan
+    was found by then; what is left is what a choice of a higher estimate might gain, and no more than the
     plan's gap.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
@@ -85,8 +87,15 @@ def plan(
             progress(seen, search.num_choices, search.best_seconds)
         if search.found and time.perf_counter() - start > budget_seconds:
             break
-    found = sorted(search.found, key=lambda priced: priced.step_seconds)
-    return _plan(request, found or search.refuse(), search.bound_seconds)
+    if not search.found:
+        search.refuse()
+    best = sorted(search.found, key=_step_seconds)[: 1 + _NUM_RUNNERS_UP]
+    best = sorted((refined(request, priced) for priced in best), key=_step_seconds)
+    return _plan(request, best, search.bound_seconds)
+
+
+def _step_seconds(priced: Priced) -> float:
+    return priced.step_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +354,7 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         stages,
         ranks,
         _prediction(request, best, chain, bound_seconds),
-        tuple(_runner_up(priced) for priced in found[1 : 1 + _NUM_RUNNERS_UP]),
+        tuple(_runner_up(priced) for priced in found[1:]),
     )
 
 

@@ -89,6 +89,11 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
             fit = fitted(request, choice, recomputed(chain, nodes))
         case _:
             nodes, fit = fitted_selectively(request, choice, chain)
+    return priced_fit(request, choice, nodes, fit)
+
+
+def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fit) -> Priced:
+    """Schedule and simulate a choice as it was cut, where these nodes are recomputed."""
     schedule, costs = fit.schedule, fit.costs
     makespan = simulate(schedule, Flow.chain(len(fit.stages)), costs).makespan_seconds
     work = costs.work_seconds(schedule.placement, choice.num_microbatches, trains=True)
