@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from evenflow.runtime.backward import receive
+from evenflow.cost.storages import Memory
+from evenflow.runtime.backward import receive, root_of
 
 USES = {
     "transposed": lambda x: (x.t().contiguous() ** 2).sum(),
@@ -48,3 +49,28 @@ def test_the_graph_ends_at_the_boundary():
     outer = torch.ones(2, requires_grad=True)
     (receive(outer * 2, 0, {})[0] * 3).sum().backward()
     assert outer.grad is None
+
+
+def test_what_arrived_is_held_only_as_long_as_its_numbers_are_needed():
+    arrived = torch.ones(4)
+    memory, sink = Memory(arrived), {}
+    entered, leaf = receive(arrived, 0, sink)
+    used = entered * 2.0
+    root = root_of(used)
+    outcome = Memory(used)
+    del arrived, entered, used
+    assert not memory.alive, "the product of a number needs no input"
+    assert not outcome.alive, "where the walk begins needs no numbers"
+    torch.autograd.backward([root], [torch.ones(4)], inputs=[leaf])
+    assert torch.equal(sink[0], torch.full((4,), 2.0))
+
+
+def test_what_is_saved_stays():
+    arrived = torch.ones(4)
+    memory = Memory(arrived)
+    entered, _ = receive(arrived, 0, {})
+    used = entered.exp() * entered
+    del arrived, entered
+    assert memory.alive
+    del used
+    assert not memory.alive

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from evenflow.cost.storages import Memory
 from evenflow.errors import PeerError, ScheduleError
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
@@ -22,7 +23,7 @@ from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.local import LocalLink
-from evenflow.runtime.links.process_group import ProcessGroupLink
+from evenflow.runtime.links.process_group import SENDS_AHEAD, ProcessGroupLink
 from evenflow.runtime.links.rendezvous import Meeting
 
 CPU = torch.device("cpu")
@@ -469,6 +470,37 @@ def test_a_parcel_is_the_receivers_own():
 
 
 # -- a peer that dies
+
+
+def send_many() -> list[int]:
+    """How many of the tensors that were sent are still held, after each send and at the end."""
+    dist.init_process_group("gloo")
+    rank, number = dist.get_rank(), 8
+    link = ProcessGroupLink(CPU, Placement.linear(2))
+    transfers = [Transfer(0, 1, microbatch, (numbers(1000),)) for microbatch in range(number)]
+    if rank == 1:
+        link.start([(each.recv, each.manifest) for each in transfers])
+        for each in transfers:
+            link.post(each.recv)
+            link.take(each.recv)
+        link.finish()
+        return []
+    link.start([])
+    held, alive = [], []
+    while transfers:
+        each = transfers.pop(0)
+        link.send(each.send, each.parcel, each.manifest)
+        held.append(Memory(each.parcel[0]))
+        del each
+        alive.append(sum(memory.alive for memory in held))
+    link.finish()
+    return [*alive, sum(memory.alive for memory in held)]
+
+
+def test_what_has_left_is_let_go_of():
+    alive = launch(send_many, nproc=2)[0]
+    assert max(alive) == SENDS_AHEAD
+    assert alive[-1] == 0
 
 
 def lose_a_peer(folder, role: str) -> None:
