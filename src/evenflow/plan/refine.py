@@ -21,7 +21,7 @@ from evenflow.plan.recompute import recomputed
 from evenflow.plan.request import Request
 
 _DISTANCES = (1, 2, 4)  # of a move, in places where a cut may stand
-_MOST_OPS = 400_000  # simulated for one plan: a number, so that plans don't depend on the machine's speed
+_MOST_OPS = 200_000  # simulated for one plan: a number, so that plans don't depend on the machine's speed
 
 
 def refined(request: Request, priced: Priced) -> Priced:
