@@ -68,6 +68,11 @@ class Cache:
     def __init__(self, folder: Path | None, place: Place) -> None:
         self._folder, self._place = folder, place
 
+    @property
+    def device(self) -> str:
+        """The kind of device that the measurements are of."""
+        return self._place.device
+
     def find(self, signature: str) -> Measured | None:
         """What was measured under this signature, if anything was."""
         path = self._path(signature)

@@ -40,13 +40,14 @@ class Profile:
 
     `alike` gives for each node the first one that was measured for it too, as places in the chain;
     `num_measured` nodes were measured now, and not found in the cache. `op_seconds` is what a forward or a
-    backward takes beside its nodes.
+    backward takes beside its nodes. `measured` holds the name of a node and its costs, by signature.
     """
 
     chain: Chain
     alike: tuple[int, ...]
     num_measured: int
     op_seconds: float
+    measured: Mapping[str, tuple[str, Measured]]
 
 
 def profile(
@@ -88,7 +89,10 @@ def profile(
     )
     alike = tuple(first[profiler.signs[node.index]] for node in graph.chain)
     entry = statistics.median(one.entry_seconds for one in profiler.measured.values())
-    return Profile(chain, alike, profiler.num_measured, op_seconds=entry / 2)
+    named = {
+        profiler.signs[n.index]: (n.name, profiler.measured[profiler.signs[n.index]]) for n in graph.nodes
+    }
+    return Profile(chain, alike, profiler.num_measured, op_seconds=entry / 2, measured=named)
 
 
 class _Profiler:

@@ -16,7 +16,7 @@ import torch
 
 from evenflow.cluster.cluster import Cluster, Host
 from evenflow.cluster.device import Device
-from evenflow.cost.cache import device_name
+from evenflow.cost.cache import Cache, Place, device_name
 from evenflow.cost.local_device import local_device
 from evenflow.cost.optimizer import OptimizerCost, OptimizerFactory, optimizer_cost
 from evenflow.cost.profile import Profile
@@ -36,6 +36,7 @@ from evenflow.runtime.world import World
 _SIZES = (1, 2, 4, 8, 16, 32)  # rows of a microbatch that are tried
 # Agreeing on the batch and the result: 4 to 10 ms on two CPU cores over Gloo (measured 2026-11-22).
 _STEP_SECONDS = 6e-3
+_SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
 _BUDGET_SECONDS = 0.15  # to measure each distinct node
 _FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
@@ -130,7 +131,19 @@ def _chain(
     for each in profiles:
         if isinstance(each, EvenflowError):
             raise each
+    _keep_means(profiles, Cache(cache, Place.of(device)))
     return _together(profiles), profiles[world.rank].op_seconds
+
+
+def _keep_means(profiles: Sequence[Profile], cache: Cache) -> None:
+    """Keep the means of what the ranks measured: the next time all find the same."""
+    alike = [each for each in profiles if each.chain.seconds.keys() == {cache.device}]
+    for sign, (name, first) in alike[0].measured.items() if any(each.num_measured for each in alike) else ():
+        every = [each.measured[sign][1] for each in alike]
+        means: dict[str, Any] = {
+            field: statistics.fmean(getattr(each, field) for each in every) for field in _SECONDS
+        }
+        cache.keep(sign, name, replace(first, **means))
 
 
 def _together(profiles: Sequence[Profile]) -> Chain:
