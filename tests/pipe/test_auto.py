@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 
 import evenflow
+from evenflow.cost.cache import user_folder
 from evenflow.cost.optimizer import optimizer_cost
 from evenflow.errors import ConfigError, RecordError
 from evenflow.launcher import launch
@@ -87,6 +88,8 @@ def on_two_ranks():
     world = world_of("cpu")
     run = Run(mlp(4, 64, 1), mean_square, regression(16), sgd)
     request = measured_request(run, world, CPU)
+    chains = [measured_request(run, world, CPU, cache=user_folder()).chain_of(1) for _ in range(2)]
+    found["twice"] = [next(iter(chain.seconds.values())).total for chain in chains]
     found["links"] = probe(world, CPU)
     found["sizes"] = request.microbatch_sizes
     found["overheads"] = request.overheads
@@ -129,6 +132,11 @@ def test_the_numbers_are_those_of_the_unsplit_model(name):
 
 def test_nothing_is_measured_twice():
     assert not measurings(results()[0]["again"][2])
+
+
+def test_the_next_run_finds_what_all_ranks_measured_together():
+    first, second = results()[0]["twice"]
+    assert second == pytest.approx(first, rel=1e-9)
 
 
 def test_what_is_given_is_kept():
