@@ -74,3 +74,13 @@ def test_what_is_saved_stays():
     assert memory.alive
     del used
     assert not memory.alive
+
+
+def test_a_view_taken_without_gradients_has_no_root():
+    made = torch.ones(4, requires_grad=True) * 2
+    with torch.no_grad():
+        view = made[:1]
+    assert view.requires_grad, "as torch has it"
+    assert root_of(view) is None
+    assert root_of(made[:1]) is not None
+    assert root_of(torch.nn.Parameter(torch.ones(4, 4)[:2])) is not None

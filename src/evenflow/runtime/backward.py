@@ -57,4 +57,6 @@ def root_of(tensor: torch.Tensor) -> GradientEdge | None:
     >>> root_of(weight * 2).node.name(), root_of(torch.ones(2))
     ('MulBackward0', None)
     """
-    return get_gradient_edge(tensor) if tensor.requires_grad else None
+    # A view taken without gradients says that it wants one, and has no part in the graph.
+    apart = not tensor.requires_grad or (tensor.grad_fn is None and tensor._is_view())
+    return None if apart else get_gradient_edge(tensor)
