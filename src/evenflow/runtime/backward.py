@@ -58,5 +58,5 @@ def root_of(tensor: torch.Tensor) -> GradientEdge | None:
     ('MulBackward0', None)
     """
     # A view taken without gradients says that it wants one, and has no part in the graph.
-    apart = not tensor.requires_grad or (tensor.grad_fn is None and tensor._is_view())
+    apart = not tensor.requires_grad or (tensor.grad_fn is None and tensor._is_view())  # noqa: SLF001 (it has no other name)
     return None if apart else get_gradient_edge(tensor)
