@@ -15,7 +15,7 @@ from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.world import World
 
-_SMALL, _LARGE = 2**12, 2**20  # bytes
+_SMALL, _LARGE = 2**12, 2**23  # bytes; the large one is in no cache
 _WARM_UPS, _TRIPS = 3, 15
 
 

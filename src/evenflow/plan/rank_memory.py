@@ -95,7 +95,7 @@ def rank_memory(
         return stage.expert_parameter_bytes if gathers_nodes else stage.parameter_bytes
 
     transients += sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes, whole)
-    boundary = max(_boundary_bytes(stage, parcels_ahead) for stage in stages)
+    boundary = _boundary_bytes(stages, parcels_ahead)
     update = elements * state.update_bytes
     in_update = max(0.0, update - activation_peak_bytes - transients - boundary)
     return RankMemory(
@@ -109,7 +109,8 @@ def rank_memory(
     )
 
 
-def _boundary_bytes(stage: StageCost, parcels_ahead: int) -> float:
-    """What lies in buffers at both cuts: a parcel each, and those ahead, which are of both sizes in turn."""
-    sides = [size for size in (stage.received_bytes, stage.sent_bytes) if size]
-    return sum(sides) * (1 + parcels_ahead / len(sides)) if sides else 0.0
+def _boundary_bytes(stages: Sequence[StageCost], parcels_ahead: int) -> float:
+    """What lies in buffers: a parcel at both cuts of a stage, and those ahead, of any cut in turn."""
+    sides = [size for stage in stages for size in (stage.received_bytes, stage.sent_bytes) if size]
+    in_use = max(stage.received_bytes + stage.sent_bytes for stage in stages)
+    return in_use + (parcels_ahead * sum(sides) / len(sides) if sides else 0.0)
