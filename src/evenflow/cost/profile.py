@@ -27,6 +27,7 @@ from evenflow.graph.graph import Graph, Node
 from evenflow.graph.modules import python_kept
 from evenflow.graph.tree import BatchLeaf, CallSource
 from evenflow.plan.chain import Chain
+from evenflow.runtime.host_memory import keep_freed_memory
 from evenflow.runtime.rng import generators_restored
 
 # Is told the name of the node that comes next, how many are done, and how many there are to measure.
@@ -72,6 +73,8 @@ def profile(
     that cannot run by itself.
     """
     place = Place.of(device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
     with contextlib.ExitStack() as stack:
         stack.enter_context(python_kept(model))
         stack.enter_context(generators_restored([torch.device("cpu"), device]))

@@ -20,6 +20,7 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe.agree import Prepared
 from evenflow.plan.partition import balanced_cuts
 from evenflow.runtime import microbatch as microbatches
+from evenflow.runtime.host_memory import keep_freed_memory
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 from evenflow.schedules import catalog
@@ -81,6 +82,8 @@ def device_kind(device: str | torch.device | None) -> str:
 
 def world_of(kind: str) -> World:
     """The processes of this run: torch.distributed's if it is set up or the elastic launcher started us."""
+    if kind == "cpu":
+        keep_freed_memory()
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
