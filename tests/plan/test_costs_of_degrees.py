@@ -10,7 +10,8 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.in_flight import InFlight
+from evenflow.plan.chain import Held
+from evenflow.plan.in_flight import InFlight, Peak, StageBytes
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import TrainingState, rank_memory
@@ -84,7 +85,8 @@ def test_expert_parallel_parts_experts_alone(chain):
 def test_experts_are_shared_by_the_ranks_that_have_the_same_ones(chain, sharding):
     parted = expert_parallel(with_experts(chain), with_experts(chain), Peers(4, Link()))
     (stage,) = stage_costs(parted, (), (KIND,))
-    need = rank_memory([stage], 0.0, TrainingState(8.0, 0.0), data_ranks=8, expert_ranks=4, sharding=sharding)
+    state, peak = TrainingState(8.0, 0.0), Peak(0.0, 1.0, 0.0, 0.0)
+    need = rank_memory([stage], peak, state, data_ranks=8, expert_ranks=4, sharding=sharding)
     experts = chain.parameters[1].num_elements / 4
     others = sum(parameter.num_elements for parameter in chain.parameters) - 4 * experts
     elements = others + experts if sharding == "none" else others / 8 + experts / 2
@@ -114,9 +116,10 @@ def test_gathering_a_node_hides_behind_computing_it(chain):
 def test_what_is_gathered_node_by_node_is_not_there_at_once(chain):
     (stage,) = stage_costs(chain, (), (KIND,))
     state = TrainingState(8.0, 0.0)
-    need = rank_memory([stage], 0.0, state, data_ranks=4, sharding="fsdp", gathers_nodes=True)
+    peak = Peak(0.0, 5.0, 0.0, 0.0)
+    need = rank_memory([stage], peak, state, data_ranks=4, sharding="fsdp", gathers_nodes=True)
     assert need.parameters == stage.parameter_bytes / 4
-    assert need.transients == stage.transient_bytes
+    assert need.transients == 5.0
 
 
 def test_peers_sum_within_hosts_first():
@@ -154,22 +157,25 @@ def test_what_is_held_by_two_stages_counts_in_both(chain):
 @pytest.mark.parametrize("sharding", ["none", "zero1", "fsdp"])
 def test_ranks_share_what_sharding_says(chain, sharding):
     (stage,) = stage_costs(chain, (), (KIND,))
-    need = rank_memory([stage], 100.0, TrainingState(8.0, 0.0), data_ranks=4, sharding=sharding)
+    peak = Peak(100.0, 5.0, 0.0, 0.0)
+    need = rank_memory([stage], peak, TrainingState(8.0, 0.0), data_ranks=4, sharding=sharding)
     weights = stage.parameter_bytes
     assert need.optimizer == (2 * weights if sharding == "none" else weights / 2)
     assert need.gradients == need.parameters == (weights / 4 if sharding == "fsdp" else weights)
     gathered = 0.75 * weights if sharding == "fsdp" else 0.0
-    assert need.transients == stage.transient_bytes + gathered
+    assert need.transients == 5.0 + gathered
     assert need.allocated == pytest.approx(need.parameters * 2 + need.optimizer + need.transients + 100.0)
 
 
 def test_an_update_that_needs_most_is_the_peak(chain):
     (stage,) = stage_costs(chain, (), (KIND,))
-    calm = rank_memory([stage], 100.0, TrainingState(8.0, 0.0))
-    peak = rank_memory([stage], 100.0, TrainingState(8.0, 4.0))
-    assert peak.allocated == pytest.approx(
-        calm.allocated - 100.0 - stage.transient_bytes + stage.parameter_bytes
-    )
+    weights = stage.parameter_bytes
+    before_gradients = Peak(weights + 100.0, 0.0, 0.0, gradients=0.0)
+    calm = rank_memory([stage], before_gradients, TrainingState(8.0, 0.0))
+    assert (calm.gradients, calm.activations) == (0.0, weights + 100.0)
+    busy = rank_memory([stage], before_gradients, TrainingState(8.0, 4.0))
+    assert (busy.gradients, busy.activations, busy.transients) == (weights, 0.0, weights)
+    assert busy.allocated == 5 * weights
 
 
 @pytest.mark.parametrize("name", sorted(_REPEATS))
@@ -203,7 +209,51 @@ def test_stages_in_flight_add_up_to_the_rank_s_peak(name):
     saved = tuple(draw.uniform(1, 2) for _ in range(stages))
     kept = tuple(draw.uniform(0, 1) for _ in range(stages))
     uneven = replace(costs, activation_bytes=saved, weight_grad_bytes=kept)
-    assert InFlight(schedule).peak_bytes(saved, kept) == pytest.approx(peak_bytes(schedule, uneven))
+    peaks = InFlight(schedule).peaks(list(map(StageBytes, saved, kept)))
+    assert [peak.total for peak in peaks] == pytest.approx(peak_bytes(schedule, uneven))
+
+
+def test_transients_count_while_their_op_runs():
+    # Rank 0 runs F0 F1 B0 F2 B1 B2, rank 1 F0 B0 F1 B1 F2 B2.
+    flying = InFlight(catalog.get("1f1b")(2, 1, 3))
+    first, last = flying.peaks(
+        [StageBytes(10.0, backward_transient=4.0), StageBytes(10.0, forward_transient=4.0)]
+    )
+    assert (first.activations, first.transients) == (20.0, 4.0)
+    assert (last.activations, last.transients) == (10.0, 4.0)
+
+
+def test_gradients_are_there_from_the_first_backward_on():
+    once, often = (
+        InFlight(catalog.get("1f1b")(2, 1, number)).peaks([StageBytes(10.0, gradients=5.0)] * 2)
+        for number in (2, 3)
+    )
+    assert [peak.gradients for peak in once] == [0.0, 5.0]  # rank 0 holds both before it goes back
+    assert [peak.total for peak in often] == [25.0, 15.0]
+
+
+@pytest.mark.parametrize(
+    ("receives", "sends", "boundary"), [(0, 0, 0.0), (1, 0, 3.0), (4, 0, 6.0), (0, 1, 3.0)]
+)
+def test_parcels_have_memory_before_and_after(receives, sends, boundary):
+    # The last rank runs F0 B0 F1 B1 F2 B2: at first two parcels are to come, and from F1 on one was sent.
+    flying = InFlight(catalog.get("1f1b")(2, 1, 3), receives_ahead=receives, sends_ahead=sends)
+    _, last = flying.peaks([StageBytes(10.0, sent=3.0), StageBytes(10.0, received=3.0)])
+    assert last.boundary == boundary
+
+
+def test_a_backward_frees_what_later_nodes_saved(chain):
+    """The transient of a stage's first node comes when all but its own is gone."""
+    heavy = replace(
+        chain,
+        saved=tuple(Held(8.0, (node,)) for node in range(chain.num_nodes)),
+        backward_transient_bytes=(20.0, *[0.0] * (chain.num_nodes - 2), 5.0),
+    )
+    later = 8.0 * (chain.num_nodes - 1)
+    (whole,) = stage_costs(heavy, (), (KIND,))
+    assert whole.backward_transient_bytes == max(5.0, 20.0 - later)
+    (split,) = stage_costs(heavy, (), (KIND,), splits=True)
+    assert split.backward_transient_bytes == 20.0
 
 
 def test_sizes_between_and_beyond_two_lie_on_their_line():

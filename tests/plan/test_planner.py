@@ -15,6 +15,7 @@ from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
 from evenflow.plan.expected import expected
 from evenflow.plan.fit import at_cuts, fitted
+from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, fully_sharded, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
 from evenflow.plan.planner import NoPlanError, choices, plan
@@ -23,6 +24,7 @@ from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.rank_memory import TrainingState, rank_memory
 from evenflow.plan.recompute import by_worth, recomputed
 from evenflow.plan.request import Levers, Request
+from evenflow.plan.scheduled import splits
 from evenflow.plan.selective import fitted_selectively
 from evenflow.plan.stages import costs_of, stage_costs
 from evenflow.schedules import catalog
@@ -83,9 +85,26 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
         chain = fully_sharded(chain, Peers(choice.data, LINK), gradient_bytes=1.0)
     chain = recomputed(chain, nodes)
     schedule = catalog.get(found.schedule)(choice.pipeline, found.stages_per_rank, found.num_microbatches)
-    stages = stage_costs(chain, positions_in(found, names), ["H100"] * len(found.stages))
-    peaks = peak_bytes(schedule, costs_of(stages, {}))
+    kinds = ["H100"] * len(found.stages)
+    stages = stage_costs(chain, positions_in(found, names), kinds, splits=splits(schedule))
+    held = peak_bytes(schedule, costs_of(stages, {}))
+    flying = InFlight(schedule, receives_ahead=1, sends_ahead=1)
+    peaks = flying.peaks(
+        [
+            StageBytes(
+                each.saved_bytes,
+                each.kept_bytes,
+                each.forward_transient_bytes,
+                each.backward_transient_bytes,
+                each.received_bytes,
+                each.sent_bytes,
+                each.trained_bytes * asked.state.gradient_bytes,
+            )
+            for each in stages
+        ]
+    )
     for rank, peak in enumerate(peaks):
+        assert 0 < peak.activations <= held[rank] * (1 + 1e-9)
         own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
         need = rank_memory(
             own,

@@ -171,7 +171,8 @@ def _overheads(links: Sequence[Probed], op_seconds: float) -> Overheads:
         median([each.parcel_seconds for each in links]),
         median([each.seconds_per_byte for each in links]),
         _STEP_SECONDS,
-        parcels_ahead=RECEIVES_AHEAD + SENDS_AHEAD if links else 0,
+        receives_ahead=RECEIVES_AHEAD,
+        sends_ahead=SENDS_AHEAD,
     )
 
 

@@ -272,6 +272,9 @@ def _needs_alone(chain: Chain, state: TrainingState) -> list[float]:
         stage.parameter_bytes
         + stage.trained_bytes * state.gradient_bytes
         + stage.owned_elements * state.optimizer_bytes
-        + max(stage.saved_bytes + stage.transient_bytes, stage.owned_elements * state.update_bytes)
+        + max(
+            stage.saved_bytes + max(stage.forward_transient_bytes, stage.backward_transient_bytes),
+            stage.owned_elements * state.update_bytes,
+        )
         for stage in stages
     ]

@@ -11,6 +11,7 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
+from evenflow.plan.in_flight import StageBytes
 from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
 from evenflow.plan.plan import Degrees
@@ -110,10 +111,11 @@ def at_cuts(
     """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices."""
     schedule = schedule_of(choice)
     rank_of = schedule.placement.rank_of
-    stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of])
-    stages = as_run(stages, rank_of, request.overheads, splits=splits(schedule))
+    in_two = splits(schedule)
+    stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of], splits=in_two)
+    stages = as_run(stages, rank_of, request.overheads, splits=in_two)
     costs = costs_of(stages, _links(request.cluster, groups))
-    memory = _memory(request, choice, schedule, stages, costs)
+    memory = _memory(request, choice, schedule, stages)
     return Fit(tuple(positions), tuple(groups), schedule, stages, costs, memory)
 
 
@@ -202,9 +204,21 @@ def _links(cluster: Cluster, groups: Sequence[Group]) -> dict[tuple[int, int], L
 
 
 def _memory(
-    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost], costs: Costs
+    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost]
 ) -> tuple[RankMemory, ...]:
-    peaks = in_flight(choice).peak_bytes(costs.activation_bytes, costs.weight_grad_bytes)
+    ahead = request.overheads.receives_ahead, request.overheads.sends_ahead
+    sizes = [
+        StageBytes(
+            stage.saved_bytes,
+            min(stage.kept_bytes, stage.saved_bytes),
+            stage.forward_transient_bytes,
+            stage.backward_transient_bytes,
+            stage.received_bytes,
+            stage.sent_bytes,
+            stage.trained_bytes * request.state.gradient_bytes,
+        )
+        for stage in stages
+    ]
     return tuple(
         rank_memory(
             [stages[stage] for stage in schedule.placement.stages_on(rank)],
@@ -214,7 +228,6 @@ def _memory(
             expert_ranks=choice.degrees.expert,
             sharding=choice.degrees.sharding,
             gathers_nodes=choice.degrees.gathers_nodes,
-            parcels_ahead=request.overheads.parcels_ahead,
         )
-        for rank, peak in enumerate(peaks)
+        for rank, peak in enumerate(in_flight(choice, *ahead).peaks(sizes))
     )

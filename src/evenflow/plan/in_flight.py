@@ -1,38 +1,84 @@
 """What each rank of a schedule holds when it holds most."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from evenflow.ir.op import Forward, InputGrad, WeightGrad
+from evenflow.ir.op import Backward, Forward, InputGrad, SimpleOp, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
-from evenflow.rules import results
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class StageBytes:
+    """What one microbatch has of a stage in memory, and what the stage has once; bytes.
+
+    - `saved`: from the forward until the input gradient; `kept`: what of it stays until the weight gradient.
+    - `forward_transient` and `backward_transient`: beside that, while its forward or its backward runs.
+    - `received` and `sent`: of a parcel between it and the stage before, and the stage behind.
+    - `gradients`: of its weights, from the end of the first backward on.
+    """
+
+    saved: float
+    kept: float = 0.0
+    forward_transient: float = 0.0
+    backward_transient: float = 0.0
+    received: float = 0.0
+    sent: float = 0.0
+    gradients: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What a rank holds at the moment when it holds most: bytes."""
+
+    activations: float
+    transients: float
+    boundary: float
+    gradients: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.activations + self.transients + self.boundary + self.gradients
 
 
 class InFlight:
-    """What a schedule's ranks hold at the moments when one may hold most: when a forward has allocated.
+    """What a schedule's ranks hold at the moments when one may hold most: while each op runs.
 
-    Any number of costs can then be asked about, without a walk through the schedule.
+    Any number of costs can then be asked about, without a walk through the schedule. Parcels have memory
+    before they are used, as the next `receives_ahead` that a rank expects, and after: the last `sends_ahead`
+    that it has sent.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, *, receives_ahead: int = 0, sends_ahead: int = 0) -> None:
         self.placement = schedule.placement
-        self._moments = tuple(_moments(schedule, rank) for rank in range(schedule.placement.num_ranks))
+        self._moments = tuple(
+            np.array(list(dict.fromkeys(_Walk(schedule, rank, receives_ahead, sends_ahead).moments())))
+            for rank in range(schedule.placement.num_ranks)
+        )
 
-    def peak_bytes(self, saved: Sequence[float], kept: Sequence[float]) -> tuple[float, ...]:
-        """The most that each rank holds, where stages save so much for a microbatch.
-
-        `kept` of it stays between the input gradient and the weight gradient. It is what `memory.peak_bytes`
-        finds of the schedule.
+    def peaks(self, stages: Sequence[StageBytes]) -> tuple[Peak, ...]:
+        """Each rank's peak, for stages of these sizes.
 
         >>> from evenflow.schedules.one_f_one_b import one_f_one_b
-        >>> InFlight(one_f_one_b(num_ranks=2, stages_per_rank=1, num_microbatches=6)).peak_bytes(
-        ...     [1, 5], [0, 0]
-        ... )
-        (2.0, 5.0)
+        >>> schedule = one_f_one_b(num_ranks=2, stages_per_rank=1, num_microbatches=6)
+        >>> first, last = InFlight(schedule).peaks([StageBytes(1.0), StageBytes(5.0, gradients=4.0)])
+        >>> first.total, last.activations, last.gradients
+        (2.0, 5.0, 4.0)
         """
-        return tuple(float(held.max()) for held in self._held(saved, kept))
+        return tuple(self._peak(rank, stages) for rank in range(self.placement.num_ranks))
+
+    def _peak(self, rank: int, stages: Sequence[StageBytes]) -> Peak:
+        sizes = np.array([astuple(stages[stage]) for stage in self.placement.stages_on(rank)])
+        held = (self._moments[rank] * sizes).sum(axis=1)  # [moment, what]
+        most = held[held.sum(axis=1).argmax()]
+        saved, kept, forward, backward, received, sent, gradients = map(float, most)
+        return Peak(saved + kept, forward + backward, received + sent, gradients)
 
     def microbatches(self, *, kept_share: float = 1.0) -> tuple[float, ...]:
         """For each stage, what it holds at its rank's peak, in microbatches.
@@ -45,42 +91,72 @@ class InFlight:
         >>> InFlight(schedule).microbatches()
         (3.0, 2.0, 1.0)
         """
-        num_stages = self.placement.num_stages
-        most = [held.argmax() for held in self._held([1.0] * num_stages, [kept_share] * num_stages)]
-        found = [0.0] * num_stages
-        for rank, (moments, at) in enumerate(zip(self._moments, most, strict=True)):
-            for (whole, kept), stage in zip(moments[at], self.placement.stages_on(rank), strict=True):
-                found[stage] = float(whole + kept_share * kept)
+        found = [0.0] * self.placement.num_stages
+        for rank, moments in enumerate(self._moments):
+            held = moments[:, :, 0] + kept_share * moments[:, :, 1]  # [moment, stage]
+            most = held[held.sum(axis=1).argmax()]
+            for stage, number in zip(self.placement.stages_on(rank), most, strict=True):
+                found[stage] = float(number)
         return tuple(found)
 
-    def _held(self, saved: Sequence[float], kept: Sequence[float]) -> list[npt.NDArray[np.float64]]:
-        found = []
-        for rank, moments in enumerate(self._moments):
-            stages = self.placement.stages_on(rank)
-            sizes = np.array([(saved[stage], kept[stage]) for stage in stages], dtype=float)
-            found.append((moments * sizes).sum(axis=(1, 2)))
-        return found
+
+_Moment = tuple[tuple[int, ...], ...]  # [stage of the rank][field of `StageBytes`]: how many of it are there
+_FIELDS = tuple(StageBytes.__dataclass_fields__)
+_SAVED, _KEPT, _FORWARD, _BACKWARD, _RECEIVED, _SENT, _GRADIENTS = range(len(_FIELDS))
 
 
-def _moments(schedule: Schedule, rank: int) -> npt.NDArray[np.float64]:
-    """Different holdings of a rank: `[moment, stage of the rank]`, microbatches held whole and in part."""
-    stages = schedule.placement.stages_on(rank)
-    place = {stage: at for at, stage in enumerate(stages)}
-    held = [[0, 0] for _ in stages]
-    found: dict[tuple[tuple[int, int], ...], None] = {}
-    for op in schedule.ranks[rank]:
-        made = results(op)
-        for result in made:
-            if isinstance(result, Forward):
-                held[place[result.stage]][0] += 1
-                found[tuple((whole, kept) for whole, kept in held)] = None
-        for result in made:
-            match result:
-                case InputGrad(stage):
-                    held[place[stage]][0] -= 1
-                    held[place[stage]][1] += 1
-                case WeightGrad(stage):
-                    held[place[stage]][1] -= 1
-                case Forward():
-                    pass
-    return np.array(list(found), dtype=float)
+class _Walk:
+    """Walks through a rank's ops and tells what is there while each runs."""
+
+    def __init__(self, schedule: Schedule, rank: int, receives_ahead: int, sends_ahead: int) -> None:
+        self._placement = schedule.placement
+        self._place = {stage: at for at, stage in enumerate(schedule.placement.stages_on(rank))}
+        self._ops = [part for op in schedule.ranks[rank] for part in parts(op)]
+        self._held = [[0] * len(_FIELDS) for _ in self._place]
+        self._coming = deque(parcel for op in self._ops if (parcel := self._taken(op)) is not None)
+        self._ahead = receives_ahead
+        self._leaving: deque[tuple[int, int]] = deque(maxlen=sends_ahead)
+
+    def moments(self) -> Iterator[_Moment]:
+        """What is there while each op runs."""
+        for op in self._ops:
+            own = self._held[self._place[op.stage]]
+            if self._taken(op) is not None:
+                self._coming.popleft()
+            own[_SAVED] += isinstance(op, Forward)
+            yield self._during(op)
+            if isinstance(op, Backward | InputGrad):
+                own[_SAVED] -= 1
+                own[_KEPT] += isinstance(op, InputGrad)
+            if isinstance(op, WeightGrad):
+                own[_KEPT] -= 1
+            if isinstance(op, Backward | WeightGrad):
+                own[_GRADIENTS] = 1
+            if (parcel := self._given(op)) is not None:
+                self._leaving.append(parcel)
+
+    def _during(self, op: SimpleOp) -> _Moment:
+        found = [list(each) for each in self._held]
+        found[self._place[op.stage]][_FORWARD if isinstance(op, Forward) else _BACKWARD] = 1
+        for place, side in (*list(self._coming)[: self._ahead], *self._leaving):
+            found[place][side] += 1
+        return tuple(map(tuple, found))
+
+    def _taken(self, op: SimpleOp) -> tuple[int, int] | None:
+        """The parcel from another rank that an op uses: the stage's place on the rank, and on which side."""
+        if isinstance(op, WeightGrad):
+            return None
+        return self._parcel(op.stage, _RECEIVED if isinstance(op, Forward) else _SENT)
+
+    def _given(self, op: SimpleOp) -> tuple[int, int] | None:
+        """The parcel to another rank that an op makes."""
+        if isinstance(op, WeightGrad):
+            return None
+        return self._parcel(op.stage, _SENT if isinstance(op, Forward) else _RECEIVED)
+
+    def _parcel(self, stage: int, side: int) -> tuple[int, int] | None:
+        other = stage + (1 if side == _SENT else -1)
+        rank_of = self._placement.rank_of
+        if not 0 <= other < len(rank_of) or rank_of[other] == rank_of[stage]:
+            return None
+        return self._place[stage], side

@@ -14,16 +14,18 @@ class Overheads:
     - `parcel_seconds` and `seconds_per_byte`: for what it sends to another rank, and as much for what it
       receives.
     - `step_seconds`: once a step, whatever is in it.
-    - `parcels_ahead`: how many parcels beyond those in use have memory on a rank, as they arrive or leave.
+    - `receives_ahead` and `sends_ahead`: how many parcels have memory on a rank before they are used, and
+      after they were sent.
 
-    All are 0 where nothing is known of them.
+    Where nothing is known of them, seconds are 0, and one parcel comes and one goes.
     """
 
     op_seconds: float = 0.0
     parcel_seconds: float = 0.0
     seconds_per_byte: float = 0.0
     step_seconds: float = 0.0
-    parcels_ahead: int = 0
+    receives_ahead: int = 1
+    sends_ahead: int = 1
 
     def handling_seconds(self, num_bytes: float) -> float:
         """What one end of a transfer takes; a transfer of nothing is none.
@@ -42,7 +44,9 @@ def as_run(
     Where the schedule splits backwards, the weight gradient walks the whole graph once more, unless the input
     gradient was all of it; the first stage, which nobody waits for, leaves everything to it.
 
-    >>> ends = [StageCost(n, n + 1, 1.0, 1.0, 0.5, 4.0, 2.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)]
+    >>> ends = [
+    ...     StageCost(n, n + 1, 1.0, 1.0, 0.5, 4.0, 2.0, 0.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)
+    ... ]
     >>> first, second = as_run(ends, (0, 1), Overheads(op_seconds=0.25), splits=True)
     >>> (first.input_grad_seconds, first.weight_grad_seconds), second.weight_grad_seconds
     ((0.0, 1.75), 1.75)

@@ -5,9 +5,10 @@ allocator can't use, is a device's `reserved_bytes`, and no part of these.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias
 
+from evenflow.plan.in_flight import Peak
 from evenflow.plan.stages import StageCost
 
 Sharding: TypeAlias = Literal["none", "zero1", "fsdp"]  # of data ranks: nothing, optimizer states, everything
@@ -31,7 +32,7 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """The bytes that a rank has allocated at its peak, by category.
+    """The bytes that a rank has allocated at its peak, by category: what is there at that moment.
 
     `boundary`: buffers of tensors that arrive and leave. `communicators`: what their libraries allocate.
     """
@@ -56,7 +57,7 @@ class RankMemory:
 
 def rank_memory(
     stages: Sequence[StageCost],
-    activation_peak_bytes: float,
+    peak: Peak,
     state: TrainingState,
     *,
     data_ranks: int = 1,
@@ -64,16 +65,16 @@ def rank_memory(
     sharding: Sharding = "none",
     gathers_nodes: bool = False,
     communicator_bytes: float = 0.0,
-    parcels_ahead: int = 0,
 ) -> RankMemory:
-    """What a rank with these stages has allocated at its peak, where its schedule holds so many activations.
+    """What a rank with these stages has allocated at its peak, where its schedule's ops reach that `peak`.
 
-    The peak lies in the backward, or in the optimizer's step, when no activations are held: whichever is
-    higher counts, and what the step needs beyond stands among the transients. With "zero1" the data ranks
-    share the optimizer's states, with "fsdp" parameters and gradients too; a step then gathers all of its
-    stages' parameters, which count among the transients, unless it `gathers_nodes` one after the other: the
-    stage's own transients hold those already (experts are not gathered so). Of the data ranks, `expert_ranks`
-    have other experts each, so that experts are shared by so many times fewer.
+    The peak lies among the ops or in the optimizer's step, when every gradient is there and no activation:
+    whichever is higher counts. Gradients come with the first backwards; between data ranks they are taken to
+    be there always, in buffers that are summed. With "zero1" the data ranks share the optimizer's states,
+    with "fsdp" parameters and gradients too; a step then gathers all of its stages' parameters, which count
+    among the transients, unless it `gathers_nodes` one after the other: the stage's own transients hold those
+    already (experts are not gathered so). Of the data ranks, `expert_ranks` have other experts each, so that
+    experts are shared by so many times fewer.
 
     Source of the sharding: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", 2020.
@@ -88,29 +89,27 @@ def rank_memory(
 
     parameters = share(lambda s: s.parameter_bytes, lambda s: s.expert_parameter_bytes, whole)
     gradients = share(lambda s: s.trained_bytes, lambda s: s.expert_trained_bytes, whole)
+    gradients *= state.gradient_bytes
     elements = share(lambda s: s.owned_elements, lambda s: s.expert_owned_elements, shards)
-    transients = max(stage.transient_bytes for stage in stages)
 
     def gathered(stage: StageCost) -> float:
         return stage.expert_parameter_bytes if gathers_nodes else stage.parameter_bytes
 
-    transients += sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes, whole)
-    boundary = _boundary_bytes(stages, parcels_ahead)
-    update = elements * state.update_bytes
-    in_update = max(0.0, update - activation_peak_bytes - transients - boundary)
-    return RankMemory(
+    extra = sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes, whole)
+    in_ops = RankMemory(
         parameters=parameters,
-        gradients=gradients * state.gradient_bytes,
+        gradients=gradients if data_ranks > 1 else peak.gradients,
         optimizer=elements * state.optimizer_bytes,
-        activations=activation_peak_bytes,
-        transients=transients + in_update,
-        boundary=boundary,
+        activations=peak.activations,
+        transients=peak.transients + extra,
+        boundary=peak.boundary,
         communicators=communicator_bytes,
     )
-
-
-def _boundary_bytes(stages: Sequence[StageCost], parcels_ahead: int) -> float:
-    """What lies in buffers: a parcel at both cuts of a stage, and those ahead, of any cut in turn."""
-    sides = [size for stage in stages for size in (stage.received_bytes, stage.sent_bytes) if size]
-    in_use = max(stage.received_bytes + stage.sent_bytes for stage in stages)
-    return in_use + (parcels_ahead * sum(sides) / len(sides) if sides else 0.0)
+    in_update = replace(
+        in_ops,
+        gradients=gradients,
+        activations=0.0,
+        transients=elements * state.update_bytes,
+        boundary=0.0,
+    )
+    return max(in_ops, in_update, key=lambda memory: memory.allocated)

@@ -32,9 +32,9 @@ def splits(schedule: Schedule) -> bool:
     return any(isinstance(op, InputGrad) for op in schedule.ranks[0])
 
 
-def in_flight(choice: Choice) -> InFlight:
+def in_flight(choice: Choice, receives_ahead: int = 0, sends_ahead: int = 0) -> InFlight:
     """What is in flight in the schedule; raises `ConfigError` where it cannot serve the choice's sizes."""
-    return _in_flight(*_sizes(choice))
+    return _in_flight(*_sizes(choice), receives_ahead, sends_ahead)
 
 
 def microbatches_in_flight(choice: Choice, chain: Chain) -> tuple[float, ...]:
@@ -83,8 +83,16 @@ def _schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbatches:
 
 
 @lru_cache(maxsize=512)
-def _in_flight(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> InFlight:
-    return InFlight(_schedule(name, num_ranks, stages_per_rank, num_microbatches))
+def _in_flight(
+    name: str,
+    num_ranks: int,
+    stages_per_rank: int,
+    num_microbatches: int,
+    receives_ahead: int = 0,
+    sends_ahead: int = 0,
+) -> InFlight:
+    schedule = _schedule(name, num_ranks, stages_per_rank, num_microbatches)
+    return InFlight(schedule, receives_ahead=receives_ahead, sends_ahead=sends_ahead)
 
 
 @lru_cache(maxsize=512)

@@ -1,9 +1,10 @@
 """What each stage of a cut chain costs: seconds, and bytes of every kind that planning counts."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import sub
 from typing import TypeVar
 
 from evenflow.ir.costs import Costs, Link
@@ -17,10 +18,10 @@ class StageCost:
     """One stage: nodes `start` to `end` of the chain, without the last. All for one microbatch.
 
     `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
-    `transient_bytes` is the most that one node allocates besides; `received_bytes` and `sent_bytes` cross the
-    cuts before and behind it, in one direction. Of its parameters, `trained_bytes` get gradients, and
-    `owned_elements` are updated here: a parameter of several stages is its first one's. What of these three
-    belongs to experts stands beside them.
+    `forward_transient_bytes` and `backward_transient_bytes` are the most that is there besides, while one of
+    them runs; `received_bytes` and `sent_bytes` cross the cuts before and behind it, in one direction. Of its
+    parameters, `trained_bytes` get gradients, and `owned_elements` are updated here: a parameter of several
+    stages is its first one's. What of these three belongs to experts stands beside them.
     """
 
     start: int
@@ -30,7 +31,8 @@ class StageCost:
     weight_grad_seconds: float
     saved_bytes: float
     kept_bytes: float
-    transient_bytes: float
+    forward_transient_bytes: float
+    backward_transient_bytes: float
     received_bytes: float
     sent_bytes: float
     parameter_bytes: float
@@ -46,10 +48,13 @@ class StageCost:
         return self.forward_seconds + self.input_grad_seconds + self.weight_grad_seconds
 
 
-def stage_costs(chain: Chain, positions: Sequence[int], kinds: Sequence[str]) -> tuple[StageCost, ...]:
+def stage_costs(
+    chain: Chain, positions: Sequence[int], kinds: Sequence[str], *, splits: bool = False
+) -> tuple[StageCost, ...]:
     """What the stages between cuts cost, each on a device of its kind.
 
-    `positions` are the nodes before which it is cut, `kinds` names each stage's kind of device.
+    `positions` are the nodes before which it is cut, `kinds` names each stage's kind of device. A backward
+    frees what each node saved as it goes, unless the schedule `splits` it in two.
 
     >>> from evenflow.plan.chain import Seconds
     >>> chain = Chain(
@@ -68,33 +73,45 @@ def stage_costs(chain: Chain, positions: Sequence[int], kinds: Sequence[str]) ->
     >>> first, second = stage_costs(chain, (1,), ("cpu", "cpu"))
     >>> (first.seconds, first.saved_bytes, first.trained_bytes), (second.seconds, second.trained_bytes)
     ((3.0, 8.0, 0), (6.0, 16))
+    >>> first.backward_transient_bytes, second.forward_transient_bytes
+    (2.0, 4.0)
     """
     bounds = (0, *positions, chain.num_nodes)
-    saved, kept = (_held_bytes(held, positions) for held in (chain.saved, chain.kept))
+    saved, kept = (_by_stage(held, positions) for held in (chain.saved, chain.kept))
     own = _by_stage(chain.parameters, positions)
     return tuple(
-        _stage_cost(chain, run, kind, saved=saved[stage], kept=kept[stage], own=own[stage])
+        _stage_cost(chain, run, kind, saved=saved[stage], kept=kept[stage], own=own[stage], splits=splits)
         for stage, (run, kind) in enumerate(zip(pairwise(bounds), kinds, strict=True))
     )
 
 
 def _stage_cost(
-    chain: Chain, run: tuple[int, int], kind: str, *, saved: float, kept: float, own: Sequence[Parameter]
+    chain: Chain,
+    run: tuple[int, int],
+    kind: str,
+    *,
+    saved: Sequence[Held],
+    kept: Sequence[Held],
+    own: Sequence[Parameter],
+    splits: bool,
 ) -> StageCost:
     start, end = run
     seconds = chain.seconds[kind]
     trained = [parameter for parameter in own if parameter.trains]
     owned = [parameter for parameter in trained if parameter.nodes[0] >= start]
-    transients = (*chain.forward_transient_bytes[start:end], *chain.backward_transient_bytes[start:end])
+    backward = chain.backward_transient_bytes[start:end]
+    if not splits:
+        backward = _beside_what_is_left(backward, saved, start)
     return StageCost(
         start,
         end,
         sum(seconds.forward[start:end]),
         sum(seconds.input_grad[start:end]),
         sum(seconds.weight_grad[start:end]),
-        saved_bytes=saved,
-        kept_bytes=kept,
-        transient_bytes=max(transients),
+        saved_bytes=_bytes(saved),
+        kept_bytes=_bytes(kept),
+        forward_transient_bytes=max(chain.forward_transient_bytes[start:end]),
+        backward_transient_bytes=max(0.0, *backward),
         received_bytes=chain.cut_bytes[start] if start else 0.0,
         sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
@@ -106,8 +123,17 @@ def _stage_cost(
     )
 
 
-def _held_bytes(held: Sequence[Held], positions: Sequence[int]) -> list[float]:
-    return [sum(each.num_bytes for each in own) for own in _by_stage(held, positions)]
+def _beside_what_is_left(transients: Sequence[float], saved: Sequence[Held], start: int) -> tuple[float, ...]:
+    """What the nodes' backwards have beyond all that was saved: what later nodes alone saved is freed."""
+    freed = [0.0] * (len(transients) + 1)
+    for held in saved:
+        freed[next(node for node in held.nodes if node >= start) - start] += held.num_bytes
+    later = reversed(list(accumulate(reversed(freed[1:]))))
+    return tuple(map(sub, transients, later))
+
+
+def _bytes(held: Iterable[Held]) -> float:
+    return sum(each.num_bytes for each in held)
 
 
 def _by_stage(each: Sequence[_Used], positions: Sequence[int]) -> list[list[_Used]]:
@@ -126,7 +152,7 @@ def costs_of(
     """What a schedule of these stages is priced with; `links` joins ranks.
 
     >>> stages = [
-    ...     StageCost(n, n + 1, 1.0, 1.0, 1.0, 4.0, 2.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)
+    ...     StageCost(n, n + 1, 1.0, 1.0, 1.0, 4.0, 2.0, 0.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)
     ... ]
     >>> costs = costs_of(stages, {})
     >>> costs.sent_bytes, costs.weight_grad_bytes
