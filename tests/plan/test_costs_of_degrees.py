@@ -149,7 +149,7 @@ def test_recomputing_a_block_frees_its_own_and_costs_its_forward(chain):
 def test_what_is_held_by_two_stages_counts_in_both(chain):
     first, second = stage_costs(chain, (3,), (KIND, KIND))
     assert first.saved_bytes + second.saved_bytes == held(chain) + chain.cut_bytes[3]
-    assert first.sent_bytes == second.received_bytes == chain.cut_bytes[3]
+    assert second.received_bytes == chain.cut_bytes[3]
     assert second.end == chain.num_nodes
     assert first.parameter_bytes + second.parameter_bytes == sum(p.num_bytes for p in chain.parameters)
 

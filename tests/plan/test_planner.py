@@ -27,6 +27,7 @@ from evenflow.plan.request import Levers, Request
 from evenflow.plan.scheduled import splits
 from evenflow.plan.selective import fitted_selectively
 from evenflow.plan.stages import costs_of, stage_costs
+from evenflow.plan.traffic import traffic_of
 from evenflow.schedules import catalog
 
 LINK = Link(1e-5, 1e10)
@@ -87,7 +88,8 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     schedule = catalog.get(found.schedule)(choice.pipeline, found.stages_per_rank, found.num_microbatches)
     kinds = ["H100"] * len(found.stages)
     stages = stage_costs(chain, positions_in(found, names), kinds, splits=splits(schedule))
-    held = peak_bytes(schedule, costs_of(stages, {}))
+    traffic = traffic_of(chain, positions_in(found, names))
+    held = peak_bytes(schedule, costs_of(stages, traffic, {}))
     flying = InFlight(schedule, receives_ahead=1, sends_ahead=1)
     peaks = flying.peaks(
         [
@@ -96,11 +98,10 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
                 each.kept_bytes,
                 each.forward_transient_bytes,
                 each.backward_transient_bytes,
-                each.received_bytes,
-                each.sent_bytes,
+                *map(sum, traffic.parcels(number, schedule.placement.rank_of)),
                 each.trained_bytes * asked.state.gradient_bytes,
             )
-            for each in stages
+            for number, each in enumerate(stages)
         ]
     )
     for rank, peak in enumerate(peaks):

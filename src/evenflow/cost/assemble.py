@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from evenflow.cost.measured import Measured
-from evenflow.graph.cut import crossing_bytes, legal_positions, lifetimes, num_bytes
+from evenflow.graph.cut import crossing_bytes, legal_positions, lifetimes, num_bytes, skips
 from evenflow.graph.graph import Graph
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
@@ -54,6 +54,7 @@ def chain_of(
         backward_transient_bytes=_backward_transients(graph, costs),
         cut_bytes=tuple(map(float, crossing_bytes(graph)[: len(nodes)])),
         legal=tuple(legal_positions(graph)[: len(nodes)]),
+        skips=tuple(Held(float(size), places) for size, places in skips(graph)),
     )
 
 

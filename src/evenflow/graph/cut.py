@@ -304,6 +304,23 @@ def _live(graph: Graph, leaving: Sequence[int]) -> frozenset[int]:
     return frozenset(value for value in leaving if graph.values[value].storage in storages)
 
 
+def skips(graph: Graph) -> list[tuple[int, tuple[int, ...]]]:
+    """The values that more than the node after their maker needs, each with its bytes.
+
+    They stand with the positions in the chain of their maker and of their users, ascending; what the program
+    returns is used by the last node.
+    """
+    uses = [(value, at) for at, node in enumerate(graph.chain) for value in node.inputs]
+    users: defaultdict[int, set[int]] = defaultdict(set)
+    for value, at in (*uses, *((value, len(graph.chain) - 1) for value in graph.output.refs)):
+        users[value].add(at)
+    return [
+        (num_bytes(graph.values[value].info), (born, *sorted(users[value] - {born})))
+        for value, (born, last) in lifetimes(graph).items()
+        if last > born + 1
+    ]
+
+
 def lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
     """For each value that a chain node makes: the chain positions of its maker and of its last user."""
     at = {node.index: position for position, node in enumerate(graph.chain)}

@@ -102,6 +102,8 @@ class Chain:
       beyond what it keeps.
     - `cut_bytes[c]`: what crosses a cut before node c, all values of which a later node is in need; entry 0
       is not used. `legal[c]`: whether a cut may stand there.
+    - `skips`: what may cross several cuts: values that more than the node after their maker needs. Each names
+      its maker, then its users.
     - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
       token goes to; by default there are no experts.
 
@@ -120,6 +122,7 @@ class Chain:
     cut_bytes: tuple[float, ...]
     legal: tuple[bool, ...]
     expert_bytes: tuple[float, ...] = ()
+    skips: tuple[Held, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.expert_bytes:

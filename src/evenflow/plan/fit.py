@@ -4,11 +4,12 @@ What a rank may hold decides the cut, the cut decides what the schedule holds, a
 left: so a cut that turns out not to fit is made again for devices that much smaller, until it fits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Costs, Link
+from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
 from evenflow.plan.in_flight import StageBytes
@@ -20,6 +21,7 @@ from evenflow.plan.rank_memory import RankMemory, rank_memory
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.stages import StageCost, costs_of, stage_costs
+from evenflow.plan.traffic import Traffic, traffic_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Fit:
     positions: tuple[int, ...]
     groups: tuple[Group, ...]
     schedule: Schedule
+    flow: Flow
     stages: tuple[StageCost, ...]
     costs: Costs
     memory: tuple[RankMemory, ...]
@@ -113,10 +116,11 @@ def at_cuts(
     rank_of = schedule.placement.rank_of
     in_two = splits(schedule)
     stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of], splits=in_two)
-    stages = as_run(stages, rank_of, request.overheads, splits=in_two)
-    costs = costs_of(stages, _links(request.cluster, groups))
-    memory = _memory(request, choice, schedule, stages)
-    return Fit(tuple(positions), tuple(groups), schedule, stages, costs, memory)
+    traffic = traffic_of(chain, positions)
+    stages = as_run(stages, traffic, rank_of, request.overheads, splits=in_two)
+    costs = costs_of(stages, traffic, _links(request.cluster, groups, traffic.rank_pairs(rank_of)))
+    memory = _memory(request, choice, schedule, stages, traffic)
+    return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory)
 
 
 def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:
@@ -145,7 +149,8 @@ def _cut(
     *,
     any_order: bool,
 ) -> Partition:
-    links = _links(request.cluster, groups).values()
+    pairs = {(rank, (rank + 1) % len(groups)) for rank in range(len(groups))}
+    links = _links(request.cluster, groups, pairs).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
     problem = PartitionProblem(
         schedule_of(choice).placement,
@@ -193,31 +198,21 @@ def static_bytes(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held
     return tuple(found)
 
 
-def _links(cluster: Cluster, groups: Sequence[Group]) -> dict[tuple[int, int], Link]:
-    """The links between neighbours among the pipeline ranks, the last and the first too, both ways."""
-    pairs = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups)) if len(groups) > 1]
-    return {
-        (a, b): cluster.link_between(groups[a].first, groups[b].first)
-        for pair in pairs
-        for a, b in (pair, pair[::-1])
-    }
+def _links(
+    cluster: Cluster, groups: Sequence[Group], pairs: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], Link]:
+    """The links between pairs of pipeline ranks, from one to the other."""
+    return {(a, b): cluster.link_between(groups[a].first, groups[b].first) for a, b in pairs if a != b}
 
 
 def _memory(
-    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost]
+    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost], traffic: Traffic
 ) -> tuple[RankMemory, ...]:
     ahead = request.overheads.receives_ahead, request.overheads.sends_ahead
+    rank_of = schedule.placement.rank_of
     sizes = [
-        StageBytes(
-            stage.saved_bytes,
-            min(stage.kept_bytes, stage.saved_bytes),
-            stage.forward_transient_bytes,
-            stage.backward_transient_bytes,
-            stage.received_bytes,
-            stage.sent_bytes,
-            stage.trained_bytes * request.state.gradient_bytes,
-        )
-        for stage in stages
+        _stage_bytes(stage, traffic.parcels(number, rank_of), request.state.gradient_bytes)
+        for number, stage in enumerate(stages)
     ]
     return tuple(
         rank_memory(
@@ -230,4 +225,19 @@ def _memory(
             gathers_nodes=choice.degrees.gathers_nodes,
         )
         for rank, peak in enumerate(in_flight(choice, *ahead).peaks(sizes))
+    )
+
+
+def _stage_bytes(
+    stage: StageCost, parcels: tuple[Sequence[float], Sequence[float]], gradient_bytes: float
+) -> StageBytes:
+    received, sent = map(sum, parcels)
+    return StageBytes(
+        saved=stage.saved_bytes,
+        kept=min(stage.kept_bytes, stage.saved_bytes),
+        forward_transient=stage.forward_transient_bytes,
+        backward_transient=stage.backward_transient_bytes,
+        received=received,
+        sent=sent,
+        gradients=stage.trained_bytes * gradient_bytes,
     )

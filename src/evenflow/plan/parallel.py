@@ -137,7 +137,11 @@ def context_parallel(chain: Chain, degree: int, link: Link) -> Chain:
         for node, number in enumerate(_count(chain, lambda parameter: parameter.num_elements >= 2**12))
     ]
     parted = _shared(chain, degree, ring)
-    return replace(parted, cut_bytes=tuple(size / degree for size in chain.cut_bytes))
+    return replace(
+        parted,
+        cut_bytes=tuple(size / degree for size in chain.cut_bytes),
+        skips=_less(chain.skips, degree),
+    )
 
 
 def expert_parallel(chain: Chain, many: Chain, peers: Peers) -> Chain:

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Link
-from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, together
 from evenflow.plan.fit import Fit, Group, fitted, groups_of
@@ -95,7 +94,7 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
 def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fit) -> Priced:
     """Schedule and simulate a choice as it was cut, where these nodes are recomputed."""
     schedule, costs = fit.schedule, fit.costs
-    makespan = simulate(schedule, Flow.chain(len(fit.stages)), costs).makespan_seconds
+    makespan = simulate(schedule, fit.flow, costs).makespan_seconds
     work = costs.work_seconds(schedule.placement, choice.num_microbatches, trains=True)
     return Priced(
         choice,

@@ -61,6 +61,7 @@ def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
         backward_transient_bytes=between(small.backward_transient_bytes, large.backward_transient_bytes),
         cut_bytes=between(small.cut_bytes, large.cut_bytes),
         expert_bytes=between(small.expert_bytes, large.expert_bytes),
+        skips=_between(small.skips, large.skips, between),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from evenflow.ir.costs import Costs, Link
 from evenflow.plan.chain import Chain, Held, Parameter
+from evenflow.plan.traffic import Traffic
 
 _Used = TypeVar("_Used", Held, Parameter)
 
@@ -19,9 +20,9 @@ class StageCost:
 
     `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
     `forward_transient_bytes` and `backward_transient_bytes` are the most that is there besides, while one of
-    them runs; `received_bytes` and `sent_bytes` cross the cuts before and behind it, in one direction. Of its
-    parameters, `trained_bytes` get gradients, and `owned_elements` are updated here: a parameter of several
-    stages is its first one's. What of these three belongs to experts stands beside them.
+    them runs; `received_bytes` cross the cut before it. Of its parameters, `trained_bytes` get gradients, and
+    `owned_elements` are updated here: a parameter of several stages is its first one's. What of these three
+    belongs to experts stands beside them.
     """
 
     start: int
@@ -34,7 +35,6 @@ class StageCost:
     forward_transient_bytes: float
     backward_transient_bytes: float
     received_bytes: float
-    sent_bytes: float
     parameter_bytes: float
     trained_bytes: float
     owned_elements: int
@@ -113,7 +113,6 @@ def _stage_cost(
         forward_transient_bytes=max(chain.forward_transient_bytes[start:end]),
         backward_transient_bytes=max(0.0, *backward),
         received_bytes=chain.cut_bytes[start] if start else 0.0,
-        sent_bytes=chain.cut_bytes[end] if end < chain.num_nodes else 0.0,
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
         trained_bytes=sum(parameter.num_bytes for parameter in trained),
         owned_elements=sum(parameter.num_elements for parameter in owned),
@@ -145,28 +144,22 @@ def _by_stage(each: Sequence[_Used], positions: Sequence[int]) -> list[list[_Use
     return found
 
 
-def costs_of(
-    stages: Sequence[StageCost],
-    links: Mapping[tuple[int, int], Link],
-) -> Costs:
+def costs_of(stages: Sequence[StageCost], traffic: Traffic, links: Mapping[tuple[int, int], Link]) -> Costs:
     """What a schedule of these stages is priced with; `links` joins ranks.
 
     >>> stages = [
-    ...     StageCost(n, n + 1, 1.0, 1.0, 1.0, 4.0, 2.0, 0.0, 0.0, 8.0 * n, 8.0, 0.0, 0.0, 0) for n in (0, 1)
+    ...     StageCost(n, n + 1, 1.0, 1.0, 1.0, 4.0, 2.0, 0.0, 0.0, 8.0 * n, 0.0, 0.0, 0) for n in (0, 1)
     ... ]
-    >>> costs = costs_of(stages, {})
+    >>> costs = costs_of(stages, Traffic({(0, 1): 8.0}, {(1, 0): 6.0}), {})
     >>> costs.sent_bytes, costs.weight_grad_bytes
-    ({(0, 1): 8.0, (1, 0): 8.0}, (2.0, 2.0))
+    ({(0, 1): 8.0, (1, 0): 6.0}, (2.0, 2.0))
     """
-    sent = {}
-    for before, stage in enumerate(stages[1:]):
-        sent[before, before + 1] = sent[before + 1, before] = stage.received_bytes
     return Costs(
         tuple(stage.forward_seconds for stage in stages),
         tuple(stage.input_grad_seconds for stage in stages),
         tuple(stage.weight_grad_seconds for stage in stages),
         links=links,
-        sent_bytes=sent,
+        sent_bytes={**traffic.activations, **traffic.gradients},
         activation_bytes=tuple(stage.saved_bytes for stage in stages),
         weight_grad_bytes=tuple(min(stage.kept_bytes, stage.saved_bytes) for stage in stages),
     )

@@ -1,0 +1,101 @@
+"""What the stages of a cut chain hand to each other, in bytes for one microbatch.
+
+An activation goes from the stage that makes it straight to each stage that uses it. Its gradient comes back
+from the last of them over the others, each of which adds its own (`ir.flow`).
+"""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from evenflow.ir.flow import Flow
+from evenflow.plan.chain import Chain
+
+Edge = tuple[int, int]  # from stage, to stage
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes along each edge; neighbours always have one."""
+
+    activations: Mapping[Edge, float]
+    gradients: Mapping[Edge, float]
+
+    @property
+    def flow(self) -> Flow:
+        """The edges alone."""
+        return Flow(frozenset(self.activations), frozenset(self.gradients))
+
+    def rank_pairs(self, rank_of: Sequence[int]) -> frozenset[tuple[int, int]]:
+        """The ranks that something goes between, from one to the other."""
+        edges = (*self.activations, *self.gradients)
+        return frozenset((rank_of[source], rank_of[target]) for source, target in edges)
+
+    def parcels(self, stage: int, rank_of: Sequence[int]) -> tuple[list[float], list[float]]:
+        """What a stage receives from other ranks for a forward, and what it sends to others after it.
+
+        >>> Traffic({(0, 1): 8.0, (1, 2): 4.0}, {}).parcels(1, rank_of=(0, 1, 0))
+        ([8.0], [4.0])
+        """
+        return _touching(self.activations, stage, rank_of)
+
+    def gradient_parcels(self, stage: int, rank_of: Sequence[int]) -> tuple[list[float], list[float]]:
+        """What a stage receives from other ranks for a backward, and what it sends to others after it."""
+        return _touching(self.gradients, stage, rank_of)
+
+
+def traffic_of(chain: Chain, positions: Sequence[int]) -> Traffic:
+    """What crosses the cuts, by edge.
+
+    `cut_bytes` are all that crosses a cut; of that, `chain.skips` go past stages, and travel by themselves.
+
+    >>> from dataclasses import replace
+    >>> from evenflow.plan.chain import Held, Seconds
+    >>> zeros = (0.0,) * 3
+    >>> chain = Chain(
+    ...     ("a", "b", "c"),
+    ...     1,
+    ...     zeros,
+    ...     {"cpu": Seconds(zeros, zeros, zeros)},
+    ...     (),
+    ...     (),
+    ...     (),
+    ...     zeros,
+    ...     zeros,
+    ...     cut_bytes=(0.0, 10.0, 10.0),
+    ...     legal=(True,) * 3,
+    ...     skips=(Held(4.0, (0, 2)),),
+    ... )
+    >>> traffic_of(chain, (1, 2)).activations
+    {(0, 1): 6.0, (1, 2): 6.0, (0, 2): 4.0}
+    """
+    activations: defaultdict[Edge, float] = defaultdict(float)
+    for stage, position in enumerate(positions):
+        activations[stage, stage + 1] = chain.cut_bytes[position]
+    gradients = defaultdict(float, {(b, a): size for (a, b), size in activations.items()})
+    for value in chain.skips:
+        maker, *users = sorted({bisect_right(positions, node) for node in value.nodes})
+        if not users or users == [maker + 1]:
+            continue  # it crosses one cut at most
+        for stage in range(maker, users[-1]):  # `cut_bytes` count it at every cut
+            activations[stage, stage + 1] -= value.num_bytes
+            gradients[stage + 1, stage] -= value.num_bytes
+        for user in users:
+            activations[maker, user] += value.num_bytes
+        for earlier, later in pairwise((maker, *users)):
+            gradients[later, earlier] += value.num_bytes
+    return Traffic(
+        *({edge: max(0.0, size) for edge, size in each.items()} for each in (activations, gradients))
+    )
+
+
+def _touching(
+    edges: Mapping[Edge, float], stage: int, rank_of: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    found: tuple[list[float], list[float]] = [], []
+    for (source, target), size in edges.items():
+        if size and stage in (source, target) and rank_of[source] != rank_of[target]:
+            found[stage == source].append(size)
+    return found
