@@ -19,9 +19,11 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
+from evenflow.pipe.default_programs import model_loss
 from evenflow.pipe.fill import Numbers
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
-from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
+from evenflow.pipe.parts import Parts, StageSummary
+from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
