@@ -115,7 +115,7 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
     """How many were tried, what each took, and what the best took when they took turns; the first is ours."""
     world = world_of("cpu")
     model, loss, batch = build(name)
-    levers = Levers(pipeline=RANKS, data=1, tensor=1, context=1, recompute="none")
+    levers = Levers(pipeline=RANKS).pipeline_only()
     request = measured_request(Run(model, loss, batch, adamw, levers=levers), world, torch.device("cpu"))
     ours = HandMade("ours", world.share(plan(request), 0))
     chain = request.chain_of(SIZES[0])

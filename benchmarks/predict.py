@@ -83,7 +83,7 @@ def _step_seconds(pipe: Pipeline, batch: Any, world: World) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    levers = Levers(pipeline=RANKS, data=1, tensor=1, context=1, recompute="none")
+    levers = Levers(pipeline=RANKS).pipeline_only()
     off, off_bytes = [], []
     print("| model | plan | promised | measured | off | range | peak bytes off, by rank |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

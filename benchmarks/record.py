@@ -16,7 +16,7 @@ import transformers
 
 import evenflow
 from evenflow.graph.fakes import FakeParameters
-from evenflow.pipe.pipeline import model_loss
+from evenflow.pipe.default_programs import model_loss
 from evenflow.runtime.parameters import Accumulators, parameters_by_name
 from evenflow.runtime.recordings import Leaves, Recordings
 

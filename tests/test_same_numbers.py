@@ -10,10 +10,9 @@ import torch
 
 import evenflow
 from evenflow.graph.cut import legal_positions
-from evenflow.ir import Exchange, Payload, Program, Recv, Send
+from evenflow.ir import Exchange, Flow, Payload, Program, Recv, Send
 from evenflow.lower import lower
 from evenflow.pipe import choices, programs
-from evenflow.pipe.pipeline import joined_flow
 from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.links.local import LocalLink
@@ -261,7 +260,7 @@ class OnThreads:
                 agreed.batches, agreed.recordings, entries, agreed.shares.losses, strict=True
             )
         ]
-        proven = parts.programs.training(len(jobs), joined_flow(job.cut for job in jobs))
+        proven = parts.programs.training(len(jobs), Flow.union(job.cut.flow for job in jobs))
         meeting = Meeting(self.placement, timeout_seconds=30)
         executors = [
             Executor(

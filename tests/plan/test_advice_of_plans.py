@@ -15,7 +15,7 @@ from evenflow.plan.price import chain_for, price
 from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.request import Levers, Request
 
-PIPELINE_ONLY = Levers(data=1, tensor=1, context=1, recompute="none")
+PIPELINE_ONLY = Levers().pipeline_only()
 
 
 def advice(asked: Request) -> NothingFitsError:

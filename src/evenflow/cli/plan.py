@@ -29,7 +29,7 @@ from evenflow.cost.estimate import estimate
 from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.recorded import Recorded, recorded, row_tokens
+from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
 from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan
@@ -46,7 +46,6 @@ from evenflow.view.units import format_bytes, format_seconds
 
 _SIZES = (1, 2, 4, 8)  # of a microbatch, in rows: more only cost memory
 _RECORDED_ROWS = (2, 4)  # sizes that are recorded; one row might be taken for no row
-_FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ def _request(flags: Flags, machine: Cluster, rows: int | None, *, pipeline_only:
     size = next(source.model.parameters()).element_size()
     state = TrainingState(optimizer_bytes=2 * size, update_bytes=size)  # AdamW, as `evenflow train` makes it
     check_weights(weights_of(source.model), machine, state)
-    share = 1 / (4 * min(machine.num_ranks, _FINEST))
+    share = planned_leaf_share(machine.num_ranks)
     example = make_feed(config.data, source, config.training).validation[0]
     batch_rows = rows or rows_of(example) or 1
     given = config.pipeline.microbatch_size
@@ -171,11 +170,7 @@ def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
         schedule=given.schedule if given.schedule != default.schedule else None,
         microbatch_size=given.microbatch_size,
     )
-    return (
-        dataclasses.replace(levers, data=1, tensor=1, context=1, recompute="none")
-        if pipeline_only
-        else levers
-    )
+    return levers.pipeline_only() if pipeline_only else levers
 
 
 def _chains(source: ModelSource, example: object, machine: Cluster, share: float) -> Callable[[int], Chain]:

@@ -15,6 +15,7 @@ import torch
 
 import evenflow
 from evenflow.cli.report import Units
+from evenflow.cost.cache import device_name
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, WeightGrad, parts
 from evenflow.ir.timeline import Timeline
 from evenflow.journal.run import RankRecord, Run, Spread, StageRecord, Step
@@ -89,7 +90,7 @@ class StepLog:
         num_timed = max(1, num_steps - _WATCHED_STEP)
         meter = self._pipe.meter
         measured = meter.times(num_timed)
-        mine = _Taken(tuple(self._seconds), self._peak_bytes, _device_name(self._device))
+        mine = _Taken(tuple(self._seconds), self._peak_bytes, _told(torch.device(self._device)))
         ranks: list[_Taken] = meter.gather(mine)
         # All agree on a batch when a step begins, so the rank that took longest tells how long it was.
         waited, took = (
@@ -145,10 +146,9 @@ def _num_microbatches(timeline: Timeline) -> int:
     return len({op.microbatch for each in computed for op in parts(each)})
 
 
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+def _told(device: torch.device) -> str:
+    threads = f", {torch.get_num_threads()} of {os.cpu_count()} cores" if device.type == "cpu" else ""
+    return f"{device_name(device)}{threads}"
 
 
 def _machine(devices: Sequence[str]) -> str:

@@ -61,6 +61,11 @@ class Device:
         if faults:
             raise ConfigError(f"device {self.name}: {'; '.join(faults)}")
 
+    @property
+    def room_bytes(self) -> float:
+        """What there is for tensors: its memory, less what it reserves."""
+        return self.memory_bytes - self.reserved_bytes
+
     def same_kind(self, other: "Device") -> bool:
         """Whether the two differ in their memory at most.
 

@@ -1,12 +1,12 @@
 """The device that this process computes on, as planning sees it."""
 
 import os
-import time
 
 import torch
 
 from evenflow.cluster.device import Device
 from evenflow.cluster.presets import PRESETS, device_called
+from evenflow.cost.clock import timed
 from evenflow.errors import ConfigError
 
 
@@ -53,11 +53,5 @@ def flops_per_second_of(device: torch.device) -> float:
     """What a product of matrices in float32 reaches, with as many threads as torch has."""
     size = 8192 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device)
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
-    return best
+    best = min(timed(lambda: torch.mm(matrix, matrix), device)[0] for _ in range(4))
+    return 2.0 * size**3 / best

@@ -9,19 +9,17 @@ the large cache that cores share as well made small nodes half as slow again as 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
 
 import torch
 
 from evenflow.cost.bench import Bench
+from evenflow.cost.clock import timed
 from evenflow.cost.measured import Measured
 from evenflow.cost.storages import Made, Memory
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.snapshots import copy_of
 from evenflow.runtime.inflight import InFlight
 from evenflow.runtime.split_backward import Walk, extent
-
-_T = TypeVar("_T")
 
 _WARM_UPS = 2
 _FEWEST, _MOST = 3, 100  # repetitions
@@ -95,11 +93,11 @@ class _Clock:
             return forward, 0.0, 0.0
         self._others.add_(1)
         bench.arrive(flight)
-        backward, _ = self._timed(lambda: bench.backward(flight))
+        backward, _ = timed(lambda: bench.backward(flight), self._device)
         flight = self._forward(bench, given)[1]
         self._others.add_(1)
         bench.arrive(flight)
-        input_grad, _ = self._timed(lambda: bench.input_grad(flight))
+        input_grad, _ = timed(lambda: bench.input_grad(flight), self._device)
         if not bench.gives:
             input_grad = 0.0
         elif flight.rest is None:  # that was all of it
@@ -110,18 +108,7 @@ class _Clock:
     def _forward(self, bench: Bench, given: Values) -> tuple[float, InFlight]:
         self._others.add_(1)
         new = {value: copy_of(tensor) for value, tensor in given.items()}
-        return self._timed(lambda: bench.forward(new))
-
-    def _timed(self, run: Callable[[], _T]) -> tuple[float, _T]:
-        self._wait()
-        start = time.perf_counter()
-        result = run()
-        self._wait()
-        return time.perf_counter() - start, result
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        return timed(lambda: bench.forward(new), self._device)
 
 
 def _medians(rows: Iterable[tuple[float, ...]]) -> list[float]:

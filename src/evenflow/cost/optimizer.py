@@ -2,12 +2,12 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from evenflow.cost.clock import timed
 from evenflow.cost.storages import Made
 from evenflow.plan.rank_memory import TrainingState
 
@@ -53,7 +53,7 @@ def optimizer_cost(
     kept = sum(_held_bytes(state) for state in optimizer.state.values())
     with Made(device) as made:
         optimizer.step()
-    took = [_seconds(optimizer, device) for _ in range(_REPEATS)]
+    took = [timed(optimizer.step, device)[0] for _ in range(_REPEATS)]
     num_bytes = sum(parameter.nbytes for _, parameter in own)
     num_elements = sum(parameter.numel() for _, parameter in own)
     return OptimizerCost(
@@ -81,13 +81,3 @@ def _held_bytes(state: Mapping[str, object]) -> int:
     """Bytes of the states that grow with the parameter."""
     tensors = (each for each in state.values() if isinstance(each, torch.Tensor) and each.dim() > 0)
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _seconds(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    optimizer.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

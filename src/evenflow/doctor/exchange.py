@@ -11,6 +11,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from evenflow.cost.clock import timed
+
 MAX_BYTES = 64 * 2**20
 _SIZES = (1, 7, 1024, 2**20 + 1, MAX_BYTES)
 _NUM_PINGS = 30
@@ -143,20 +145,11 @@ class _Computation:
         self._matrix = torch.ones(size, size, device=device)
         self._times = 1
         self.run()
-        _wait(device)
-        start = time.perf_counter()
-        self.run()
-        _wait(device)
-        self._times = max(1, round(seconds / (time.perf_counter() - start)))
+        self._times = max(1, round(seconds / timed(self.run, device)[0]))
 
     def run(self) -> None:
         for _ in range(self._times):
             torch.mm(self._matrix, self._matrix)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _pattern(size: int, *, salt: int, device: torch.device) -> torch.Tensor:

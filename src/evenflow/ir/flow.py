@@ -1,5 +1,6 @@
 """Flow: which stages hand values to which, forward and backward."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from evenflow.errors import ScheduleError
@@ -66,6 +67,20 @@ class Flow:
         (2,)
         """
         return self._gradients_into.get(stage, ())
+
+    @staticmethod
+    def union(flows: "Iterable[Flow]") -> "Flow":
+        """Return all edges that any of these has.
+
+        >>> skip = Flow(activations=frozenset({(0, 2)}), gradients=frozenset({(2, 0)}))
+        >>> sorted(Flow.union([Flow.chain(3), skip]).activations)
+        [(0, 1), (0, 2), (1, 2)]
+        """
+        found = set(flows)
+        return Flow(
+            activations=frozenset(edge for flow in found for edge in flow.activations),
+            gradients=frozenset(edge for flow in found for edge in flow.gradients),
+        )
 
     @staticmethod
     def chain(num_stages: int) -> "Flow":

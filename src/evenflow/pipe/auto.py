@@ -18,16 +18,8 @@ from evenflow.runtime.world import World
 
 _LOG = logging.getLogger("evenflow")
 
-
 _AUTO = "auto"
 _LEVERS = ("stages_per_rank", "schedule", "microbatch_size")  # what the planner takes as given
-_OTHERS = (
-    "stages",
-    "num_microbatches",
-    "split",
-    "split_batch",
-    "max_leaf_share",
-)  # and those that it does not
 
 
 def planned(
@@ -55,14 +47,7 @@ def planned(
         return None, levers
     if world.size == 1:  # nothing can be gained
         return None, levers
-    asked = Levers(
-        pipeline=world.size,
-        data=1,
-        tensor=1,
-        context=1,
-        recompute="none",
-        **{name: levers[name] for name in _LEVERS},
-    )
+    asked = Levers(pipeline=world.size, **{name: levers[name] for name in _LEVERS}).pipeline_only()
     try:
         made = _planned(Run(**run, levers=asked), world, device)
     except RecordError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
@@ -18,14 +19,16 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
+from evenflow.pipe.default_programs import model_loss
 from evenflow.pipe.fill import Numbers
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
-from evenflow.pipe.pipeline import Parts, Pipeline, StageSummary, model_loss
+from evenflow.pipe.parts import Parts, StageSummary
+from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_callable, check_reduction, check_whole, refuse_unfit
-from evenflow.pipe.update import OptimizerFactory, SchedulerFactory, Updater
+from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.link import Link
@@ -167,7 +170,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
     _share_buffers(model, world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
-    share = 1 / (4 * num_stages) if given.max_leaf_share is None else given.max_leaf_share
+    share = choices.leaf_share(num_stages) if given.max_leaf_share is None else given.max_leaf_share
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(model, fakes, device=own_device, leaves=leaves, accumulators=accumulators)
     recordings.look(program)

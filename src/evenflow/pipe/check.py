@@ -9,7 +9,7 @@ named. That holds all activations of all microbatches, twice.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import is_plain
 from evenflow.pipe.check_report import CheckReport, Compared, FirstGradient, FirstNode
 from evenflow.pipe.compare import INFINITE, compared, leaves_compared
+from evenflow.pipe.parts import Parts
 from evenflow.pipe.snapshot import Snapshot
 from evenflow.pipe.update import Updater
 from evenflow.pipe.whole import Outcome, PlainLoop, run_on_one_stage
@@ -26,9 +27,6 @@ from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.recordings import tensors
 from evenflow.runtime.stage import Stage
 
-if TYPE_CHECKING:
-    from evenflow.pipe.pipeline import Parts
-
 # Gradients of shared parameters add up in another order, so that their last bits differ.
 SHARED_TOLERANCE = 1e-6
 
@@ -36,7 +34,7 @@ _Run = Callable[[Sequence[Job]], Sequence[Result] | None]
 
 
 def check_step(
-    parts: "Parts",
+    parts: Parts,
     jobs: Sequence[Job],
     items: Sequence[Any],
     *,
@@ -53,7 +51,7 @@ class _Check:
 
     def __init__(
         self,
-        parts: "Parts",
+        parts: Parts,
         jobs: Sequence[Job],
         items: Sequence[Any],
         step: int,

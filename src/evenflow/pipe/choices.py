@@ -165,6 +165,11 @@ def devices_of(
     return tuple(torch.device("cuda", _cuda_index(order[rank])) for rank in placement.rank_of)
 
 
+def leaf_share(num_stages: int) -> float:
+    """The largest share of all FLOPs that a leaf may hold by default: a quarter of a stage's."""
+    return 1 / (4 * num_stages)
+
+
 def check_share(max_leaf_share: float | None) -> None:
     """Refuse a share that is none."""
     if max_leaf_share is not None and not 0 <= max_leaf_share <= 1:

@@ -24,7 +24,7 @@ from evenflow.errors import EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
-from evenflow.pipe.recorded import recorded, row_tokens
+from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
@@ -38,7 +38,6 @@ _SIZES = (1, 2, 4, 8, 16, 32)  # rows of a microbatch that are tried
 _STEP_SECONDS = 6e-3
 _SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
 _BUDGET_SECONDS = 0.15  # to measure each distinct node
-_FINEST = 8  # a leaf holds at most the fourth part of a stage of so many
 
 Progress = Callable[[str], None]
 
@@ -69,7 +68,7 @@ def measured_request(
     Raises `ConfigError` and `RecordError` for a run that cannot work.
     """
     tell = progress or (lambda _: None)
-    share = 1 / (4 * min(max(world.size, 2), _FINEST))
+    share = planned_leaf_share(max(world.size, 2))
     rows = rows_of(run.example) or 1
     given = run.levers.microbatch_size
     most = max(1, rows // world.size)  # more leave a rank without work
@@ -77,12 +76,8 @@ def measured_request(
     chains = {size: _chain(run, world, device, size, share, cache, tell) for size in sizes}
     tell("measuring links and the optimizer")
     links = probe(world, device) if world.size > 1 else {}
-    costs: list[OptimizerCost] = world.gather(
-        optimizer_cost(run.optimizer, dict(run.model.named_parameters()), device)
-    )
-    updates = {}
-    for kind, cost in zip(world.gather(device_name(device)), costs, strict=True):
-        updates[kind] = cost.seconds_per_byte
+    mine = optimizer_cost(run.optimizer, dict(run.model.named_parameters()), device)
+    costs: list[tuple[str, OptimizerCost]] = world.gather((device_name(device), mine))
     op_seconds = statistics.median(
         op for found in world.gather([op for _, op in chains.values()]) for op in found
     )
@@ -93,11 +88,11 @@ def measured_request(
         batch_rows=rows,
         row_tokens=row_tokens(run.example),
         max_leaf_share=share,
-        state=costs[0].state,
+        state=costs[0][1].state,
         dtype=str(next(run.model.parameters()).dtype).removeprefix("torch."),
         levers=run.levers,
         overheads=_overheads(list(links.values()), op_seconds),
-        update_seconds_per_byte=updates,
+        update_seconds_per_byte={kind: cost.seconds_per_byte for kind, cost in costs},
     )
 
 

@@ -1,16 +1,14 @@
 """Meter: what a pipeline's steps took, in seconds and in bytes, over all its processes."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.cost.storages import Made
+from evenflow.pipe.parts import Parts
 from evenflow.pipe.times import Measured, Times
-
-if TYPE_CHECKING:
-    from evenflow.pipe.pipeline import Parts
 
 T = TypeVar("T")
 
@@ -26,7 +24,7 @@ class Meter:
     (True, 1)
     """
 
-    def __init__(self, parts: "Parts", times: Times) -> None:
+    def __init__(self, parts: Parts, times: Times) -> None:
         self._parts, self._times = parts, times
 
     def gather(self, thing: Any) -> list[Any]:

@@ -1,9 +1,8 @@
 """`Pipeline`: a model cut into stages, ready to train. Made by `evenflow.pipeline`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,71 +14,25 @@ from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.save import save_checkpoint
 from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
-from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
+from evenflow.pipe.accumulated import Accumulated
 from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
-from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
+from evenflow.pipe.default_programs import call_model
+from evenflow.pipe.fixed import refuse_shared_hooks
 from evenflow.pipe.meter import Meter
-from evenflow.pipe.programs import Programs
+from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.times import Times
-from evenflow.pipe.update import Updater
-from evenflow.plan.plan import Plan
 from evenflow.runtime.executor import Executor, Job, Reading, Result
-from evenflow.runtime.links.link import Link
 from evenflow.runtime.microbatch import join
-from evenflow.runtime.recordings import Program, Recordings
+from evenflow.runtime.recordings import Program
 from evenflow.runtime.rng import generators_restored
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.weights import Shares, Weigher
-from evenflow.runtime.world import World
 from evenflow.validate import ProvenProgram
-
-
-@dataclass(frozen=True, slots=True)
-class StageSummary:
-    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1.
-
-    `num_sent` activations of `sends_bytes` in all leave it for each microbatch; their gradients come back.
-    """
-
-    stage: int
-    rank: int
-    num_nodes: int
-    first: str
-    last: str
-    num_parameters: int
-    share: float
-    num_sent: int
-    sends_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a pipeline is made of; `build` puts it together."""
-
-    model: torch.nn.Module
-    loss: Program
-    world: World
-    link: Link
-    stages: Mapping[int, Stage]  # those of this process
-    devices: Sequence[torch.device]  # of all stages
-    recordings: Recordings
-    updater: Updater
-    fixed: FixedParameters
-    programs: Programs
-    splitter: Callable[[Any], Prepared]
-    weigher: Weigher
-    reduction: str  # how the step's loss is put together, for people
-    buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
-    summaries: tuple[StageSummary, ...]
-    loaded: Path | None  # the folder that the weights came from
-    plan: Plan | None
 
 
 class Pipeline:
@@ -98,7 +51,7 @@ class Pipeline:
         self.is_main = parts.world.rank == 0
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
-        self._accumulated: list[Shares] = []  # of the batches since the last update
+        self._accumulated = Accumulated()
         self._updated = False
 
     def __repr__(self) -> str:
@@ -124,18 +77,16 @@ class Pipeline:
             self._parts.updater.clear()
             self._accumulated.clear()
             self._updated = False
-        self._accumulate(agreed.shares)
+        share = self._accumulated.add(agreed.shares)
         try:
-            result = self._run(
-                agreed, self._parts.programs.training, read_loss, share=agreed.shares.size / self._unit
-            )
+            result = self._run(agreed, self._parts.programs.training, read_loss, share=share)
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._accumulated.clear()
             raise
         self._step += 1
         if update:
-            self._parts.updater.combine(self._accumulated_scale())
+            self._parts.updater.combine(self._accumulated.scale)
             self._parts.updater.step()
             self._updated = True
         return result
@@ -196,7 +147,7 @@ class Pipeline:
         """
         if not self._updated:
             self._parts.updater.combine(None)
-        scale = None if self._updated else self._accumulated_scale()
+        scale = None if self._updated else self._accumulated.scale
         for name, parameter in self._parts.updater.parameters:
             if parameter.requires_grad:
                 gradient = parameter.grad
@@ -371,7 +322,7 @@ class Pipeline:
         """Run a program on this process's ranks; its results, where the last stage lives here."""
         parts = self._parts
         placement = parts.programs.placement
-        proven = program(len(jobs), joined_flow(job.cut for job in jobs))
+        proven = program(len(jobs), Flow.union(job.cut.flow for job in jobs))
         executors = {
             rank: Executor(
                 proven,
@@ -426,26 +377,6 @@ class Pipeline:
         metrics = world.share(rest, source) if has_metrics(graph) else None
         return StepResult(loss, metrics, None if work is None else work.wait)
 
-    def _accumulate(self, shares: Shares) -> None:
-        """Note a batch that counts for as much as `shares` says."""
-        if self._accumulated and shares.unit != self._accumulated[0].unit:
-            raise ConfigError(
-                f"the batches accumulated so far are weighed by {self._accumulated[0].unit} and this one by "
-                f"{shares.unit}, so that their losses have no common mean; give reduction="
-            )
-        self._accumulated.append(shares)
-
-    @property
-    def _unit(self) -> float:
-        """The size of an accumulated batch whose gradients are not scaled: the first one's."""
-        return self._accumulated[0].size or 1.0
-
-    def _accumulated_scale(self) -> float | None:
-        """What turns gradients in units of the first accumulated batch into the mean over all, if several."""
-        if len(self._accumulated) < 2 or self._accumulated[0].unit == "sums":
-            return None
-        return self._unit / (sum(shares.size for shares in self._accumulated) or 1.0)
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self._parts.model.modules()]
@@ -456,34 +387,3 @@ class Pipeline:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def joined_flow(cuts: Iterable[Cut]) -> Flow:
-    """All edges over which any of these microbatches sends."""
-    flows = {cut.flow for cut in cuts}
-    return Flow(
-        activations=frozenset(edge for flow in flows for edge in flow.activations),
-        gradients=frozenset(edge for flow in flows for edge in flow.gradients),
-    )
-
-
-def call_model(model: Any, microbatch: Any) -> Any:
-    """The model applied to a microbatch: a mapping's entries are keyword arguments."""
-    return model(**microbatch) if isinstance(microbatch, Mapping) else model(microbatch)
-
-
-def model_loss(model: Any, microbatch: Any) -> Any:
-    """The loss that the model itself computes, as Hugging Face's models do when given labels."""
-    if not isinstance(microbatch, Mapping):
-        raise ConfigError(
-            "without loss=, a batch must be a mapping of the model's arguments; "
-            "give loss=lambda model, batch: …"
-        )
-    output = model(**microbatch)
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        kind = "Tensor" if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ConfigError(
-            f"{type(model).__name__} returned {kind} without a loss; put labels into the batch, or give loss="
-        )
-    return loss

@@ -11,13 +11,15 @@ from torch.utils import _pytree as pytree
 from evenflow.cost.profile import BUDGET_SECONDS, Profile, Progress, profile
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
-from evenflow.pipe.choices import Splitter
+from evenflow.pipe.choices import Splitter, leaf_share
 from evenflow.pipe.deferred import recipes_of
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import refuse_unfit
 from evenflow.runtime.parameters import Accumulators, parameters_by_name
 from evenflow.runtime.recordings import Leaves, Program, Recordings, tensors
 from evenflow.runtime.weights import rows_of
+
+_FINEST = 8  # ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,15 @@ def recorded(
     check_loss(graph)
     check_trainable(graph)
     return Recorded(graph, model, tensors(item), rows_of(item) or 1, device)
+
+
+def planned_leaf_share(num_ranks: int) -> float:
+    """The largest share of all FLOPs that a leaf may hold, to plan for so many ranks: from 8 on the same.
+
+    >>> planned_leaf_share(2), planned_leaf_share(1000)
+    (0.125, 0.03125)
+    """
+    return leaf_share(min(num_ranks, _FINEST))
 
 
 def row_tokens(example: object) -> float:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
 from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.world import World
 
-OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 

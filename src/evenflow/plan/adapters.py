@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from evenflow.plan.chain import Chain, Parameter, Seconds
 
+LORA_RANK = 16  # of the adapters that advice is about
 _MATRIX = 2**12  # elements; smaller parameters are norms and biases, which get no adapter
 _ELEMENT_BYTES = 4  # of an adapter in float32, whatever the matrix is in
 

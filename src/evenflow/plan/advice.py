@@ -12,7 +12,7 @@ from typing import Any
 from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.sizes import told_bytes
 from evenflow.errors import ConfigError, EvenflowError
-from evenflow.plan.adapters import with_adapters
+from evenflow.plan.adapters import LORA_RANK, with_adapters
 from evenflow.plan.chain import Chain
 from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.planner import NoPlanError, choices, describe
@@ -22,7 +22,6 @@ from evenflow.plan.recompute import recomputed
 from evenflow.plan.request import Choice, Levers, Request
 from evenflow.plan.stages import stage_costs
 
-_LORA_RANK = 16
 _THRIFTY = frozenset({"1f1b", "v-min"})  # of the schedules, those that hold least
 _MOST_CHOICES = 12  # that are priced before a change is given up
 _MOST_TIMES = 64  # as many devices, or as much memory, as there is: what needs more is no advice
@@ -128,10 +127,7 @@ def _roomier(cluster: Cluster, times: float) -> Cluster:
     hosts = []
     for host in cluster.hosts:
         devices = (
-            replace(
-                each, memory_bytes=each.reserved_bytes + times * (each.memory_bytes - each.reserved_bytes)
-            )
-            for each in host.devices
+            replace(each, memory_bytes=each.reserved_bytes + times * each.room_bytes) for each in host.devices
         )
         hosts.append(replace(host, devices=tuple(devices)))
     return replace(cluster, hosts=tuple(hosts))
@@ -149,7 +145,7 @@ def _changes(request: Request) -> Iterator[Change | None]:
     yield _more_devices(request)
     stateless = replace(request.state, optimizer_bytes=0.0, update_bytes=0.0)
     yield _change("SGD without momentum", replace(request, state=stateless))
-    yield _change(f"LoRA of rank {_LORA_RANK} on all matrices (an estimate)", _adapted(request))
+    yield _change(f"LoRA of rank {LORA_RANK} on all matrices (an estimate)", _adapted(request))
 
 
 def _levers_left_open(request: Request) -> list[Change]:
@@ -234,7 +230,7 @@ def _adapted(request: Request) -> Request:
     """The request with all parameters frozen and an adapter, in float32, beside each matrix."""
     chain_of = request.chain_of
     return replace(
-        request, chain_of=lambda rows: with_adapters(chain_of(rows), _LORA_RANK), state=TrainingState()
+        request, chain_of=lambda rows: with_adapters(chain_of(rows), LORA_RANK), state=TrainingState()
     )
 
 
@@ -245,7 +241,7 @@ def too_large(request: Request) -> str | None:
     """
     size = min(request.microbatch_sizes)
     chain = request.chain_of(size)
-    room = max(device.memory_bytes - device.reserved_bytes for device in request.cluster.devices)
+    room = max(device.room_bytes for device in request.cluster.devices)
     needs = _needs_alone(chain, request.state)
     most = max(needs)
     if most <= room:

@@ -40,7 +40,7 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
     for first in range(0, degrees.num_devices, width):
         devices = {id(each): each for each in cluster.devices[first : first + width]}.values()
         slowest = min(devices, key=lambda device: max(device.flops_per_second.values()) * device.efficiency)
-        room = min(device.memory_bytes - device.reserved_bytes for device in devices)
+        room = min(device.room_bytes for device in devices)
         found.append(Group(first, slowest.name, room))
     return tuple(found)
 

@@ -35,6 +35,14 @@ class Levers:
     max_context: int = 1
     max_expert: int = 64
 
+    def pipeline_only(self) -> "Levers":
+        """The same, with no other parallelism than a pipeline's, and nothing recomputed.
+
+        >>> Levers(pipeline=2).pipeline_only() == Levers(2, data=1, tensor=1, context=1, recompute="none")
+        True
+        """
+        return replace(self, data=1, tensor=1, context=1, recompute="none")
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -8,16 +8,16 @@ plan exists, and nothing needs to be searched to say so.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.device import Device
 from evenflow.cluster.sizes import told_bytes
 from evenflow.errors import ConfigError
+from evenflow.plan.adapters import LORA_RANK
 from evenflow.plan.rank_memory import TrainingState
 
 _AS_IT_IS = "as it is, on more devices"
-_LORA_RANK = 16
 _FULL_BYTES, _HALF_BYTES = 4, 2  # of an element of fp32, and of bf16
 _SGD = TrainingState(optimizer_bytes=0.0, update_bytes=0.0)
 
@@ -71,7 +71,7 @@ def needed_bytes(weights: Weights, state: TrainingState) -> float:
 
 def room_bytes(cluster: Cluster) -> float:
     """The memory of all devices, less what each reserves."""
-    return sum(_room(device) for device in cluster.devices)
+    return sum(device.room_bytes for device in cluster.devices)
 
 
 def check_weights(weights: Weights, cluster: Cluster, state: TrainingState) -> None:
@@ -105,7 +105,7 @@ def _rooms(cluster: Cluster) -> Iterator[tuple[str, str, float]]:
     for (name, memory_bytes), devices in alike.items():
         reserved = told_bytes(devices[0].reserved_bytes)
         product = f"{len(devices)} x ({told_bytes(memory_bytes)} less {reserved} reserved)"
-        yield name, product, sum(map(_room, devices))
+        yield name, product, sum(device.room_bytes for device in devices)
 
 
 def _table(rows: Sequence[tuple[str, str, float]]) -> list[str]:
@@ -116,10 +116,6 @@ def _table(rows: Sequence[tuple[str, str, float]]) -> list[str]:
     return [
         f"  {name:{name_width}}  {product:{width}}  {told_bytes(size):>10}" for name, product, size in rows
     ]
-
-
-def _room(device: Device) -> float:
-    return device.memory_bytes - device.reserved_bytes
 
 
 def _changes(weights: Weights, cluster: Cluster, state: TrainingState) -> list[str]:
@@ -151,7 +147,7 @@ def _alternatives(weights: Weights, state: TrainingState) -> Iterator[tuple[str,
         yield "parameters in bfloat16, model.to(torch.bfloat16)", in_half, under
     if state.optimizer_bytes:
         yield "SGD without momentum, which keeps no states", weights, replace(_SGD, gradient_bytes=1.0)
-    adapters = _LORA_RANK * weights.linear_sizes
+    adapters = LORA_RANK * weights.linear_sizes
     if adapters:
         with_adapters = Weights(
             weights.num_elements + adapters,
@@ -159,16 +155,16 @@ def _alternatives(weights: Weights, state: TrainingState) -> Iterator[tuple[str,
             adapters,
             _FULL_BYTES * adapters,
         )
-        what = f"LoRA of rank {_LORA_RANK} on all linear layers, {adapters:,} elements in float32"
+        what = f"LoRA of rank {LORA_RANK} on all linear layers, {adapters:,} elements in float32"
         yield what, with_adapters, TrainingState()
 
 
 def _roomiest(cluster: Cluster) -> Device:
-    return max(cluster.devices, key=_room)
+    return max(cluster.devices, key=attrgetter("room_bytes"))
 
 
 def _devices_more(needed: float, cluster: Cluster) -> int:
-    return max(0, math.ceil((needed - room_bytes(cluster)) / _room(_roomiest(cluster))))
+    return max(0, math.ceil((needed - room_bytes(cluster)) / _roomiest(cluster).room_bytes))
 
 
 def _with_devices(more: int, cluster: Cluster) -> str:

@@ -1,0 +1,60 @@
+"""What a pipeline is made of, and what it tells of its stages."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenflow.pipe.agree import Prepared
+from evenflow.pipe.fixed import FixedParameters
+from evenflow.pipe.programs import Programs
+from evenflow.pipe.update import Updater
+from evenflow.plan.plan import Plan
+from evenflow.runtime.links.link import Link
+from evenflow.runtime.recordings import Program, Recordings
+from evenflow.runtime.stage import Stage
+from evenflow.runtime.weights import Weigher
+from evenflow.runtime.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1.
+
+    `num_sent` activations of `sends_bytes` in all leave it for each microbatch; their gradients come back.
+    """
+
+    stage: int
+    rank: int
+    num_nodes: int
+    first: str
+    last: str
+    num_parameters: int
+    share: float
+    num_sent: int
+    sends_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a pipeline is made of; `build` puts it together."""
+
+    model: torch.nn.Module
+    loss: Program
+    world: World
+    link: Link
+    stages: Mapping[int, Stage]  # those of this process
+    devices: Sequence[torch.device]  # of all stages
+    recordings: Recordings
+    updater: Updater
+    fixed: FixedParameters
+    programs: Programs
+    splitter: Callable[[Any], Prepared]
+    weigher: Weigher
+    reduction: str  # how the step's loss is put together, for people
+    buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
+    summaries: tuple[StageSummary, ...]
+    loaded: Path | None  # the folder that the weights came from
+    plan: Plan | None
