@@ -15,10 +15,10 @@ from evenflow.plan.plan_file import read_plan_file
 CONFIG = Path(__file__).parents[2] / "examples" / "train_gpt.toml"
 
 
-def planned(capsys, *arguments):
+def planned(capsys, *arguments, source=CONFIG):
     """(exit code, output, errors) of the command."""
     with pytest.raises(SystemExit) as exited:
-        main(["plan", str(CONFIG), *map(str, arguments)])
+        main(["plan", str(source), *map(str, arguments)])
     written = capsys.readouterr()
     return exited.value.code, written.out, written.err
 
@@ -38,16 +38,27 @@ def test_a_plan_is_shown_and_written(capsys, tmp_path):
     assert "name a file that is not there yet" in errors
 
 
+SMALL = """
+[model]
+function = "{gpt}"
+arguments = {{ num_layers = 2, width = 32, length = 32 }}
+[data]
+batch_size = 2
+length = 32
+"""
+
+
 def test_without_a_cluster_this_machine_is_measured(capsys, tmp_path):
-    out = tmp_path / "plan.toml"
-    code, shown, errors = planned(capsys, "-o", out)
+    config, out = tmp_path / "small.toml", tmp_path / "plan.toml"
+    config.write_text(SMALL.format(gpt=f"{CONFIG.parent / 'gpt.py'}:build"), encoding="utf-8")
+    code, shown, errors = planned(capsys, "-o", out, source=config)
     assert code == 0, errors
     found = read_plan_file(out)
     assert found.degrees.num_devices == found.degrees.pipeline == 2
     assert found.ranks[0].device == device_name(torch.device("cpu"))
     assert found.prediction.update_seconds > 0
     assert "s a step expected" in shown
-    job = make_job(Flags(source=str(CONFIG), plan=out, device="cpu", out=tmp_path / "run"))
+    job = make_job(Flags(source=str(config), plan=out, device="cpu", out=tmp_path / "run"))
     prepare_here(job)[0].close()
 
 
@@ -130,15 +141,8 @@ def model_file(tmp_path):
     return path
 
 
-def planned_function(capsys, reference, *arguments):
-    with pytest.raises(SystemExit) as exited:
-        main(["plan", reference, *map(str, arguments)])
-    written = capsys.readouterr()
-    return exited.value.code, written.out, written.err
-
-
 def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file):
-    code, _, errors = planned_function(capsys, f"{model_file}:untouchable", "--cluster", "8xH100")
+    code, _, errors = planned(capsys, "--cluster", "8xH100", source=f"{model_file}:untouchable")
     assert code == 2
     assert "each held once, need 5,120.1 GiB, and all devices together have 629.2 GiB" in errors
     assert "LoRA of rank 16 on all linear layers, 134,217,728 elements" in errors
@@ -174,5 +178,5 @@ def test_the_size_of_a_microbatch_may_be_any_that_divides_the_rows(capsys, tmp_p
     text += "[pipeline]\nmicrobatch_size = "
     for size, expected in ((6, "2 microbatches of 6"), (5, "microbatches of 5 rows, from the 12 rows")):
         config.write_text(f"{text}{size}\n", encoding="utf-8")
-        _, shown, errors = planned_function(capsys, str(config), "--cluster", "1x CPU core")
+        _, shown, errors = planned(capsys, "--cluster", "1x CPU core", source=config)
         assert expected in (shown or errors)

@@ -1,4 +1,4 @@
-"""The whole command, as a user starts it: real processes, real text, real files."""
+"""The whole command, as a user starts it: real ranks, real text, real files."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from evenflow.cli.config import read_config
+from evenflow.cli.main import main
 from evenflow.journal.folder import read_plan_of, read_run, read_steps
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,19 @@ def write_tiny(folder):
 def evenflow(*arguments, cwd, before=()):
     command = [sys.executable, *before, "-m", "evenflow", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def here(capfd, monkeypatch):
+    """Runs a command in this process, which has imported torch already; its ranks are processes still."""
+
+    def call(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as exited:
+            main([str(argument) for argument in arguments])
+        return subprocess.CompletedProcess(arguments, exited.value.code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -138,32 +152,33 @@ def test_a_run_tells_what_every_rank_did(folder, runs, name, num_ranks):
 
 
 @pytest.mark.usefixtures("runs")
-def test_a_run_is_shown_and_never_written_over(folder):
-    shown = evenflow("show", "runs/tiny", cwd=folder)
+def test_a_run_is_shown_and_never_written_over(folder, here):
+    shown = here("show", "runs/tiny", cwd=folder)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("tiny: 1f1b, 2 stages, 2 ranks, microbatches: 4\n")
     before = (folder / "runs" / "tiny" / "run.json").read_bytes()
-    again = evenflow("train", write_tiny(folder), "--out", "runs/tiny", cwd=folder)
+    again = here("train", write_tiny(folder), "--out", "runs/tiny", cwd=folder)
     assert again.returncode == 2
     assert "--out runs/tiny holds something already" in again.stderr
     assert (folder / "runs" / "tiny" / "run.json").read_bytes() == before
 
 
-def test_a_planned_run_is_shown_beside_its_plan(tmp_path):
+def test_a_planned_run_is_shown_beside_its_plan(tmp_path, here):
     tiny = write_tiny(tmp_path)
-    planned = evenflow("plan", tiny, "--pipeline-only", "-o", "plan.toml", cwd=tmp_path)
+    cluster = ("--cluster", "2x CPU core", "--pipeline-only")
+    planned = here("plan", tiny, *cluster, "-o", "plan.toml", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    done = evenflow("train", tiny, "--plan", "plan.toml", "--steps", 3, "--out", "here", cwd=tmp_path)
+    done = here("train", tiny, "--plan", "plan.toml", "--steps", 3, "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_plan_of(tmp_path / "here", read_run(tmp_path / "here")) is not None
-    shown = evenflow("show", "here", cwd=tmp_path)
+    shown = here("show", "here", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("planned") >= 4
     assert "Furthest from the plan: stage " in shown.stdout
 
 
-def test_a_function_alone_learns_its_example_by_heart(tmp_path):
-    done = evenflow("train", GPT, "--steps", 3, "--stages", 1, cwd=tmp_path)
+def test_a_function_alone_learns_its_example_by_heart(tmp_path, here):
+    done = here("train", GPT, "--steps", 3, "--stages", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert re.match(r"done: .* validation [\d.]+ loss \(on the same batch\), \d+ samples/s", last)
@@ -212,9 +227,9 @@ def has_ended(pid, within_seconds=10.0):
         os.close(descriptor)
 
 
-def test_a_hugging_face_folder_trains_with_its_tokenizer(tmp_path):
+def test_a_hugging_face_folder_trains_with_its_tokenizer(tmp_path, here):
     folder = tiny_llama(tmp_path / "tiny-llama")
-    done = evenflow(
+    done = here(
         "train",
         "--model",
         folder,

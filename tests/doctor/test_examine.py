@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from evenflow.cli.main import main
 from evenflow.cluster.read import read_cluster
 from evenflow.doctor.examine import measure_links
 from evenflow.doctor.exchange import Exchange, WrongDataError, _Ends
@@ -35,9 +37,10 @@ def test_a_link_that_hangs_is_named_and_the_others_are_measured():
         assert isinstance(links[1, 2], Exchange)
 
 
-def test_the_command_writes_a_cluster_and_leaves_nothing_running(tmp_path):
+def test_the_command_writes_a_cluster_and_leaves_nothing_running(tmp_path, capsys):
     path = tmp_path / "cluster.toml"
-    command = [sys.executable, "-m", "evenflow", "doctor", "--device", "cpu", "--ranks", "2", "-o", str(path)]
+    arguments = ["doctor", "--device", "cpu", "--ranks", "2", "-o", str(path)]
+    command = [sys.executable, "-m", "evenflow", *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -52,9 +55,10 @@ def test_the_command_writes_a_cluster_and_leaves_nothing_running(tmp_path):
     assert len(cluster.hosts) == 1
     assert 1e6 < cluster.link_between(0, 1).bytes_per_second < 1e12
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert again.returncode == 2
-    assert "is there already" in again.stderr
+    with pytest.raises(SystemExit) as again:
+        main(arguments)
+    assert again.value.code == 2
+    assert "is there already" in capsys.readouterr().err
 
 
 def running_in_group(group):
