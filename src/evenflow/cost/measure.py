@@ -1,9 +1,9 @@
 """Measuring one node: how long it takes and what it keeps.
 
 Times are medians of repetitions, until `budget_seconds` are spent: of the forward, of a backward in one piece
-and of the first part of another. A node that is repeated by itself would find its weights in the caches next
-to the core, which in a step other nodes have filled since; so other memory is touched in between. (Emptying
-the large cache that cores share as well made small nodes half as slow again as they are in a step.)
+and of the first part of another. A node that is repeated by itself would find its weights in the caches,
+which in a step other nodes and other ranks have filled since; so other memory is touched in between, as much
+as a large cache holds that cores share. Then the runtime's own path is run once, which a step keeps warm.
 """
 
 import statistics
@@ -23,8 +23,7 @@ from evenflow.runtime.split_backward import Walk, extent
 
 _WARM_UPS = 2
 _FEWEST, _MOST = 3, 100  # repetitions
-# As much as fills the caches next to a core, and a GPU's.
-_TOUCHED_BYTES = {"cpu": 2**21, "cuda": 2**26}
+_TOUCHED_BYTES = {"cpu": 2**25, "cuda": 2**26}
 
 Values = Mapping[int, torch.Tensor]
 
@@ -72,30 +71,42 @@ class _Clock:
         self, bench: Bench, idle: Bench, given: Values, budget_seconds: float
     ) -> tuple[float, float, float, float]:
         """Medians for `_once`, without what a bench takes by itself; and that, forward and backward."""
+
+        def others_run() -> None:
+            """Leave the caches as other nodes do: full of their memory, and of the runtime's."""
+            self._others.add_(1)
+            flight = idle.forward(given)
+            if idle.walks:
+                idle.arrive(flight)
+                idle.backward(flight)
+
+        def nobody_runs() -> None:
+            pass
+
         for _ in range(_WARM_UPS):
             for each in (bench, idle):
-                self._once(each, given)
+                self._once(each, given, nobody_runs)
         own: list[tuple[float, ...]] = []
         bare: list[tuple[float, ...]] = []
         end = time.perf_counter() + budget_seconds
         while len(own) < _FEWEST or (len(own) < _MOST and time.perf_counter() < end):
-            own.append(self._once(bench, given))
-            bare.append(self._once(idle, given))
+            own.append(self._once(bench, given, others_run))
+            bare.append(self._once(idle, given, nobody_runs))
         entry = _medians(bare)
         pairs = zip(_medians(own), entry, strict=True)
         forward, backward, input_grad = (max(0.0, took - without) for took, without in pairs)
         return forward, backward, input_grad, entry[0] + entry[1]
 
-    def _once(self, bench: Bench, given: Values) -> tuple[float, float, float]:
+    def _once(self, bench: Bench, given: Values, before: Callable[[], None]) -> tuple[float, float, float]:
         """Seconds of a forward, of a backward in one piece, and of the first part of another's."""
-        forward, flight = self._forward(bench, given)
+        forward, flight = self._forward(bench, given, before)
         if not bench.walks:
             return forward, 0.0, 0.0
-        self._others.add_(1)
+        before()
         bench.arrive(flight)
         backward, _ = timed(lambda: bench.backward(flight), self._device)
-        flight = self._forward(bench, given)[1]
-        self._others.add_(1)
+        flight = self._forward(bench, given, before)[1]
+        before()
         bench.arrive(flight)
         input_grad, _ = timed(lambda: bench.input_grad(flight), self._device)
         if not bench.gives:
@@ -105,8 +116,8 @@ class _Clock:
         bench.weight_grad(flight)
         return forward, backward, input_grad
 
-    def _forward(self, bench: Bench, given: Values) -> tuple[float, InFlight]:
-        self._others.add_(1)
+    def _forward(self, bench: Bench, given: Values, before: Callable[[], None]) -> tuple[float, InFlight]:
+        before()
         new = {value: copy_of(tensor) for value, tensor in given.items()}
         return timed(lambda: bench.forward(new), self._device)
 
