@@ -11,10 +11,10 @@ from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
 from evenflow.plan.chain import Held
-from evenflow.plan.in_flight import InFlight, Peak, StageBytes
+from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
-from evenflow.plan.rank_memory import TrainingState, rank_memory
+from evenflow.plan.rank_memory import Peak, TrainingState, rank_memory
 from evenflow.plan.recompute import by_worth, recomputed
 from evenflow.plan.request import Choice
 from evenflow.plan.scale import scaled

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from evenflow.ir.op import Backward, Forward, InputGrad, SimpleOp, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
+from evenflow.plan.rank_memory import Peak
 
 _Floats = npt.NDArray[np.float64]
 
@@ -30,21 +31,6 @@ class StageBytes:
     received: float = 0.0
     sent: float = 0.0
     gradients: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """What a rank holds at the moment when it holds most: bytes."""
-
-    activations: float
-    transients: float
-    boundary: float
-    gradients: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.activations + self.transients + self.boundary + self.gradients
 
 
 class InFlight:

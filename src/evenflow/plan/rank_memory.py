@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias
 
-from evenflow.plan.in_flight import Peak
 from evenflow.plan.stages import StageCost
 
 Sharding: TypeAlias = Literal["none", "zero1", "fsdp"]  # of data ranks: nothing, optimizer states, everything
@@ -28,6 +27,21 @@ class TrainingState:
     optimizer_bytes: float = 8.0
     update_bytes: float = 4.0
     gradient_bytes: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What the ops of a rank hold at the moment when they hold most: bytes."""
+
+    activations: float
+    transients: float
+    boundary: float
+    gradients: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.activations + self.transients + self.boundary + self.gradients
 
 
 @dataclass(frozen=True, slots=True)
