@@ -1,10 +1,9 @@
 """What is refused: models that are wrapped, compiled or untrainable, and arguments of the wrong kind."""
 
+import sys
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from evenflow.errors import ConfigError
 from evenflow.graph.deferred import changed_since
@@ -24,7 +23,7 @@ def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
     if getattr(model, "hf_device_map", None) is not None:
         raise ConfigError("the model was spread by device_map=; remove that argument of from_pretrained")
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, _imported("torch.distributed.tensor", "DTensor")):
             raise ConfigError(f"the parameter {name} is a DTensor; remove the line parallelize_module(…)")
         if parameter.is_meta and changed_since(parameter):
             raise ConfigError(
@@ -35,6 +34,12 @@ def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
         _refuse_numberless(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+
+
+def _imported(module: str, name: str) -> tuple[type, ...]:
+    """A class of torch's, if it was imported; else nothing can be one, and importing it takes a second."""
+    found = sys.modules.get(module)
+    return () if found is None else (getattr(found, name),)
 
 
 def _refuse_numberless(model: torch.nn.Module) -> None:
@@ -55,7 +60,7 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(
             f"{what} is wrapped: remove the line {kind}(…) and pass the bare module (model.module)"
         )
-    if isinstance(module, FSDPModule):
+    if isinstance(module, _imported("torch.distributed.fsdp", "FSDPModule")):
         raise ConfigError(f"{what} was sharded: remove the line fully_shard(…) and pass the bare module")
     if kind == "OptimizedModule":
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
