@@ -232,21 +232,21 @@ HANDED = Traffic({(0, 1): 8.0}, {(1, 0): 8.0})
 
 
 def test_a_whole_backward_is_walked_once():
-    found = as_run([stage(0), stage(1)], HANDED, (0, 1), Overheads(), splits=False)
+    found = as_run([stage(0), stage(1)], HANDED.parcels((0, 1)), Overheads(), splits=False)
     assert [each.seconds for each in found] == [3.0, 3.0]
 
 
 def test_a_split_backward_walks_twice_where_somebody_waits_and_once_where_not():
-    first, second = as_run([stage(0), stage(1)], HANDED, (0, 1), Overheads(), splits=True)
+    first, second = as_run([stage(0), stage(1)], HANDED.parcels((0, 1)), Overheads(), splits=True)
     assert (first.input_grad_seconds, first.weight_grad_seconds) == (0.0, 2.0)
     assert (second.input_grad_seconds, second.weight_grad_seconds) == (1.0, 2.0)
-    last = as_run([stage(0), stage(1, rest=0.0)], HANDED, (0, 1), Overheads(), splits=True)[1]
+    last = as_run([stage(0), stage(1, rest=0.0)], HANDED.parcels((0, 1)), Overheads(), splits=True)[1]
     assert (last.input_grad_seconds, last.weight_grad_seconds) == (1.0, 0.0), "without weights: all at once"
 
 
 def test_only_what_leaves_a_rank_is_handled():
     overheads = Overheads(op_seconds=1.0, parcel_seconds=0.5, seconds_per_byte=0.25)
-    apart = as_run([stage(0), stage(1)], HANDED, (0, 1), overheads, splits=False)
-    together = as_run([stage(0), stage(1)], HANDED, (0, 0), overheads, splits=False)
+    apart = as_run([stage(0), stage(1)], HANDED.parcels((0, 1)), overheads, splits=False)
+    together = as_run([stage(0), stage(1)], HANDED.parcels((0, 0)), overheads, splits=False)
     assert [each.forward_seconds for each in apart] == [1 + 1 + 0.5 + 2, 1 + 1 + 0.5 + 2]
     assert [each.forward_seconds for each in together] == [2.0, 2.0]

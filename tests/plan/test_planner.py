@@ -89,6 +89,7 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     kinds = ["H100"] * len(found.stages)
     stages = stage_costs(chain, positions_in(found, names), kinds, splits=splits(schedule))
     traffic = traffic_of(chain, positions_in(found, names))
+    parcels = traffic.parcels(schedule.placement.rank_of)
     held = peak_bytes(schedule, costs_of(stages, traffic, {}))
     flying = InFlight(schedule, receives_ahead=1, sends_ahead=1)
     peaks = flying.peaks(
@@ -98,7 +99,8 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
                 each.kept_bytes,
                 each.forward_transient_bytes,
                 each.backward_transient_bytes,
-                *map(sum, traffic.parcels(number, schedule.placement.rank_of)),
+                sum(parcels[number].received),
+                sum(parcels[number].sent),
                 each.trained_bytes * asked.state.gradient_bytes,
             )
             for number, each in enumerate(stages)

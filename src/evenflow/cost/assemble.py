@@ -54,7 +54,7 @@ def chain_of(
         backward_transient_bytes=_backward_transients(graph, costs),
         cut_bytes=tuple(map(float, crossing_bytes(graph)[: len(nodes)])),
         legal=tuple(legal_positions(graph)[: len(nodes)]),
-        skips=tuple(Held(float(size), places) for size, places in skips(graph)),
+        skips=values_past_nodes(graph),
     )
 
 
@@ -192,6 +192,11 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
             waiting[place] += num_bytes(info)
     parts = zip(graph.chain, costs, waiting, strict=True)
     return tuple(float(one.backward_peak_bytes + again[node.region] + size) for node, one, size in parts)
+
+
+def values_past_nodes(graph: Graph) -> tuple[Held, ...]:
+    """`Chain.skips` of a graph."""
+    return tuple(Held(float(size), places) for size, places in skips(graph))
 
 
 # -- parameters

@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 
 from evenflow.cluster.device import Device
-from evenflow.cost.assemble import parameters_used
+from evenflow.cost.assemble import parameters_used, values_past_nodes
 from evenflow.cost.experts import Experts
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
-from evenflow.graph.cut import crossing_bytes, legal_positions, skips
+from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.module_calls import RUN_FOR_REAL
 from evenflow.plan.chain import Chain, Held, Seconds
@@ -77,7 +77,7 @@ def estimate(
         cut_bytes=tuple(map(float, crossing_bytes(graph)[:num_nodes])),
         legal=tuple(legal_positions(graph)[:num_nodes]),
         expert_bytes=experts.handed_bytes,
-        skips=tuple(Held(float(size), places) for size, places in skips(graph)),
+        skips=values_past_nodes(graph),
     )
 
 

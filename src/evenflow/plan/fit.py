@@ -21,7 +21,7 @@ from evenflow.plan.rank_memory import RankMemory, rank_memory
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.stages import StageCost, costs_of, stage_costs
-from evenflow.plan.traffic import Traffic, traffic_of
+from evenflow.plan.traffic import Parcels, traffic_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,10 @@ def at_cuts(
     in_two = splits(schedule)
     stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of], splits=in_two)
     traffic = traffic_of(chain, positions)
-    stages = as_run(stages, traffic, rank_of, request.overheads, splits=in_two)
+    parcels = traffic.parcels(rank_of)
+    stages = as_run(stages, parcels, request.overheads, splits=in_two)
     costs = costs_of(stages, traffic, _links(request.cluster, groups, traffic.rank_pairs(rank_of)))
-    memory = _memory(request, choice, schedule, stages, traffic)
+    memory = _memory(request, choice, schedule, stages, parcels)
     return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory)
 
 
@@ -130,7 +131,9 @@ def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:
     """
     groups = groups_of(request.cluster, choice.degrees)
     needed_bytes = sum(held.num_bytes for held in static_bytes(request, choice.degrees, chain))
-    needed_bytes += min(microbatches_in_flight(choice, chain)) * sum(held.num_bytes for held in chain.saved)
+    needed_bytes += min(microbatches_in_flight(choice, chain, request.overheads)) * sum(
+        held.num_bytes for held in chain.saved
+    )
     if needed_bytes > sum(group.cap_bytes for group in groups):
         least = min(range(len(groups)), key=lambda rank: groups[rank].cap_bytes)
         raise _lacking(groups[least], least, needed_bytes / len(groups))
@@ -149,8 +152,8 @@ def _cut(
     *,
     any_order: bool,
 ) -> Partition:
-    pairs = {(rank, (rank + 1) % len(groups)) for rank in range(len(groups))}
-    links = _links(request.cluster, groups, pairs).values()
+    ring = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups))]
+    links = _links(request.cluster, groups, (*ring, *(pair[::-1] for pair in ring))).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
     problem = PartitionProblem(
         schedule_of(choice).placement,
@@ -161,7 +164,7 @@ def _cut(
         static=static_bytes(request, choice.degrees, chain),
         held=chain.saved,
         transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
-        in_flight=microbatches_in_flight(choice, chain),
+        in_flight=microbatches_in_flight(choice, chain, request.overheads),
         any_order=any_order
         and len({(group.kind, group.cap_bytes) for group in groups}) > 1
         and len(groups) <= 8,
@@ -206,13 +209,15 @@ def _links(
 
 
 def _memory(
-    request: Request, choice: Choice, schedule: Schedule, stages: Sequence[StageCost], traffic: Traffic
+    request: Request,
+    choice: Choice,
+    schedule: Schedule,
+    stages: Sequence[StageCost],
+    parcels: Sequence[Parcels],
 ) -> tuple[RankMemory, ...]:
-    ahead = request.overheads.receives_ahead, request.overheads.sends_ahead
-    rank_of = schedule.placement.rank_of
     sizes = [
-        _stage_bytes(stage, traffic.parcels(number, rank_of), request.state.gradient_bytes)
-        for number, stage in enumerate(stages)
+        _stage_bytes(stage, own, request.state.gradient_bytes)
+        for stage, own in zip(stages, parcels, strict=True)
     ]
     return tuple(
         rank_memory(
@@ -224,20 +229,17 @@ def _memory(
             sharding=choice.degrees.sharding,
             gathers_nodes=choice.degrees.gathers_nodes,
         )
-        for rank, peak in enumerate(in_flight(choice, *ahead).peaks(sizes))
+        for rank, peak in enumerate(in_flight(choice, request.overheads).peaks(sizes))
     )
 
 
-def _stage_bytes(
-    stage: StageCost, parcels: tuple[Sequence[float], Sequence[float]], gradient_bytes: float
-) -> StageBytes:
-    received, sent = map(sum, parcels)
+def _stage_bytes(stage: StageCost, parcels: Parcels, gradient_bytes: float) -> StageBytes:
     return StageBytes(
         saved=stage.saved_bytes,
         kept=min(stage.kept_bytes, stage.saved_bytes),
         forward_transient=stage.forward_transient_bytes,
         backward_transient=stage.backward_transient_bytes,
-        received=received,
-        sent=sent,
+        received=sum(parcels.received),
+        sent=sum(parcels.sent),
         gradients=stage.trained_bytes * gradient_bytes,
     )

@@ -3,15 +3,13 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from evenflow.ir.op import Backward, Forward, InputGrad, SimpleOp, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.rank_memory import Peak
-
-_Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class _Walk:
         self._place = {stage: at for at, stage in enumerate(schedule.placement.stages_on(rank))}
         self._ops = [part for op in schedule.ranks[rank] for part in parts(op)]
         self._held = [[0] * len(_FIELDS) for _ in self._place]
-        self._coming = deque(parcel for op in self._ops if (parcel := self._taken(op)) is not None)
+        self._coming = deque(filter(None, (self._parcel(op, _RECEIVED, _SENT) for op in self._ops)))
         self._ahead = receives_ahead
         self._leaving: deque[tuple[int, int]] = deque(maxlen=sends_ahead)
 
@@ -107,7 +105,7 @@ class _Walk:
         """What is there while each op runs."""
         for op in self._ops:
             own = self._held[self._place[op.stage]]
-            if self._taken(op) is not None:
+            if self._parcel(op, _RECEIVED, _SENT) is not None:
                 self._coming.popleft()
             own[_SAVED] += isinstance(op, Forward)
             yield self._during(op)
@@ -118,31 +116,23 @@ class _Walk:
                 own[_KEPT] -= 1
             if isinstance(op, Backward | WeightGrad):
                 own[_GRADIENTS] = 1
-            if (parcel := self._given(op)) is not None:
+            if (parcel := self._parcel(op, _SENT, _RECEIVED)) is not None:
                 self._leaving.append(parcel)
 
     def _during(self, op: SimpleOp) -> _Moment:
         found = [list(each) for each in self._held]
         found[self._place[op.stage]][_FORWARD if isinstance(op, Forward) else _BACKWARD] = 1
-        for place, side in (*list(self._coming)[: self._ahead], *self._leaving):
+        for place, side in (*islice(self._coming, self._ahead), *self._leaving):
             found[place][side] += 1
         return tuple(map(tuple, found))
 
-    def _taken(self, op: SimpleOp) -> tuple[int, int] | None:
-        """The parcel from another rank that an op uses: the stage's place on the rank, and on which side."""
+    def _parcel(self, op: SimpleOp, of_forward: int, of_backward: int) -> tuple[int, int] | None:
+        """The parcel that an op exchanges with another rank on one side: its stage's place, and the side."""
         if isinstance(op, WeightGrad):
             return None
-        return self._parcel(op.stage, _RECEIVED if isinstance(op, Forward) else _SENT)
-
-    def _given(self, op: SimpleOp) -> tuple[int, int] | None:
-        """The parcel to another rank that an op makes."""
-        if isinstance(op, WeightGrad):
-            return None
-        return self._parcel(op.stage, _SENT if isinstance(op, Forward) else _RECEIVED)
-
-    def _parcel(self, stage: int, side: int) -> tuple[int, int] | None:
-        other = stage + (1 if side == _SENT else -1)
+        side = of_forward if isinstance(op, Forward) else of_backward
+        other = op.stage + (1 if side == _SENT else -1)
         rank_of = self._placement.rank_of
-        if not 0 <= other < len(rank_of) or rank_of[other] == rank_of[stage]:
+        if not 0 <= other < len(rank_of) or rank_of[other] == rank_of[op.stage]:
             return None
-        return self._place[stage], side
+        return self._place[op.stage], side

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from evenflow.plan.stages import StageCost
-from evenflow.plan.traffic import Traffic
+from evenflow.plan.traffic import Parcels
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,48 +38,39 @@ class Overheads:
 
 
 def as_run(
-    stages: Sequence[StageCost],
-    traffic: Traffic,
-    rank_of: Sequence[int],
-    overheads: Overheads,
-    *,
-    splits: bool,
+    stages: Sequence[StageCost], parcels: Sequence[Parcels], overheads: Overheads, *, splits: bool
 ) -> tuple[StageCost, ...]:
     """The stages as the runtime runs them: with its own time, and with backwards as it parts them.
 
-    Where the schedule splits backwards, the weight gradient walks the whole graph once more, unless the input
-    gradient was all of it; the first stage, which nobody waits for, leaves everything to it.
+    `parcels` are what each exchanges with other ranks. Where the schedule splits backwards, the weight
+    gradient walks the whole graph once more, unless the input gradient was all of it; the first stage, which
+    nobody waits for, leaves everything to it.
 
     >>> ends = [StageCost(n, n + 1, 1.0, 1.0, 0.5, 4.0, 2.0, 0.0, 0.0, 8.0 * n, 0.0, 0.0, 0) for n in (0, 1)]
-    >>> first, second = as_run(ends, Traffic({}, {}), (0, 1), Overheads(op_seconds=0.25), splits=True)
+    >>> none = [Parcels([], [], [], [])] * 2
+    >>> first, second = as_run(ends, none, Overheads(op_seconds=0.25), splits=True)
     >>> (first.input_grad_seconds, first.weight_grad_seconds), second.weight_grad_seconds
     ((0.0, 1.75), 1.75)
     """
     return tuple(
-        _as_run(stage, number, traffic, rank_of, overheads, splits) for number, stage in enumerate(stages)
+        _as_run(stage, number, own, overheads, splits)
+        for number, (stage, own) in enumerate(zip(stages, parcels, strict=True))
     )
 
 
-def _as_run(
-    stage: StageCost,
-    number: int,
-    traffic: Traffic,
-    rank_of: Sequence[int],
-    overheads: Overheads,
-    splits: bool,
-) -> StageCost:
-    def own(parcels: tuple[Sequence[float], Sequence[float]]) -> float:
-        return overheads.op_seconds + sum(map(overheads.handling_seconds, chain(*parcels)))
+def _as_run(stage: StageCost, number: int, parcels: Parcels, overheads: Overheads, splits: bool) -> StageCost:
+    def own(*sizes: float) -> float:
+        return overheads.op_seconds + sum(map(overheads.handling_seconds, sizes))
 
     first, rest = stage.input_grad_seconds, stage.weight_grad_seconds
     if splits and number == 0:
         first, rest = 0.0, first + rest
     elif splits and rest:
         rest += first
-    backward = own(traffic.gradient_parcels(number, rank_of))
+    backward = own(*parcels.gradients_received, *parcels.gradients_sent)
     return replace(
         stage,
-        forward_seconds=stage.forward_seconds + own(traffic.parcels(number, rank_of)),
+        forward_seconds=stage.forward_seconds + own(*parcels.received, *parcels.sent),
         input_grad_seconds=first + (backward if first or not splits else 0.0),
         weight_grad_seconds=rest + (overheads.op_seconds if splits and rest else 0.0),
     )

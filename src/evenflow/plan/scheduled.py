@@ -8,6 +8,7 @@ from evenflow.ir.op import InputGrad
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
 from evenflow.plan.in_flight import InFlight
+from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Choice
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
@@ -32,15 +33,16 @@ def splits(schedule: Schedule) -> bool:
     return any(isinstance(op, InputGrad) for op in schedule.ranks[0])
 
 
-def in_flight(choice: Choice, receives_ahead: int = 0, sends_ahead: int = 0) -> InFlight:
+def in_flight(choice: Choice, overheads: Overheads) -> InFlight:
     """What is in flight in the schedule; raises `ConfigError` where it cannot serve the choice's sizes."""
-    return _in_flight(*_sizes(choice), receives_ahead, sends_ahead)
+    return _in_flight(_sizes(choice), overheads.receives_ahead, overheads.sends_ahead)
 
 
-def microbatches_in_flight(choice: Choice, chain: Chain) -> tuple[float, ...]:
+def microbatches_in_flight(choice: Choice, chain: Chain, overheads: Overheads) -> tuple[float, ...]:
     """How many microbatches each stage holds at its rank's peak."""
     saved, kept = (sum(each.num_bytes for each in held) for held in (chain.saved, chain.kept))
-    return _microbatches(*_sizes(choice), round(min(kept / saved, 1.0), 2) if saved else 1.0)
+    share = round(min(kept / saved, 1.0), 2) if saved else 1.0
+    return _microbatches(_sizes(choice), overheads.receives_ahead, overheads.sends_ahead, share)
 
 
 def stretch_of(choice: Choice, chain: Chain) -> float:
@@ -83,24 +85,15 @@ def _schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbatches:
 
 
 @lru_cache(maxsize=512)
-def _in_flight(
-    name: str,
-    num_ranks: int,
-    stages_per_rank: int,
-    num_microbatches: int,
-    receives_ahead: int = 0,
-    sends_ahead: int = 0,
-) -> InFlight:
-    schedule = _schedule(name, num_ranks, stages_per_rank, num_microbatches)
-    return InFlight(schedule, receives_ahead=receives_ahead, sends_ahead=sends_ahead)
+def _in_flight(sizes: tuple[str, int, int, int], receives_ahead: int, sends_ahead: int) -> InFlight:
+    return InFlight(_schedule(*sizes), receives_ahead=receives_ahead, sends_ahead=sends_ahead)
 
 
 @lru_cache(maxsize=512)
 def _microbatches(
-    name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int, kept_share: float
+    sizes: tuple[str, int, int, int], receives_ahead: int, sends_ahead: int, kept_share: float
 ) -> tuple[float, ...]:
-    flying = _in_flight(name, num_ranks, stages_per_rank, num_microbatches)
-    return flying.microbatches(kept_share=kept_share)
+    return _in_flight(sizes, receives_ahead, sends_ahead).microbatches(kept_share=kept_share)
 
 
 def _sizes(choice: Choice) -> tuple[str, int, int, int]:

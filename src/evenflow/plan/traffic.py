@@ -17,6 +17,16 @@ Edge = tuple[int, int]  # from stage, to stage
 
 
 @dataclass(frozen=True, slots=True)
+class Parcels:
+    """What a stage exchanges with other ranks for one microbatch: the bytes of each parcel."""
+
+    received: list[float]
+    sent: list[float]
+    gradients_received: list[float]
+    gradients_sent: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes along each edge; neighbours always have one."""
 
@@ -33,17 +43,22 @@ class Traffic:
         edges = (*self.activations, *self.gradients)
         return frozenset((rank_of[source], rank_of[target]) for source, target in edges)
 
-    def parcels(self, stage: int, rank_of: Sequence[int]) -> tuple[list[float], list[float]]:
-        """What a stage receives from other ranks for a forward, and what it sends to others after it.
+    def parcels(self, rank_of: Sequence[int]) -> tuple[Parcels, ...]:
+        """What each stage exchanges with other ranks.
 
-        >>> Traffic({(0, 1): 8.0, (1, 2): 4.0}, {}).parcels(1, rank_of=(0, 1, 0))
-        ([8.0], [4.0])
+        >>> Traffic({(0, 1): 8.0, (1, 2): 4.0}, {}).parcels(rank_of=(0, 1, 1))[1]
+        Parcels(received=[8.0], sent=[], gradients_received=[], gradients_sent=[])
         """
-        return _touching(self.activations, stage, rank_of)
-
-    def gradient_parcels(self, stage: int, rank_of: Sequence[int]) -> tuple[list[float], list[float]]:
-        """What a stage receives from other ranks for a backward, and what it sends to others after it."""
-        return _touching(self.gradients, stage, rank_of)
+        found = tuple(Parcels([], [], [], []) for _ in rank_of)
+        for (source, target), size in self.activations.items():
+            if size and rank_of[source] != rank_of[target]:
+                found[source].sent.append(size)
+                found[target].received.append(size)
+        for (source, target), size in self.gradients.items():
+            if size and rank_of[source] != rank_of[target]:
+                found[source].gradients_sent.append(size)
+                found[target].gradients_received.append(size)
+        return found
 
 
 def traffic_of(chain: Chain, positions: Sequence[int]) -> Traffic:
@@ -89,13 +104,3 @@ def traffic_of(chain: Chain, positions: Sequence[int]) -> Traffic:
     return Traffic(
         *({edge: max(0.0, size) for edge, size in each.items()} for each in (activations, gradients))
     )
-
-
-def _touching(
-    edges: Mapping[Edge, float], stage: int, rank_of: Sequence[int]
-) -> tuple[list[float], list[float]]:
-    found: tuple[list[float], list[float]] = [], []
-    for (source, target), size in edges.items():
-        if size and stage in (source, target) and rank_of[source] != rank_of[target]:
-            found[stage == source].append(size)
-    return found
