@@ -1,8 +1,9 @@
 """The planner's plan against thirty that people would make, on two ranks of one thread each.
 
 The thirty are schedules, sizes of a microbatch and cuts that one would try: equal layers, equal estimated
-work, and one node to either side. All run once; then the planner's and the best few take turns, and their
-medians count. Run: `python benchmarks/hand_made.py [MODEL …]`.
+work, and one node to either side. All run for a few steps; then the planner's and the best few take turns,
+and their medians count, of steps on a quiet machine (`quiet.py`).
+Run: `python benchmarks/hand_made.py [MODEL …]`.
 """
 
 import itertools
@@ -12,11 +13,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from five_models import MODELS, build
 from predict import RANKS, adamw
+from quiet import Quiet
 
 import evenflow
 from evenflow.errors import EvenflowError
@@ -32,7 +35,7 @@ from evenflow.plan.request import Levers
 from evenflow.runtime.world import World
 from evenflow.schedules import catalog
 
-FINALISTS, ROUNDS = 3, 7
+LOOKS, FINALISTS, ROUNDS = 2, 3, 9
 SIZES = (1, 2, 4)
 # (schedule, stages a rank, cuts)
 TRIED = (
@@ -116,7 +119,8 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
     world = world_of("cpu")
     model, loss, batch = build(name)
     levers = Levers(pipeline=RANKS).pipeline_only()
-    request = measured_request(Run(model, loss, batch, adamw, levers=levers), world, torch.device("cpu"))
+    run, quiet = Run(model, loss, batch, adamw, levers=levers), Quiet(world)
+    request = quiet.during(lambda often: measured_request(run, world, torch.device("cpu"), progress=often))
     ours = HandMade("ours", world.share(plan(request), 0))
     chain = request.chain_of(SIZES[0])
     tried = []
@@ -127,19 +131,26 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
             if world.rank == 0:
                 print(f"  {each.name}: {error}", flush=True)
             continue
-        tried.append((_seconds(pipe, batch, world, 3), each))
+        _step(pipe, batch, world)
+        took = quiet.measured(partial(_step, pipe, batch, world), LOOKS)
+        if took:
+            tried.append((statistics.median(took), each))
         pipe.close()
     best = [each for _, each in sorted(tried, key=lambda pair: pair[0])[:FINALISTS]]
     equal = [each for _, each in sorted(tried, key=lambda pair: pair[0]) if "equal layers" in each.name][:1]
     finalists = [ours, *best, *(each for each in equal if each not in best)]
     pipes = [_pipeline(name, each.plan) for each in finalists]
     for pipe in pipes:
-        _seconds(pipe, batch, world, 2)
-    rounds = [[_seconds(pipe, batch, world, 1) for pipe in pipes] for _ in range(ROUNDS)]
-    took = [
-        (each.name, list(seconds)) for each, seconds in zip(finalists, zip(*rounds, strict=True), strict=True)
+        for _ in range(2):
+            _step(pipe, batch, world)
+    rounds = [
+        [quiet.measured(partial(_step, pipe, batch, world), 1) for pipe in pipes] for _ in range(ROUNDS)
     ]
-    return len(tried), [(each.name, seconds) for seconds, each in tried], took
+    whole = [[seconds for (seconds,) in each] for each in rounds if all(each)]
+    took_in_turn = [
+        (each.name, list(seconds)) for each, seconds in zip(finalists, zip(*whole, strict=True), strict=True)
+    ]
+    return len(tried), [(each.name, seconds) for seconds, each in tried], took_in_turn
 
 
 def _pipeline(name: str, made: Plan) -> Pipeline:
@@ -147,17 +158,13 @@ def _pipeline(name: str, made: Plan) -> Pipeline:
     return evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
 
 
-def _seconds(pipe: Pipeline, batch: Any, world: World, steps: int) -> float:
-    """The median of some steps, without the first; the same on every rank."""
-    took = []
-    for _ in range(steps):
-        world.gather_numbers([0])
-        start = time.perf_counter()
-        pipe.step(batch)
-        world.gather_numbers([0])
-        took.append(time.perf_counter() - start)
-    own = statistics.median(took[1:] if steps > 1 else took)
-    return float(world.share(own, 0))
+def _step(pipe: Pipeline, batch: Any, world: World) -> float:
+    """Seconds of one step, the same on every rank."""
+    world.gather_numbers([0])
+    start = time.perf_counter()
+    pipe.step(batch)
+    world.gather_numbers([0])
+    return float(world.share(time.perf_counter() - start, 0))
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """How near a plan's promise comes to the run: five models, two ranks of one thread each.
 
 Each round measures nodes, links and optimizer anew, plans, builds the pipeline of that plan and runs it, so
-that prediction and fact meet the same machine. Run: `python benchmarks/predict.py [MODEL …]`.
+that prediction and fact meet the same machine, which is quiet meanwhile (`quiet.py`).
+Run: `python benchmarks/predict.py [MODEL …]`.
 """
 
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from five_models import MODELS, build
+from quiet import Quiet
 
 import evenflow
 from evenflow.launcher import launch
@@ -45,15 +47,17 @@ def adamw(named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
 def on_rank(name: str, levers: Levers, rounds: int) -> list[Found]:
     """What each rank does."""
     world = world_of("cpu")
-    return [_round(name, levers, world) for _ in range(rounds)]
+    quiet = Quiet(world)
+    return [_round(name, levers, world, quiet) for _ in range(rounds)]
 
 
-def _round(name: str, levers: Levers, world: World) -> Found:
+def _round(name: str, levers: Levers, world: World, quiet: Quiet) -> Found:
     model, loss, batch = build(name)
-    request = measured_request(Run(model, loss, batch, adamw, levers=levers), world, torch.device("cpu"))
+    run = Run(model, loss, batch, adamw, levers=levers)
+    request = quiet.during(lambda often: measured_request(run, world, torch.device("cpu"), progress=often))
     made = world.share(plan(request), 0)
     pipe = evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
-    seconds = _step_seconds(pipe, batch, world)
+    seconds = _step_seconds(pipe, batch, world, quiet)
     _, peak = pipe.meter.peak_bytes(lambda: pipe.step(batch))
     pipe.close()
     cut = "+".join(str(stage.num_nodes) for stage in made.stages)
@@ -70,15 +74,22 @@ def _round(name: str, levers: Levers, world: World) -> Found:
     return found
 
 
-def _step_seconds(pipe: Pipeline, batch: Any, world: World) -> float:
-    took = []
-    for _ in range(WARM_UPS + STEPS):
+def _step_seconds(pipe: Pipeline, batch: Any, world: World, quiet: Quiet) -> float:
+    """The median of some steps; of those on a quiet machine, if it was quiet for any."""
+
+    def seconds() -> float:
         world.gather_numbers([0])
         start = time.perf_counter()
         pipe.step(batch)
         world.gather_numbers([0])
-        took.append(time.perf_counter() - start)
-    return statistics.median(took[WARM_UPS:])
+        return time.perf_counter() - start
+
+    for _ in range(WARM_UPS):
+        seconds()
+    found = quiet.measured(seconds, STEPS)
+    if not found and world.rank == 0:
+        print("  (never quiet)", flush=True)
+    return statistics.median(found or [seconds() for _ in range(STEPS)])
 
 
 def main() -> None:

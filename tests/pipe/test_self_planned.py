@@ -107,7 +107,7 @@ def planned(lines):
 
 
 def measurings(lines):
-    return [line for line in lines if "in microbatches of" in line]
+    return [line for line in lines if "in microbatches of" in line or "rehearsing" in line]
 
 
 def losses_of(num_microbatches):

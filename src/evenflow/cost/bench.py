@@ -7,7 +7,8 @@ start of autograd's walk) is run without the node, too, and subtracted by whoeve
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ class Benches:
         )
         streams = Streams(0, self.device)
         stage = Stage(_HERE, self.device, streams, lambda names: buffers_at(self.model, names))
-        with self._own_parameters(node) as parameters:
+        with own_parameters(self.model, self.places, node.parameters, self.device) as parameters:
             try:
                 works = [
                     Work(
@@ -157,21 +158,47 @@ class Benches:
             needs_output=False,
         )
 
-    @contextlib.contextmanager
-    def _own_parameters(self, node: Node) -> Iterator[dict[str, torch.nn.Parameter]]:
-        """Random parameters on the device in the place of the node's own, which may have no memory."""
-        made = {}
-        for name in node.parameters:
-            own = self.model.get_parameter(name)
+
+def places_of_parameters(model: torch.nn.Module) -> Places:
+    """Where each parameter is held, under all of its names."""
+    held: defaultdict[int, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                held[id(parameter)].append((module, key))
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: held[id(parameter)] for name, parameter in named}
+
+
+@contextlib.contextmanager
+def own_parameters(
+    model: torch.nn.Module,
+    places: Places,
+    names: Iterable[str],
+    device: torch.device,
+    *,
+    keeps_numbers: bool = False,
+) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Parameters on the device in the place of the model's own, which may have no memory.
+
+    They have small random numbers, or, if it `keeps_numbers`, those of the model where it has some.
+    """
+    made = {}
+    for name in names:
+        own = model.get_parameter(name)
+        if keeps_numbers and not own.is_meta:
+            numbers = own.detach().to(device, copy=True)
+        else:
             info = TensorInfo(tuple(own.shape), tuple(own.stride()), own.dtype, own.requires_grad)
-            made[name] = torch.nn.Parameter(random_like(info, self.device), requires_grad=own.requires_grad)
-            vars(made[name]).update(vars(own))
-        before = [(m, k, m._parameters[k]) for name in made for m, k in self.places[name]]
-        try:
-            for name, parameter in made.items():
-                for module, key in self.places[name]:
-                    module._parameters[key] = parameter
-            yield made
-        finally:
-            for module, key, parameter_before in before:
-                module._parameters[key] = parameter_before
+            numbers = random_like(info, device)
+        made[name] = torch.nn.Parameter(numbers, requires_grad=own.requires_grad)
+        vars(made[name]).update(vars(own))
+    before = [(m, k, m._parameters[k]) for name in made for m, k in places[name]]
+    try:
+        for name, parameter in made.items():
+            for module, key in places[name]:
+                module._parameters[key] = parameter
+        yield made
+    finally:
+        for module, key, parameter_before in before:
+            module._parameters[key] = parameter_before

@@ -7,7 +7,6 @@ have none. So a model can be profiled on a device that it is too large for.
 import contextlib
 import dataclasses
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from evenflow.cost.assemble import chain_of
-from evenflow.cost.bench import Benches, Places, Role
+from evenflow.cost.bench import Benches, Role, places_of_parameters
 from evenflow.cost.cache import Cache, Place
 from evenflow.cost.inputs import Inputs
 from evenflow.cost.measure import measure
@@ -39,16 +38,22 @@ BUDGET_SECONDS = 0.3
 class Profile:
     """A chain with measured costs.
 
-    `alike` gives for each node the first one that was measured for it too, as places in the chain;
-    `num_measured` nodes were measured now, and not found in the cache. `op_seconds` is what a forward or a
-    backward takes beside its nodes. `measured` holds the name of a node and its costs, by signature.
+    `signs` are the nodes' signatures; `num_measured` nodes were measured now, and not found in the cache.
+    `op_seconds` is what a forward or a backward takes beside its nodes. `measured` holds the name of a node
+    and its costs, by signature.
     """
 
     chain: Chain
-    alike: tuple[int, ...]
+    signs: tuple[str, ...]
     num_measured: int
     op_seconds: float
     measured: Mapping[str, tuple[str, Measured]]
+
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """For each node the first one that was measured for it too, as places in the chain."""
+        first = {sign: at for at, sign in reversed([*enumerate(self.signs)])}
+        return tuple(first[sign] for sign in self.signs)
 
 
 def profile(
@@ -82,7 +87,6 @@ def profile(
         stack.enter_context(torch.enable_grad())
         profiler = _Profiler(graph, model, batch, device, Cache(cache, place), budget_seconds)
         profiler.measure_all(progress)
-    first = {sign: at for at, sign in reversed([*enumerate(profiler.signs[n.index] for n in graph.chain)])}
     chain = chain_of(
         graph,
         model,
@@ -90,12 +94,12 @@ def profile(
         num_rows=num_rows,
         kind=place.device,
     )
-    alike = tuple(first[profiler.signs[node.index]] for node in graph.chain)
+    signs = tuple(profiler.signs[node.index] for node in graph.chain)
     entry = statistics.median(one.entry_seconds for one in profiler.measured.values())
     named = {
         profiler.signs[n.index]: (n.name, profiler.measured[profiler.signs[n.index]]) for n in graph.nodes
     }
-    return Profile(chain, alike, profiler.num_measured, op_seconds=entry / 2, measured=named)
+    return Profile(chain, signs, profiler.num_measured, op_seconds=entry / 2, measured=named)
 
 
 class _Profiler:
@@ -111,7 +115,7 @@ class _Profiler:
         budget_seconds: float,
     ) -> None:
         self._graph, self._device, self._cache, self._budget = graph, device, cache, budget_seconds
-        self._benches = Benches(graph, model, _places(model), device)
+        self._benches = Benches(graph, model, places_of_parameters(model), device)
         self._inputs = Inputs(graph, model, batch, device=device, run=self._run)
         self._roles = _roles(graph)
         self.signs = {
@@ -163,17 +167,6 @@ class _Profiler:
         role = dataclasses.replace(self._roles[node.index], used=node.makes)
         with self._benches.of(node, role) as (bench, _), torch.no_grad():
             return bench.results(bench.forward(inputs))
-
-
-def _places(model: torch.nn.Module) -> Places:
-    """Where each parameter is held, under all of its names."""
-    held: defaultdict[int, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                held[id(parameter)].append((module, key))
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: held[id(parameter)] for name, parameter in named}
 
 
 def _roles(graph: Graph) -> dict[int, Role]:

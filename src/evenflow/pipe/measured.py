@@ -8,9 +8,10 @@ import socket
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,11 +21,12 @@ from evenflow.cost.cache import Cache, Place, device_name
 from evenflow.cost.local_device import local_device
 from evenflow.cost.optimizer import OptimizerCost, OptimizerFactory, optimizer_cost
 from evenflow.cost.profile import Profile
+from evenflow.cost.rehearsal import Passed, as_rehearsed, found_in, keep_in, over
 from evenflow.errors import EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
-from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
@@ -37,7 +39,11 @@ _SIZES = (1, 2, 4, 8, 16, 32)  # rows of a microbatch that are tried
 # Agreeing on the batch and the result: 4 to 10 ms on two CPU cores over Gloo (measured 2026-11-22).
 _STEP_SECONDS = 6e-3
 _SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
-_BUDGET_SECONDS = 0.15  # to measure each distinct node
+_BUDGET_SECONDS = 0.05  # to measure each distinct node
+_ROUNDS, _PASSES = 3, 2  # of rehearsals
+_ROOM = 0.5  # the share of a device's memory that rehearsals may fill
+
+T = TypeVar("T")
 
 Progress = Callable[[str], None]
 
@@ -73,18 +79,22 @@ def measured_request(
     given = run.levers.microbatch_size
     most = max(1, rows // world.size)  # more leave a rank without work
     sizes = (given,) if given is not None else tuple(n for n in _SIZES if n <= most and rows % n == 0)
-    chains = {size: _chain(run, world, device, size, share, cache, tell) for size in sizes}
+    names: list[str] = world.gather(socket.gethostname())
+    mine = local_device(device, device_name(device), num_sharing=names.count(names[world.rank]))
+    measured = {size: _profiled(run, world, device, size, share, cache, tell) for size in sizes}
+    room_bytes = mine.memory_bytes * _ROOM
+    chains = _rehearsed(measured, world, room_bytes, Cache(cache, Place.of(device)), tell)
     tell("measuring links and the optimizer")
     links = probe(world, device) if world.size > 1 else {}
-    mine = optimizer_cost(run.optimizer, dict(run.model.named_parameters()), device)
-    costs: list[tuple[str, OptimizerCost]] = world.gather((device_name(device), mine))
+    optimizer = optimizer_cost(run.optimizer, dict(run.model.named_parameters()), device)
+    costs: list[tuple[str, OptimizerCost]] = world.gather((device_name(device), optimizer))
     op_seconds = statistics.median(
-        op for found in world.gather([op for _, op in chains.values()]) for op in found
+        profile.op_seconds for _, profiles in measured.values() for profile in profiles
     )
     return Request(
-        lambda size: chains[size][0],
+        chains.__getitem__,
         sizes,
-        _cluster(world, device, links),
+        _cluster(world, names, mine, links),
         batch_rows=rows,
         row_tokens=row_tokens(run.example),
         max_leaf_share=share,
@@ -96,10 +106,11 @@ def measured_request(
     )
 
 
-def _chain(
+def _profiled(
     run: Run, world: World, device: torch.device, size: int, share: float, cache: Path | None, tell: Progress
-) -> tuple[Chain, float]:
-    """The measured chain for microbatches of `size` rows, and what an op takes beside its nodes."""
+) -> tuple[Recorded, list[Profile]]:
+    """Microbatches of `size` rows: this rank's recording, and what every rank measured of its nodes."""
+    recordings: list[Recorded] = []
 
     def named(name: str, done: int, total: int) -> None:
         tell(f"measuring {name} ({done + 1} of {total}) in microbatches of {size}")
@@ -115,19 +126,80 @@ def _chain(
             atomic=run.atomic,
             seed=run.seed,
         )
+        recordings.append(found)
         return found.profile(cache=cache, budget_seconds=_BUDGET_SECONDS, progress=named)
 
-    mine: Profile | EvenflowError
+    profiles = _on_every_rank(world, measured)
+    _keep_means(profiles, Cache(cache, Place.of(device)))
+    return recordings[0], profiles
+
+
+def _rehearsed(
+    measured: Mapping[int, tuple[Recorded, Sequence[Profile]]],
+    world: World,
+    room_bytes: float,
+    cache: Cache,
+    tell: Progress,
+) -> dict[int, Chain]:
+    """The chain of each size, with what the ranks of each kind of device measured and rehearsed, in the mean.
+
+    All sizes have a turn in each round, so that what slows the machine for a while slows all of them alike. A
+    device that has no room for the whole program does not rehearse.
+    """
+    own = {size: (found, profiles[world.rank]) for size, (found, profiles) in measured.items()}
+    rehearsals = {size: found.rehearsal(profile.chain) for size, (found, profile) in own.items()}
+    passed = {size: found_in(cache, own[size][1].signs, each.positions) for size, each in rehearsals.items()}
+    new: dict[int, list[Passed]] = {size: [] for size, known in passed.items() if known is None}
+
+    def passes(size: int) -> list[Passed]:
+        if size not in new or rehearsals[size].needed_bytes > room_bytes:
+            return []
+        try:
+            return rehearsals[size].run(_PASSES, late=world.rank % 2 == 1)
+        except torch.OutOfMemoryError:
+            return []
+
+    for number in range(_ROUNDS):
+        for size in measured:
+            if size in new:
+                tell(f"rehearsing microbatches of {size} (round {number + 1} of {_ROUNDS})")
+            new.get(size, []).extend(_on_every_rank(world, partial(passes, size))[world.rank])
+    chains = {}
+    for size, (_, profiles) in measured.items():
+        mine = over(statistics.median, new[size]) if new.get(size) else passed[size]
+        positions, signs = rehearsals[size].positions, profiles[world.rank].signs
+        by_kind = _means(world.gather((cache.device, mine)))
+        if new.get(size):
+            keep_in(cache, signs, positions, by_kind[cache.device])
+        op_seconds = statistics.median(profile.op_seconds for profile in profiles)
+        chains[size] = as_rehearsed(
+            _together(profiles), profiles[0].alike, positions, by_kind, op_seconds=op_seconds
+        )
+    return chains
+
+
+def _on_every_rank(world: World, act: Callable[[], T]) -> list[T]:
+    """What every rank's `act` returns; raises on all ranks what it raises on one."""
+    mine: T | EvenflowError
     try:
-        mine = measured()
+        mine = act()
     except EvenflowError as error:
         mine = error
-    profiles = world.gather(mine)
-    for each in profiles:
+    found: list[T] = []
+    for each in world.gather(mine):
         if isinstance(each, EvenflowError):
             raise each
-    _keep_means(profiles, Cache(cache, Place.of(device)))
-    return _together(profiles), profiles[world.rank].op_seconds
+        found.append(each)
+    return found
+
+
+def _means(passed: Sequence[tuple[str, Passed | None]]) -> dict[str, Passed]:
+    """For each kind of device what its ranks took in the mean, where any has rehearsed."""
+    by_kind: dict[str, list[Passed]] = {}
+    for kind, each in passed:
+        if each is not None:
+            by_kind.setdefault(kind, []).append(each)
+    return {kind: over(statistics.fmean, each) for kind, each in by_kind.items()}
 
 
 def _keep_means(profiles: Sequence[Profile], cache: Cache) -> None:
@@ -171,10 +243,13 @@ def _overheads(links: Sequence[Probed], op_seconds: float) -> Overheads:
     )
 
 
-def _cluster(world: World, device: torch.device, links: Mapping[tuple[int, int], Probed]) -> Cluster:
-    """The ranks' devices, and the links between neighbours; others are as those of the same sort."""
-    names: list[str] = world.gather(socket.gethostname())
-    mine = local_device(device, device_name(device), num_sharing=names.count(names[world.rank]))
+def _cluster(
+    world: World, names: Sequence[str], mine: Device, links: Mapping[tuple[int, int], Probed]
+) -> Cluster:
+    """The ranks' devices, and the links between neighbours; others are as those of the same sort.
+
+    `names` are those of the ranks' hosts.
+    """
     devices: list[Device] = world.gather(mine)
     kinds = {each.name: each for each in reversed(devices)}
     ranks = range(world.size)

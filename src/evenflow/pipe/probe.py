@@ -1,4 +1,9 @@
-"""What it takes to hand tensors to a neighbour, measured over the very link that the pipeline uses."""
+"""What it takes to hand tensors to a neighbour, measured over the very link that the pipeline uses.
+
+A ball that goes to and fro tells how long one is under way. What an end takes of its rank is measured as it
+is in a step: both ranks compute, and hand each other a parcel whenever they are done with an op; on a CPU,
+the threads of the link take turns with theirs.
+"""
 
 import statistics
 import time
@@ -16,7 +21,8 @@ from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.world import World
 
 _SMALL, _LARGE = 2**12, 2**23  # bytes; the large one is in no cache
-_WARM_UPS, _TRIPS = 3, 15
+_PARCELS = 2**18, 2**21  # bytes
+_WARM_UPS, _TRIPS, _OPS = 3, 15, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +73,49 @@ def _probed(link: Link, rank: int, pair: tuple[int, int], device: torch.device) 
     )
     per_byte = max(large - small, 0.0) / (_LARGE - _SMALL)
     latency = max(small - per_byte * _SMALL, 0.0)
-    busy_per_byte = max(large_busy - small_busy, 0.0) / (_LARGE - _SMALL)
+    if device.type == "cpu":
+        (few, many), (small_busy, large_busy) = _PARCELS, (_beside_ops(link, rank, pair, n) for n in _PARCELS)
+    else:
+        few, many = _SMALL, _LARGE
+    busy_per_byte = max(large_busy - small_busy, 0.0) / (many - few)
     return Probed(
         LinkCost(latency, 1 / per_byte if per_byte else float("inf")),
-        max(small_busy - busy_per_byte * _SMALL, 0.0),
+        max(small_busy - busy_per_byte * few, 0.0),
         busy_per_byte,
     )
+
+
+def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int) -> float:
+    """By how much one end of a transfer makes an op longer, where both ranks send one after each op."""
+    other = sum(pair) - rank
+    cpu = torch.device("cpu")
+    info = TensorInfo((num_bytes // 4,), (1,), torch.float32, False)
+    payloads = {pair[0]: Payload.ACTIVATION, pair[1]: Payload.GRADIENT}
+    leaves, comes = (
+        Manifest(("ops", num_bytes, a, b), (info,), cpu) for a, b in ((rank, other), (other, rank))
+    )
+    receives = [Recv(other, rank, number, payloads[other]) for number in range(_OPS)]
+    parcel, matrix = (torch.zeros(num_bytes // 4),), torch.ones(512, 512)
+
+    def op() -> float:
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        return time.perf_counter() - start
+
+    alone = statistics.median(op() for _ in range(_OPS))
+    took = []
+    link.start([(receive, comes) for receive in receives])
+    for number, receive in enumerate(receives):
+        start = time.perf_counter()
+        op()
+        link.send(Send(rank, other, number, payloads[rank]), parcel, leaves)
+        link.post(receive)
+        if number:
+            link.take(receives[number - 1])
+        took.append(time.perf_counter() - start)
+    link.take(receives[-1])
+    link.finish()
+    return max(statistics.median(took[_WARM_UPS:]) - alone, 0.0) / 2
 
 
 def _trips(

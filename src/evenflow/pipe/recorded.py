@@ -9,12 +9,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.cost.profile import BUDGET_SECONDS, Profile, Progress, profile
+from evenflow.cost.rehearsal import Rehearsal
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.pipe.choices import Splitter, leaf_share
 from evenflow.pipe.deferred import recipes_of
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import refuse_unfit
+from evenflow.plan.chain import Chain
 from evenflow.runtime.parameters import Accumulators, parameters_by_name
 from evenflow.runtime.recordings import Leaves, Program, Recordings, tensors
 from evenflow.runtime.weights import rows_of
@@ -50,6 +52,10 @@ class Recorded:
             budget_seconds=budget_seconds,
             progress=progress,
         )
+
+    def rehearsal(self, chain: Chain) -> Rehearsal:
+        """Pass its microbatch through on its device; `chain` is what was measured of it."""
+        return Rehearsal.of(self.graph, self.model, self.batch, self.device, chain)
 
 
 def recorded(

@@ -20,6 +20,7 @@ from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionPro
 from evenflow.plan.rank_memory import RankMemory, rank_memory
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of, splits
+from evenflow.plan.shared import shared_seconds
 from evenflow.plan.stages import StageCost, costs_of, stage_costs
 from evenflow.plan.traffic import Parcels, traffic_of
 
@@ -47,7 +48,10 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A cut, the schedule's costs with it, and what each rank needs. `groups[rank]` has its devices."""
+    """A cut, the schedule's costs with it, and what each rank needs. `groups[rank]` has its devices.
+
+    `shared_seconds` are a step's for parameters that several ranks use.
+    """
 
     positions: tuple[int, ...]
     groups: tuple[Group, ...]
@@ -56,6 +60,7 @@ class Fit:
     stages: tuple[StageCost, ...]
     costs: Costs
     memory: tuple[RankMemory, ...]
+    shared_seconds: float
 
     @property
     def over_bytes(self) -> tuple[float, ...]:
@@ -121,7 +126,14 @@ def at_cuts(
     stages = as_run(stages, parcels, request.overheads, splits=in_two)
     costs = costs_of(stages, traffic, _links(request.cluster, groups, traffic.rank_pairs(rank_of)))
     memory = _memory(request, choice, schedule, stages, parcels)
-    return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory)
+    exchange = shared_seconds(
+        chain.parameters,
+        positions,
+        rank_of,
+        lambda a, b: request.cluster.link_between(groups[a].first, groups[b].first),
+        gradient_bytes=request.state.gradient_bytes,
+    )
+    return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory, exchange)
 
 
 def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:

@@ -33,7 +33,7 @@ class Priced:
     load_seconds: tuple[float, ...]  # of each rank, for one microbatch
     idle: tuple[float, ...]
     pipeline_seconds: float
-    reduce_seconds: float
+    reduce_seconds: float  # sums of gradients: over data ranks, and of parameters that stages share
     update_seconds: float  # and what else a step takes once
 
     @property
@@ -107,7 +107,7 @@ def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fi
         fit.load_seconds,
         idle=tuple(1 - each / makespan for each in work),
         pipeline_seconds=makespan,
-        reduce_seconds=_reduce_seconds(request, choice.degrees, schedule, fit.stages),
+        reduce_seconds=fit.shared_seconds + _reduce_seconds(request, choice.degrees, schedule, fit.stages),
         update_seconds=request.overheads.step_seconds + _update_seconds(request, schedule, fit),
     )
 
