@@ -1,8 +1,8 @@
 """The planner's plan against thirty that people would make, on two ranks of one thread each.
 
 The thirty are schedules, sizes of a microbatch and cuts that one would try: equal layers, equal estimated
-work, and one node to either side. All run for a few steps; then the planner's and the best few take turns,
-and their medians count, of steps on a quiet machine (`quiet.py`).
+work, and one node to either side. All run for a few steps on a quiet machine (`quiet.py`); then the planner's
+and the best few take turns, and their medians count.
 Run: `python benchmarks/hand_made.py [MODEL …]`.
 """
 
@@ -30,12 +30,12 @@ from evenflow.pipe.pipeline import Pipeline
 from evenflow.plan.chain import Chain
 from evenflow.plan.partition import balanced_cuts
 from evenflow.plan.plan import Plan, PlannedStage, node_labels
-from evenflow.plan.planner import plan
-from evenflow.plan.request import Levers
+from evenflow.plan.planner import describe, plan
+from evenflow.plan.request import Levers, choice_of
 from evenflow.runtime.world import World
 from evenflow.schedules import catalog
 
-LOOKS, FINALISTS, ROUNDS = 2, 3, 9
+LOOKS, FINALISTS, ROUNDS = 2, 3, 21
 SIZES = (1, 2, 4)
 # (schedule, stages a rank, cuts)
 TRIED = (
@@ -122,6 +122,9 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
     run, quiet = Run(model, loss, batch, adamw, levers=levers), Quiet(world)
     request = quiet.during(lambda often: measured_request(run, world, torch.device("cpu"), progress=often))
     ours = HandMade("ours", world.share(plan(request), 0))
+    if world.rank == 0:
+        told = describe(choice_of(ours.plan)), [stage.num_nodes for stage in ours.plan.stages]
+        print(f"  ours: {told}, {ours.plan.prediction.step_seconds:.3f} s promised", flush=True)
     chain = request.chain_of(SIZES[0])
     tried = []
     for each in hand_made(chain, ours.plan, request.batch_rows):
@@ -135,6 +138,8 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
         took = quiet.measured(partial(_step, pipe, batch, world), LOOKS)
         if took:
             tried.append((statistics.median(took), each))
+            if world.rank == 0:
+                print(f"  {each.name}: {tried[-1][0]:.3f} s", flush=True)
         pipe.close()
     best = [each for _, each in sorted(tried, key=lambda pair: pair[0])[:FINALISTS]]
     equal = [each for _, each in sorted(tried, key=lambda pair: pair[0]) if "equal layers" in each.name][:1]
@@ -143,12 +148,9 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
     for pipe in pipes:
         for _ in range(2):
             _step(pipe, batch, world)
-    rounds = [
-        [quiet.measured(partial(_step, pipe, batch, world), 1) for pipe in pipes] for _ in range(ROUNDS)
-    ]
-    whole = [[seconds for (seconds,) in each] for each in rounds if all(each)]
+    rounds = [[_step(pipe, batch, world) for pipe in pipes] for _ in range(ROUNDS)]
     took_in_turn = [
-        (each.name, list(seconds)) for each, seconds in zip(finalists, zip(*whole, strict=True), strict=True)
+        (each.name, list(seconds)) for each, seconds in zip(finalists, zip(*rounds, strict=True), strict=True)
     ]
     return len(tried), [(each.name, seconds) for seconds, each in tried], took_in_turn
 
@@ -173,6 +175,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or MODELS:
         num_tried, _, took = launch(on_rank, name, nproc=RANKS)[0]
+        for finalist, seconds in took:
+            print(f"  {finalist}: {', '.join(f'{each:.3f}' for each in seconds)}", flush=True)
         (_, ours), *others = took
         best_name, best = min(others, key=lambda pair: statistics.median(pair[1]))
         ratios = [a / b for a, b in zip(ours, best, strict=True)]

@@ -15,7 +15,7 @@ from evenflow.runtime.world import World
 
 T = TypeVar("T")
 
-_SLOW = 1.12  # times the fastest reference, of all ranks at once
+_SLOW = 1.3  # times the fastest reference, of all ranks at once
 _VERY_SLOW = 1.4  # of one rank, whose neighbours do other things meanwhile
 _MOST_TRIES = 4
 
