@@ -159,6 +159,11 @@ def test_seconds_add_up_to_those_of_the_stages():
     assert seconds.weight_grad == (0.5, 1.5, 0.0)
 
 
+def test_nodes_take_at_least_half_of_a_stage():
+    found = as_rehearsed(chain_of((1.0,), (1.0,), (0.0,)), (0,), (), {"cpu": ((1.0, 4.0),)}, op_seconds=3.0)
+    assert (found.seconds["cpu"].forward, found.seconds["cpu"].input_grad) == ((0.5,), (2.0,))
+
+
 def test_equal_nodes_stay_equal():
     chain = chain_of((1.0, 1.0, 2.0), (1.0,) * 3, (0.0,) * 3)
     found = as_rehearsed(chain, (0, 0, 2), (1,), {"cpu": ((2.0, 1.0), (3.0, 2.0))}, op_seconds=0.0)

@@ -187,8 +187,8 @@ def as_rehearsed(
     """The chain with seconds that add up to those of its stages as rehearsed, by kind of device.
 
     `alike` gives for each node the first that is the same: those stay equal, with the mean of what their
-    stages were off. `op_seconds` are what a stage's forward or backward takes beside its nodes. Kinds of
-    devices that did not rehearse keep their seconds.
+    stages were off. `op_seconds` are what a stage's forward or backward takes beside its nodes, at most half.
+    Kinds of devices that did not rehearse keep their seconds.
 
     >>> times = Seconds((1.0, 1.0), (2.0, 2.0), (0.0, 0.0))
     >>> chain = Chain(("a", "b"), 1, (1.0,) * 2, {"cpu": times}, (), (), (), *[(0.0,) * 2] * 3, (True,) * 2)
@@ -201,7 +201,7 @@ def as_rehearsed(
     def scaled(seconds: Seconds, stages: Passed) -> Seconds:
         whole = tuple(map(sum, zip(seconds.input_grad, seconds.weight_grad, strict=True)))
         forward, backward = (
-            _factors(nodes, alike, bounds, [max(each - op_seconds, 0.0) for each in took])
+            _factors(nodes, alike, bounds, [max(each - op_seconds, each / 2) for each in took])
             for nodes, took in zip((seconds.forward, whole), zip(*stages, strict=True), strict=True)
         )
         return Seconds(
