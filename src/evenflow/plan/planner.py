@@ -43,8 +43,8 @@ from evenflow.plan.refine import refined
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import stretch_of
 
-# By stages per rank: the schedules worth pricing. The others are never faster, nor hold less. Eager 1F1B holds
-# more than 1F1B, and is faster where transfers take time.
+# By stages per rank: the schedules worth pricing. The others are never faster, nor hold less. Eager 1F1B
+# holds more than 1F1B, and is faster where transfers take time.
 _SCHEDULES = {
     1: ("1f1b", "eager-1f1b", "zb-h1", "zb-h2"),
     2: ("interleaved-1f1b", "interleaved-zb", "zb-v", "v-half", "v-min"),
