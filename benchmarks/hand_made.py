@@ -10,15 +10,13 @@ import itertools
 import re
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from five_models import MODELS, build
-from predict import RANKS, adamw
+from predict import RANKS, adamw, one_step
 from quiet import Quiet
 
 import evenflow
@@ -32,7 +30,6 @@ from evenflow.plan.partition import balanced_cuts
 from evenflow.plan.plan import Plan, PlannedStage, node_labels
 from evenflow.plan.planner import describe, plan
 from evenflow.plan.request import Levers, choice_of
-from evenflow.runtime.world import World
 from evenflow.schedules import catalog
 
 LOOKS, FINALISTS, ROUNDS = 2, 3, 21
@@ -134,8 +131,8 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
             if world.rank == 0:
                 print(f"  {each.name}: {error}", flush=True)
             continue
-        _step(pipe, batch, world)
-        took = quiet.measured(partial(_step, pipe, batch, world), LOOKS)
+        one_step(pipe, batch, world)
+        took = quiet.measured(partial(one_step, pipe, batch, world), LOOKS)
         if took:
             tried.append((statistics.median(took), each))
             if world.rank == 0:
@@ -147,8 +144,8 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
     pipes = [_pipeline(name, each.plan) for each in finalists]
     for pipe in pipes:
         for _ in range(2):
-            _step(pipe, batch, world)
-    rounds = [[_step(pipe, batch, world) for pipe in pipes] for _ in range(ROUNDS)]
+            one_step(pipe, batch, world)
+    rounds = [[one_step(pipe, batch, world) for pipe in pipes] for _ in range(ROUNDS)]
     took_in_turn = [
         (each.name, list(seconds)) for each, seconds in zip(finalists, zip(*rounds, strict=True), strict=True)
     ]
@@ -158,15 +155,6 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
 def _pipeline(name: str, made: Plan) -> Pipeline:
     model, loss, batch = build(name)
     return evenflow.pipeline(model, loss=loss, example=batch, optimizer=adamw, plan=made, device="cpu")
-
-
-def _step(pipe: Pipeline, batch: Any, world: World) -> float:
-    """Seconds of one step, the same on every rank."""
-    world.gather_numbers([0])
-    start = time.perf_counter()
-    pipe.step(batch)
-    world.gather_numbers([0])
-    return float(world.share(time.perf_counter() - start, 0))
 
 
 def main() -> None:

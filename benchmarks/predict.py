@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,20 +77,22 @@ def _round(name: str, levers: Levers, world: World, quiet: Quiet) -> Found:
 
 def _step_seconds(pipe: Pipeline, batch: Any, world: World, quiet: Quiet) -> float:
     """The median of some steps; of those on a quiet machine, if it was quiet for any."""
-
-    def seconds() -> float:
-        world.gather_numbers([0])
-        start = time.perf_counter()
-        pipe.step(batch)
-        world.gather_numbers([0])
-        return time.perf_counter() - start
-
+    seconds = partial(one_step, pipe, batch, world)
     for _ in range(WARM_UPS):
         seconds()
     found = quiet.measured(seconds, STEPS)
     if not found and world.rank == 0:
         print("  (never quiet)", flush=True)
     return statistics.median(found or [seconds() for _ in range(STEPS)])
+
+
+def one_step(pipe: Pipeline, batch: Any, world: World) -> float:
+    """Seconds of one step, the same on every rank."""
+    world.gather_numbers([0])
+    start = time.perf_counter()
+    pipe.step(batch)
+    world.gather_numbers([0])
+    return float(world.share(time.perf_counter() - start, 0))
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def _rows(measured: Profile) -> list[_Row]:
         sizes[parameter.nodes[0]] += parameter.num_elements
     return [
         _Row(
-            kind=measured.alike[at],
+            kind=kind,
             forward=seconds.forward[at],
             input_grad=seconds.input_grad[at],
             weight_grad=seconds.weight_grad[at],
@@ -151,7 +151,7 @@ def _rows(measured: Profile) -> list[_Row]:
             boundary_bytes=chain.cut_bytes[at] if at and chain.legal[at] else None,
             num_parameters=sizes[at],
         )
-        for at in range(chain.num_nodes)
+        for at, kind in enumerate(measured.alike)
     ]
 
 

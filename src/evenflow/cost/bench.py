@@ -15,12 +15,14 @@ import torch
 
 from evenflow.cost.inputs import random_like
 from evenflow.graph.cut import Section
+from evenflow.graph.fakes import buffers_copied
 from evenflow.graph.graph import Graph, Node
+from evenflow.graph.modules import python_kept
 from evenflow.graph.snapshots import copy_of
 from evenflow.graph.tree import TensorInfo
 from evenflow.runtime.inflight import InFlight
 from evenflow.runtime.kept import buffers_at
-from evenflow.runtime.rng import Streams
+from evenflow.runtime.rng import Streams, generators_restored
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
 
@@ -117,26 +119,10 @@ class Benches:
             relayed=frozenset(section.gradient_sends[_BEFORE]),
             kept_buffers=frozenset(),
         )
-        streams = Streams(0, self.device)
-        stage = Stage(_HERE, self.device, streams, lambda names: buffers_at(self.model, names))
-        with own_parameters(self.model, self.places, node.parameters, self.device) as parameters:
-            try:
-                works = [
-                    Work(
-                        each,
-                        self.graph,
-                        self.model,
-                        device=self.device,
-                        streams=streams,
-                        parameter_of=lambda name, _: parameters[name],
-                        places_of=lambda name: list(self.places[name]),
-                    )
-                    for each in (section, idle)
-                ]
-                full, empty = (Bench(node, role, self.graph, stage, w.section, w) for w in works)
-                yield full, empty
-            finally:
-                streams.unhook()
+        sections = (section, idle)
+        with ready(self.graph, self.model, self.places, sections, self.device) as ((stage, _), works):
+            full, empty = (Bench(node, role, self.graph, stage, work.section, work) for work in works)
+            yield full, empty
 
     def _section(self, node: Node, role: Role) -> Section:
         values = self.graph.values
@@ -171,13 +157,61 @@ def places_of_parameters(model: torch.nn.Module) -> Places:
 
 
 @contextlib.contextmanager
-def own_parameters(
+def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """With gradients; the model, its buffers and all random generators are afterwards as they were."""
+    with (
+        python_kept(model),
+        generators_restored([torch.device("cpu"), device]),
+        buffers_copied(model, device),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def ready(
+    graph: Graph,
+    model: torch.nn.Module,
+    places: Places,
+    sections: Sequence[Section],
+    device: torch.device,
+    *,
+    keeps_numbers: bool = False,
+) -> Iterator[tuple[list[Stage], list[Work]]]:
+    """Sections ready to run, each with its stage, on parameters of their own that live meanwhile."""
+    streams = Streams(0, device)
+    names = dict.fromkeys(name for section in sections for node in section.nodes for name in node.parameters)
+    with _own_parameters(model, places, names, device, keeps_numbers=keeps_numbers) as parameters:
+        try:
+            works = [
+                Work(
+                    section,
+                    graph,
+                    model,
+                    device=device,
+                    streams=streams,
+                    parameter_of=lambda name, _: parameters[name],
+                    places_of=lambda name: list(places[name]),
+                )
+                for section in sections
+            ]
+            stages = [
+                Stage(section.stage, device, streams, lambda names: buffers_at(model, names))
+                for section in sections
+            ]
+            yield stages, works
+        finally:
+            streams.unhook()
+
+
+@contextlib.contextmanager
+def _own_parameters(
     model: torch.nn.Module,
     places: Places,
     names: Iterable[str],
     device: torch.device,
     *,
-    keeps_numbers: bool = False,
+    keeps_numbers: bool,
 ) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Parameters on the device in the place of the model's own, which may have no memory.
 

@@ -4,7 +4,6 @@ Only one node's parameters and inputs are in memory at once, made of small rando
 have none. So a model can be profiled on a device that it is too large for.
 """
 
-import contextlib
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +13,17 @@ from pathlib import Path
 import torch
 
 from evenflow.cost.assemble import chain_of
-from evenflow.cost.bench import Benches, Role, places_of_parameters
+from evenflow.cost.bench import Benches, Role, places_of_parameters, undisturbed
 from evenflow.cost.cache import Cache, Place
 from evenflow.cost.inputs import Inputs
 from evenflow.cost.measure import measure
 from evenflow.cost.measured import Measured
 from evenflow.cost.signature import signature
 from evenflow.errors import EvenflowError, RecordError
-from evenflow.graph.fakes import buffers_copied
 from evenflow.graph.graph import Graph, Node
-from evenflow.graph.modules import python_kept
 from evenflow.graph.tree import BatchLeaf, CallSource
 from evenflow.plan.chain import Chain
 from evenflow.runtime.host_memory import keep_freed_memory
-from evenflow.runtime.rng import generators_restored
 
 # Is told the name of the node that comes next, how many are done, and how many there are to measure.
 Progress = Callable[[str, int, int], None]
@@ -80,11 +76,7 @@ def profile(
     place = Place.of(device)
     if device.type == "cpu":
         keep_freed_memory()  # as a run does
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(python_kept(model))
-        stack.enter_context(generators_restored([torch.device("cpu"), device]))
-        stack.enter_context(buffers_copied(model, device))
-        stack.enter_context(torch.enable_grad())
+    with undisturbed(model, device):
         profiler = _Profiler(graph, model, batch, device, Cache(cache, place), budget_seconds)
         profiler.measure_all(progress)
     chain = chain_of(

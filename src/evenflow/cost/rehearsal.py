@@ -4,9 +4,8 @@ A node that is measured by itself meets other caches, and other neighbours on th
 in its place. So nodes say how a stage's seconds are spread over it, and rehearsals how many they are.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -15,21 +14,17 @@ from operator import mul
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.cost.bench import own_parameters, places_of_parameters
+from evenflow.cost.bench import places_of_parameters, ready, undisturbed
 from evenflow.cost.cache import Cache
 from evenflow.cost.clock import timed
 from evenflow.cost.measured import Measured
 from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.cut import Cut, cut
-from evenflow.graph.fakes import buffers_copied
 from evenflow.graph.graph import Graph
-from evenflow.graph.modules import python_kept
 from evenflow.ir.op import Payload
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.partition import balanced_cuts
 from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.kept import buffers_at
-from evenflow.runtime.rng import Streams, generators_restored
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
 
@@ -76,44 +71,18 @@ class Rehearsal:
         model, its buffers and all random generators are left as they were. Raises `RecordError` where a stage
         fails.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(python_kept(self.model))
-            stack.enter_context(generators_restored([torch.device("cpu"), self.device]))
-            stack.enter_context(buffers_copied(self.model, self.device))
-            stack.enter_context(torch.enable_grad())
-            ready = stack.enter_context(self._ready())
-            first = self._passed(*ready)
+        made, places = cut(self.graph, self.positions), places_of_parameters(self.model)
+        with (
+            undisturbed(self.model, self.device),
+            ready(self.graph, self.model, places, made.sections, self.device, keeps_numbers=True) as (
+                stages,
+                works,
+            ),
+        ):
+            first = self._passed(made, stages, works)
             if late:
                 time.sleep(sum(map(sum, first)) / 2)
-            return [self._passed(*ready) for _ in range(repetitions)]
-
-    @contextlib.contextmanager
-    def _ready(self) -> Iterator[tuple[Cut, list[Stage], list[Work]]]:
-        places = places_of_parameters(self.model)
-        names = {name for node in self.graph.nodes for name in node.parameters}
-        streams = Streams(0, self.device)
-        made = cut(self.graph, self.positions)
-        with own_parameters(self.model, places, sorted(names), self.device, keeps_numbers=True) as parameters:
-            try:
-                works = [
-                    Work(
-                        section,
-                        self.graph,
-                        self.model,
-                        device=self.device,
-                        streams=streams,
-                        parameter_of=lambda name, _: parameters[name],
-                        places_of=lambda name: list(places[name]),
-                    )
-                    for section in made.sections
-                ]
-                stages = [
-                    Stage(number, self.device, streams, lambda names: buffers_at(self.model, names))
-                    for number in range(len(works))
-                ]
-                yield made, stages, works
-            finally:
-                streams.unhook()
+            return [self._passed(made, stages, works) for _ in range(repetitions)]
 
     def _passed(self, made: Cut, stages: Sequence[Stage], works: Sequence[Work]) -> Passed:
         batch = dict(enumerate(self.batch))

@@ -46,6 +46,14 @@ class Link:
         """
         return num_bytes / self.bytes_per_second
 
+    def transfer_seconds(self, num_bytes: float) -> float:
+        """From the beginning of a transfer until it has arrived.
+
+        >>> Link(latency_seconds=1.0, bytes_per_second=4.0).transfer_seconds(num_bytes=8.0)
+        3.0
+        """
+        return self.latency_seconds + self.occupied_seconds(num_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -159,7 +167,7 @@ class Costs:
         if ranks[0] == ranks[1]:
             return 0.0
         link = self.link_between(*ranks)
-        return link.latency_seconds + link.occupied_seconds(self.sent_bytes.get((source, target), 0.0))
+        return link.transfer_seconds(self.sent_bytes.get((source, target), 0.0))
 
     def work_seconds(self, placement: Placement, num_microbatches: int, *, trains: bool) -> tuple[float, ...]:
         """Return the seconds of work of each rank in a step of so many microbatches, without `Overlap`.

@@ -39,10 +39,8 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     """
     if choice.recompute == "full":
         chain = recomputed(chain, range(chain.num_nodes))
-    groups, placement = (
-        groups_of(request.cluster, choice.degrees),
-        in_flight(choice, request.overheads).placement,
-    )
+    groups = groups_of(request.cluster, choice.degrees)
+    placement = in_flight(choice, request.overheads).placement
     flying = microbatches_in_flight(choice, chain, request.overheads)
     held = np.array([np.mean([flying[s] for s in placement.stages_on(r)]) for r in range(len(groups))])
     totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}

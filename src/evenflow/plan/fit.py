@@ -6,6 +6,7 @@ left: so a cut that turns out not to fit is made again for devices that much sma
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Costs, Link
@@ -130,7 +131,7 @@ def at_cuts(
         chain.parameters,
         positions,
         rank_of,
-        lambda a, b: request.cluster.link_between(groups[a].first, groups[b].first),
+        partial(_link, request.cluster, groups),
         gradient_bytes=request.state.gradient_bytes,
     )
     return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory, exchange)
@@ -143,9 +144,8 @@ def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:
     """
     groups = groups_of(request.cluster, choice.degrees)
     needed_bytes = sum(held.num_bytes for held in static_bytes(request, choice.degrees, chain))
-    needed_bytes += min(microbatches_in_flight(choice, chain, request.overheads)) * sum(
-        held.num_bytes for held in chain.saved
-    )
+    fewest = min(microbatches_in_flight(choice, chain, request.overheads))
+    needed_bytes += fewest * sum(held.num_bytes for held in chain.saved)
     if needed_bytes > sum(group.cap_bytes for group in groups):
         least = min(range(len(groups)), key=lambda rank: groups[rank].cap_bytes)
         raise _lacking(groups[least], least, needed_bytes / len(groups))
@@ -217,7 +217,11 @@ def _links(
     cluster: Cluster, groups: Sequence[Group], pairs: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, int], Link]:
     """The links between pairs of pipeline ranks, from one to the other."""
-    return {(a, b): cluster.link_between(groups[a].first, groups[b].first) for a, b in pairs if a != b}
+    return {(a, b): _link(cluster, groups, a, b) for a, b in pairs if a != b}
+
+
+def _link(cluster: Cluster, groups: Sequence[Group], source: int, target: int) -> Link:
+    return cluster.link_between(groups[source].first, groups[target].first)
 
 
 def _memory(

@@ -35,11 +35,7 @@ def shared_seconds(
         )
         for rank in others:
             if rank != owner:
-                seconds += _seconds(link(rank, owner), parameter.num_bytes * gradient_bytes)
+                seconds += link(rank, owner).transfer_seconds(parameter.num_bytes * gradient_bytes)
         for rank in {*others} - {owner}:
-            seconds += _seconds(link(owner, rank), parameter.num_bytes)
+            seconds += link(owner, rank).transfer_seconds(parameter.num_bytes)
     return seconds
-
-
-def _seconds(link: Link, num_bytes: float) -> float:
-    return link.latency_seconds + link.occupied_seconds(num_bytes)

@@ -49,16 +49,8 @@ class Traffic:
         >>> Traffic({(0, 1): 8.0, (1, 2): 4.0}, {}).parcels(rank_of=(0, 1, 1))[1]
         Parcels(received=[8.0], sent=[], gradients_received=[], gradients_sent=[])
         """
-        found = tuple(Parcels([], [], [], []) for _ in rank_of)
-        for (source, target), size in self.activations.items():
-            if size and rank_of[source] != rank_of[target]:
-                found[source].sent.append(size)
-                found[target].received.append(size)
-        for (source, target), size in self.gradients.items():
-            if size and rank_of[source] != rank_of[target]:
-                found[source].gradients_sent.append(size)
-                found[target].gradients_received.append(size)
-        return found
+        by_stage = (*_leaving_ranks(self.activations, rank_of), *_leaving_ranks(self.gradients, rank_of))
+        return tuple(Parcels(*own) for own in zip(*by_stage, strict=True))
 
 
 def traffic_of(chain: Chain, positions: Sequence[int]) -> Traffic:
@@ -104,3 +96,16 @@ def traffic_of(chain: Chain, positions: Sequence[int]) -> Traffic:
     return Traffic(
         *({edge: max(0.0, size) for edge, size in each.items()} for each in (activations, gradients))
     )
+
+
+def _leaving_ranks(
+    edges: Mapping[Edge, float], rank_of: Sequence[int]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """What each stage receives from stages of other ranks, and what it sends to them."""
+    received: list[list[float]] = [[] for _ in rank_of]
+    sent: list[list[float]] = [[] for _ in rank_of]
+    for (source, target), size in edges.items():
+        if size and rank_of[source] != rank_of[target]:
+            sent[source].append(size)
+            received[target].append(size)
+    return received, sent
