@@ -70,6 +70,19 @@ def test_a_planned_pipeline_trains_as_the_unsplit_model(schedule, tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_an_order_of_the_plan_s_own_runs_for_any_number_of_microbatches():
+    order = ("0F0,0F1,0F2,0B0,0F3,0B1,0I2,0B3,0W2", "1F0,1B0,1F1,1I1,1F2,1B2,1W1,1F3,1B3")
+    made = dataclasses.replace(planned(), schedule="auto", order=order)
+    losses = []
+    for options in ({"stages": 1, "microbatch_size": 2}, {"plan": made}):
+        pipe = make(**options)
+        losses.append([float(pipe.step(regression(rows)).loss) for rows in (8, 6, 10, 8)])
+        _, measured = pipe.timelines()
+        pipe.close()
+    assert losses[0] == losses[1]
+    assert [",".join(str(span.op) for span in measured.compute_on(rank)) for rank in (0, 1)] == [*order]
+
+
 def test_the_cut_is_the_plan_s():
     made = planned()
     pipe = make(plan=made)

@@ -43,7 +43,7 @@ def test_what_is_said_to_fit_can_be_planned(case):
     changes = advice(CASES[case]).changes
     assert changes
     for change in changes:
-        found = plan(change.request, budget_seconds=0.0)
+        found = plan(change.request, budget_seconds=0.0, search_seconds=0.0)
         assert all(rank.memory.allocated <= rank.cap_bytes for rank in found.ranks), change.what
         # What was priced is one of the changed request's own choices, and no faster than a plan may be.
         assert change.priced.step_seconds >= found.prediction.bound_seconds

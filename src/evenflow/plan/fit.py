@@ -13,14 +13,14 @@ from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
-from evenflow.plan.in_flight import StageBytes
+from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
 from evenflow.plan.plan import Degrees
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.rank_memory import RankMemory, rank_memory
 from evenflow.plan.request import Choice, Request
-from evenflow.plan.scheduled import in_flight, microbatches_in_flight, schedule_of, splits
+from evenflow.plan.scheduled import in_flight, in_flight_of, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.shared import shared_seconds
 from evenflow.plan.stages import StageCost, costs_of, stage_costs
 from evenflow.plan.traffic import Parcels, traffic_of
@@ -115,10 +115,22 @@ def fitted(
 
 
 def at_cuts(
-    request: Request, choice: Choice, chain: Chain, positions: Sequence[int], groups: Sequence[Group]
+    request: Request,
+    choice: Choice,
+    chain: Chain,
+    positions: Sequence[int],
+    groups: Sequence[Group],
+    *,
+    schedule: Schedule | None = None,
 ) -> Fit:
-    """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices."""
-    schedule = schedule_of(choice)
+    """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices.
+
+    `schedule` is the choice's, unless another is given.
+    """
+    if schedule is None:
+        schedule, held = schedule_of(choice), in_flight(choice, request.overheads)
+    else:
+        held = in_flight_of(schedule, request.overheads)
     rank_of = schedule.placement.rank_of
     in_two = splits(schedule)
     stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of], splits=in_two)
@@ -126,7 +138,7 @@ def at_cuts(
     parcels = traffic.parcels(rank_of)
     stages = as_run(stages, parcels, request.overheads, splits=in_two)
     costs = costs_of(stages, traffic, _links(request.cluster, groups, traffic.rank_pairs(rank_of)))
-    memory = _memory(request, choice, schedule, stages, parcels)
+    memory = _memory(request, choice.degrees, held, stages, parcels)
     exchange = shared_seconds(
         chain.parameters,
         positions,
@@ -226,8 +238,8 @@ def _link(cluster: Cluster, groups: Sequence[Group], source: int, target: int) -
 
 def _memory(
     request: Request,
-    choice: Choice,
-    schedule: Schedule,
+    degrees: Degrees,
+    held: InFlight,
     stages: Sequence[StageCost],
     parcels: Sequence[Parcels],
 ) -> tuple[RankMemory, ...]:
@@ -237,15 +249,15 @@ def _memory(
     ]
     return tuple(
         rank_memory(
-            [stages[stage] for stage in schedule.placement.stages_on(rank)],
+            [stages[stage] for stage in held.placement.stages_on(rank)],
             peak,
             request.state,
-            data_ranks=choice.degrees.data,
-            expert_ranks=choice.degrees.expert,
-            sharding=choice.degrees.sharding,
-            gathers_nodes=choice.degrees.gathers_nodes,
+            data_ranks=degrees.data,
+            expert_ranks=degrees.expert,
+            sharding=degrees.sharding,
+            gathers_nodes=degrees.gathers_nodes,
         )
-        for rank, peak in enumerate(in_flight(choice, request.overheads).peaks(sizes))
+        for rank, peak in enumerate(held.peaks(sizes))
     )
 
 

@@ -106,7 +106,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """See the module. Its nodes are of a recording whose leaves hold at most `max_leaf_share` of all work."""
+    """See the module. Its nodes are of a recording whose leaves hold at most `max_leaf_share` of all work.
+
+    `order` has each rank's ops, as in a row of a schedule file, where the schedule was searched ("auto"); it
+    is empty where `schedule` names one of the catalog.
+    """
 
     degrees: Degrees
     schedule: str
@@ -118,6 +122,7 @@ class Plan:
     ranks: tuple[PlannedRank, ...]
     prediction: Prediction
     runners_up: tuple[RunnerUp, ...] = ()
+    order: tuple[str, ...] = ()
 
 
 def node_labels(names: Sequence[str]) -> tuple[str, ...]:

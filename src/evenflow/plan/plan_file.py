@@ -12,12 +12,14 @@ from typing import Any
 
 from evenflow.errors import ConfigError
 from evenflow.plain_data import read_as
+from evenflow.plan.own_order import schedule_in
 from evenflow.plan.plan import Plan
 
 _VERSION = 1
 _HEADER = """\
 # A plan of Evenflow. Stages begin with the node called "first" and end before the next stage's; seconds and
 # bytes are of one microbatch. After a change of [[stages]] the predictions are those of the plan before it.
+# Where there is an "order", it is what each rank runs: stage, F, B (or its halves I and W), microbatch.
 """
 
 
@@ -29,6 +31,9 @@ def write_plan(plan: Plan) -> str:
         value = getattr(plan, field.name)
         if is_dataclass(value):
             tables += ["", f"[{field.name}]", *_keys(value)]
+        elif field.name == "order":
+            if value:
+                lines += ["order = [", *(f"  {_written(row)}," for row in value), "]"]
         elif isinstance(value, tuple):
             for each in value:
                 tables += ["", f"[[{field.name}]]", *_keys(each)]
@@ -76,6 +81,8 @@ def read_plan(text: str) -> Plan:
             f"[[stages]] names {len(plan.stages)} stages, and {num_ranks} ranks of {plan.stages_per_rank} "
             f"stages hold {num_ranks * plan.stages_per_rank}"
         )
+    if plan.order:
+        schedule_in(plan)  # raises for what is wrong in it
     return plan
 
 

@@ -9,7 +9,8 @@ be not to pipeline.
 Choices are priced in the order of an estimate: first the least work, and the idle time that their schedule
 has with equal stages; then, for those that are next by that, with what memory and recomputation add
 (`expected.py`). What is estimated above the best that was found is not priced. Of the best few the cuts are
-then moved as long as that helps (`refine.py`). The bound that a plan states is a strict one: of all choices,
+then moved as long as that helps (`refine.py`), and an order of its own is searched where methods of the
+catalog leave stages idle (`searched.py`). The bound that a plan states is a strict one: of all choices,
 priced or not, the least work spread without a loss.
 """
 
@@ -26,6 +27,7 @@ from evenflow.plan.chain import Chain
 from evenflow.plan.contradictions import contradiction
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
+from evenflow.plan.own_order import written_order
 from evenflow.plan.plan import (
     Degrees,
     Plan,
@@ -42,6 +44,8 @@ from evenflow.plan.recompute import cheapest_to_hold
 from evenflow.plan.refine import refined
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import stretch_of
+from evenflow.plan.searched import searched
+from evenflow.schedules import catalog
 
 # By stages per rank: the schedules worth pricing. The others are never faster, nor hold less. Eager 1F1B
 # holds more than 1F1B, and is faster where transfers take time.
@@ -56,6 +60,7 @@ _MOST_MICROBATCHES = 512  # of a choice of the planner's own; the user may ask f
 _NUM_RUNNERS_UP = 5
 
 BUDGET_SECONDS = 40.0
+SEARCH_SECONDS = 5.0
 
 Progress = Callable[[int, int, float], None]  # choices seen, of all, best seconds so far
 
@@ -71,13 +76,17 @@ class NoPlanError(ConfigError):
 
 
 def plan(
-    request: Request, *, budget_seconds: float = BUDGET_SECONDS, progress: Progress | None = None
+    request: Request,
+    *,
+    budget_seconds: float = BUDGET_SECONDS,
+    search_seconds: float = SEARCH_SECONDS,
+    progress: Progress | None = None,
 ) -> Plan:
     """Return the fastest plan that fits.
 
     Pricing goes on until all that is left is estimated to be slower, or for about `budget_seconds` if a plan
     was found by then; what is left is what a choice of a higher estimate might gain, and no more than the
-    plan's gap.
+    plan's gap. Then a schedule is searched, in steps that take about `search_seconds`; with 0 none is.
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
@@ -92,6 +101,8 @@ def plan(
         search.refuse()
     best = sorted(search.found, key=_step_seconds)[: 1 + _NUM_RUNNERS_UP]
     best = sorted((refined(request, priced) for priced in best), key=_step_seconds)
+    if (own := searched(request, best, budget_seconds=search_seconds)) is not None:
+        best = [own, *best[:_NUM_RUNNERS_UP]]
     return _plan(request, best, search.bound_seconds)
 
 
@@ -294,7 +305,7 @@ def _schedules(request: Request, num_ranks: int) -> Iterator[tuple[int, str]]:
         return
     for per_rank, names in _SCHEDULES.items():
         if levers.stages_per_rank in (None, per_rank):
-            for name in names if levers.schedule is None else (levers.schedule,):
+            for name in names if levers.method is None else (levers.method,):
                 if name in names or levers.stages_per_rank == per_rank:
                     yield per_rank, name
 
@@ -356,6 +367,7 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         ranks,
         _prediction(request, best, chain, bound_seconds),
         tuple(_runner_up(priced) for priced in found[1:]),
+        written_order(best.schedule) if choice.schedule == catalog.AUTO else (),
     )
 
 

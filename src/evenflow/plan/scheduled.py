@@ -38,6 +38,11 @@ def in_flight(choice: Choice, overheads: Overheads) -> InFlight:
     return _in_flight(_sizes(choice), overheads.receives_ahead, overheads.sends_ahead)
 
 
+def in_flight_of(schedule: Schedule, overheads: Overheads) -> InFlight:
+    """What is in flight in a schedule that no choice names."""
+    return InFlight(schedule, receives_ahead=overheads.receives_ahead, sends_ahead=overheads.sends_ahead)
+
+
 def microbatches_in_flight(choice: Choice, chain: Chain, overheads: Overheads) -> tuple[float, ...]:
     """How many microbatches each stage holds at its rank's peak."""
     saved, kept = (sum(each.num_bytes for each in held) for held in (chain.saved, chain.kept))

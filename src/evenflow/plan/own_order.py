@@ -1,0 +1,81 @@
+"""The order of work that a plan brings itself, where its schedule was searched and is none of the catalog."""
+
+from dataclasses import dataclass, replace
+
+from evenflow.errors import ConfigError
+from evenflow.ir.op import ComputeOp, parts
+from evenflow.ir.schedule import Schedule
+from evenflow.plan.plan import Plan
+from evenflow.schedule_file import parse_schedule
+
+
+def written_order(schedule: Schedule) -> tuple[str, ...]:
+    """Each rank's ops, as in a row of a schedule file.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> written_order(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2))
+    ('0F0,0F1,0B0,0B1', '1F0,1F1,1B0,1B1')
+    """
+    return tuple(",".join(map(str, queue)) for queue in schedule.ranks)
+
+
+def schedule_in(plan: Plan) -> Schedule:
+    """The schedule that a plan's own `order` is.
+
+    Raises `ConfigError` for what is no op or stands on the wrong rank, with its place (a line is a rank's,
+    from 1), and for another number of microbatches than the plan's. Whether the ops are complete is judged
+    where they are run.
+    """
+    placement = ",".join(str(stage.rank) for stage in plan.stages)
+    rows = "\n".join((*plan.order, f"# placement: {placement}"))
+    try:
+        made = parse_schedule(rows, name=plan.schedule)
+    except ConfigError as error:
+        raise ConfigError(f"the plan's order cannot be read: {error}") from None
+    if made.num_microbatches != plan.num_microbatches:
+        raise ConfigError(
+            f"the plan's order has {made.num_microbatches} microbatches, and num_microbatches = "
+            f"{plan.num_microbatches}"
+        )
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class OwnOrder:
+    """A schedule function (`schedules.catalog`) of one schedule's sizes, and of any number of microbatches.
+
+    Of other numbers the order runs again and again, without the microbatches that are not there: each rank
+    does so in the same order as before, so that none waits in vain, and none holds more.
+    """
+
+    schedule: Schedule
+
+    def __call__(self, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
+        """Return the schedule; `ConfigError` for other ranks or stages than it has.
+
+        >>> from evenflow.schedules.gpipe import gpipe
+        >>> own = OwnOrder(gpipe(num_ranks=1, stages_per_rank=1, num_microbatches=2))
+        >>> print(*own(num_ranks=1, stages_per_rank=1, num_microbatches=3).ranks[0])
+        0F0 0F1 0B0 0B1 0F2 0B2
+        """
+        own = self.schedule
+        sizes = own.placement.num_ranks, own.placement.num_stages
+        if sizes != (num_ranks, num_ranks * stages_per_rank):
+            raise ConfigError(
+                f"an order of {sizes[1]} stages on {sizes[0]} ranks cannot serve {num_ranks} ranks of "
+                f"{stages_per_rank} stages"
+            )
+        if num_microbatches == own.num_microbatches:
+            return own
+        ranks = tuple(self._repeated(queue, num_microbatches) for queue in own.ranks)
+        return replace(own, num_microbatches=num_microbatches, ranks=ranks)
+
+    def _repeated(self, queue: tuple[ComputeOp, ...], num_microbatches: int) -> tuple[ComputeOp, ...]:
+        firsts = range(0, num_microbatches, self.schedule.num_microbatches)
+        singles = [part for op in queue for part in parts(op)]
+        return tuple(
+            replace(op, microbatch=first + op.microbatch)
+            for first in firsts
+            for op in singles
+            if first + op.microbatch < num_microbatches
+        )
