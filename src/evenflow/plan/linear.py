@@ -20,7 +20,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
@@ -150,6 +150,8 @@ class Line:
     arcs: Sequence[Arc]
     first: int
     last: int
+    # What `_earliest_in_memory` found, by what it depends on: each guess at the bottleneck asks again.
+    _fitting: dict[tuple[int, float, Others, float], Ints] = field(default_factory=dict, init=False)
 
     def cheapest(self, guesses: Iterable[tuple[float, float]]) -> list[Taken] | None:
         """Return the best stages, or None if memory allows none.
@@ -239,6 +241,13 @@ class Line:
         return arc.kind, self.runs.problem.in_flight[arc.stage], arc.others
 
     def _earliest_in_memory(self, arc: Arc, scale: float) -> Ints:
+        """For each last spot, the earliest first spot whose run the arc's rank can hold."""
+        key = *self._key(arc), scale
+        if key not in self._fitting:
+            self._fitting[key] = self._searched_in_memory(arc, scale)
+        return self._fitting[key]
+
+    def _searched_in_memory(self, arc: Arc, scale: float) -> Ints:
         num_spots = len(self.runs.spots)
         if self.memory is None:
             return np.zeros(num_spots, dtype=np.int64)

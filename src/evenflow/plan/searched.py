@@ -7,6 +7,7 @@ in another; in none of them both, as the second part walks the graph again, whic
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 
 from evenflow.bounds import lower_bounds
 from evenflow.bounds_of import instance_of
@@ -14,6 +15,7 @@ from evenflow.errors import ScheduleError
 from evenflow.ir.costs import Costs
 from evenflow.ir.op import Backward, ComputeOp, InputGrad, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
+from evenflow.memory import peak_bytes
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts
 from evenflow.plan.price import Priced, chain_for, priced_fit
@@ -31,7 +33,7 @@ def searched(request: Request, found: Sequence[Priced], *, budget_seconds: float
 
     `found` is not empty, and its first is the fastest. The budget is spent in steps, so that the same
     arguments give the same order on one machine. Nothing is searched where the user or the limits decide the
-    schedule, where all devices are in one stage, and where the bound says that nothing can be gained.
+    schedule, on one rank, and where the bound for these stages says that too little can be gained.
     """
     if request.levers.method is not None or request.limits is not None or budget_seconds <= 0:
         return None
@@ -47,61 +49,36 @@ def searched(request: Request, found: Sequence[Priced], *, budget_seconds: float
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """To search for a choice, cut as it is, with backwards of one way."""
+    """To search for a choice, cut as it is, with backwards of one way.
+
+    `costs` are as the search takes them: a whole backward is an input gradient that leaves nothing to do.
+    """
 
     start: Priced
     chain: Chain
-    fit: Fit  # of a schedule with such backwards
+    costs: Costs
     in_two: bool
-
-    @property
-    def least_seconds(self) -> float:
-        """A step takes no less, whatever the order."""
-        own = self.start.choice.num_microbatches
-        bounds = lower_bounds(instance_of(self.fit.schedule.placement, own, self._costs(())))
-        return bounds.makespan.seconds + self._other_seconds
-
-    @property
-    def _other_seconds(self) -> float:
-        return self.start.step_seconds - self.start.pipeline_seconds
+    least_seconds: float  # of a step, whatever the order
 
     def run(self, request: Request, enough_seconds: float, budget_seconds: float) -> Priced | None:
         """What is found, if it fits."""
         from evenflow.schedules.auto import best_on  # its compiler is slow to load
 
         start = self.start
-        caps = [
-            group.cap_bytes - need.allocated + need.activations
-            for group, need in zip(self.fit.groups, self.fit.memory, strict=True)
-        ]
         try:
             order = best_on(
-                self.fit.schedule.placement,
+                start.schedule.placement,
                 start.choice.num_microbatches,
-                self._costs(caps),
+                self.costs,
                 time_budget_seconds=budget_seconds,
-                enough_seconds=enough_seconds - self._other_seconds,
+                enough_seconds=enough_seconds - _other_seconds(start),
             ).schedule
-        except ScheduleError:  # nothing fits, as far as these searches see
+        except ScheduleError:  # nothing fits, as far as this search saw
             return None
         order = replace(_with_backwards(order, in_two=self.in_two), name=catalog.AUTO)
         choice = replace(start.choice, schedule=catalog.AUTO)
         fit = at_cuts(request, choice, self.chain, start.positions, start.groups, schedule=order)
         return priced_fit(request, choice, start.recompute, fit) if max(fit.over_bytes) <= 0 else None
-
-    def _costs(self, caps: Sequence[float]) -> Costs:
-        """As the search takes them: a whole backward is an input gradient that leaves nothing to do."""
-        costs = replace(self.fit.costs, memory_caps=tuple(caps) or None)
-        if self.in_two:
-            return costs
-        nothing = (0.0,) * costs.num_stages
-        whole = map(sum, zip(costs.input_grad_seconds, costs.weight_grad_seconds, strict=True))
-        return replace(
-            costs,
-            input_grad_seconds=tuple(whole),
-            weight_grad_seconds=nothing,
-            weight_grad_bytes=nothing,
-        )
 
 
 def _attempts(request: Request, found: Sequence[Priced]) -> Iterator[_Attempt]:
@@ -118,7 +95,35 @@ def _attempts(request: Request, found: Sequence[Priced]) -> Iterator[_Attempt]:
         for in_two in (False, True):
             schedule = _with_backwards(start.schedule, in_two=in_two)
             fit = at_cuts(request, start.choice, chain, start.positions, start.groups, schedule=schedule)
-            yield _Attempt(start, chain, fit, in_two)
+            costs = _searchable(fit, in_two=in_two)
+            try:
+                bounds = lower_bounds(instance_of(placement, number, costs))
+            except ScheduleError:  # not even one microbatch fits
+                continue
+            yield _Attempt(start, chain, costs, in_two, bounds.makespan.seconds + _other_seconds(start))
+
+
+def _searchable(fit: Fit, *, in_two: bool) -> Costs:
+    """The costs of a fit, with the memory that each rank has left for activations."""
+    peaks = peak_bytes(fit.schedule, fit.costs)
+    caps = tuple(
+        # What is needed most may be needed in the optimizer's step, when there are no activations.
+        max(0.0, group.cap_bytes - need.allocated + (need.activations or peak))
+        for group, need, peak in zip(fit.groups, fit.memory, peaks, strict=True)
+    )
+    costs = replace(fit.costs, memory_caps=caps)
+    if in_two:
+        return costs
+    nothing = (0.0,) * costs.num_stages
+    whole = map(add, costs.input_grad_seconds, costs.weight_grad_seconds)
+    return replace(
+        costs, input_grad_seconds=tuple(whole), weight_grad_seconds=nothing, weight_grad_bytes=nothing
+    )
+
+
+def _other_seconds(priced: Priced) -> float:
+    """What of a step is not the pipeline's."""
+    return priced.step_seconds - priced.pipeline_seconds
 
 
 def _with_backwards(schedule: Schedule, *, in_two: bool) -> Schedule:
