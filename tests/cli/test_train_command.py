@@ -215,8 +215,11 @@ def test_a_wrong_command_is_refused_in_words(capsys, started, arguments, message
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('schedule = "1f1b"', 'split = ["layrs.1"]'), "layers.1"),
-        (('schedule = "1f1b"', "stages = 1000"), "1000 stages need 999 cuts, but the recorded program has"),
+        (("num_microbatches = 8", 'split = ["layrs.1"]'), "layers.1"),
+        (
+            ("num_microbatches = 8", "stages = 1000"),
+            "1000 stages need 999 cuts, but the recorded program has",
+        ),
         (("length = 128\n", "length = 256\n"), "ValueError: 256 positions, but this GPT has max_length=128"),
         (
             ("width = 192", "widht = 192"),

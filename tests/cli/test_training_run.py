@@ -177,6 +177,18 @@ def test_a_planned_run_is_shown_beside_its_plan(tmp_path, here):
     assert "Furthest from the plan: stage " in shown.stdout
 
 
+def test_a_run_that_is_told_nothing_plans_itself(tmp_path, here):
+    tiny = write_tiny(tmp_path)
+    tiny.write_text(tiny.read_text().partition("[pipeline]")[0])
+    done = here("train", tiny, "--steps", 3, "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "here")
+    plan = read_plan_of(tmp_path / "here", run)
+    assert (plan.degrees.pipeline, plan.schedule) == (2, run.schedule)
+    assert f"planned: 2 pipeline ranks, {plan.schedule}" in done.stdout
+    assert f"{plan.num_microbatches} microbatch" in done.stdout
+
+
 def test_a_function_alone_learns_its_example_by_heart(tmp_path, here):
     done = here("train", GPT, "--steps", 3, "--stages", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

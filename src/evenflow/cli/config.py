@@ -87,11 +87,12 @@ class Pipelining:
 
     `stages=None`: as many as `split` makes, or those of one rank per GPU, or of two on a machine without.
     `stages_per_rank=None`: what suits the schedule, 2 for those that interleave or make a V, else 1.
+    `schedule=None`: 1f1b. Where all are left out, several ranks measure the model and plan it.
     """
 
     stages: int | None = None
     stages_per_rank: int | None = None
-    schedule: str = "1f1b"
+    schedule: str | None = None
     num_microbatches: int | None = None
     microbatch_size: int | None = None
     split: tuple[str, ...] = ()

@@ -92,7 +92,10 @@ def train_command(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Train a model as a pipeline: one process per rank."""
+    """Train a model as a pipeline: one process per rank.
+
+    Where nothing is said of stages, schedule and microbatches, the ranks measure the model and plan them.
+    """
     # torch takes seconds to import, which --help and --version need not wait for.
     from evenflow.cli.train import Flags, train
 

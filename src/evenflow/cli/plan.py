@@ -162,12 +162,11 @@ def _heads(model: torch.nn.Module) -> int:
 
 
 def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
-    """What a configuration says is given; its schedule only where it is not the default."""
+    """What a configuration says is given."""
     given = config.pipeline
-    default = type(given)()
     levers = Levers(
         stages_per_rank=given.stages_per_rank,
-        schedule=given.schedule if given.schedule != default.schedule else None,
+        schedule=given.schedule,
         microbatch_size=given.microbatch_size,
     )
     return levers.pipeline_only() if pipeline_only else levers

@@ -25,6 +25,7 @@ from evenflow.errors import ConfigError
 from evenflow.journal.folder import is_free
 from evenflow.launcher import launch, rank_environment
 from evenflow.pipe.choices import stages_on_each
+from evenflow.pipe.planned import DEFAULT_SCHEDULE
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules import catalog
@@ -80,9 +81,10 @@ def make_job(flags: Flags) -> Job:
     config = _overridden(_config(flags), flags)
     if plan is not None:
         config = _planned(config, plan, flags)
-    catalog.get(config.pipeline.schedule)  # an unknown one is refused here, with the list
+    schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
+    catalog.get(schedule)  # an unknown one is refused here, with the list
     device = _device(flags.device)
-    on_each = stages_on_each(config.pipeline.stages_per_rank, config.pipeline.schedule)
+    on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
     num_stages = _num_stages(config.pipeline, device, on_each)
     num_ranks = max(1, num_stages // on_each)
     if device == "cuda" and num_ranks > torch.cuda.device_count():
@@ -94,6 +96,7 @@ def make_job(flags: Flags) -> Job:
     _check_out(out, asked=flags.out is not None)
     return Job(
         config=config,
+        schedule=schedule,
         num_stages=num_stages,
         stages_per_rank=on_each,
         num_ranks=num_ranks,

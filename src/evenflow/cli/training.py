@@ -18,16 +18,21 @@ from rich.console import Console
 from torch.utils import _pytree as pytree
 
 import evenflow
-from evenflow.cli.config import DataChoice, ExampleData, RunConfig, TextData, Training
+from evenflow.cli.config import DataChoice, ExampleData, Pipelining, RunConfig, TextData, Training
 from evenflow.cli.config_text import write_config
+from evenflow.cli.logged import logged_status
 from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.step_log import StepLog
 from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.journal.folder import claim, write_run
+from evenflow.pipe.choices import world_of
 from evenflow.plan.plan import Plan
+from evenflow.plan.planner import describe
+from evenflow.plan.request import choice_of
 from evenflow.view.picture import draw_timelines
+from evenflow.view.units import format_seconds
 
 # Reading a loss waits for the device, so it is read only now and then.
 _READ_EVERY = 10
@@ -38,15 +43,21 @@ _FINAL_RATE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run with nothing left open: what each rank is sent."""
+    """A run as each rank is sent it: nothing is left open but what the ranks are to plan (`plans_itself`)."""
 
     config: RunConfig
+    schedule: str
     num_stages: int
     stages_per_rank: int
     num_ranks: int
     device: str
     out: Path
     plan: Plan | None = None
+
+    @property
+    def plans_itself(self) -> bool:
+        """Whether several ranks are told nothing of the pipeline: they measure the model, and plan it."""
+        return self.plan is None and self.config.pipeline == Pipelining() and self.num_ranks > 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # batches have no equality
@@ -65,7 +76,11 @@ def run_rank(job: Job) -> None:
     Raises:
         EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
     """
-    pipe, feed = _prepare(job, device=job.device)
+    if job.plans_itself:
+        with logged_status(Console(quiet=world_of(job.device).rank != 0), "recording the model"):
+            pipe, feed = _prepare(job, {}, device=job.device)
+    else:
+        pipe, feed = _prepare(job, _levers(job), device=job.device)
     try:
         _train(pipe, feed, job)
     finally:
@@ -83,7 +98,7 @@ def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
             note is its traceback.
     """
     with refusing("the model cannot be built and run"):
-        return _prepare(job, device="cpu")
+        return _prepare(job, _levers(job), device="cpu")
 
 
 @contextlib.contextmanager
@@ -99,7 +114,8 @@ def refusing(what: str) -> Iterator[None]:
         raise refusal from error
 
 
-def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
+# levers: arguments of `pipeline`, whose values have many types.
+def _prepare(job: Job, levers: dict[str, Any], *, device: str) -> tuple["evenflow.Pipeline", Feed]:
     config = job.config
     source = build(config.model, seed=config.training.seed)
     feed = make_feed(config.data, source, config.training)
@@ -109,7 +125,7 @@ def _prepare(job: Job, *, device: str) -> tuple["evenflow.Pipeline", Feed]:
         example=feed.validation[0],
         optimizer=make_optimizer(config.training),
         scheduler=_warmup_then_cosine(config.training),
-        **_levers(job),
+        **levers,
         exact=config.pipeline.exact,
         seed=config.training.seed,
         device=device,
@@ -136,7 +152,7 @@ def _levers(job: Job) -> dict[str, Any]:
     return {
         "stages": job.num_stages,
         "stages_per_rank": job.stages_per_rank,
-        "schedule": given.schedule,
+        "schedule": job.schedule,
         "microbatch_size": given.microbatch_size,
         "num_microbatches": given.num_microbatches,
         "split": given.split or None,
@@ -145,6 +161,11 @@ def _levers(job: Job) -> dict[str, Any]:
 
 def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     console = Console(quiet=not pipe.is_main)
+    if job.plans_itself and pipe.plan is not None:
+        chosen, seconds = describe(choice_of(pipe.plan)), pipe.plan.prediction.step_seconds
+        console.print(
+            f"planned: {chosen}; {format_seconds(seconds)} a step expected", soft_wrap=True, highlight=False
+        )
     print_cut(console, pipe.cut)
     training = job.config.training
     log = StepLog(pipe, num_steps=training.steps, device=job.device)
@@ -159,7 +180,8 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
-    run, steps = log.finish(job.config.name, job.config.pipeline.schedule, feed.units)
+    schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
+    run, steps = log.finish(job.config.name, schedule, feed.units)
     last_losses = log.losses[-_NUM_LAST_LOSSES:]
     summary = Summary(
         first_loss=log.losses[0],
@@ -172,9 +194,9 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     folder: Path = pipe.meter.gather(claim(job.out) if pipe.is_main else None)[0]
     pipe.save(folder / "checkpoint")
     if pipe.is_main:
-        title = f"{job.config.name}: {job.config.pipeline.schedule}, {job.num_stages} stages"
+        title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"
         draw_timelines(folder / "timeline.png", predicted=predicted, measured=measured, title=title)
-        write_run(folder, run, steps, plan=job.plan, config=write_config(job.config))
+        write_run(folder, run, steps, plan=pipe.plan, config=write_config(job.config))
     report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
     report.line(summary.line(feed.units))
 
