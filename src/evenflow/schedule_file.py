@@ -41,8 +41,18 @@ def format_schedule(schedule: Schedule) -> str:
     if not name or name != name.strip() or len(name.splitlines()) > 1:
         raise ConfigError(f"a schedule's name must be one line without spaces around it, got {name!r}")
     lines = [f"# name: {name}", f"# placement: {','.join(map(str, schedule.placement.rank_of))}"]
-    lines += [",".join(map(str, queue)) for queue in schedule.ranks]
+    lines += format_rows(schedule)
     return "\n".join(lines) + "\n"
+
+
+def format_rows(schedule: Schedule) -> list[str]:
+    """Return the row of each rank.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> format_rows(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2))
+    ['0F0,0F1,0B0,0B1', '1F0,1F1,1B0,1B1']
+    """
+    return [",".join(map(str, queue)) for queue in schedule.ranks]
 
 
 def parse_schedule(text: str, *, name: str) -> Schedule:

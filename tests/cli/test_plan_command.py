@@ -79,7 +79,7 @@ def test_a_plan_can_be_trained(capsys, tmp_path):
     pipe, _ = prepare_here(job)
     firsts = [stage.first.partition("#")[0] for stage in found.stages]  # the plan tells namesakes apart
     assert [cut.first for cut in pipe.cut] == firsts
-    assert job.config.pipeline.schedule == found.schedule
+    assert job.schedule == found.schedule
     pipe.close()
     with pytest.raises(ConfigError, match="--schedule and --plan are both given"):
         make_job(Flags(source=str(CONFIG), plan=out, schedule="gpipe"))

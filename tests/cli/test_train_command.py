@@ -120,6 +120,35 @@ def test_flags_win_over_the_file(without_cuda, tmp_path):
     assert (job.num_stages, job.out) == (3, Path("here"))
 
 
+@pytest.mark.parametrize(
+    ("said", "plans"),
+    [
+        ({}, True),
+        ({"steps": 3}, True),
+        ({"exact": True}, False),
+        ({"stages": 2}, False),
+        ({"schedule": "1f1b"}, False),
+        ({"num_microbatches": 4}, False),
+    ],
+)
+def test_a_run_plans_itself_where_nothing_is_said_of_the_pipeline(said, plans):
+    job = make_job(Flags(source=GPT, device="cpu", **said))
+    assert (job.num_ranks, job.plans_itself) == (2, plans)
+
+
+def test_one_rank_plans_nothing():
+    assert not make_job(Flags(source=GPT, device="cpu", stages=1)).plans_itself
+
+
+def test_a_launcher_says_how_many_ranks_there_are(monkeypatch):
+    said = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert make_job(Flags(source=GPT, device="cpu")).num_ranks == 4
+    job = make_job(Flags(source=GPT, device="cpu", schedule="zb-v"))
+    assert (job.num_ranks, job.num_stages) == (4, 8)
+
+
 def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
     arguments = (
         "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 6 --stages-per-rank 2 "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 
 @contextlib.contextmanager
@@ -34,4 +35,4 @@ class _ToStatus(logging.Handler):
         if record.levelno > logging.INFO:  # to be read, and not for a moment
             self._status.console.print(text, soft_wrap=True, highlight=False, markup=False)
         else:
-            self._status.update(text)
+            self._status.update(Text(text))

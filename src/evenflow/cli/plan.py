@@ -42,6 +42,7 @@ from evenflow.plan.target_settings import settings
 from evenflow.plan.targets import Target, Within, plan_within, target_called, within_limits
 from evenflow.plan.weights import check_weights
 from evenflow.runtime.weights import rows_of
+from evenflow.schedules import catalog
 from evenflow.view.units import format_bytes, format_seconds
 
 _SIZES = (1, 2, 4, 8)  # of a microbatch, in rows: more only cost memory
@@ -162,11 +163,11 @@ def _heads(model: torch.nn.Module) -> int:
 
 
 def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
-    """What a configuration says is given."""
+    """What the planner takes as given of a configuration: not the number of microbatches, nor its cuts."""
     given = config.pipeline
     levers = Levers(
         stages_per_rank=given.stages_per_rank,
-        schedule=given.schedule,
+        schedule=None if given.schedule == catalog.AUTO else given.schedule,
         microbatch_size=given.microbatch_size,
     )
     return levers.pipeline_only() if pipeline_only else levers

@@ -81,8 +81,11 @@ def make_job(flags: Flags) -> Job:
     config = _overridden(_config(flags), flags)
     if plan is not None:
         config = _planned(config, plan, flags)
-    schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
-    catalog.get(schedule)  # an unknown one is refused here, with the list
+    if plan is None:
+        schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
+        catalog.get(schedule)  # an unknown one is refused here, with the list
+    else:
+        schedule = plan.schedule
     device = _device(flags.device)
     on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
     num_stages = _num_stages(config.pipeline, device, on_each)
@@ -119,7 +122,7 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
     pipeline = Pipelining(
         stages=len(plan.stages),
         stages_per_rank=plan.stages_per_rank,
-        schedule=plan.schedule,
+        schedule=None if plan.order else plan.schedule,  # the run's folder has the plan as well
         microbatch_size=plan.microbatch_size,
         exact=config.pipeline.exact,
     )
@@ -223,6 +226,8 @@ def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
         return pipeline.stages
     if pipeline.split:
         return len(pipeline.split) + 1
+    if (launched := rank_environment()) is not None:
+        return launched.num_ranks * stages_per_rank
     num_ranks = torch.cuda.device_count() if device == "cuda" else _NUM_CPU_RANKS
     return num_ranks * stages_per_rank
 

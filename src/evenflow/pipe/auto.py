@@ -15,6 +15,7 @@ from evenflow.plan.planner import describe, plan
 from evenflow.plan.request import Levers, choice_of
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import World
+from evenflow.schedules import catalog
 
 _LOG = logging.getLogger("evenflow")
 
@@ -47,9 +48,13 @@ def planned(
         return None, levers
     if world.size == 1:  # nothing can be gained
         return None, levers
-    asked = Levers(pipeline=world.size, **{name: levers[name] for name in _LEVERS}).pipeline_only()
+    asked = {name: levers[name] for name in _LEVERS}
+    if asked["schedule"] == catalog.AUTO:  # the planner searches, too
+        asked["schedule"] = None
     try:
-        made = _planned(Run(**run, levers=asked), world, device)
+        made = _planned(
+            Run(**run, levers=Levers(pipeline=world.size, **asked).pipeline_only()), world, device
+        )
     except RecordError as error:
         if plan == _AUTO:
             raise
@@ -82,6 +87,7 @@ def _planned(run: Run, world: World, device: torch.device) -> Plan:
             _LOG.info("%s", text)
 
     request = measured_request(run, world, device, cache=user_folder(), progress=tell)
+    tell("planning")
     found: Plan | ConfigError | None = None
     if world.rank == 0:
         try:

@@ -35,7 +35,7 @@ from evenflow.runtime.recordings import Program
 from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
 
-_SIZES = (1, 2, 4, 8, 16, 32)  # rows of a microbatch that are tried
+_NUM_SIZES = 6  # of a microbatch, that are tried
 # Agreeing on the batch and the result: 4 to 10 ms on two CPU cores over Gloo (measured 2026-11-22).
 _STEP_SECONDS = 6e-3
 _SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
@@ -77,8 +77,7 @@ def measured_request(
     share = planned_leaf_share(max(world.size, 2))
     rows = rows_of(run.example) or 1
     given = run.levers.microbatch_size
-    most = max(1, rows // world.size)  # more leave a rank without work
-    sizes = (given,) if given is not None else tuple(n for n in _SIZES if n <= most and rows % n == 0)
+    sizes = (given,) if given is not None else _sizes(rows, world.size)
     names: list[str] = world.gather(socket.gethostname())
     mine = local_device(device, device_name(device), num_sharing=names.count(names[world.rank]))
     measured = {size: _profiled(run, world, device, size, share, cache, tell) for size in sizes}
@@ -104,6 +103,18 @@ def measured_request(
         overheads=_overheads(list(links.values()), op_seconds),
         update_seconds_per_byte={kind: cost.seconds_per_byte for kind, cost in costs},
     )
+
+
+def _sizes(rows: int, num_ranks: int) -> tuple[int, ...]:
+    """Rows of a microbatch that are tried: the largest that leaves work for every rank, about half of it, ...
+
+    >>> _sizes(16, 2), _sizes(1000, 4), _sizes(7, 2)
+    ((1, 2, 4, 8), (5, 10, 25, 50, 125, 250), (1,))
+    """
+    most = max(1, rows // num_ranks)
+    even = [size for size in range(1, most + 1) if rows % size == 0]
+    halves = (most >> times for times in range(_NUM_SIZES))
+    return tuple(sorted({max(size for size in even if size <= half) for half in halves if half}))
 
 
 def _profiled(

@@ -10,7 +10,7 @@ from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.pipe import choices
 from evenflow.pipe.refuse import check_callable, check_whole
-from evenflow.plan.own_order import OwnOrder, schedule_in
+from evenflow.plan.own_order import OwnOrder, own_schedule
 from evenflow.plan.plan import Plan, positions_in
 from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules.catalog import ScheduleFunction
@@ -52,7 +52,8 @@ def decided(plan: Plan | str | Path | None, **given: Any) -> Decided:  # given: 
     if plan is not None:
         made = _plan_given(plan, given)
         given["stages"], given["stages_per_rank"] = len(made.stages), made.stages_per_rank
-        given["schedule"] = OwnOrder(schedule_in(made)) if made.order else made.schedule
+        own = own_schedule(made)
+        given["schedule"] = made.schedule if own is None else OwnOrder(own)
         given["microbatch_size"] = made.microbatch_size
         given["max_leaf_share"] = made.max_leaf_share
         return Decided(made, **given)

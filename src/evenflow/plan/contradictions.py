@@ -45,10 +45,10 @@ def _contradictions(request: Request) -> Iterator[str]:
             f"{data} rows"
         )
     yield from _sizes(request, rows)
-    if levers.method is not None:
+    if levers.schedule is not None:
         per_rank = levers.stages_per_rank or "any number of"
         yield (
-            f"the schedule {levers.method} with {per_rank} stages a rank is none that is planned with by "
+            f"the schedule {levers.schedule} with {per_rank} stages a rank is none that is planned with by "
             "itself: give both, the schedule and its stages a rank, or neither"
         )
 

@@ -151,7 +151,9 @@ class Line:
     first: int
     last: int
     # What `_earliest_in_memory` found, by what it depends on: each guess at the bottleneck asks again.
-    _fitting: dict[tuple[int, float, Others, float], Ints] = field(default_factory=dict, init=False)
+    _fitting: dict[tuple[int, float, Others, float], Ints] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def cheapest(self, guesses: Iterable[tuple[float, float]]) -> list[Taken] | None:
         """Return the best stages, or None if memory allows none.

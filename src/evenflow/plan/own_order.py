@@ -7,31 +7,33 @@ from evenflow.ir.op import ComputeOp, parts
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.plan import Plan
 from evenflow.schedule_file import parse_schedule
+from evenflow.schedules import catalog
 
 
-def written_order(schedule: Schedule) -> tuple[str, ...]:
-    """Each rank's ops, as in a row of a schedule file.
+def own_schedule(plan: Plan) -> Schedule | None:
+    """The schedule that a plan's own `order` is; None where `schedule` names one of the catalog.
 
-    >>> from evenflow.schedules.gpipe import gpipe
-    >>> written_order(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2))
-    ('0F0,0F1,0B0,0B1', '1F0,1F1,1B0,1B1')
+    Raises `ConfigError` for a plan that has both or neither, for what is no op or stands on the wrong rank,
+    and for another number of microbatches than the plan's. Whether the ops are complete is judged where they
+    are run.
     """
-    return tuple(",".join(map(str, queue)) for queue in schedule.ranks)
-
-
-def schedule_in(plan: Plan) -> Schedule:
-    """The schedule that a plan's own `order` is.
-
-    Raises `ConfigError` for what is no op or stands on the wrong rank, with its place (a line is a rank's,
-    from 1), and for another number of microbatches than the plan's. Whether the ops are complete is judged
-    where they are run.
-    """
+    if (plan.schedule == catalog.AUTO) != bool(plan.order):
+        raise ConfigError(
+            f"the plan brings an order of its own, and schedule = {plan.schedule!r}: write schedule = "
+            "'auto', or leave the order out"
+            if plan.order
+            else "schedule = 'auto' needs an order, and the plan has none: name a schedule, or plan again"
+        )
+    if not plan.order:
+        return None
     placement = ",".join(str(stage.rank) for stage in plan.stages)
-    rows = "\n".join((*plan.order, f"# placement: {placement}"))
     try:
-        made = parse_schedule(rows, name=plan.schedule)
+        made = parse_schedule("\n".join((*plan.order, f"# placement: {placement}")), name=plan.schedule)
     except ConfigError as error:
-        raise ConfigError(f"the plan's order cannot be read: {error}") from None
+        raise ConfigError(
+            "the plan's order cannot be read (line 1 is the row of rank 0; the placement is that of "
+            f"[[stages]]): {error}"
+        ) from None
     if made.num_microbatches != plan.num_microbatches:
         raise ConfigError(
             f"the plan's order has {made.num_microbatches} microbatches, and num_microbatches = "

@@ -12,7 +12,7 @@ from typing import Any
 
 from evenflow.errors import ConfigError
 from evenflow.plain_data import read_as
-from evenflow.plan.own_order import schedule_in
+from evenflow.plan.own_order import own_schedule
 from evenflow.plan.plan import Plan
 
 _VERSION = 1
@@ -81,8 +81,7 @@ def read_plan(text: str) -> Plan:
             f"[[stages]] names {len(plan.stages)} stages, and {num_ranks} ranks of {plan.stages_per_rank} "
             f"stages hold {num_ranks * plan.stages_per_rank}"
         )
-    if plan.order:
-        schedule_in(plan)  # raises for what is wrong in it
+    own_schedule(plan)  # raises for an order that is wrong
     return plan
 
 

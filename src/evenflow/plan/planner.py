@@ -27,7 +27,6 @@ from evenflow.plan.chain import Chain
 from evenflow.plan.contradictions import contradiction
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
-from evenflow.plan.own_order import written_order
 from evenflow.plan.plan import (
     Degrees,
     Plan,
@@ -45,6 +44,7 @@ from evenflow.plan.refine import refined
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import stretch_of
 from evenflow.plan.searched import searched
+from evenflow.schedule_file import format_rows
 from evenflow.schedules import catalog
 
 # By stages per rank: the schedules worth pricing. The others are never faster, nor hold less. Eager 1F1B
@@ -254,22 +254,29 @@ def choices(request: Request) -> Iterator[Choice]:
     >>> sorted({(choice.degrees.pipeline, choice.degrees.data) for choice in choices(request)})
     [(1, 1), (1, 2), (2, 1)]
     """
-    levers = request.levers
     for degrees in _degrees(request):
-        rows, rest = divmod(request.batch_rows, degrees.data)
-        if rest:
-            continue
-        for size in request.microbatch_sizes:
-            number, rest = divmod(rows, size)
-            wanted = levers.num_microbatches
-            if rest or levers.microbatch_size not in (None, size) or wanted not in (None, number):
-                continue
-            if wanted is None and number > _MOST_MICROBATCHES:
-                continue
+        for size, number in _sizes(request, degrees.data):
             for per_rank, schedule in _schedules(request, degrees.pipeline):
                 choice = Choice(degrees, per_rank, schedule, size, number, "none")
                 if request.lays_out(choice):
                     yield choice
+
+
+def _sizes(request: Request, data: int) -> list[tuple[int, int]]:
+    """Rows of a microbatch and their number, of those that part the batch evenly."""
+    levers, (rows, rest) = request.levers, divmod(request.batch_rows, data)
+    if rest:
+        return []
+    found = [
+        (size, rows // size)
+        for size in request.microbatch_sizes
+        if rows % size == 0
+        and levers.microbatch_size in (None, size)
+        and levers.num_microbatches in (None, rows // size)
+    ]
+    few = [each for each in found if each[1] <= _MOST_MICROBATCHES]
+    # The largest that there are, where even they are many.
+    return few or sorted(found)[-1:]
 
 
 def _degrees(request: Request) -> Iterator[Degrees]:
@@ -305,7 +312,7 @@ def _schedules(request: Request, num_ranks: int) -> Iterator[tuple[int, str]]:
         return
     for per_rank, names in _SCHEDULES.items():
         if levers.stages_per_rank in (None, per_rank):
-            for name in names if levers.method is None else (levers.method,):
+            for name in names if levers.schedule is None else (levers.schedule,):
                 if name in names or levers.stages_per_rank == per_rank:
                     yield per_rank, name
 
@@ -367,7 +374,7 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         ranks,
         _prediction(request, best, chain, bound_seconds),
         tuple(_runner_up(priced) for priced in found[1:]),
-        written_order(best.schedule) if choice.schedule == catalog.AUTO else (),
+        tuple(format_rows(best.schedule)) if choice.schedule == catalog.AUTO else (),
     )
 
 

@@ -10,15 +10,13 @@ from evenflow.plan.chain import Chain
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.rank_memory import Sharding, TrainingState
-from evenflow.schedules import catalog
 
 
 @dataclass(frozen=True, slots=True)
 class Levers:
     """What the user has decided; None where the planner decides.
 
-    `schedule`: a name of the catalog, or "auto", as if none were given. `recompute`: "none", "selective" or
-    "full". `max_tensor`, `max_context` and `max_expert` bound the degrees
+    `recompute`: "none", "selective" or "full". `max_tensor`, `max_context` and `max_expert` bound the degrees
     that the planner chooses itself.
     """
 
@@ -36,15 +34,6 @@ class Levers:
     max_tensor: int = 8
     max_context: int = 1
     max_expert: int = 64
-
-    @property
-    def method(self) -> str | None:
-        """The schedule of the catalog that is given; "auto" leaves it to the planner.
-
-        >>> Levers(schedule="zb-h1").method, Levers(schedule="auto").method
-        ('zb-h1', None)
-        """
-        return None if self.schedule == catalog.AUTO else self.schedule
 
     def pipeline_only(self) -> "Levers":
         """The same, with no other parallelism than a pipeline's, and nothing recomputed.

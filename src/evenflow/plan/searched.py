@@ -35,7 +35,7 @@ def searched(request: Request, found: Sequence[Priced], *, budget_seconds: float
     arguments give the same order on one machine. Nothing is searched where the user or the limits decide the
     schedule, on one rank, and where the bound for these stages says that too little can be gained.
     """
-    if request.levers.method is not None or request.limits is not None or budget_seconds <= 0:
+    if request.levers.schedule is not None or request.limits is not None or budget_seconds <= 0:
         return None
     best, enough_seconds = None, found[0].step_seconds * _WORTH
     attempts = sorted(_attempts(request, found), key=lambda each: each.least_seconds)
@@ -105,11 +105,10 @@ def _attempts(request: Request, found: Sequence[Priced]) -> Iterator[_Attempt]:
 
 def _searchable(fit: Fit, *, in_two: bool) -> Costs:
     """The costs of a fit, with the memory that each rank has left for activations."""
-    peaks = peak_bytes(fit.schedule, fit.costs)
+    # More than this schedule's: as much as lies below the cap at the rank's peak, whatever is there then.
     caps = tuple(
-        # What is needed most may be needed in the optimizer's step, when there are no activations.
-        max(0.0, group.cap_bytes - need.allocated + (need.activations or peak))
-        for group, need, peak in zip(fit.groups, fit.memory, peaks, strict=True)
+        max(0.0, group.cap_bytes - need.allocated + peak)
+        for group, need, peak in zip(fit.groups, fit.memory, peak_bytes(fit.schedule, fit.costs), strict=True)
     )
     costs = replace(fit.costs, memory_caps=caps)
     if in_two:
