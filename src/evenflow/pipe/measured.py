@@ -41,6 +41,7 @@ _STEP_SECONDS = 6e-3
 _SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
 _BUDGET_SECONDS = 0.05  # to measure each distinct node
 _ROUNDS, _PASSES = 4, 2  # of rehearsals
+_SLOW = 1.25  # times the quickest pass: the machine did something else
 _ROOM = 0.5  # the share of a device's memory that rehearsals may fill
 
 T = TypeVar("T")
@@ -205,9 +206,13 @@ def _on_every_rank(world: World, act: Callable[[], T]) -> list[T]:
 
 
 def _quiet(seconds: Iterable[float]) -> float:
-    """What it takes while the machine does nothing else: a quarter of all times are shorter."""
-    ordered = sorted(seconds)
-    return ordered[len(ordered) // 4]
+    """What it mostly takes while the machine does nothing else: the median without what was far slower.
+
+    >>> _quiet([1.0, 1.1, 1.2, 1.6, 1.7])
+    1.1
+    """
+    known = list(seconds)
+    return statistics.median(each for each in known if each <= _SLOW * min(known))
 
 
 def _means(passed: Sequence[tuple[str, Passed | None]]) -> dict[str, Passed]:
