@@ -4,6 +4,7 @@ Shared machines are slow in spells, of seconds to minutes. What is measured in o
 program, so benchmarks run a reference between what they measure and leave out what lies beside a slow one.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ T = TypeVar("T")
 _SLOW = 1.3  # times the fastest reference, of all ranks at once
 _VERY_SLOW = 1.4  # of one rank, whose neighbours do other things meanwhile
 _MOST_TRIES = 4
+_PACES = 25
 
 
 class Quiet:
@@ -36,10 +38,17 @@ class Quiet:
 
     def is_quiet(self) -> bool:
         """Whether all ranks at once are about as fast as they ever were; collective."""
-        self._world.gather_numbers([0])
-        took = max(row[0] for row in self._world.gather_numbers([int(self._seconds() * 1e6)]))
+        took = self._together()
         self._best = min(self._best, took)
         return took < _SLOW * self._best
+
+    def pace(self) -> float:
+        """The median of some references of all ranks at once; collective."""
+        return statistics.median(self._together() for _ in range(_PACES))
+
+    def _together(self) -> float:
+        self._world.gather_numbers([0])
+        return float(max(row[0] for row in self._world.gather_numbers([int(self._seconds() * 1e6)])))
 
     def measured(self, seconds: Callable[[], float], number: int) -> list[float]:
         """So many measurements with quiet before and after; fewer if it takes four times as many tries."""
