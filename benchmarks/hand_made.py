@@ -133,8 +133,7 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
                 print(f"  {each.name}: {error}", flush=True)
             continue
         one_step(pipe, batch, world)
-        step = partial(one_step, pipe, batch, world)
-        took = quiet.measured(step, LOOKS) or [step() for _ in range(LOOKS)]
+        took = quiet.measured(partial(one_step, pipe, batch, world), LOOKS)
         tried.append((statistics.median(took), each))
         if world.rank == 0:
             print(f"  {each.name}: {tried[-1][0]:.3f} s", flush=True)

@@ -91,10 +91,7 @@ def _step_seconds(pipe: Pipeline, batch: Any, world: World, quiet: Quiet) -> flo
     seconds = partial(one_step, pipe, batch, world)
     for _ in range(WARM_UPS):
         seconds()
-    found = quiet.measured(seconds, STEPS)
-    if not found and world.rank == 0:
-        print("  (never quiet)", flush=True)
-    return statistics.median(found or [seconds() for _ in range(STEPS)])
+    return statistics.median(quiet.measured(seconds, STEPS))
 
 
 def one_step(pipe: Pipeline, batch: Any, world: World) -> float:

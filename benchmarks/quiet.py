@@ -51,7 +51,10 @@ class Quiet:
         return float(max(row[0] for row in self._world.gather_numbers([int(self._seconds() * 1e6)])))
 
     def measured(self, seconds: Callable[[], float], number: int) -> list[float]:
-        """So many measurements with quiet before and after; fewer if it takes four times as many tries."""
+        """So many measurements with quiet before and after; fewer if it takes four times as many tries.
+
+        If it was never quiet, so many of any kind.
+        """
         found: list[float] = []
         was_quiet = self.is_quiet()
         for _ in range(_MOST_TRIES * number):
@@ -62,7 +65,9 @@ class Quiet:
             if len(found) == number:
                 break
             was_quiet = is_quiet
-        return found
+        if not found and self._world.rank == 0:
+            print("  (never quiet)", flush=True)
+        return found or [seconds() for _ in range(number)]
 
     def during(self, act: Callable[[Callable[[Any], None]], T]) -> T:
         """What `act` returns when it was quiet meanwhile, or the last of some tries; collective.

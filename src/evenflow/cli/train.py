@@ -79,13 +79,11 @@ def make_job(flags: Flags) -> Job:
     """
     plan = None if flags.plan is None else read_plan_file(flags.plan)
     config = _overridden(_config(flags), flags)
-    if plan is not None:
-        config = _planned(config, plan, flags)
     if plan is None:
         schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
         catalog.get(schedule)  # an unknown one is refused here, with the list
     else:
-        schedule = plan.schedule
+        config, schedule = _planned(config, plan, flags), plan.schedule
     device = _device(flags.device)
     on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
     num_stages = _num_stages(config.pipeline, device, on_each)

@@ -31,12 +31,11 @@ def write_plan(plan: Plan) -> str:
         value = getattr(plan, field.name)
         if is_dataclass(value):
             tables += ["", f"[{field.name}]", *_keys(value)]
-        elif field.name == "order":
-            if value:
-                lines += ["order = [", *(f"  {_written(row)}," for row in value), "]"]
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and all(map(is_dataclass, value)):
             for each in value:
                 tables += ["", f"[[{field.name}]]", *_keys(each)]
+        elif isinstance(value, tuple):
+            lines += [f"{field.name} = [", *(f"  {_written(row)}," for row in value), "]"]
         else:
             lines.append(f"{field.name} = {_written(value)}")
     return "\n".join([*lines, *tables]) + "\n"
