@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
-from evenflow.runtime.links.process_group import ProcessGroupLink
+from evenflow.runtime.links.shared_memory import SharedMemoryLink, _Sent
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.world import ProcessGroupWorld
 from evenflow.schedules.catalog import SCHEDULES
@@ -213,7 +213,7 @@ class Counted:
             monkeypatch.setattr(
                 ProcessGroupWorld, name, self._counting(name, getattr(ProcessGroupWorld, name))
             )
-        monkeypatch.setattr(ProcessGroupLink, "_leave", self._counting("transfer", ProcessGroupLink._leave))
+        monkeypatch.setattr(SharedMemoryLink, "_tell", self._counting_parcels(SharedMemoryLink._tell))
 
     def _counting(self, name, whole):
         def call(*arguments, **options):
@@ -222,8 +222,19 @@ class Counted:
 
         return call
 
+    def _counting_parcels(self, whole):
+        """Parcels, and headers: those that tell how their tensors lie."""
+
+        def call(link, peer, message, *arguments):
+            if isinstance(message, tuple):
+                self.calls["transfer"] += 1
+                self.calls["header"] += message[_Sent._fields.index("layouts")] is not None
+            return whole(link, peer, message, *arguments)
+
+        return call
+
     def taken(self) -> dict[str, int]:
-        found, self.calls = dict(self.calls), Counter()
+        found, self.calls = dict(+self.calls), Counter()
         return found
 
 
@@ -275,16 +286,16 @@ def test_while_shapes_repeat_a_step_says_no_more_than_it_must(said):
 
 def test_a_new_shape_adds_one_header_for_each_kind_of_parcel(said):
     for rank in said:
-        assert rank["passed"][0] == EVERY_STEP | {"transfer": 3}
-        assert rank["passed"][2] == EVERY_STEP | {"transfer": 4}, "microbatches of 3 rows and of 2"
+        assert rank["passed"][0] == EVERY_STEP | {"header": 1}
+        assert rank["passed"][2] == EVERY_STEP | {"header": 2}, "microbatches of 3 rows and of 2"
 
 
 def test_a_fed_rank_is_told_of_the_batch_and_of_its_recordings_and_sent_what_it_needs(said):
     for rank, name in zip(said, ("send", "receive"), strict=True):
         steady = EVERY_STEP | {"share": 2, name: 2}  # the targets of each microbatch
         assert [rank["fed"][at] for at in (1, 3, 4)] == [steady] * 3
-        assert rank["fed"][0] == steady | {"transfer": 3}
-        assert rank["fed"][2] == steady | {"transfer": 4}
+        assert rank["fed"][0] == steady | {"header": 1}
+        assert rank["fed"][2] == steady | {"header": 2}
 
 
 def test_a_program_that_no_recording_fits_is_refused_and_not_recorded_for_ever(monkeypatch):

@@ -6,8 +6,9 @@ import pickle
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
 from evenflow.runtime.inflight import Parcel
+from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.layout import Layout
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.process_group import SENDS_AHEAD, ProcessGroupLink
 from evenflow.runtime.links.rendezvous import Meeting
+from evenflow.runtime.world import ProcessGroupWorld
 
 CPU = torch.device("cpu")
 
@@ -228,16 +231,25 @@ def run_on_meeting(name: str) -> Received:
     return merged(ranks)
 
 
+def process_links() -> dict[str, Callable[[], Link]]:
+    """What makes a link between two processes, by its kind."""
+    return {
+        "process group": lambda: ProcessGroupLink(CPU, Placement.linear(2)),
+        "shared memory": lambda: link_for(ProcessGroupWorld(CPU), CPU, Placement.linear(2)),
+    }
+
+
 def run_all_on_process() -> dict[str, Received | str]:
     """What each process of a pair does: every scenario, on a link of its own."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found: dict[str, Received | str] = {}
-    for name, steps in SCENARIOS.items():
-        found[name] = run_rank(ProcessGroupLink(CPU, Placement.linear(2)), dist.get_rank(), steps)
-    for name, ranks in GROUPS.items():
-        link = ProcessGroupLink(CPU, Placement.linear(2))
-        found[f"group: {name}"] = run_group_rank(link, dist.get_rank(), ranks[dist.get_rank()])
+    for kind, link in process_links().items():
+        for name, steps in SCENARIOS.items():
+            found[f"{kind}: {name}"] = run_rank(link(), dist.get_rank(), steps)
+        for name, ranks in GROUPS.items():
+            received = run_group_rank(link(), dist.get_rank(), ranks[dist.get_rank()])
+            found[f"{kind}: group: {name}"] = received
     return found
 
 
@@ -246,11 +258,16 @@ def results_of_processes() -> list[dict[str, Received]]:
     return launch(run_all_on_process, nproc=2)
 
 
-def run_on_processes(name: str) -> Received:
-    return merged([results[name] for results in results_of_processes()])
+def run_on_processes(kind: str, name: str) -> Received:
+    return merged([results[f"{kind}: {name}"] for results in results_of_processes()])
 
 
-RUNS = {"local": run_locally, "rendezvous": run_on_meeting, "processes": run_on_processes}
+RUNS = {
+    "local": run_locally,
+    "rendezvous": run_on_meeting,
+    "process group": partial(run_on_processes, "process group"),
+    "shared memory": partial(run_on_processes, "shared memory"),
+}
 
 
 # -- groups: two ranks that stand in transfers both ways, in orders that would deadlock one after the other
@@ -307,11 +324,16 @@ def groups_on_meeting(name: str) -> list[dict[Recv, Parcel]]:
     return results
 
 
-def groups_on_processes(name: str) -> list[dict[Recv, Parcel]]:
-    return [results[f"group: {name}"] for results in results_of_processes()]
+def groups_on_processes(kind: str, name: str) -> list[dict[Recv, Parcel]]:
+    return [results[f"{kind}: group: {name}"] for results in results_of_processes()]
 
 
-GROUP_RUNS = {"local": groups_locally, "rendezvous": groups_on_meeting, "processes": groups_on_processes}
+GROUP_RUNS = {
+    "local": groups_locally,
+    "rendezvous": groups_on_meeting,
+    "process group": partial(groups_on_processes, "process group"),
+    "shared memory": partial(groups_on_processes, "shared memory"),
+}
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -503,12 +525,12 @@ def test_what_has_left_is_let_go_of():
     assert alive[-1] == 0
 
 
-def lose_a_peer(folder, role: str) -> None:
+def lose_a_peer(folder, kind: str, role: str) -> None:
     """Rank 1 dies; rank 0, which cannot be stopped meanwhile, writes down how it learns of it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    link = ProcessGroupLink(CPU, Placement.linear(2))
+    link = process_links()[kind]()
     there = [Transfer(0, 1, i, (numbers(4),)) for i in range(3)]
     back = [Transfer(1, 0, i, (numbers(4),)) for i in range(3)]
     run_rank(link, rank, [[there[0], back[0]]])
@@ -524,10 +546,11 @@ def lose_a_peer(folder, role: str) -> None:
     os._exit(0)  # to take apart a group whose other side is gone may wait for ever
 
 
+@pytest.mark.parametrize("kind", ["process group", "shared memory"])
 @pytest.mark.parametrize(("role", "op"), [("receives", "R1>0B1"), ("sends", "S0>1F1")])
-def test_a_lost_peer_is_named_with_rank_and_op(tmp_path, role, op):
+def test_a_lost_peer_is_named_with_rank_and_op(tmp_path, kind, role, op):
     with pytest.raises(PeerError, match="rank 1 was killed by signal 9"):
-        launch(lose_a_peer, tmp_path, role, nproc=2)
+        launch(lose_a_peer, tmp_path, kind, role, nproc=2)
     kind, text = pickle.loads((tmp_path / "error").read_bytes())
     assert kind == "PeerError"
     assert text.startswith(f"rank 0 lost rank 1 in {op} (microbatch 1): ")

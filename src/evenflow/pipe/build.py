@@ -31,9 +31,7 @@ from evenflow.pipe.refuse import check_callable, check_reduction, check_whole, r
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.kept import buffers_at
-from evenflow.runtime.links.link import Link
-from evenflow.runtime.links.local import LocalLink
-from evenflow.runtime.links.process_group import ProcessGroupLink
+from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
@@ -214,7 +212,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             model=model,
             loss=program,
             world=world,
-            link=_link(world, own_device, placement),
+            link=link_for(world, own_device, placement),
             stages=stages_here,
             devices=devices,
             recordings=recordings,
@@ -320,10 +318,6 @@ def _put(fakes: FakeParameters, parameters: Mapping[str, torch.nn.Parameter]) ->
     """Let the model's modules hold these parameters."""
     for module, key, fake in fakes.slots:
         module._parameters[key] = parameters[fakes.names[id(fake)]]
-
-
-def _link(world: World, device: torch.device, placement: Placement) -> Link:
-    return LocalLink() if world.size == 1 else ProcessGroupLink(device, placement)
 
 
 def _summaries(

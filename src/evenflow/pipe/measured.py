@@ -23,14 +23,16 @@ from evenflow.cost.optimizer import OptimizerCost, OptimizerFactory, optimizer_c
 from evenflow.cost.profile import Profile
 from evenflow.cost.rehearsal import Passed, as_rehearsed, found_in, keep_in, over
 from evenflow.errors import EvenflowError
-from evenflow.ir.costs import Link
+from evenflow.ir.costs import Link as LinkCost
+from evenflow.ir.placement import Placement
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
 from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
-from evenflow.runtime.links.process_group import RECEIVES_AHEAD, SENDS_AHEAD
+from evenflow.runtime.links.choose import link_for
+from evenflow.runtime.links.link import Link
 from evenflow.runtime.recordings import Program
 from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
@@ -85,7 +87,8 @@ def measured_request(
     room_bytes = mine.memory_bytes * _ROOM
     chains = _rehearsed(measured, world, room_bytes, Cache(cache, Place.of(device)), tell)
     tell("measuring links and the optimizer")
-    links = probe(world, device) if world.size > 1 else {}
+    link = link_for(world, device, Placement.linear(world.size))
+    links = probe(world, device, link) if world.size > 1 else {}
     optimizer = optimizer_cost(run.optimizer, dict(run.model.named_parameters()), device)
     costs: list[tuple[str, OptimizerCost]] = world.gather((device_name(device), optimizer))
     op_seconds = statistics.median(
@@ -101,7 +104,7 @@ def measured_request(
         state=costs[0][1].state,
         dtype=str(next(run.model.parameters()).dtype).removeprefix("torch."),
         levers=run.levers,
-        overheads=_overheads(list(links.values()), op_seconds),
+        overheads=_overheads(link, list(links.values()), op_seconds),
         update_seconds_per_byte={kind: cost.seconds_per_byte for kind, cost in costs},
     )
 
@@ -251,7 +254,7 @@ def _mean(found: Sequence[Seconds]) -> Seconds:
     return Seconds(over("forward"), over("input_grad"), over("weight_grad"))
 
 
-def _overheads(links: Sequence[Probed], op_seconds: float) -> Overheads:
+def _overheads(link: Link, links: Sequence[Probed], op_seconds: float) -> Overheads:
     def median(numbers: list[float]) -> float:
         return statistics.median(numbers) if numbers else 0.0
 
@@ -260,8 +263,8 @@ def _overheads(links: Sequence[Probed], op_seconds: float) -> Overheads:
         median([each.parcel_seconds for each in links]),
         median([each.seconds_per_byte for each in links]),
         _STEP_SECONDS,
-        receives_ahead=RECEIVES_AHEAD,
-        sends_ahead=SENDS_AHEAD,
+        receives_ahead=link.receives_ahead,
+        sends_ahead=link.sends_ahead,
     )
 
 
@@ -285,5 +288,5 @@ def _cluster(
     return Cluster(tuple(hosts), _slowest(outside), known)
 
 
-def _slowest(links: Sequence[Link]) -> Link:
-    return min(links, key=lambda link: link.bytes_per_second, default=Link())
+def _slowest(links: Sequence[LinkCost]) -> LinkCost:
+    return min(links, key=lambda link: link.bytes_per_second, default=LinkCost())

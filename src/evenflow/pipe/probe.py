@@ -7,6 +7,7 @@ the threads of the link take turns with theirs.
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,14 +16,14 @@ import torch
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.costs import Link as LinkCost
 from evenflow.ir.op import Payload, Recv, Send
-from evenflow.ir.placement import Placement
+from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.link import Link, Manifest
-from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.world import World
 
 _SMALL, _LARGE = 2**12, 2**23  # bytes; the large one is in no cache
 _PARCELS = 2**18, 2**21  # bytes
 _WARM_UPS, _TRIPS, _OPS = 3, 15, 40
+_IN_FLIGHT = 8  # parcels: enough for none to be in a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class Probed:
     seconds_per_byte: float
 
 
-def probe(world: World, device: torch.device) -> dict[tuple[int, int], Probed]:
-    """Measure the links between neighbouring ranks, every second pair at once; collective.
+def probe(world: World, device: torch.device, link: Link) -> dict[tuple[int, int], Probed]:
+    """Measure a link between neighbouring ranks, every second pair at once; collective.
 
-    Returns them by (rank, next rank). Each goes there and back; both directions are taken for equal.
+    Each rank has the stage of its number. Returns what it found by (rank, next rank). Each goes there and
+    back; both directions are taken for equal.
     """
     found: dict[tuple[int, int], Probed] = {}
     for parity in (0, 1):
@@ -46,10 +48,7 @@ def probe(world: World, device: torch.device) -> dict[tuple[int, int], Probed]:
         mine = None
         world.gather_numbers([0])  # so that both ends begin
         if pair[0] >= 0 and pair[1] < world.size:
-            mine = (
-                pair,
-                _probed(ProcessGroupLink(device, Placement.linear(world.size)), world.rank, pair, device),
-            )
+            mine = pair, _probed(link, world.rank, pair, device)
         ends: dict[tuple[int, int], list[Probed]] = {}
         for each in world.gather(mine):
             if each is not None:
@@ -95,11 +94,16 @@ def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int) ->
         Manifest(("ops", num_bytes, a, b), (info,), cpu) for a, b in ((rank, other), (other, rank))
     )
     receives = [Recv(other, rank, number, payloads[other]) for number in range(_OPS)]
-    parcel, matrix = (torch.zeros(num_bytes // 4),), torch.ones(512, 512)
+    parcels = [(torch.zeros(num_bytes // 4),) for _ in range(_IN_FLIGHT)]
+    held: deque[Parcel] = deque([parcels[0]], maxlen=_IN_FLIGHT)
+    matrix = torch.ones(512, 512)
 
     def op() -> float:
         start = time.perf_counter()
         torch.mm(matrix, matrix)
+        for tensor in held[-1]:  # who receives one reads what another processor wrote
+            assert tensor is not None
+            tensor.sum()
         return time.perf_counter() - start
 
     alone = statistics.median(op() for _ in range(_OPS))
@@ -108,14 +112,14 @@ def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int) ->
     for number, receive in enumerate(receives):
         start = time.perf_counter()
         op()
-        link.send(Send(rank, other, number, payloads[rank]), parcel, leaves)
+        link.send(Send(rank, other, number, payloads[rank]), parcels[number % _IN_FLIGHT], leaves)
         link.post(receive)
         if number:
-            link.take(receives[number - 1])
+            held.append(link.take(receives[number - 1]))
         took.append(time.perf_counter() - start)
     link.take(receives[-1])
     link.finish()
-    return max(statistics.median(took[_WARM_UPS:]) - alone, 0.0) / 2
+    return max(statistics.median(took[_IN_FLIGHT + _WARM_UPS :]) - alone, 0.0) / 2
 
 
 def _trips(

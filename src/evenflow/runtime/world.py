@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from evenflow.errors import PeerError
 
+TIMEOUT_SECONDS = 300.0  # a lost peer ends every survivor within it
+
 
 class World(ABC):
     """Who is there. `rank` and `size` count processes."""

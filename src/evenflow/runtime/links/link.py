@@ -26,7 +26,14 @@ class Manifest:
 
 
 class Link(ABC):
-    """Moves parcels between ranks and knows no stage's inside. Calls follow the rank's program order."""
+    """Moves parcels between ranks and knows no stage's inside. Calls follow the rank's program order.
+
+    `receives_ahead` and `sends_ahead`: how many parcels have memory of the receiver's before they are used,
+    and of the sender's after they were sent.
+    """
+
+    receives_ahead: int = 0
+    sends_ahead: int = 0
 
     @abstractmethod
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:

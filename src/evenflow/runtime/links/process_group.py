@@ -69,6 +69,7 @@ class ProcessGroupLink(Link):
         self._rank = dist.get_rank()
         self._device = device
         on_gloo = dist.get_backend() == "gloo"
+        self.receives_ahead, self.sends_ahead = RECEIVES_AHEAD, SENDS_AHEAD
         self._ahead = RECEIVES_AHEAD if on_gloo else 0
         self._most_leaving = SENDS_AHEAD if on_gloo else math.inf  # NCCL's stream would wait, and compute too
         self._known: dict[

@@ -1,0 +1,219 @@
+"""What links through shared memory do beyond the contract of `test_links`."""
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from evenflow.errors import PeerError, ScheduleError
+from evenflow.graph.tree import TensorInfo
+from evenflow.ir.op import Payload, Recv, Send
+from evenflow.ir.placement import Placement
+from evenflow.launcher import launch
+from evenflow.runtime.links.by_rank import LinkByRank
+from evenflow.runtime.links.choose import link_for
+from evenflow.runtime.links.link import Manifest
+from evenflow.runtime.links.process_group import ProcessGroupLink
+from evenflow.runtime.links.shared_memory import SharedMemoryLink
+from evenflow.runtime.world import ProcessGroupWorld
+
+CPU = torch.device("cpu")
+
+
+def pair() -> tuple[SharedMemoryLink, SharedMemoryLink]:
+    """Both ends, in this process."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return tuple(SharedMemoryLink(Placement.linear(2), rank, {1 - rank: ends[rank]}) for rank in (0, 1))
+
+
+def manifest(source: int, target: int) -> Manifest:
+    return Manifest((source, target), (TensorInfo((1,), (1,), torch.float32, False),), CPU)
+
+
+def give(link, microbatch: int, *tensors: torch.Tensor, source: int = 0, target: int = 1) -> None:
+    link.send(Send(source, target, microbatch, Payload.ACTIVATION), tensors, manifest(source, target))
+
+
+def receives(number: int) -> list[tuple[Recv, Manifest]]:
+    return [(Recv(0, 1, microbatch, Payload.ACTIVATION), manifest(0, 1)) for microbatch in range(number)]
+
+
+def get(link, microbatch: int):
+    op = Recv(0, 1, microbatch, Payload.ACTIVATION)
+    link.post(op)
+    return link.take(op)
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """The sizes of the slots that are made."""
+    made, truncate = [], os.ftruncate
+    monkeypatch.setattr(os, "ftruncate", lambda file, size: (made.append(size), truncate(file, size)))
+    return made
+
+
+def test_what_somebody_holds_is_never_written_to_again():
+    here, there = pair()
+    there.start(receives(5))
+    taken = []
+    for microbatch in range(5):
+        give(here, microbatch, torch.full((1000,), float(microbatch)))
+        taken.append(get(there, microbatch)[0])
+    assert [tensor.unique().tolist() for tensor in taken] == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+
+
+def test_a_slot_is_used_again_when_the_last_of_its_tensors_is_gone(files):
+    here, there = pair()
+    made = 0
+    for step in range(4):
+        here.start([])
+        there.start(receives(3))
+        kept = None
+        for microbatch in range(3):
+            give(here, microbatch, torch.ones(1000), torch.full((10,), float(microbatch)))
+            first, second = get(there, microbatch)
+            kept = kept if microbatch else second.view(2, 5)[1]  # of the first, a view of one
+            del first, second
+        here.finish(), there.finish()
+        assert kept.tolist() == [0.0] * 5, "while that is held, nothing else is written there"
+        assert step == 0 or len(files) == made, "later steps make none"
+        made = len(files)
+    assert made <= 3
+
+
+def test_parcels_of_other_sizes_share_slots(files):
+    here, there = pair()
+    for number in range(1025, 2048, 50):
+        there.start(receives(1))
+        give(here, 0, torch.ones(number))
+        assert get(there, 0)[0].sum() == number
+        there.finish()
+    assert len(files) <= 2
+
+
+def test_a_sender_runs_only_so_far_ahead_of_the_program_of_its_receiver():
+    here, there = pair()
+    sent = []
+
+    def send_all():
+        for microbatch in range(100):
+            give(here, microbatch, torch.full((10,), float(microbatch)))
+            sent.append(microbatch)
+
+    there.start(receives(100))
+    thread = threading.Thread(target=send_all)
+    thread.start()
+    thread.join(timeout=0.3)
+    assert 2 <= len(sent) < 30
+    assert [int(get(there, microbatch)[0][0]) for microbatch in range(100)] == list(range(100))
+    thread.join()
+    assert len(sent) == 100
+
+
+def test_many_parcels_that_nobody_takes_yet_stand_in_nobodys_way():
+    """More messages than a socket holds, both ways at once."""
+    here, there = pair()
+    there.start(receives(2000))
+    thread = threading.Thread(
+        target=lambda: [give(here, microbatch, torch.ones(1)) for microbatch in range(2000)]
+    )
+    thread.start()
+    for op, _ in receives(2000):
+        there.post(op)
+    taken = [there.take(op)[0] for op, _ in receives(2000)]
+    thread.join()
+    assert sum(taken) == 2000
+
+
+def test_a_parcel_in_another_place_than_the_programs_is_refused():
+    here, there = pair()
+    there.start(receives(2)[::-1])
+    give(here, 0, torch.ones(1))
+    with pytest.raises(ScheduleError, match="mis-pairing: rank 0 sent for R0>1F0, and rank 1 expects R0>1F1"):
+        get(there, 1)
+
+
+def test_what_was_sent_can_be_taken_when_the_sender_has_ended():
+    here, there = pair()
+    there.start(receives(20))
+    for op, _ in receives(20):
+        there.post(op)  # tells `here`, which never reads it
+    for microbatch in range(10):
+        give(here, microbatch, torch.full((10,), float(microbatch)))
+    for op, _ in receives(20):
+        there.post(op)
+    del here
+    taken = [there.take(op)[0][0].item() for op, _ in receives(10)]
+    assert taken == list(range(10))
+    with pytest.raises(PeerError, match=r"^rank 1 lost rank 0 in R0>1F10 \(microbatch 10\): "):
+        there.take(receives(11)[10][0])
+
+
+def test_each_parcel_has_its_own_layout_in_whatever_order_they_are_taken():
+    here, there = pair()
+    there.start(receives(4))
+    sent = [torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, 2).t(), torch.ones(3, 2).t()]
+    for microbatch, tensor in enumerate(sent):
+        give(here, microbatch, tensor)
+    for microbatch in reversed(range(4)):
+        assert get(there, microbatch)[0].stride() == sent[microbatch].stride()
+
+
+def test_nothing_is_left_of_a_link():
+    def round_trip():
+        here, there = pair()
+        there.start(receives(3))
+        for microbatch in range(3):
+            give(here, microbatch, torch.ones(1000))
+        held = [get(there, microbatch) for microbatch in range(3)]
+        return held[0][0].sum()
+
+    def left() -> tuple[int, int]:
+        process = Path("/proc/self")
+        return len([*(process / "fd").iterdir()]), (process / "maps").read_text().count("memfd:evenflow")
+
+    before = left()
+    round_trip()
+    assert left() == before
+
+
+# -- which link joins which ranks
+
+
+def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
+    """Each of three ranks hands its number to the next; one is on another host, or cannot make slots."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == elsewhere:
+            patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        if rank == lacking:
+            patch.delattr(os, "memfd_create")
+        link = link_for(ProcessGroupWorld(CPU), CPU, Placement((0, 1, 2, 0)))
+    op = Recv(rank - 1 if rank else 2, rank or 3, 0, Payload.ACTIVATION)
+    found = []
+    for _ in range(2):
+        link.start([(op, manifest(op.source, op.target))])
+        give(link, 0, torch.tensor([float(rank)]), source=rank, target=rank + 1)
+        link.post(op)
+        found.append(float(link.take(op)[0]))
+        link.finish()
+    assert found[0] == found[1]
+    return type(link).__name__, found[0]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "lacking", "kinds"),
+    [
+        (None, None, [SharedMemoryLink] * 3),
+        (2, None, [LinkByRank, LinkByRank, ProcessGroupLink]),
+        (None, 1, [ProcessGroupLink] * 3),
+    ],
+)
+def test_ranks_of_one_host_share_memory_and_others_do_not(elsewhere, lacking, kinds):
+    found = launch(ring, elsewhere, lacking, nproc=3)
+    assert found == [(kind.__name__, number) for kind, number in zip(kinds, (2.0, 0.0, 1.0), strict=True)]
