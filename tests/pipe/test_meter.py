@@ -98,6 +98,14 @@ def test_a_peak_is_seen_though_memory_goes_and_comes():
     assert sum(memory.num_bytes for memory in made.alive()) == 4 * 512
 
 
+def test_memory_that_a_tensor_is_handed_counts():
+    """As what a link takes from memory that another process filled."""
+    shared = bytearray(1024)
+    with Made(torch.device("cpu")) as made:
+        handed = torch.empty(0).set_(torch.frombuffer(shared, dtype=torch.float32).untyped_storage())
+    assert (made.peak_bytes, handed.numel()) == (1024, 256)
+
+
 def on_each_rank(folder):
     pipe = make(model=mlp(4, 64, 64, 1), stages=2, num_microbatches=2)
     for _ in range(3):

@@ -93,8 +93,8 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        result = func(*args, **(kwargs or {}))
         there = {storage_of(tensor) for tensor in given}
+        result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in there:
                 self._note(tensor)
