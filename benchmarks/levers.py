@@ -1,6 +1,6 @@
 """What each lever of a pipeline does to a step's time and memory, measured: docs/levers.md tells of it.
 
-A small GPT trains on two ranks (one process and one thread each, over Gloo), always with the same 16 rows a
+A small GPT trains on two ranks (one process and one thread each), always with the same 16 rows a
 step; one lever moves at a time. In each round new processes build all settings and take their steps in turn
 (A B C A B C …), so that what else the machine does falls on all alike. Writes a table, and pictures of it:
 

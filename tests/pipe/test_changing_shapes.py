@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
-from evenflow.runtime.links.shared_memory import SharedMemoryLink, _Sent
+from evenflow.runtime.links.shared_memory import SharedMemoryLink
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.world import ProcessGroupWorld
 from evenflow.schedules.catalog import SCHEDULES
@@ -225,11 +225,10 @@ class Counted:
     def _counting_parcels(self, whole):
         """Parcels, and headers: those that tell how their tensors lie."""
 
-        def call(link, peer, message, *arguments):
-            if isinstance(message, tuple):
-                self.calls["transfer"] += 1
-                self.calls["header"] += message[_Sent._fields.index("layouts")] is not None
-            return whole(link, peer, message, *arguments)
+        def call(link, peer, op, sent, file):
+            self.calls["transfer"] += 1
+            self.calls["header"] += sent.layouts is not None
+            return whole(link, peer, op, sent, file)
 
         return call
 

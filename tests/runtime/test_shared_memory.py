@@ -1,5 +1,6 @@
 """What links through shared memory do beyond the contract of `test_links`."""
 
+import errno
 import os
 import socket
 import threading
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from evenflow.errors import PeerError, ScheduleError
+from evenflow.errors import ConfigError, PeerError, ScheduleError
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
+from evenflow.runtime.links import neighbours
 from evenflow.runtime.links.by_rank import LinkByRank
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Manifest
@@ -24,10 +26,14 @@ from evenflow.runtime.world import ProcessGroupWorld
 CPU = torch.device("cpu")
 
 
+def _end(rank: int, end: socket.socket) -> SharedMemoryLink:
+    return SharedMemoryLink(Placement.linear(2), rank, {1 - rank: end}, timeout_seconds=20.0)
+
+
 def pair() -> tuple[SharedMemoryLink, SharedMemoryLink]:
     """Both ends, in this process."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return tuple(SharedMemoryLink(Placement.linear(2), rank, {1 - rank: ends[rank]}) for rank in (0, 1))
+    return tuple(_end(rank, ends[rank]) for rank in (0, 1))
 
 
 def manifest(source: int, target: int) -> Manifest:
@@ -95,38 +101,51 @@ def test_parcels_of_other_sizes_share_slots(files):
     assert len(files) <= 2
 
 
-def test_a_sender_runs_only_so_far_ahead_of_the_program_of_its_receiver():
+def test_a_sender_runs_only_so_far_ahead_of_the_program_of_its_receiver(monkeypatch):
     here, there = pair()
+    there.start(receives(100))
     sent = []
 
-    def send_all():
-        for microbatch in range(100):
-            give(here, microbatch, torch.full((10,), float(microbatch)))
-            sent.append(microbatch)
+    def send_on():
+        while len(sent) < 100:
+            give(here, len(sent), torch.full((10,), float(len(sent))))
+            sent.append(len(sent))
 
-    there.start(receives(100))
-    thread = threading.Thread(target=send_all)
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "_timeout_seconds", 0.0)
+        with pytest.raises(PeerError, match=r"^rank 0 lost rank 1 in S0>1F16 .*: waited 0 s$"):
+            send_on()
+    thread = threading.Thread(target=send_on)
     thread.start()
-    thread.join(timeout=0.3)
-    assert 2 <= len(sent) < 30
     assert [int(get(there, microbatch)[0][0]) for microbatch in range(100)] == list(range(100))
     thread.join()
-    assert len(sent) == 100
 
 
-def test_many_parcels_that_nobody_takes_yet_stand_in_nobodys_way():
-    """More messages than a socket holds, both ways at once."""
+def test_a_receiver_that_lets_go_of_much_at_once_waits_for_nobody():
+    """More slots than a socket holds messages; the sender reads none of them before its next step."""
     here, there = pair()
-    there.start(receives(2000))
-    thread = threading.Thread(
-        target=lambda: [give(here, microbatch, torch.ones(1)) for microbatch in range(2000)]
-    )
-    thread.start()
-    for op, _ in receives(2000):
+    for _ in range(2):
+        here.start([])
+        there.start(receives(1000))
+        taken = []
+        for microbatch in range(1000):
+            give(here, microbatch, torch.full((1,), float(microbatch)))
+            taken.append(get(there, microbatch)[0])
+        assert [int(tensor) for tensor in taken] == list(range(1000))
+        del taken
+        there.finish()
+        here.finish()
+
+
+def test_what_a_socket_has_no_room_for_is_told_later():
+    here, there = pair()
+    there.start(receives(3000))
+    for op, _ in receives(3000):  # 375 times eight, that nobody reads
         there.post(op)
-    taken = [there.take(op)[0] for op, _ in receives(2000)]
-    thread.join()
-    assert sum(taken) == 2000
+    for microbatch in range(3000):
+        give(here, microbatch, torch.full((1,), float(microbatch)))
+        op = Recv(0, 1, microbatch, Payload.ACTIVATION)
+        assert int(there.take(op)[0]) == microbatch
 
 
 def test_a_parcel_in_another_place_than_the_programs_is_refused():
@@ -140,12 +159,10 @@ def test_a_parcel_in_another_place_than_the_programs_is_refused():
 def test_what_was_sent_can_be_taken_when_the_sender_has_ended():
     here, there = pair()
     there.start(receives(20))
-    for op, _ in receives(20):
-        there.post(op)  # tells `here`, which never reads it
     for microbatch in range(10):
         give(here, microbatch, torch.full((10,), float(microbatch)))
     for op, _ in receives(20):
-        there.post(op)
+        there.post(op)  # tells `here`, which never reads it
     del here
     taken = [there.take(op)[0][0].item() for op, _ in receives(10)]
     assert taken == list(range(10))
@@ -181,7 +198,28 @@ def test_nothing_is_left_of_a_link():
     assert left() == before
 
 
+def test_running_out_of_files_is_no_lost_peer(monkeypatch):
+    here, _ = pair()
+
+    def out_of_files(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", out_of_files)
+    with pytest.raises(ConfigError, match="ulimit -n"):
+        give(here, 0, torch.ones(1))
+
+
+def test_more_tensors_than_a_message_holds_are_refused_by_name():
+    here, _ = pair()
+    with pytest.raises(ConfigError, match="stage 0 hands 20000 tensors at once to stage 1"):
+        give(here, 0, *[torch.ones(1)] * 20000)
+
+
 # -- which link joins which ranks
+
+
+def refuse(*_):
+    raise PermissionError("no memory files here")
 
 
 def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
@@ -190,9 +228,9 @@ def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         if rank == elsewhere:
-            patch.setattr(socket, "gethostname", lambda: "elsewhere")
+            patch.setattr(neighbours, "_host", lambda: "elsewhere")
         if rank == lacking:
-            patch.delattr(os, "memfd_create")
+            patch.setattr(os, "memfd_create", refuse)
         link = link_for(ProcessGroupWorld(CPU), CPU, Placement((0, 1, 2, 0)))
     op = Recv(rank - 1 if rank else 2, rank or 3, 0, Payload.ACTIVATION)
     found = []

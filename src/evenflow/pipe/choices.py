@@ -22,13 +22,14 @@ from evenflow.plan.partition import balanced_cuts
 from evenflow.runtime import microbatch as microbatches
 from evenflow.runtime.host_memory import keep_freed_memory
 from evenflow.runtime.microbatch import Microbatches
-from evenflow.runtime.world import TIMEOUT_SECONDS, ProcessGroupWorld, SingleProcess, World
+from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 from evenflow.schedules import catalog
 from evenflow.schedules.catalog import ScheduleFunction
 
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
 LEAVE_SECONDS = 10.0
+TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,7 @@ def world_of(kind: str) -> World:
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group(
-            "gloo" if kind == "cpu" else "nccl", timeout=timedelta(seconds=TIMEOUT_SECONDS)
-        )
+        dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=TIMEOUT)
         atexit.register(_leave)  # a group that nobody closes can abort the interpreter as it ends
     if dist.is_initialized() and kind == "cuda":
         torch.cuda.set_device(_cuda_index(dist.get_rank()))

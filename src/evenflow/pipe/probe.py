@@ -2,7 +2,7 @@
 
 A ball that goes to and fro tells how long one is under way. What an end takes of its rank is measured as it
 is in a step: both ranks compute, and hand each other a parcel whenever they are done with an op; on a CPU,
-the threads of the link take turns with theirs.
+a link's threads (Gloo's) take turns with theirs, and what comes is read from another core's caches.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from evenflow.runtime.world import World
 _SMALL, _LARGE = 2**12, 2**23  # bytes; the large one is in no cache
 _PARCELS = 2**18, 2**21  # bytes
 _WARM_UPS, _TRIPS, _OPS = 3, 15, 40
-_IN_FLIGHT = 8  # parcels: enough for none to be in a cache
+_IN_FLIGHT = 8  # parcels, as a step has them: large ones are then in no cache
 
 
 @dataclass(frozen=True, slots=True)

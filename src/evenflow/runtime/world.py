@@ -5,6 +5,7 @@ Gloo between CPUs and NCCL between GPUs. Everything here happens in the same ord
 """
 
 from abc import ABC, abstractmethod
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ import torch.distributed as dist
 
 from evenflow.errors import PeerError
 
-TIMEOUT_SECONDS = 300.0  # a lost peer ends every survivor within it
+
+def timeout_seconds() -> float:
+    """How long torch.distributed's CPU ranks wait for each other: as whoever made the group has said."""
+    group = dist.group.WORLD
+    assert group is not None, "there are several processes"
+    # torch has no public way to ask.
+    waits: timedelta = group._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
+    return waits.total_seconds()
 
 
 class World(ABC):

@@ -9,7 +9,7 @@ from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.neighbours import neighbours
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
-from evenflow.runtime.world import World
+from evenflow.runtime.world import World, timeout_seconds
 
 
 def link_for(world: World, device: torch.device, placement: Placement) -> Link:
@@ -19,7 +19,7 @@ def link_for(world: World, device: torch.device, placement: Placement) -> Link:
     sockets = neighbours(world) if device.type == "cpu" else None
     if not sockets:
         return ProcessGroupLink(device, placement)
-    near = SharedMemoryLink(placement, world.rank, sockets)
+    near = SharedMemoryLink(placement, world.rank, sockets, timeout_seconds=timeout_seconds())
     if len(sockets) == world.size - 1:
         return near
     return LinkByRank(placement, dict.fromkeys(sockets, near), ProcessGroupLink(device, placement))
