@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-levers setup clean
+.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-levers setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -27,7 +27,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-levers
+bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-levers
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
@@ -42,6 +42,9 @@ bench-plan: setup
 
 bench-predict: setup
 	$(BIN)/python benchmarks/predict.py
+
+bench-links: setup
+	$(BIN)/python benchmarks/links.py
 
 bench-hand-made: setup
 	$(BIN)/python benchmarks/hand_made.py
