@@ -1,7 +1,8 @@
 """What a link between two processes of one host carries: one parcel to and fro, and a stream of them.
 
 Shared memory, torch.distributed under our own link, and torch.distributed alone take turns; beside them what
-this machine copies within one process. A stream has four parcels under way, and each is let go of.
+this machine copies within one process. Of a stream as many parcels are under way as the link lets; over
+torch.distributed alone, four.
 Run: `python benchmarks/links.py`.
 """
 
