@@ -238,10 +238,11 @@ def test_a_whole_backward_is_walked_once():
     assert [each.seconds for each in found] == [3.0, 3.0]
 
 
-def test_a_split_backward_walks_twice_where_somebody_waits_and_once_where_not():
+def test_the_first_stage_of_a_split_backward_leaves_all_to_the_weight_gradient():
     first, second = as_run([stage(0), stage(1)], HANDED.parcels((0, 1)), Overheads(), splits=True)
     assert (first.input_grad_seconds, first.weight_grad_seconds) == (0.0, 2.0)
-    assert (second.input_grad_seconds, second.weight_grad_seconds) == (1.0, 2.0)
+    assert (second.input_grad_seconds, second.weight_grad_seconds) == (1.0, 1.0)
+    assert (first.kept_bytes, second.kept_bytes) == (4.0, 2.0)
     last = as_run([stage(0), stage(1, rest=0.0)], HANDED.parcels((0, 1)), Overheads(), splits=True)[1]
     assert (last.input_grad_seconds, last.weight_grad_seconds) == (1.0, 0.0), "without weights: all at once"
 

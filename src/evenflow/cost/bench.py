@@ -67,12 +67,12 @@ class Bench:
         """Whether any gradient comes back, so that there is a backward."""
         return bool(self._gradients)
 
-    def forward(self, inputs: Mapping[int, torch.Tensor]) -> InFlight:
-        """Run the node forward."""
+    def forward(self, inputs: Mapping[int, torch.Tensor], *, splits: bool = False) -> InFlight:
+        """Run the node forward, for a backward in one piece or in two."""
         flight = InFlight(self._work)
         flight.activations[_BEFORE] = tuple(inputs[value] for value in self.role.arriving)
         batch = {value: inputs[value] for value in self.role.given}
-        self._stage.run_forward(flight, batch, step=0, microbatch=0)
+        self._stage.run_forward(flight, batch, step=0, microbatch=0, splits=splits)
         return flight
 
     def results(self, flight: InFlight) -> Mapping[int, torch.Tensor]:
@@ -90,7 +90,7 @@ class Bench:
 
     def input_grad(self, flight: InFlight) -> None:
         """Run the part of its backward that others wait for."""
-        self._stage.run_input_grad(flight, loss=None, weight=1.0, before=())
+        self._stage.run_input_grad(flight, loss=None, weight=1.0)
 
     def weight_grad(self, flight: InFlight) -> None:
         """Run the rest of its backward."""
@@ -183,6 +183,10 @@ def ready(
     names = dict.fromkeys(name for section in sections for node in section.nodes for name in node.parameters)
     with _own_parameters(model, places, names, device, keeps_numbers=keeps_numbers) as parameters:
         try:
+            stages = [
+                Stage(section.stage, device, streams, lambda names: buffers_at(model, names))
+                for section in sections
+            ]
             works = [
                 Work(
                     section,
@@ -192,12 +196,9 @@ def ready(
                     streams=streams,
                     parameter_of=lambda name, _: parameters[name],
                     places_of=lambda name: list(places[name]),
+                    deferral=stage.deferral,
                 )
-                for section in sections
-            ]
-            stages = [
-                Stage(section.stage, device, streams, lambda names: buffers_at(model, names))
-                for section in sections
+                for section, stage in zip(sections, stages, strict=True)
             ]
             yield stages, works
         finally:

@@ -7,7 +7,7 @@ step. One measured point (`cluster.device.calibrated`) mends the first on averag
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -35,10 +35,10 @@ def estimate(
 ) -> Chain:
     """Return what each node of a recorded program costs on each kind of device, for one microbatch.
 
-    The model must be recorded on a microbatch of `num_rows` rows, in the dtypes in which it will run: sizes
-    are as recorded. `dtype` names the rate of matrix products; by default it is that of each one's result.
-    All that a forward keeps is held until the weight gradients are there, as the runtime does
-    (`runtime.split_backward`). Raises `ConfigError` for a device without a rate for a dtype.
+    The model must be recorded on a microbatch of `num_rows` rows, in the dtypes in which it will run:
+    sizes are as recorded. `dtype` names the rate of matrix products; by default it is that of each one's
+    result. Weight gradients are put off where the runtime does it (`runtime.weight_grads`). Raises
+    `ConfigError` for a device without a rate for a dtype.
     """
     functions = FunctionCosts(graph)
     # Glue is asked for too: what it makes may be kept. Each stage computes it again, which costs little.
@@ -53,7 +53,8 @@ def estimate(
         for node in graph.nodes
     }
     of_chain = [costs[node.index] for node in graph.chain]
-    saved = _saved(graph, of_chain, functions)
+    saved = _held(graph, of_chain, functions, lambda cost: (cost.kept, cost.kept_bytes))
+    kept = _held(graph, of_chain, functions, lambda cost: (cost.put_off, cost.put_off_bytes))
     kinds = {device.name: device for device in devices}
     num_nodes = len(graph.chain)
     experts = Experts(graph)
@@ -63,7 +64,7 @@ def estimate(
         flops=tuple(float(node.flops) for node in graph.chain),
         seconds={name: _seconds(graph.chain, of_chain, device, dtype) for name, device in kinds.items()},
         saved=saved,
-        kept=saved,
+        kept=kept,
         parameters=tuple(
             replace(parameter, is_expert=parameter.name in experts.parameters)
             for parameter in parameters_used(graph, model)
@@ -105,8 +106,13 @@ def _work_seconds(work: Work, device: Device, dtype: str | None) -> float:
     return max(products, traffic) + work.num_kernels * device.kernel_seconds
 
 
-def _saved(graph: Graph, costs: Iterable[list[FunctionCost]], functions: FunctionCosts) -> tuple[Held, ...]:
-    """What the forward keeps: each storage once, under all the nodes that keep it."""
+def _held(
+    graph: Graph,
+    costs: Iterable[list[FunctionCost]],
+    functions: FunctionCosts,
+    what: Callable[[FunctionCost], tuple[frozenset[int], float]],
+) -> tuple[Held, ...]:
+    """What functions keep: each storage once, under all the nodes that keep it."""
     keepers: defaultdict[int, dict[int, None]] = defaultdict(dict)
     held: list[Held] = []
     for at, (node, of_node) in enumerate(zip(graph.chain, costs, strict=True)):
@@ -116,9 +122,9 @@ def _saved(graph: Graph, costs: Iterable[list[FunctionCost]], functions: Functio
                     keepers[graph.values[number].storage][at] = None
             continue
         for cost in of_node:
-            for storage in cost.kept:
+            for storage in what(cost)[0]:
                 keepers[storage][at] = None
-        if alone := sum(cost.kept_bytes for cost in of_node):
+        if alone := sum(what(cost)[1] for cost in of_node):
             held.append(Held(alone, (at,)))
     held += [Held(float(functions.bytes_of[s]), tuple(nodes)) for s, nodes in keepers.items()]
     return tuple(sorted(held, key=lambda each: each.nodes))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from evenflow.graph.graph import Graph, Step
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
+from evenflow.graph.weight_uses import splittable
 
 _KEEPS_NOTHING = frozenset(
     (
@@ -25,6 +26,7 @@ _KEEPS_NOTHING = frozenset(
 )
 _KEEPS_RESULT = frozenset(("softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "relu"))
 _GATHERS = frozenset(("embedding", "gather", "index_select", "getitem", "take_along_dim"))
+_NONE: frozenset[int] = frozenset()
 _PRODUCTS = frozenset(("mul", "rmul", "imul", "div", "truediv", "rtruediv"))
 _ATTENTION = "scaled_dot_product_attention"
 # FlashAttention-2 (Dao, 2023), section 4: five products in the backward for two in the forward, as the
@@ -47,6 +49,7 @@ class FunctionCost:
     """What one call of a function costs: its three passes, and what it leaves in memory.
 
     - `kept`: the storages of values that the backward needs; `kept_bytes`: what it needs besides.
+    - `put_off` and `put_off_bytes`: what the weight gradient alone needs, of these and of gradients.
     - `forward_bytes`, `backward_bytes`: what is allocated while it runs, kept or not.
     """
 
@@ -55,6 +58,8 @@ class FunctionCost:
     weight_grad: Work
     kept: frozenset[int]
     kept_bytes: float
+    put_off: frozenset[int]
+    put_off_bytes: float
     forward_bytes: float
     backward_bytes: float
 
@@ -65,6 +70,10 @@ class FunctionCosts:
     def __init__(self, graph: Graph) -> None:
         self._values = graph.values
         self._weights = {v.number for v in graph.values if isinstance(v.source, ParameterSource)}
+        names, _ = splittable(graph.chain, graph.values)
+        self._put_off = {
+            v.number for v in graph.values if isinstance(v.source, ParameterSource) and v.source.name in names
+        }
         self._given = {
             v.storage
             for v in graph.values
@@ -90,7 +99,7 @@ class FunctionCosts:
         }
         if is_view and not step.flops:
             nothing = Work(0.0, 0.0, 0, dtype)
-            return FunctionCost(nothing, nothing, nothing, frozenset(), 0.0, 0.0, 0.0)
+            return FunctionCost(nothing, nothing, nothing, _NONE, 0.0, _NONE, 0.0, 0.0, 0.0)
         differentiable = step.grad_enabled and any(self._requires_grad(n) for n in step.gives)
         inside = self._inside(kind, step) if differentiable else 0.0
         moved = self._bytes(step.gives) + inside
@@ -99,7 +108,7 @@ class FunctionCosts:
         made = sum(self.bytes_of[s] for s in self._new_storages(step)) + inside
         if not differentiable:
             nothing = Work(0.0, 0.0, 0, dtype)
-            return FunctionCost(forward, nothing, nothing, frozenset(), 0.0, made, 0.0)
+            return FunctionCost(forward, nothing, nothing, _NONE, 0.0, _NONE, 0.0, made, 0.0)
         kept = self._kept(kind, step) - self._given
         received = [n for n in takes if self._requires_grad(n) and n not in self._weights]
         weights = [n for n in takes if self._requires_grad(n) and n in self._weights]
@@ -107,7 +116,14 @@ class FunctionCosts:
         if unseen_weights:
             weight_grad = _times(forward, 1, 0.0)
         gradients = self._bytes((*step.gives, *received, *weights))
-        return FunctionCost(forward, input_grad, weight_grad, kept, inside, made, gradients)
+        put_off, put_off_bytes = _NONE, 0.0
+        if weights and self._put_off.issuperset(weights):
+            put_off, put_off_bytes = kept, self._bytes(step.gives)
+        else:  # all of it comes with the input's gradient
+            input_grad, weight_grad = _sum(input_grad, weight_grad), _times(weight_grad, 0, 0.0)
+        return FunctionCost(
+            *(forward, input_grad, weight_grad, kept, inside, put_off, put_off_bytes, made, gradients)
+        )
 
     def _backward(
         self, kind: str, forward: Work, received: list[int], weights: list[int]
@@ -193,6 +209,15 @@ def held_bytes(info: TensorInfo) -> int:
     """
     pairs = zip(info.shape, info.stride, strict=True)
     return math.prod(size for size, stride in pairs if stride) * int(info.dtype.itemsize)
+
+
+def _sum(one: Work, other: Work) -> Work:
+    return Work(
+        one.flops + other.flops,
+        one.num_bytes + other.num_bytes,
+        one.num_kernels + other.num_kernels,
+        one.dtype,
+    )
 
 
 def _times(work: Work, number: int, more_bytes: float) -> Work:

@@ -19,7 +19,6 @@ from evenflow.cost.storages import Made, Memory
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.snapshots import copy_of
 from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.split_backward import Walk, extent
 
 _WARM_UPS = 2
 _FEWEST, _MOST = 3, 100  # repetitions
@@ -105,21 +104,23 @@ class _Clock:
         before()
         bench.arrive(flight)
         backward, _ = timed(lambda: bench.backward(flight), self._device)
-        flight = self._forward(bench, given, before)[1]
+        flight = self._forward(bench, given, before, splits=True)[1]
         before()
         bench.arrive(flight)
         input_grad, _ = timed(lambda: bench.input_grad(flight), self._device)
         if not bench.gives:
             input_grad = 0.0
-        elif flight.rest is None:  # that was all of it
+        elif not flight.put_off:  # that was all of it
             input_grad = backward
         bench.weight_grad(flight)
         return forward, backward, input_grad
 
-    def _forward(self, bench: Bench, given: Values, before: Callable[[], None]) -> tuple[float, InFlight]:
+    def _forward(
+        self, bench: Bench, given: Values, before: Callable[[], None], *, splits: bool = False
+    ) -> tuple[float, InFlight]:
         before()
         new = {value: copy_of(tensor) for value, tensor in given.items()}
-        return timed(lambda: bench.forward(new), self._device)
+        return timed(lambda: bench.forward(new, splits=splits), self._device)
 
 
 def _medians(rows: Iterable[tuple[float, ...]]) -> list[float]:
@@ -141,7 +142,7 @@ def _held(
     node, given = bench.node, dict(inputs())
     entered = {value: Memory(tensor) for value, tensor in given.items()}
     with Made(device) as made:
-        flight = bench.forward(given)
+        flight = bench.forward(given, splits=True)
     peak, new = made.peak_bytes, {memory.number: memory for memory in made.alive()}
     made_values = bench.results(flight)
     results = [made_values.get(value) for value in node.makes]
@@ -163,17 +164,13 @@ def _held(
     saved = still_there()
     kept: _Kept = ((), (), 0)
     if bench.walks:
-        # The weight gradient of a stage walks its whole graph, so nodes without weights are kept for it too.
-        stays = (
-            extent(Walk([root for root in flight.roots.values() if root is not None], ())).twice
-            and not node.hooks
-        )
-        bench.arrive(flight)
-        bench.input_grad(flight)
-        if flight.rest is not None:
-            kept = still_there()
-        elif stays:
-            kept = saved
+        with Made(device) as later:  # (the parameters have gradients by now)
+            bench.arrive(flight)
+            bench.input_grad(flight)
+        flight.owed.clear()
+        inputs_kept, results_kept, private_bytes = still_there()
+        gradient_bytes = sum(memory.num_bytes for memory in later.alive())
+        kept = inputs_kept, results_kept, private_bytes + gradient_bytes
         bench.weight_grad(flight)
     return saved, kept, result_bytes, peak
 

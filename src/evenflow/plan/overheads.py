@@ -42,15 +42,14 @@ def as_run(
 ) -> tuple[StageCost, ...]:
     """The stages as the runtime runs them: with its own time, and with backwards as it parts them.
 
-    `parcels` are what each exchanges with other ranks. Where the schedule splits backwards, the weight
-    gradient walks the whole graph once more, unless the input gradient was all of it; the first stage, which
-    nobody waits for, leaves everything to it.
+    `parcels` are what each exchanges with other ranks. Where the schedule splits backwards, the first stage,
+    which nobody waits for, leaves everything to the weight gradient.
 
     >>> ends = [StageCost(n, n + 1, 1.0, 1.0, 0.5, 4.0, 2.0, 0.0, 0.0, 8.0 * n, 0.0, 0.0, 0) for n in (0, 1)]
     >>> none = [Parcels([], [], [], [])] * 2
     >>> first, second = as_run(ends, none, Overheads(op_seconds=0.25), splits=True)
     >>> (first.input_grad_seconds, first.weight_grad_seconds), second.weight_grad_seconds
-    ((0.0, 1.75), 1.75)
+    ((0.0, 1.75), 0.75)
     """
     return tuple(
         _as_run(stage, number, own, overheads, splits)
@@ -65,12 +64,11 @@ def _as_run(stage: StageCost, number: int, parcels: Parcels, overheads: Overhead
     first, rest = stage.input_grad_seconds, stage.weight_grad_seconds
     if splits and number == 0:
         first, rest = 0.0, first + rest
-    elif splits and rest:
-        rest += first
     backward = own(*parcels.gradients_received, *parcels.gradients_sent)
     return replace(
         stage,
         forward_seconds=stage.forward_seconds + own(*parcels.received, *parcels.sent),
         input_grad_seconds=first + (backward if first or not splits else 0.0),
         weight_grad_seconds=rest + (overheads.op_seconds if splits and rest else 0.0),
+        kept_bytes=stage.saved_bytes if splits and number == 0 else stage.kept_bytes,
     )

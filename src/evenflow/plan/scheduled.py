@@ -29,7 +29,7 @@ def schedule_of(choice: Choice) -> Schedule:
 
 
 def splits(schedule: Schedule) -> bool:
-    """Whether a schedule's backwards are in two parts, the second of which walks the whole graph again."""
+    """Whether a schedule's backwards are in two parts."""
     return any(isinstance(op, InputGrad) for op in schedule.ranks[0])
 
 
@@ -62,12 +62,9 @@ def stretch_of(choice: Choice, chain: Chain) -> float:
     if num_ranks == 1 or not whole:
         return 1.0
     few = min(num_ranks, _FEW_THAT_STALL.get(choice.schedule, _FEW_RANKS))
-    if splits(_schedule(choice.schedule, few, choice.stages_per_rank, few)):
-        parts[2] += parts[1]
     shares = tuple(max(1, round(_STEPS * part / whole)) for part in parts)
     each, fill = _pace(choice.schedule, few, choice.stages_per_rank, shares)
-    more = sum(parts) / whole
-    return more * (each + fill * (num_ranks - 1) / (few - 1) / number)
+    return each + fill * (num_ranks - 1) / (few - 1) / number
 
 
 @lru_cache(maxsize=1024)

@@ -7,6 +7,8 @@ gradient relayed from a later stage enters, so that it is the first term of the 
 program.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,11 +38,6 @@ class Boundary(torch.autograd.Function):
         return None, None, None, None
 
 
-def is_boundary(node: Any) -> bool:  # a node of autograd's graph
-    """Whether a stage's graph ends in this node, because a value was received there."""
-    return getattr(node, "_forward_cls", None) is Boundary  # what torch calls the function that made a node
-
-
 def receive(
     tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,3 +57,20 @@ def root_of(tensor: torch.Tensor) -> GradientEdge | None:
     # A view taken without gradients says that it wants one, and has no part in the graph.
     apart = not tensor.requires_grad or (tensor.grad_fn is None and tensor._is_view())  # noqa: SLF001 (it has no other name)
     return None if apart else get_gradient_edge(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A backward that is ready to be run: where it starts, and with which gradients."""
+
+    roots: Sequence[GradientEdge]
+    gradients: Sequence[torch.Tensor]
+
+    def run(self) -> None:
+        """Walk the whole graph, which ends its life."""
+        if self.roots:
+            torch.autograd.backward(self.roots, self.gradients)
+
+    def run_to(self, leaves: Sequence[torch.Tensor]) -> None:
+        """Walk to these leaves alone."""
+        torch.autograd.backward(self.roots, self.gradients, inputs=leaves)

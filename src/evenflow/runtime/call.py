@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from evenflow.graph.template import Ref, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, Value
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.rng import Streams
+from evenflow.runtime.weight_grads import Deferral
 
 # Finds the object that stands for a parameter in one node: the parameter, or that node's own accumulator.
 ParameterOf = Callable[[str, Node], torch.nn.Parameter]
@@ -45,6 +46,13 @@ class Call:
     def takes(self) -> tuple[int, ...]:
         """Values that it is given; parameters and buffers are in place already."""
         return tuple(dict.fromkeys((*self.args.refs, *(old for old, _ in self.node.rebinds))))
+
+    def putting_off(self, deferral: Deferral) -> "Call":
+        """The same call, which puts off the gradients of weights."""
+        own = deferral.own(self.function)
+        if own is not None:
+            return replace(self, function=own)
+        return replace(self, around=(*self.around, lambda: deferral))
 
     def check(self, result: Any, given: Mapping[int, Any]) -> None:
         """Refuse what a module returns whose inside was not seen, where it is not what was recorded.

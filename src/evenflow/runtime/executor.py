@@ -103,6 +103,7 @@ class Executor:
         self.parts: list[Span] = []
         self._flights: dict[tuple[int, int], InFlight] = {}
         self._ops_left = Counter(key for op in self.ops for key in _flights_of(op))
+        self._splits = {(op.stage, op.microbatch) for op in _simple(self.ops) if isinstance(op, InputGrad)}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
         self._posted: dict[tuple[int, int, Payload], list[Recv]] = {}
         receives = (one for op in self.ops for one in _singles(op) if isinstance(one, Recv))
@@ -175,8 +176,7 @@ class Executor:
                 self.stages[stage].run_backward(flight, **self._ends(flight, microbatch))
             case InputGrad(stage, microbatch):
                 flight = self._flight(stage, microbatch)
-                before = [one for (owner, _), one in self._flights.items() if owner == stage and one.rest]
-                self.stages[stage].run_input_grad(flight, **self._ends(flight, microbatch), before=before)
+                self.stages[stage].run_input_grad(flight, **self._ends(flight, microbatch))
             case WeightGrad(stage, microbatch):
                 self.stages[stage].run_weight_grad(self._flight(stage, microbatch))
             case _:
@@ -185,7 +185,13 @@ class Executor:
     def _forward(self, stage: int, microbatch: int) -> None:
         job, flight = self.jobs[microbatch], self._flight(stage, microbatch)
         try:
-            self.stages[stage].run_forward(flight, job.batch, step=self.step, microbatch=microbatch)
+            self.stages[stage].run_forward(
+                flight,
+                job.batch,
+                step=self.step,
+                microbatch=microbatch,
+                splits=(stage, microbatch) in self._splits,
+            )
         except (EvenflowError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -250,6 +256,12 @@ def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:
         "before for what may go wrong (if), or keep the code that catches it inside one module (atomic=[…]); "
         "otherwise the error is the program's own"
     )
+
+
+def _simple(ops: Sequence[Op]) -> Iterator[SimpleOp]:
+    for op in ops:
+        if isinstance(op, ComputeOp):
+            yield from parts(op)
 
 
 def _singles(op: Op) -> tuple[Op, ...]:

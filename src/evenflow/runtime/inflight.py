@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from evenflow.runtime.split_backward import Walk
+from evenflow.runtime.backward import Walk
+from evenflow.runtime.weight_grads import WeightGrads
 from evenflow.runtime.work import Work
 
 # What one transfer carries: the edge's values in the section's order; None where a gradient does not exist.
@@ -28,5 +29,11 @@ class InFlight:
     )  # empty leaves of autograd's graph, one for each value that came and wants a gradient
     made: dict[int, Parcel] = field(default_factory=dict)  # activations to send, by target stage
     owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
-    rest: Walk | None = None  # what `InputGrad` left to `WeightGrad`
+    put_off: WeightGrads = field(default_factory=WeightGrads)  # what `InputGrad` left to `WeightGrad`
+    walk: Walk | None = None  # where nobody waits for a gradient: all of it is left
     output: Any = None  # what the loss function returned, on the last stage
+
+    @property
+    def gives(self) -> bool:
+        """Whether other stages wait for gradients of this one."""
+        return any(self.work.section.gradient_sends.values())

@@ -321,6 +321,7 @@ class Recordings:
             streams=stage.streams,
             parameter_of=parameter_of,
             places_of=self._places.__getitem__,
+            deferral=stage.deferral,
         )
 
     def glue_work(self, graph: Graph, wanted: Template, device: torch.device) -> Work:

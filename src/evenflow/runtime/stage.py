@@ -9,11 +9,11 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from evenflow.ir.op import Payload
-from evenflow.runtime.backward import receive, root_of
+from evenflow.runtime.backward import Walk, receive, root_of
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.kept import kept_as_left
 from evenflow.runtime.rng import Streams
-from evenflow.runtime.split_backward import Walk, extent
+from evenflow.runtime.weight_grads import Deferral
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -50,6 +50,7 @@ class Stage(torch.nn.Module):
         self.device = device
         self._current = partial(on, device) if device.type == "cuda" else nullcontext  # `type` takes 10 us
         self.streams = streams
+        self.deferral = Deferral()
         self.buffers_at = buffers_at
 
     def own(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -59,17 +60,25 @@ class Stage(torch.nn.Module):
             self.register_parameter(name.replace(".", "/"), parameter)
 
     def run_forward(
-        self, flight: InFlight, batch: Mapping[int, torch.Tensor], *, step: int, microbatch: int
+        self,
+        flight: InFlight,
+        batch: Mapping[int, torch.Tensor],
+        *,
+        step: int,
+        microbatch: int,
+        splits: bool = False,
     ) -> None:
-        """Run one microbatch forward, for a backward if gradients are on.
+        """Run one microbatch forward; if gradients are on, for a backward, in two parts if it `splits`.
 
         `batch` holds (at least) the tensor leaves that the section needs.
         """
         with self._current():
-            self._forward(flight, batch, step, microbatch)
+            if splits:
+                self.deferral.into = flight.put_off
+            self._forward(flight, batch, step, microbatch, splits=splits and flight.gives)
 
     def _forward(
-        self, flight: InFlight, batch: Mapping[int, torch.Tensor], step: int, microbatch: int
+        self, flight: InFlight, batch: Mapping[int, torch.Tensor], step: int, microbatch: int, *, splits: bool
     ) -> None:
         work, section, train = flight.work, flight.work.section, torch.is_grad_enabled()
         values: dict[int, Any] = {}
@@ -83,7 +92,7 @@ class Stage(torch.nn.Module):
         if work.draws:
             self.streams.begin(step, microbatch)
         with self._keeping(flight) if train else nullcontext():
-            work.run(values)
+            work.run(values, put_off=splits)
         values.update((value, values[value].clone()) for value in section.live if value in values)
         if train:
             awaited = (value for group in section.gradient_receives.values() for value in group)
@@ -125,37 +134,29 @@ class Stage(torch.nn.Module):
             self._walk(flight, loss, weight).run()
         flight.received = []
 
-    def run_input_grad(
-        self, flight: InFlight, *, loss: torch.Tensor | None, weight: float, before: Iterable[InFlight]
-    ) -> None:
-        """Run the part of `run_backward` that makes gradients for other stages; `flight.rest` is the rest.
+    def run_input_grad(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
+        """Run the part of `run_backward` that makes gradients for other stages.
 
-        Where the graph must be walked once, that is all of it; the rests of the flights `before` are then run
-        first, so that each weight's gradients add up in the order of microbatches.
+        What a microbatch that was run forward with `splits` leaves for `run_weight_grad`: the gradients of
+        weights that can be put off; where no other stage waits for a gradient, all.
         """
         if loss is not None and not weight:
             self._send_zeros(flight, loss)
-            flight.received = []
-            return
-        walk = self._walk(flight, loss, weight)
-        reach = extent(walk)
-        hooked = any(node.hooks for node in flight.work.section.nodes)
-        if not reach.received:
-            flight.rest = walk
-        elif reach.weights and reach.twice and not hooked:
-            walk.run_to(flight.received)
-            flight.rest = walk
+        elif flight.gives:
+            flight.put_off.open = True
+            self._walk(flight, loss, weight).run()
+            flight.put_off.open = False
         else:
-            for earlier in before:
-                self.run_weight_grad(earlier)
-            walk.run()
+            flight.walk = self._walk(flight, loss, weight)
         flight.received = []
 
     def run_weight_grad(self, flight: InFlight) -> None:
         """Run what `run_input_grad` left of a microbatch's backward."""
-        if flight.rest is not None:
-            flight.rest.run()
-            flight.rest = None
+        with self._current():
+            flight.put_off.run()
+        if flight.walk is not None:
+            flight.walk.run()
+            flight.walk = None
 
     def _walk(self, flight: InFlight, loss: torch.Tensor | None, weight: float) -> Walk:
         roots: list[GradientEdge] = []

@@ -7,7 +7,7 @@ uses, on which device its constants lie, and the code that makes the calls.
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from evenflow.graph.cut import Section
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import NOTHING, Template
+from evenflow.graph.weight_uses import splittable
 from evenflow.runtime.call import Call, ParameterOf, PlacesOf, Prepare
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.straight import Straight, Tell, filling, straight
+from evenflow.runtime.weight_grads import Deferral
 
 _KINDS = ("cpu", "cuda")  # devices that autocast may be on for
 _Modes = tuple[bool, tuple[tuple[str, Any], ...]]  # gradients on or off; a node's `autocast`
@@ -29,6 +31,7 @@ class Work:
     """A section's nodes as ready calls. `run` fills `values` from what it holds at the start.
 
     `extra` is a template that somebody will fill afterwards: its values are kept, its buffers in place.
+    `deferral` is that of the stage, and learns what the section says of its parameters.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Work:
         parameter_of: ParameterOf,
         places_of: PlacesOf,
         extra: Template = NOTHING,
+        deferral: Deferral | None = None,
     ) -> None:
         self.section = section
         self.graph = graph
@@ -50,18 +54,22 @@ class Work:
         kept |= set(graph.output.refs) if section.needs_output else set()
         prepare = Prepare(graph, model, device, streams, parameter_of, places_of)
         calls = [prepare.call(node) for node in section.nodes]
+        put_off = _learnt(section, graph, parameter_of, deferral)
         self.runs = [
-            _Run(tuple(part), kept, section.nodes, streams)
+            _Run(tuple(part), kept, section.nodes, streams, put_off)
             for _, part in itertools.groupby(calls, key=lambda call: (_nested(call.node), call.node.region))
         ]
         self._output = filling(prepare.template(graph.output, None)) if section.needs_output else None
         self.extra = prepare.template(extra, None)
 
-    def run(self, values: dict[int, Any]) -> None:
-        """Run every node; afterwards `values` holds what the section sends and returns."""
+    def run(self, values: dict[int, Any], *, put_off: bool = False) -> None:
+        """Run every node; afterwards `values` holds what the section sends and returns.
+
+        With `put_off` the gradients of weights are put off as far as can be.
+        """
         shared: dict[int, Any] = {}
         for run in self.runs:
-            run(values, shared)
+            run(values, shared, put_off=put_off)
 
     def watched(self, tell: Tell) -> "Work":
         """The same work, which tells of every node what it made."""
@@ -79,10 +87,15 @@ class _Run:
     """Calls in a row, of one autocast region and one checkpoint region, which is computed again later."""
 
     def __init__(
-        self, calls: tuple[Call, ...], kept: set[int], nodes: tuple[Node, ...], streams: Streams
+        self,
+        calls: tuple[Call, ...],
+        kept: set[int],
+        nodes: tuple[Node, ...],
+        streams: Streams,
+        put_off: Mapping[int, Deferral],
     ) -> None:
         first, last = calls[0].node, calls[-1].node
-        self.calls, self.streams = calls, streams
+        self.calls, self.streams, self.put_off = calls, streams, put_off
         self.nested, self.recomputed = _nested(first), first.region is not None
         made = {value for call in calls for value in call.node.makes}
         later = kept.union(*(node.inputs for node in nodes if node.index > last.index))
@@ -91,14 +104,15 @@ class _Run:
         self.drops = tuple(value for value in self.takes if value not in later)
         self.tell: Tell | None = None
 
-    def __call__(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
+    def __call__(self, values: dict[int, Any], shared: dict[int, Any], *, put_off: bool) -> None:
+        calls = self.putting_off if put_off else self.plainly
         if self.nested:
             torch.autocast_increment_nesting()  # casts of weights are kept until the region's end
         try:
             if self.recomputed and torch.is_grad_enabled():
-                self.checkpointed(values, shared)
+                self.checkpointed(calls, values)
             else:
-                self.plainly(values, shared)
+                calls(values, shared)
         finally:
             if self.nested and torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
@@ -106,14 +120,28 @@ class _Run:
     def watched(self, tell: Tell) -> "_Run":
         """The same calls, which tell of every node what it made."""
         told = copy.copy(self)
-        vars(told).pop("plainly", None)
+        for made in ("plainly", "putting_off"):
+            vars(told).pop(made, None)
         told.tell = tell
         return told
 
     @cached_property
     def plainly(self) -> Straight:
         """The function that makes the calls."""
-        groups = [(modes, tuple(g)) for modes, g in itertools.groupby(self.calls, lambda c: _modes(c.node))]
+        return self._straight(self.calls)
+
+    @cached_property
+    def putting_off(self) -> Straight:
+        """The same function, which puts off the gradients of weights."""
+        if self.put_off.keys().isdisjoint(call.node.index for call in self.calls):
+            return self.plainly
+        return self._straight(
+            call.putting_off(self.put_off[call.node.index]) if call.node.index in self.put_off else call
+            for call in self.calls
+        )
+
+    def _straight(self, calls: Iterable[Call]) -> Straight:
+        groups = [(modes, tuple(g)) for modes, g in itertools.groupby(calls, lambda c: _modes(c.node))]
         return straight(
             [(partial(_mode, *modes), group) for modes, group in groups],
             takes=self.takes,
@@ -122,13 +150,13 @@ class _Run:
             tell=self.tell,
         )
 
-    def checkpointed(self, values: dict[int, Any], shared: dict[int, Any]) -> None:
+    def checkpointed(self, calls: Straight, values: dict[int, Any]) -> None:
         base = self.streams.base
 
         def run(*tensors: torch.Tensor) -> tuple[Any, ...]:
             inside = dict(zip(self.takes, tensors, strict=True))
             with self.streams.as_at(base):
-                self.plainly(inside, shared)
+                calls(inside, {})
             return tuple(inside[value] for value in self.gives)
 
         given = [values[value] for value in self.takes]
@@ -137,6 +165,21 @@ class _Run:
         values.update(zip(self.gives, made, strict=True))
         for value in self.drops:
             values.pop(value, None)
+
+
+def _learnt(
+    section: Section, graph: Graph, parameter_of: ParameterOf, deferral: Deferral | None
+) -> dict[int, Deferral]:
+    """Tell the stage's deferral of the section's parameters; the nodes that put off, by index."""
+    if deferral is None:
+        return {}
+    found, others = splittable(section.nodes, graph.values)
+    pairs = [(node, name) for node in section.nodes for name in node.parameters]
+    deferral.learn(
+        (parameter_of(name, node) for node, name in pairs if name in found),
+        (parameter_of(name, node) for node, name in pairs if name in others),
+    )
+    return {node.index: deferral for node, name in pairs if name in found}
 
 
 def _nested(node: Node) -> bool:
