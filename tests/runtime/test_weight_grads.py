@@ -43,7 +43,6 @@ def grads_of(function, x, parameters, *, put_off: bool):
         else:
             made = function(given, *parameters)
         gradient = torch.randn(made.shape, dtype=made.dtype, generator=torch.Generator().manual_seed(number))
-        later.open = True
         made.backward(gradient)
         assert bool(later) == put_off, "else this would compare torch with itself"
         assert all((each.grad is None) == put_off for each in parameters) or number
@@ -151,6 +150,30 @@ def test_a_weight_that_is_used_several_times():
     assert_as_torch(several, torch.randn(3, 7, 64), torch.randn(64, 64) / 8, torch.randn(64))
 
 
+def test_a_weight_that_is_made_of_parameters():
+    torch.manual_seed(0)
+
+    def made(x, scale, weight, bias):
+        normed = scale * weight / weight.norm(dim=1, keepdim=True)
+        for half in (normed[:32], normed[32:], normed[16:48], normed[:32]):
+            x = torch.cat([functional.linear(x, half), functional.linear(x, half, bias[:32])], -1).tanh()
+        return x
+
+    assert_as_torch(made, torch.randn(3, 7, 64), torch.randn(64, 1), torch.randn(64, 64), torch.randn(64))
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_grouped_products(by_columns):
+    torch.manual_seed(0)
+    ends = torch.tensor([3, 3, 10, 16], dtype=torch.int32)
+    weight = torch.randn(4, 32, 16) if by_columns else torch.randn(4, 16, 32)
+
+    def grouped(x, weight):
+        return torch._grouped_mm(x, weight.transpose(-2, -1) if by_columns else weight, offs=ends)
+
+    assert_as_torch(grouped, torch.randn(16, 16), weight)
+
+
 def test_a_checkpoint_puts_off_once():
     torch.manual_seed(0)
 
@@ -168,7 +191,6 @@ def test_a_checkpoint_puts_off_once():
 
     deferral, weight, bias = Deferral(), nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
     deferral.learn((weight, bias), ())
-    deferral.into.open = True
     x = torch.randn(3, 8)
     with deferral:
         checkpointed(x, weight, bias).sum().backward()
@@ -276,6 +298,32 @@ class Again(nn.Module):
         return x
 
 
+class Normalised(nn.Module):
+    """Weights that are made of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        layers = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.layers = nn.ModuleList(nn.utils.parametrizations.weight_norm(layer) for layer in layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+class Nested(nn.Module):
+    """A weight, and a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = torch.cat([functional.linear(x, self.layer.weight[:2])] * 2, -1).tanh()
+        return self.layer(x)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -303,6 +351,8 @@ MODELS = {
     "experts": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Experts(), Experts(), nn.Linear(WIDTH, 1)),
     "reused": Reused,
     "penalised": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Penalised(), nn.Linear(WIDTH, 1)),
+    "normalised": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Normalised(), nn.Linear(WIDTH, 1)),
+    "nested": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Nested(), nn.Linear(WIDTH, 1)),
     "again": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Again(), Again(), nn.Linear(WIDTH, 1)),
     "attention": lambda: nn.Sequential(Attention(), Attention(), nn.Linear(WIDTH, 1)),
     "pictures": lambda: nn.Sequential(Picture(), Picture(), nn.Linear(WIDTH, 1)),
@@ -313,7 +363,11 @@ MODELS = {
 def test_a_split_backward_gives_the_same_numbers(kind):
     # A parameter that is used on several stages would have several accumulators.
     assert_splits(
-        seeded(MODELS[kind]), regression(), loss=mean_square, schedule=SPLIT, atomic=[Penalised, Again]
+        seeded(MODELS[kind]),
+        regression(),
+        loss=mean_square,
+        schedule=SPLIT,
+        atomic=[Penalised, Again, Nested],
     )
 
 
@@ -347,6 +401,7 @@ PROJECTIONS = [("in", "_weight"), ("in", "_bias"), ("out", ".weight"), ("out", "
         (Picture, {"first.weight", "first.bias", "last.weight", "last.bias"}),
         (lambda: nn.LayerNorm(WIDTH), set()),
         (Penalised, set()),
+        (Nested, set()),
         (Again, {"layer.weight", "layer.bias"}),
     ],
 )  # fmt: skip

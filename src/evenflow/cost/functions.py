@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from evenflow.graph.graph import Graph, Step
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
-from evenflow.graph.weight_uses import splittable
+from evenflow.graph.weight_uses import WeightUses
 
 _KEEPS_NOTHING = frozenset(
     (
@@ -70,10 +70,7 @@ class FunctionCosts:
     def __init__(self, graph: Graph) -> None:
         self._values = graph.values
         self._weights = {v.number for v in graph.values if isinstance(v.source, ParameterSource)}
-        names, _ = splittable(graph.chain, graph.values)
-        self._put_off = {
-            v.number for v in graph.values if isinstance(v.source, ParameterSource) and v.source.name in names
-        }
+        self._put_off = WeightUses(graph.chain, graph.values).weights
         self._given = {
             v.storage
             for v in graph.values

@@ -13,7 +13,7 @@ from evenflow.runtime.backward import Walk, receive, root_of
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.kept import kept_as_left
 from evenflow.runtime.rng import Streams
-from evenflow.runtime.weight_grads import Deferral
+from evenflow.runtime.weight_grads import Deferral, WeightGrads
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -143,9 +143,7 @@ class Stage(torch.nn.Module):
         if loss is not None and not weight:
             self._send_zeros(flight, loss)
         elif flight.gives:
-            flight.put_off.open = True
             self._walk(flight, loss, weight).run()
-            flight.put_off.open = False
         else:
             flight.walk = self._walk(flight, loss, weight)
         flight.received = []
@@ -180,6 +178,7 @@ class Stage(torch.nn.Module):
         walk = self._walk(flight, loss, 0.0)
         if walk.roots and flight.received:
             walk.run_to(flight.received)
+            flight.put_off = WeightGrads()
             flight.owed.update((value, zeros_at(gradient)) for value, gradient in list(flight.owed.items()))
 
     def outgoing(self, flight: InFlight, target: int, payload: Payload) -> Parcel:

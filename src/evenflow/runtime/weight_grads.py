@@ -8,7 +8,8 @@ Both make the kernel calls of torch's own formulas (`mm_mat1_backward`, `mm_mat2
 the same bits. Nothing is computed twice, and what a forward has saved is let go of in the `InputGrad`, but
 for what was put aside.
 
-What is not a product with a parameter (a normalisation's scale, an embedding, an expert chosen by numbers, a
+A weight may be a parameter or made of parameters alone (a view, a cast, a normalised weight): the rest of the
+way is then walked in the `WeightGrad` too. What is no such product (a normalisation's scale, an embedding, a
 module whose inside was not seen) gets its gradient in the `InputGrad`. A parameter is put off in all of its
 uses or in none (`graph.weight_uses`), so that its gradients add up in the order of microbatches.
 
@@ -22,17 +23,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
-Grads = tuple[torch.Tensor | None, ...]
-_Job = tuple[tuple[torch.nn.Parameter | None, ...], Callable[[], Grads]]  # parameters, and their gradients
+# Where a gradient goes: to a parameter, or on to what a weight was made of.
+Target: TypeAlias = torch.nn.Parameter | GradientEdge | None
+Grads: TypeAlias = tuple[torch.Tensor | None, ...]
+_MOST_STEPS = 16  # of the way from a weight to the parameters that it was made of
 
 
 class WeightGrads:
-    """What one microbatch of one stage has put aside. While it is not `open`, nothing is put there.
+    """What one microbatch of one stage has put aside.
 
     >>> later, weight = WeightGrads(), torch.nn.Parameter(torch.ones(1, 2))
     >>> later.put((weight,), lambda: (torch.full((1, 2), 3.0),))
@@ -42,38 +46,61 @@ class WeightGrads:
     """
 
     def __init__(self) -> None:
-        self.open = False
-        self._jobs: list[_Job] = []
+        self._jobs: list[tuple[tuple[Target, ...], Callable[[], Grads]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
-    def put(self, parameters: tuple[torch.nn.Parameter | None, ...], grads: Callable[[], Grads]) -> None:
-        """Put a computation aside; `grads` gives a gradient for each parameter, or None where it is None."""
-        self._jobs.append((parameters, grads))
+    def put(self, targets: tuple[Target, ...], grads: Callable[[], Grads]) -> None:
+        """Put a computation aside; `grads` gives a gradient for each target, or None where that is None."""
+        self._jobs.append((targets, grads))
 
     @torch.no_grad()
     def run(self) -> None:
         """Compute what was put aside, and let go of it.
 
-        As in autograd's walk, the uses of one parameter in a microbatch are summed in the order in which the
-        walk came to them, and then added to what earlier microbatches left.
+        As in autograd's walk, the uses of one weight in a microbatch are summed in the order in which it came
+        to them, and then added to what earlier microbatches left.
         """
-        uses = Counter(id(each) for parameters, _ in self._jobs for each in parameters)
-        sums: dict[int, torch.Tensor] = {}
+        uses = Counter(_key(target) for targets, _ in self._jobs for target in targets)
+        sums: dict[object, torch.Tensor] = {}
+        further: list[GradientEdge] = []
+        their_sums: list[torch.Tensor] = []
         self._jobs.reverse()
         while self._jobs:
-            parameters, grads = self._jobs.pop()
-            for parameter, grad in zip(parameters, grads(), strict=True):
-                if parameter is None or grad is None:
+            targets, grads = self._jobs.pop()
+            for target, grad in zip(targets, grads(), strict=True):
+                if target is None or grad is None:
                     continue
-                key = id(parameter)
+                key = _key(target)
                 total = sums.pop(key) + grad if key in sums else grad
                 uses[key] -= 1
                 if uses[key]:
                     sums[key] = total
+                elif isinstance(target, GradientEdge):
+                    further.append(target)
+                    their_sums.append(total)
                 else:
-                    _accumulate(parameter, total)
+                    _accumulate(target, total)
+        if further:  # in one walk, as several may lead to one parameter
+            torch.autograd.backward(further, their_sums)
+
+
+def _key(target: Target) -> object:
+    return (target.node, target.output_nr) if isinstance(target, GradientEdge) else id(target)
+
+
+def _accumulate(parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
+    """Add to a parameter's gradient as autograd's `AccumulateGrad` does: laid out as the parameter."""
+    if not parameter.requires_grad:
+        return
+    grad = grad.to(parameter.dtype)
+    if parameter.grad is not None:
+        parameter.grad.add_(grad)
+    elif grad.stride() == parameter.stride():
+        parameter.grad = grad
+    else:
+        parameter.grad = torch.empty_like(parameter).copy_(grad)
 
 
 class Deferral:
@@ -102,88 +129,188 @@ class Deferral:
 
     def own(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """The function that puts off what it can, in the place of one of torch's; None for any other."""
-        rule = _RULES.get(function)
-        return None if rule is None else partial(rule, self, function)
+        form = _FORMS.get(function)
+        return None if form is None else partial(form, self, function)
 
-    def takes(self, x: object, weight: object, bias: object) -> bool:
-        """Whether the gradients of these are put off."""
+    def takes(self, x: object, weight: object, bias: object = None) -> bool:
+        """Whether the gradients of weight and bias are put off."""
         return (
-            id(weight) in self._parameters
+            isinstance(x, torch.Tensor)
+            and isinstance(weight, torch.Tensor)
+            and weight.requires_grad
             and torch.is_grad_enabled()
-            and self._parameters[id(weight)].requires_grad
-            and isinstance(x, torch.Tensor)
             and x.layout is torch.strided
-            and not _has_hooks(self._parameters[id(weight)])
-            and (bias is None or id(bias) in self._parameters)
-            and (bias is None or not _has_hooks(self._parameters[id(bias)]))
+            and self._knows(weight)
+            and (bias is None or (isinstance(bias, torch.Tensor) and self._knows(bias)))
         )
 
+    def _knows(self, weight: torch.Tensor) -> bool:
+        """Whether a weight is made of nothing but parameters that are put off."""
+        if weight.grad_fn is None:
+            return id(weight) in self._parameters and not _has_hooks(weight)
+        waiting: list[Any] = [weight.grad_fn]
+        for _ in range(_MOST_STEPS):
+            node = waiting.pop()
+            if node.name() == "torch::autograd::AccumulateGrad":
+                if id(node.variable) not in self._parameters or _has_hooks(node.variable):
+                    return False
+            else:
+                waiting += [earlier for earlier, _ in node.next_functions if earlier is not None]
+            if not waiting:
+                return True
+        return False
 
-def _has_hooks(parameter: torch.nn.Parameter) -> bool:
+
+def _has_hooks(parameter: torch.Tensor) -> bool:
     # torch has no public way to ask.
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-def _accumulate(parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
-    """Add to a parameter's gradient as autograd's `AccumulateGrad` does: laid out as the parameter."""
-    if not parameter.requires_grad:
-        return
-    grad = grad.to(parameter.dtype)
-    if parameter.grad is not None:
-        parameter.grad.add_(grad)
-    elif grad.stride() == parameter.stride():
-        parameter.grad = grad
-    else:
-        parameter.grad = torch.empty_like(parameter).copy_(grad)
+# -- a product in autograd's graph
 
 
-# -- torch's functions
+class _Kind(NamedTuple):
+    """How torch computes a product and its gradients; `more` are the function's own further arguments.
+
+    `weight_grads` are those of weight and bias; it is told the bias's shape.
+    """
+
+    forward: Callable[..., torch.Tensor]  # of (stock, x, weight, bias, *more)
+    input_grad: Callable[..., torch.Tensor]  # of (grad, x, weight, *more)
+    weight_grads: Callable[..., Grads]  # of (grad, x, weight, shape or None, *more)
 
 
-def _linear(
+class _Product(torch.autograd.Function):
+    """A product whose backward computes the gradient of `x` and puts the rest aside.
+
+    The graph ends in `anchor`, an empty leaf that gets no gradient, in the place of the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        anchor: torch.Tensor,  # noqa: ARG004
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rest: tuple[_Kind, Callable[..., torch.Tensor], WeightGrads, tuple[Target, ...], tuple[Any, ...]],
+    ) -> torch.Tensor:
+        ctx.kind, stock, ctx.later, ctx.targets, ctx.more = rest
+        ctx.dtype, ctx.bias_shape = x.dtype, None if bias is None else bias.shape
+        given, used, added = _cast(x, weight, bias)
+        ctx.save_for_backward(given, used)
+        ctx.set_materialize_grads(False)
+        return ctx.kind.forward(stock, given, used, added, *ctx.more)  # type: ignore[no-any-return]  # (ctx is torch's)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        assert not torch.is_grad_enabled(), "the gradient of a gradient: such nodes are not put off"
+        (grad,) = grads
+        if grad is None:
+            return None, None, None, None, None
+        x, weight = ctx.saved_tensors
+        ctx.later.put(ctx.targets, partial(ctx.kind.weight_grads, grad, x, weight, ctx.bias_shape, *ctx.more))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return ctx.kind.input_grad(grad, x, weight, *ctx.more).to(ctx.dtype), None, None, None, None
+
+
+def _put_off(
     deferral: Deferral,
+    kind: _Kind,
     stock: Callable[..., torch.Tensor],
-    input: torch.Tensor,  # noqa: A002 (torch's own name, for those who call by name)
+    x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None,
+    *more: Any,
 ) -> torch.Tensor:
-    if not deferral.takes(input, weight, bias):
-        return stock(input, weight, bias)
-    return _Linear.apply(input, weight, bias, deferral.into, stock)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
+    targets = (_target(weight), None if bias is None else _target(bias))
+    rest = (kind, stock, deferral.into, targets, more)
+    anchor = x.new_empty(0).requires_grad_()
+    added = None if bias is None else bias.detach()
+    return _Product.apply(x, anchor, weight.detach(), added, rest)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
 
 
-def _addmm(
-    deferral: Deferral,
-    stock: Callable[..., torch.Tensor],
-    input: torch.Tensor,  # noqa: A002 (as above)
-    mat1: torch.Tensor,
-    mat2: torch.Tensor,
-    **scales: Any,
+def _target(weight: torch.Tensor) -> Target:
+    if isinstance(weight, torch.nn.Parameter):
+        return weight
+    return get_gradient_edge(weight) if weight.requires_grad else None
+
+
+def _cast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tensors as autocast would hand them to the kernel."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def lower(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
+
+    return lower(x), lower(weight), None if bias is None else lower(bias)
+
+
+# -- the kinds of products
+
+
+def _with_gradients(
+    stock: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, *others: Any
 ) -> torch.Tensor:
-    if scales or not deferral.takes(mat1, mat2, input):
-        return stock(input, mat1, mat2, **scales)
-    return _Addmm.apply(mat1, mat2, input, deferral.into, stock)  # type: ignore[no-untyped-call, no-any-return]  # as above
+    """What the function gives where gradients are on: torch chooses some kernels by that."""
+    with torch.enable_grad():
+        return stock(x.detach(), weight.detach().requires_grad_(), *others).detach()
 
 
-def _convolution(
-    deferral: Deferral,
-    stock: Callable[..., torch.Tensor],
-    input: torch.Tensor,  # noqa: A002 (as above)
+def _linear_forward(
+    stock: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return stock(x, weight, bias) if x.is_contiguous() else _with_gradients(stock, x, weight, bias)
+
+
+def _linear_input_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return _grad_of_left(grad_rows, rows, weight.t()).view(x.shape)
+
+
+def _linear_weight_grads(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_shape: torch.Size | None
+) -> Grads:
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    # Where torch adds the bias in another kernel, its gradient is not summed in rows.
+    in_rows = x.dim() == 2 or x.is_contiguous()
+    of_bias = _summed(grad_rows if in_rows else grad, bias_shape)
+    return _grad_of_right(grad_rows, rows, weight.t()).t(), of_bias
+
+
+def _addmm_forward(
+    stock: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    return stock(bias, x, weight)
+
+
+def _addmm_weight_grads(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_shape: torch.Size | None
+) -> Grads:
+    return _grad_of_right(grad, x, weight), _summed(grad, bias_shape)
+
+
+def _convolution_grads(
+    wanted: Sequence[bool],
+    grad: torch.Tensor,
+    x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,  # (a number, or one for each dimension, as the next two)
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> torch.Tensor:
+    bias_shape: torch.Size | None,
+    *more: Any,
+) -> Grads:
+    stride, padding, dilation, groups = more
     num_dims = weight.dim() - 2
-    whole = (
-        isinstance(padding, str) or input.dim() != weight.dim()
-    )  # padded first; a batch of one without dim
-    if whole or not deferral.takes(input, weight, bias):
-        return stock(input, weight, bias, stride, padding, dilation, groups)
     sizes = [_each(size, num_dims) for size in (stride, padding, dilation)]
-    return _Convolution.apply(input, weight, bias, deferral.into, stock, sizes, groups)  # type: ignore[no-untyped-call, no-any-return]  # as above
+    shape = None if bias_shape is None else list(bias_shape)
+    made: Grads = torch.ops.aten.convolution_backward(
+        *(grad, x, weight, shape, *sizes), False, [0] * num_dims, groups, wanted
+    )
+    return made
 
 
 def _each(size: int | Sequence[int], number: int) -> list[int]:
@@ -191,21 +318,147 @@ def _each(size: int | Sequence[int], number: int) -> list[int]:
     return sizes * number if len(sizes) == 1 else sizes
 
 
-_Rule = Callable[..., torch.Tensor]
-_RULES: Mapping[Callable[..., Any], _Rule] = {
-    functional.linear: _linear,
-    torch.addmm: _addmm,
-    functional.conv1d: _convolution,
-    functional.conv2d: _convolution,
-    functional.conv3d: _convolution,
-}
-_PLACES: tuple[tuple[Any, str], ...] = (
-    (functional, "linear"),
-    (torch, "addmm"),
-    (functional, "conv1d"),
-    (functional, "conv2d"),
-    (functional, "conv3d"),
+def _convolution_input_grad(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *more: Any
+) -> torch.Tensor:
+    made, _, _ = _convolution_grads((True, False, False), grad, x, weight, None, *more)
+    assert made is not None, "it was asked for"
+    return made
+
+
+def _convolution_weight_grads(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_shape: torch.Size | None, *more: Any
+) -> Grads:
+    wanted = (False, True, bias_shape is not None)
+    return _convolution_grads(wanted, grad, x, weight, bias_shape, *more)[1:]
+
+
+def _grouped_forward(
+    stock: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, _: None, ends: torch.Tensor
+) -> torch.Tensor:
+    return stock(x, weight, offs=ends)
+
+
+def _grouped_input_grad(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    if _is_by_columns(x):
+        return torch._grouped_mm(weight, grad.transpose(-2, -1), offs=ends).transpose(-2, -1)  # noqa: SLF001 (its only name)
+    return torch._grouped_mm(grad, weight.transpose(-2, -1), offs=ends)  # noqa: SLF001
+
+
+def _grouped_weight_grads(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, _: None, ends: torch.Tensor
+) -> Grads:
+    if _is_by_columns(weight):
+        return torch._grouped_mm(grad.transpose(-2, -1), x, offs=ends).transpose(-2, -1), None  # noqa: SLF001
+    return torch._grouped_mm(x.transpose(-2, -1), grad, offs=ends), None  # noqa: SLF001
+
+
+def _grad_of_left(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The gradient of `left` in `left @ right`, all of them matrices."""
+    if _is_by_columns(left):
+        return right.mm(grad.t()).t()
+    return grad.mm(right.t())
+
+
+def _grad_of_right(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The gradient of `right` in `left @ right`."""
+    if _is_by_columns(right):
+        return grad.t().mm(left).t()
+    return left.t().mm(grad)
+
+
+def _is_by_columns(matrix: torch.Tensor) -> bool:
+    return matrix.stride(-2) == 1 and matrix.stride(-1) == matrix.shape[-2]
+
+
+def _summed(grad: torch.Tensor, bias_shape: torch.Size | None) -> torch.Tensor | None:
+    """The gradient of what was added to every row, in memory of its own."""
+    if bias_shape is None:
+        return None
+    summed = grad.sum_to_size(bias_shape)
+    return summed.clone() if summed.data_ptr() == grad.data_ptr() else summed
+
+
+_LINEAR = _Kind(_linear_forward, _linear_input_grad, _linear_weight_grads)
+_ADDMM = _Kind(_addmm_forward, _grad_of_left, _addmm_weight_grads)
+_CONVOLUTION = _Kind(_with_gradients, _convolution_input_grad, _convolution_weight_grads)
+_GROUPED = _Kind(_grouped_forward, _grouped_input_grad, _grouped_weight_grads)
+
+
+# -- torch's functions, with torch's own names of arguments, for those who call by name
+
+
+def _linear(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if not deferral.takes(input, weight, bias):
+        return stock(input, weight, bias)
+    return _put_off(deferral, _LINEAR, stock, input, weight, bias)
+
+
+def _addmm(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002
+    mat1: torch.Tensor,
+    mat2: torch.Tensor,
+    **scales: Any,
+) -> torch.Tensor:
+    if scales or not deferral.takes(mat1, mat2, input):
+        return stock(input, mat1, mat2, **scales)
+    return _put_off(deferral, _ADDMM, stock, mat1, mat2, input)
+
+
+def _convolution(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,  # (a number, or one for each dimension, as the next two)
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    sizes = stride, padding, dilation, groups
+    is_padded, is_batch = isinstance(padding, str), input.dim() == weight.dim()
+    if is_padded or not is_batch or not deferral.takes(input, weight, bias):
+        return stock(input, weight, bias, *sizes)
+    return _put_off(deferral, _CONVOLUTION, stock, input, weight, bias, *sizes)
+
+
+def _grouped(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    self: torch.Tensor,
+    mat2: torch.Tensor,
+    *,
+    offs: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    if offs is None or others or not deferral.takes(self, mat2):
+        return stock(self, mat2, offs=offs, **others)
+    return _put_off(deferral, _GROUPED, stock, self, mat2, None, offs)
+
+
+_Form = Callable[..., torch.Tensor]
+_PLACES: tuple[tuple[Any, str, _Form], ...] = (
+    (functional, "linear", _linear),
+    (torch, "addmm", _addmm),
+    (functional, "conv1d", _convolution),
+    (functional, "conv2d", _convolution),
+    (functional, "conv3d", _convolution),
+    (torch, "_grouped_mm", _grouped),
 )
+_FORMS: Mapping[Callable[..., Any], _Form] = {
+    getattr(module, name): form for module, name, form in _PLACES if hasattr(module, name)
+}
 
 
 class _Local(threading.local):
@@ -225,7 +478,7 @@ class _Patch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._stock: list[Callable[..., Any]] = []
+        self._stock: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def enter(self) -> None:
         with self._lock:
@@ -233,213 +486,23 @@ class _Patch:
             if self._users == 1:
                 # It makes tables of torch's functions, and torch imports it whenever it comes to need it.
                 importlib.import_module("torch._dynamo")
-                self._stock = [getattr(module, name) for module, name in _PLACES]
-                for (module, name), stock in zip(_PLACES, self._stock, strict=True):
-                    if stock in _RULES:
-                        setattr(module, name, update_wrapper(partial(_routed, _RULES[stock], stock), stock))
+                there = [(module, name) for module, name, _ in _PLACES if hasattr(module, name)]
+                found = [(module, name, getattr(module, name)) for module, name in there]
+                self._stock = [each for each in found if each[-1] in _FORMS]
+                for module, name, stock in self._stock:
+                    setattr(module, name, update_wrapper(partial(_routed, _FORMS[stock], stock), stock))
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                for (module, name), stock in zip(_PLACES, self._stock, strict=True):
+                for module, name, stock in self._stock:
                     setattr(module, name, stock)
 
 
-def _routed(rule: _Rule, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
+def _routed(form: _Form, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
     deferral = _LOCAL.deferral
-    return stock(*args, **kwargs) if deferral is None else rule(deferral, stock, *args, **kwargs)
+    return stock(*args, **kwargs) if deferral is None else form(deferral, stock, *args, **kwargs)
 
 
 _PATCH = _Patch()
-
-
-# -- their gradients
-
-
-class _Linear(torch.autograd.Function):
-    """`functional.linear`; `x` of any number of dimensions."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.nn.Parameter,
-        bias: torch.nn.Parameter | None,
-        later: WeightGrads,
-        stock: Callable[..., torch.Tensor],
-    ) -> torch.Tensor:
-        given, used, added = _cast(x, weight, bias)
-        ctx.save_for_backward(given, used)
-        ctx.weight, ctx.bias, ctx.later, ctx.dtype = weight, bias, later, x.dtype
-        ctx.set_materialize_grads(False)
-        return _as_with_gradients(stock, given, used, added)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        (grad,) = grads
-        if grad is None:
-            return None, None, None, None, None
-        x, weight = ctx.saved_tensors
-        rows, right = x.reshape(-1, x.shape[-1]), weight.t()
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _grad_of_left(grad_rows, rows, right).view(x.shape).to(ctx.dtype)
-        # Where torch adds the bias in another kernel, its gradient is not summed in rows.
-        in_rows = x.dim() == 2 or x.is_contiguous()
-        make = partial(_linear_grads, grad_rows, rows, right, grad_rows if in_rows else grad, ctx.bias)
-        return grad_x, *_put_off(ctx, make), None, None
-
-
-def _linear_grads(
-    grad_rows: torch.Tensor,
-    rows: torch.Tensor,
-    right: torch.Tensor,
-    grad: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> Grads:
-    return _grad_of_right(grad_rows, rows, right).t(), _summed(grad, bias)
-
-
-class _Addmm(torch.autograd.Function):
-    """`torch.addmm` of a bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.nn.Parameter,
-        bias: torch.nn.Parameter,
-        later: WeightGrads,
-        stock: Callable[..., torch.Tensor],
-    ) -> torch.Tensor:
-        given, used, added = _cast(x, weight, bias)
-        ctx.save_for_backward(given, used)
-        ctx.weight, ctx.bias, ctx.later, ctx.dtype = weight, bias, later, x.dtype
-        ctx.set_materialize_grads(False)
-        return stock(added, given, used)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        (grad,) = grads
-        if grad is None:
-            return None, None, None, None, None
-        x, weight = ctx.saved_tensors
-        grad_x = _grad_of_left(grad, x, weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, *_put_off(ctx, partial(_addmm_grads, grad, x, weight, ctx.bias)), None, None
-
-
-def _addmm_grads(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Grads:
-    return _grad_of_right(grad, x, weight), _summed(grad, bias)
-
-
-class _Convolution(torch.autograd.Function):
-    """`functional.conv1d`, `conv2d` and `conv3d` of a batch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.nn.Parameter,
-        bias: torch.nn.Parameter | None,
-        later: WeightGrads,
-        stock: Callable[..., torch.Tensor],
-        sizes: list[list[int]],
-        groups: int,
-    ) -> torch.Tensor:
-        given, used, added = _cast(x, weight, bias)
-        ctx.save_for_backward(given, used)
-        ctx.weight, ctx.bias, ctx.later, ctx.dtype = weight, bias, later, x.dtype
-        ctx.sizes, ctx.groups = sizes, groups
-        ctx.set_materialize_grads(False)
-        return _as_with_gradients(stock, given, used, added, *sizes, groups)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        (grad,) = grads
-        if grad is None:
-            return None, None, None, None, None, None, None
-        x, weight = ctx.saved_tensors
-        how = (
-            None if ctx.bias is None else list(ctx.bias.shape),
-            *ctx.sizes,
-            False,
-            [0] * (weight.dim() - 2),
-            ctx.groups,
-        )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            made = torch.ops.aten.convolution_backward(grad, x, weight, *how, [True, False, False])
-            grad_x = made[0].to(ctx.dtype)
-        wanted = [False, True, ctx.bias is not None]
-        make = partial(_convolution_grads, grad, x, weight, how, wanted)
-        return grad_x, *_put_off(ctx, make), None, None, None, None
-
-
-def _convolution_grads(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, how: tuple[Any, ...], wanted: list[bool]
-) -> Grads:
-    _, of_weight, of_bias = torch.ops.aten.convolution_backward(grad, x, weight, *how, wanted)
-    return of_weight, of_bias
-
-
-def _put_off(ctx: Any, make: Callable[[], Grads]) -> Grads:
-    """What the backward says of weight and bias: nothing now, or their gradients where nobody collects."""
-    if not ctx.later.open:
-        return make()
-    ctx.later.put((ctx.weight, ctx.bias), make)
-    return None, None
-
-
-def _cast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The tensors as autocast would hand them to the kernel."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def lower(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
-
-    return lower(x), lower(weight), None if bias is None else lower(bias)
-
-
-def _as_with_gradients(
-    stock: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *others: Any,
-) -> torch.Tensor:
-    """What the function gives where gradients are on: torch chooses some kernels by that."""
-    if weight.dim() == 2 and x.is_contiguous():  # (not the one of a product that needs no copy)
-        return stock(x, weight, *others)
-    with torch.enable_grad():
-        return stock(x.detach(), weight.detach().requires_grad_(), *others).detach()
-
-
-def _grad_of_left(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The gradient of `left` in `left @ right`, all of them matrices."""
-    if _is_by_columns(left):
-        return right.mm(grad.t()).t()
-    return grad.mm(right.t())
-
-
-def _grad_of_right(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The gradient of `right` in `left @ right`."""
-    if _is_by_columns(right):
-        return grad.t().mm(left).t()
-    return left.t().mm(grad)
-
-
-def _is_by_columns(matrix: torch.Tensor) -> bool:
-    return matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
-
-
-def _summed(grad: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The gradient of what was added to every row, in memory of its own."""
-    if bias is None:
-        return None
-    summed = grad.sum_to_size(bias.shape)
-    return summed.clone() if summed.data_ptr() == grad.data_ptr() else summed

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from evenflow.graph.cut import Section
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import NOTHING, Template
-from evenflow.graph.weight_uses import splittable
+from evenflow.graph.weight_uses import WeightUses
 from evenflow.runtime.call import Call, ParameterOf, PlacesOf, Prepare
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.straight import Straight, Tell, filling, straight
@@ -173,13 +173,13 @@ def _learnt(
     """Tell the stage's deferral of the section's parameters; the nodes that put off, by index."""
     if deferral is None:
         return {}
-    found, others = splittable(section.nodes, graph.values)
+    uses = WeightUses(section.nodes, graph.values)
     pairs = [(node, name) for node in section.nodes for name in node.parameters]
     deferral.learn(
-        (parameter_of(name, node) for node, name in pairs if name in found),
-        (parameter_of(name, node) for node, name in pairs if name in others),
+        (parameter_of(name, node) for node, name in pairs if name in uses.splittable),
+        (parameter_of(name, node) for node, name in pairs if name in uses.others),
     )
-    return {node.index: deferral for node, name in pairs if name in found}
+    return dict.fromkeys(uses.nodes, deferral)
 
 
 def _nested(node: Node) -> bool:
