@@ -1,6 +1,7 @@
 """What links through shared memory do beyond the contract of `test_links`."""
 
 import errno
+import mmap
 import os
 import socket
 import threading
@@ -56,9 +57,14 @@ def get(link, microbatch: int):
 
 @pytest.fixture
 def files(monkeypatch):
-    """The sizes of the slots that are made."""
+    """The sizes of the files of slots that are made."""
     made, truncate = [], os.ftruncate
-    monkeypatch.setattr(os, "ftruncate", lambda file, size: (made.append(size), truncate(file, size)))
+
+    def noted(file, size):
+        made.extend([size] * (size > mmap.PAGESIZE))
+        truncate(file, size)
+
+    monkeypatch.setattr(os, "ftruncate", noted)
     return made
 
 

@@ -2,13 +2,13 @@
 
 A sender copies a parcel into a *slot*, a piece of memory that both processes have mapped, and tells the
 receiver so over a Unix socket. What the receiver takes is the slot itself; when the last of its tensors is
-gone, it says so, and the slot is used again. Slots are made as they are needed and handed over as open files
-without a name: whatever ends a process, nothing of them is left behind. A message wakes who waits for it, so
-no thread stands between two ranks and takes a processor from them, as Gloo's do: on two cores, one parcel
-in ten then came 5 to 9 ms late (measured 2026-11-22).
+gone, a flag beside the slot says so, and it is used again. Slots are made as they are needed and handed over
+as open files without a name: whatever ends a process, nothing of them is left behind. A message wakes who
+waits for it, so no thread stands between two ranks and takes a processor from them, as Gloo's do: on two
+cores, one parcel in ten then came 5 to 9 ms late (measured 2026-11-22).
 
-A send waits only where the receiver's program is about sixteen receives behind, so that a fast rank does not
-fill the host's memory.
+A send waits only where the receiver's program is sixteen receives behind, so that a fast rank does not fill
+the host's memory. How far that is stands in memory too, so that nobody is told what nobody waits for.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import os
 import pickle
 import select
 import socket
-import sys
+import struct
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -39,31 +39,103 @@ from evenflow.runtime.links.link import Link, Manifest
 _ALIGNMENT_BYTES = 64  # each tensor begins where torch's own would
 _LARGEST_MESSAGE_BYTES = 2**17
 _MOST_AHEAD = 16  # parcels for receives that the peer's program has perhaps not reached
-_TOLD_EVERY = 8  # receives that this rank's program has reached, so that peers may go on
 _SLOTS_PER_FILE = 16  # a process may have a thousand files open; what nobody has written takes no memory
+_FORMS_KEPT = 4  # of each slot
+_LOOKS_EVERY_MS = 1  # at how far the peer's program is, while a send waits for that
 
-_Layouts = tuple[Layout | None, ...]
+# A message: the op that it is for, then the slot (-1: the parcel is empty). Behind that stand, pickled, the
+# parcel's layouts, where they are not those of the last parcel of its key. A message that begins with
+# `_NEW_FILE` instead says how large each slot of a file is, which comes with the next.
+_OP = struct.Struct("<4i")  # source, target, microbatch, payload
+_SLOT = struct.Struct("<i")
+_NEW_FILE, _BYTES = struct.pack("<4i", -1, -1, -1, -1), struct.Struct("<q")
+_PAYLOADS = tuple(Payload)
+_HEAD_BYTES = _OP.size + _SLOT.size
 
 
-class _Sent(NamedTuple):
-    """What a message says of a parcel; in plain fields, for pickle has more to say of classes.
+class _Form:
+    """How the tensors of a parcel lie in a slot."""
 
-    `layouts` where they are not those of the last parcel of its key. The slot of number `slot` holds it (none
-    where it is empty); `new_bytes` is the size of each slot of the file that comes with it, if one does.
-    """
+    def __init__(self, layouts: tuple[Layout | None, ...]) -> None:
+        self.layouts = layouts
+        places, end = [], 0
+        for layout in layouts:
+            places.append(end)
+            size = 0 if layout is None else math.prod(layout.shape) * layout.dtype.itemsize
+            end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.places, self.num_bytes = tuple(places), end
+        # Sizes of slots are powers of two, so that parcels of like sizes share them.
+        self.slot_bytes = max(mmap.PAGESIZE, 1 << (end - 1).bit_length()) if end else 0
 
-    source: int
-    target: int
-    microbatch: int
-    payload: str
-    layouts: _Layouts | None
-    slot: int | None
-    new_bytes: int
+    def fits(self, parcel: Parcel) -> bool:
+        """Whether the tensors of a parcel lie so."""
+        return len(parcel) == len(self.layouts) and all(map(_lies_as, parcel, self.layouts))
 
-    @property
-    def op(self) -> Recv:
-        """The receive that it is for."""
-        return Recv(self.source, self.target, self.microbatch, Payload(self.payload))
+    def filled(self, slot: memoryview) -> Callable[[Parcel], None]:
+        """What copies the tensors of a parcel into this slot."""
+        pairs = zip(self.layouts, self.places, strict=True)
+        places = [_place_in(slot, layout, place) for layout, place in pairs]
+
+        def fill(parcel: Parcel) -> None:
+            for tensor, place in zip(parcel, places, strict=True):
+                if place is not None and tensor is not None:
+                    block, order = place
+                    block.copy_(tensor if order is None else tensor.permute(order))
+
+        return fill
+
+    def opened(self, slot: memoryview) -> Parcel:
+        """The tensors that lie in a slot, as long as they need it."""
+        pairs = zip(self.layouts, self.places, strict=True)
+        return tuple(None if layout is None else _opened(slot, layout, place) for layout, place in pairs)
+
+
+def _lies_as(tensor: torch.Tensor | None, layout: Layout | None) -> bool:
+    if tensor is None or layout is None:
+        return tensor is None and layout is None
+    return tensor.shape == layout.shape and tensor.stride() == layout.stride and tensor.dtype is layout.dtype
+
+
+def _place_in(
+    slot: memoryview, layout: Layout | None, place: int
+) -> tuple[torch.Tensor, tuple[int, ...] | None] | None:
+    """Where the elements of a tensor go, and the order of dimensions in which they do (None: as they are)."""
+    number = 0 if layout is None else math.prod(layout.shape)
+    if layout is None or not number:
+        return None
+    block = torch.frombuffer(slot, dtype=layout.dtype, count=number, offset=place)
+    if layout.is_dense:
+        return block.as_strided(layout.shape, layout.stride), None
+    return block.view([layout.shape[d] for d in layout.order]), layout.order
+
+
+def _opened(slot: memoryview, layout: Layout, place: int) -> torch.Tensor:
+    number = math.prod(layout.shape)
+    if not number:
+        return unpack(torch.empty(0, dtype=layout.dtype, device="cpu"), layout)
+    return unpack(torch.frombuffer(slot, dtype=layout.dtype, count=number, offset=place), layout)
+
+
+@dataclass
+class _Slot:
+    """A piece of shared memory, and the flag beside it: 1 from its sender's filling on, 0 when it is free."""
+
+    memory: memoryview
+    flags: memoryview
+    number: int
+    fill: dict[_Form, Callable[[Parcel], None]] = field(default_factory=dict)  # of the last forms
+    held: "weakref.ref[memoryview] | None" = None  # as last taken
+
+    def filled(self, form: _Form) -> Callable[[Parcel], None]:
+        """What copies the tensors of a parcel of this form into the slot."""
+        if form not in self.fill:
+            if len(self.fill) == _FORMS_KEPT:
+                self.fill.clear()
+            self.fill[form] = form.filled(self.memory)
+        return self.fill[form]
+
+    def let_go(self, _: object) -> None:
+        self.flags[self.number] = 0
 
 
 @dataclass
@@ -72,17 +144,14 @@ class _Peer:
 
     rank: int
     socket: socket.socket
-    has_ended: bool = False
-    num_ahead: int = 0  # parcels sent for receives that the peer has not told of
-    own: list[memoryview] = field(default_factory=list)  # slots that this rank fills
-    free: defaultdict[int, list[int]] = field(default_factory=partial(defaultdict, list))  # of them, by size
-    theirs: list[memoryview] = field(default_factory=list)  # slots that the peer fills
-    held: dict[int, weakref.ref[memoryview]] = field(default_factory=dict)  # of them, as last taken
-    inbox: deque[_Sent] = field(default_factory=deque)  # of this step, and perhaps already of the next
+    board: memoryview  # how many receives from the peer this rank's program has reached, for it to see
+    their_board: memoryview | None = None  # the same of the peer, which sends it first of all
+    num_sent: int = 0
+    own: list[_Slot] = field(default_factory=list)  # that this rank fills, by number
+    of_size: defaultdict[int, list[tuple[int, _Slot]]] = field(default_factory=partial(defaultdict, list))
+    theirs: list[_Slot] = field(default_factory=list)  # that the peer fills, by number
+    inbox: deque[bytes] = field(default_factory=deque)  # of this step, and perhaps already of the next
     expected: deque[Recv] = field(default_factory=deque)  # in the order in which the peer sends
-    # What the peer was not told: how many more receives were reached, and which of its slots are let go of.
-    num_reached: int = 0
-    let_go: deque[int] = field(default_factory=deque)
 
 
 class SharedMemoryLink(Link):
@@ -98,15 +167,14 @@ class SharedMemoryLink(Link):
     ) -> None:
         self._rank_of, self._rank = placement.rank_of, rank
         self._timeout_seconds = timeout_seconds
-        self._peers = {rank: _Peer(rank, each) for rank, each in sockets.items()}
+        self._peers = {rank: _Peer(rank, each, _sent_board(each)) for rank, each in sockets.items()}
         for each in sockets.values():
             each.setblocking(False)
         weakref.finalize(self, _close, list(sockets.values()))
-        self._buffer = bytearray(_LARGEST_MESSAGE_BYTES)
-        self._told: dict[tuple[Any, ...], _Layouts] = {}  # by the parcel's key
-        self._known: dict[tuple[Any, ...], _Layouts] = {}
+        self._told: dict[tuple[Any, ...], _Form] = {}  # by the parcel's key
+        self._known: dict[tuple[Any, ...], _Form] = {}
         self._manifests: dict[Recv, Manifest] = {}
-        self._arrived: dict[Recv, tuple[int | None, _Layouts]] = {}  # the slot, and what is in it
+        self._arrived: dict[Recv, tuple[int, _Form]] = {}  # the slot, and what is in it
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
         self._manifests = dict(receives)
@@ -115,32 +183,29 @@ class SharedMemoryLink(Link):
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         peer = self._peers[self._rank_of[op.target]]
-        layouts = tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel)
-        places, num_bytes = _places(layouts)
+        form, layouts = self._told.get(manifest.key), b""
         try:
-            self._drain(peer)
-            while peer.num_ahead >= _MOST_AHEAD:
-                self._await_message(peer)
+            if form is None or not form.fits(parcel):
+                form = _Form(tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel))
+                layouts = pickle.dumps(form.layouts)
+                if len(layouts) > _LARGEST_MESSAGE_BYTES - _HEAD_BYTES:
+                    raise _too_many_tensors(op, len(parcel))
+                self._told[manifest.key] = form
+            if peer.num_sent - self._reached_by(peer) >= _MOST_AHEAD:
+                self._await_program(peer)
+            number = -1
+            if form.slot_bytes:
+                number, slot = self._slot(peer, form.slot_bytes)
+                slot.flags[slot.number] = 1
+                slot.filled(form)(tuple(t if t is None else t.detach() for t in parcel))
+            head = _OP.pack(op.source, op.target, op.microbatch, _PAYLOADS.index(op.payload))
+            self._tell(peer, head + _SLOT.pack(number) + layouts)
         except (ConnectionError, TimeoutError) as error:
             raise self._lost(peer, op, error) from error
-        with contextlib.ExitStack() as stack:
-            slot, new_bytes, file = _slot(peer, num_bytes) if num_bytes else (None, 0, None)
-            if file is not None:
-                stack.callback(os.close, file)
-            for tensor, layout, place in zip(parcel, layouts, places, strict=True):
-                if slot is not None and tensor is not None and layout is not None and tensor.numel():
-                    _fill(peer.own[slot], place, tensor.detach(), layout)
-            told = None if self._told.get(manifest.key) == layouts else layouts
-            self._told[manifest.key] = layouts
-            sent = _Sent(op.source, op.target, op.microbatch, op.payload.value, told, slot, new_bytes)
-            self._tell(peer, op, sent, file)
-        peer.num_ahead += 1
+        peer.num_sent += 1
 
     def post(self, op: Recv) -> None:
-        peer = self._peers[self._rank_of[op.source]]
-        peer.num_reached += 1
-        if peer.num_reached >= _TOLD_EVERY:
-            self._tell_news(peer)
+        self._peers[self._rank_of[op.source]].board[0] += 1
 
     def exchange(self, sends: Sequence[tuple[Send, Parcel, Manifest]], receives: Sequence[Recv]) -> None:
         for op in receives:
@@ -151,132 +216,194 @@ class SharedMemoryLink(Link):
     def take(self, op: Recv) -> Parcel:
         peer = self._peers[self._rank_of[op.source]]
         try:
-            if peer.let_go:
-                self._tell_news(peer)
             while op not in self._arrived:
                 self._arrive(peer)
         except (ConnectionError, TimeoutError) as error:
             raise self._lost(peer, op, error) from error
-        return self._opened(peer, *self._arrived.pop(op))
+        number, form = self._arrived.pop(op)
+        if number < 0:
+            return form.opened(memoryview(b""))
+        slot = peer.theirs[number]
+        view = slot.memory[: form.num_bytes]
+        slot.held = weakref.ref(view, slot.let_go)
+        return form.opened(view)
 
     def finish(self) -> None:
         left = [*self._arrived, *(op for peer in self._peers.values() for op in peer.expected)]
         assert not left, f"never taken: {[str(op) for op in left]}"
-        for peer in self._peers.values():
-            self._tell_news(peer)
 
     def _arrive(self, peer: _Peer) -> None:
         """Let the next parcel of this step arrive from a peer."""
-        self._drain(peer)
         while not peer.inbox:
-            self._await_message(peer)
-        sent, expected = peer.inbox.popleft(), peer.expected.popleft()
-        if sent.op != expected:
+            if not self._read(peer):
+                self._wait(peer, select.POLLIN)
+        message, expected = peer.inbox.popleft(), peer.expected.popleft()
+        source, target, microbatch, payload = _OP.unpack_from(message)
+        if (source, target, microbatch, _PAYLOADS[payload]) != (
+            *(expected.source, expected.target, expected.microbatch),
+            expected.payload,
+        ):
+            sent = Recv(source, target, microbatch, _PAYLOADS[payload])
             raise ScheduleError(
-                f"mis-pairing: rank {peer.rank} sent for {sent.op}, and rank {self._rank} expects {expected}"
+                f"mis-pairing: rank {peer.rank} sent for {sent}, and rank {self._rank} expects {expected}"
             )
         key = self._manifests[expected].key
-        if sent.layouts is not None:
-            self._known[key] = sent.layouts
-        self._arrived[expected] = sent.slot, self._known[key]
-
-    def _opened(self, peer: _Peer, slot: int | None, layouts: _Layouts) -> Parcel:
-        """The tensors in a slot, which is given back when the last of them is gone."""
-        places, num_bytes = _places(layouts)
-        view = memoryview(b"")
-        if slot is not None:
-            view = peer.theirs[slot][:num_bytes]
-            peer.held[slot] = weakref.ref(view, lambda _: peer.let_go.append(slot))
-        return tuple(
-            None if layout is None else unpack(_block(view, place, layout), layout)
-            for layout, place in zip(layouts, places, strict=True)
-        )
+        if len(message) > _HEAD_BYTES:
+            self._known[key] = _Form(pickle.loads(memoryview(message)[_HEAD_BYTES:]))
+        self._arrived[expected] = _SLOT.unpack_from(message, _OP.size)[0], self._known[key]
 
     def _lost(self, peer: _Peer, op: Send | Recv, error: OSError) -> PeerError:
         return PeerError(
             f"rank {self._rank} lost rank {peer.rank} in {op} (microbatch {op.microbatch}): {error}"
         )
 
-    def _tell(self, peer: _Peer, op: Send, sent: _Sent, file: int | None) -> None:
-        """Tell of a parcel; while the peer has no room for the message, read what comes."""
-        packed = pickle.dumps(tuple(sent))
-        if len(packed) > _LARGEST_MESSAGE_BYTES:
-            raise ConfigError(
-                f"stage {op.source} hands {len(sent.layouts or ())} tensors at once to stage {op.target}, "
-                "more than a message between two ranks can tell of: cut the model where fewer tensors cross"
-            )
+    def _slot(self, peer: _Peer, size: int) -> tuple[int, _Slot]:
+        """A slot that is free, and its number; always the first, because it may still be in a cache."""
+        for of_size in (peer.of_size[size], peer.of_size[2 * size]):
+            for number, slot in of_size:
+                if not slot.flags[slot.number]:
+                    return number, slot
+        file = _memory_file(mmap.PAGESIZE + _SLOTS_PER_FILE * size)
         try:
-            while not _has_sent(peer, packed, file):
+            made = _slots_in(file, size)
+            self._tell(peer, _NEW_FILE + _BYTES.pack(size))
+            self._tell(peer, b"file", file)
+        finally:
+            os.close(file)
+        peer.of_size[size] += enumerate(made, len(peer.own))
+        peer.own += made
+        return len(peer.own) - len(made), made[0]
+
+    def _tell(self, peer: _Peer, message: bytes, file: int | None = None) -> None:
+        """Send a message; while the peer has no room for it, read what comes."""
+        while True:
+            try:
+                if file is None:
+                    peer.socket.send(message)
+                else:
+                    socket.send_fds(peer.socket, [message], [file])
+            except BlockingIOError:
                 self._wait(peer, select.POLLIN | select.POLLOUT)
-                self._drain(peer)
-        except (ConnectionError, TimeoutError) as error:
-            raise self._lost(peer, op, error) from error
-
-    def _tell_news(self, peer: _Peer) -> None:
-        """Tell a peer what it needs to send more, if it has room now; one that has sent all may be gone."""
-        self._drain(peer)
-        slots = [peer.let_go.popleft() for _ in range(len(peer.let_go))]
-        if not (peer.num_reached or slots):
-            return
-        with contextlib.suppress(ConnectionError):
-            if _has_sent(peer, pickle.dumps([peer.num_reached, slots]), None):
-                peer.num_reached = 0
+                self._read(peer)
             else:
-                peer.let_go.extend(slots)
+                return
 
-    def _await_message(self, peer: _Peer) -> None:
-        if peer.has_ended:
-            raise ConnectionResetError("its process or its pipeline has ended")
-        untold = peer.num_reached >= _TOLD_EVERY
-        self._wait(peer, select.POLLIN | (select.POLLOUT if untold else 0))
-        if untold:
-            self._tell_news(peer)
-        self._drain(peer)
+    def _reached_by(self, peer: _Peer) -> int:
+        """How many receives from this rank the peer's program has reached."""
+        while peer.their_board is None:
+            self._wait(peer, select.POLLIN)
+            self._read(peer)
+        return peer.their_board[0]
+
+    def _await_program(self, peer: _Peer) -> None:
+        """Wait until the peer's program is less far behind; read what comes meanwhile."""
+        poll = select.poll()
+        poll.register(peer.socket, select.POLLIN)
+        for _ in range(1 + int(self._timeout_seconds * 1e3 / _LOOKS_EVERY_MS)):
+            if peer.num_sent - self._reached_by(peer) < _MOST_AHEAD:
+                return
+            if self._timeout_seconds and poll.poll(_LOOKS_EVERY_MS):
+                self._read(peer)
+        raise self._timeout()
 
     def _wait(self, peer: _Peer, events: int) -> None:
         poll = select.poll()
         poll.register(peer.socket, events)
         if not poll.poll(self._timeout_seconds * 1e3):
-            raise TimeoutError(f"waited {self._timeout_seconds:g} s")
+            raise self._timeout()
 
-    def _drain(self, peer: _Peer) -> None:
-        """Read all that has come from a peer."""
-        while True:
-            try:
-                size, extras, _, _ = peer.socket.recvmsg_into([self._buffer], socket.CMSG_SPACE(4))
-            except BlockingIOError:
-                return
-            except ConnectionResetError:  # once, if it has ended without reading all; what it sent is there
-                continue
-            if not size:
-                peer.has_ended = True
-                return
-            message = pickle.loads(memoryview(self._buffer)[:size])
-            if isinstance(message, list):
-                num_reached, slots = message
-                peer.num_ahead -= num_reached
-                for slot in slots:
-                    peer.free[len(peer.own[slot])].append(slot)
-                continue
-            sent = _Sent(*message)
-            if sent.new_bytes:
-                if not extras:
-                    raise _too_many_files()
-                file = int.from_bytes(extras[0][2], sys.byteorder)
-                try:
-                    peer.theirs += _slots_in(file, sent.new_bytes)
-                finally:
-                    os.close(file)
-            peer.inbox.append(sent)
+    def _timeout(self) -> TimeoutError:
+        return TimeoutError(f"waited {self._timeout_seconds:g} s")
+
+    def _read(self, peer: _Peer) -> bool:
+        """Read a message of a peer; whether there was one."""
+        if peer.their_board is None:
+            file = _received_file(peer.socket)
+            if file is None:
+                return False
+            with _closing(file):
+                peer.their_board = _board_in(file)
+            return True
+        try:
+            message = peer.socket.recv(_LARGEST_MESSAGE_BYTES)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:  # once, if it has ended without reading all; what it sent is there
+            return self._read(peer)
+        if not message:
+            raise ConnectionResetError("its process or its pipeline has ended")
+        if message.startswith(_NEW_FILE):
+            (size,) = _BYTES.unpack_from(message, len(_NEW_FILE))
+            while (file := _received_file(peer.socket)) is None:
+                self._wait(peer, select.POLLIN)
+            with _closing(file):
+                peer.theirs += _slots_in(file, size)
+        else:
+            peer.inbox.append(message)
+        return True
 
 
-def _has_sent(peer: _Peer, packed: bytes, file: int | None) -> bool:
-    """Send a message, unless the peer has no room for it."""
+def _received_file(connection: socket.socket) -> int | None:
+    """The open file that comes with the next message; None if there is no message yet."""
     try:
-        socket.send_fds(peer.socket, [packed], [] if file is None else [file])
+        message, files, _, _ = socket.recv_fds(connection, 16, 1)
     except BlockingIOError:
-        return False
-    return True
+        return None
+    except ConnectionResetError:
+        return _received_file(connection)
+    if not message:
+        raise ConnectionResetError("its process or its pipeline has ended")
+    if not files:
+        raise _too_many_files()
+    return files[0]
+
+
+def _sent_board(connection: socket.socket) -> memoryview:
+    """A new board, shown to the peer."""
+    file = _memory_file(mmap.PAGESIZE)
+    with _closing(file):
+        socket.send_fds(connection, [b"board"], [file])
+        return _board_in(file)
+
+
+def _board_in(file: int) -> memoryview:
+    return memoryview(mmap.mmap(file, mmap.PAGESIZE)).cast("Q")
+
+
+def _memory_file(num_bytes: int) -> int:
+    try:
+        file = os.memfd_create("evenflow")
+    except OSError as error:
+        raise _too_many_files() if error.errno == errno.EMFILE else error from None
+    try:
+        os.ftruncate(file, num_bytes)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+@contextlib.contextmanager
+def _closing(file: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def _slots_in(file: int, size: int) -> list[_Slot]:
+    """The slots of a file: a page of flags, and the slots behind it."""
+    whole = memoryview(mmap.mmap(file, mmap.PAGESIZE + _SLOTS_PER_FILE * size))
+    flags = whole[:_SLOTS_PER_FILE]
+    starts = (mmap.PAGESIZE + number * size for number in range(_SLOTS_PER_FILE))
+    return [_Slot(whole[start : start + size], flags, number) for number, start in enumerate(starts)]
+
+
+def _too_many_tensors(op: Send, number: int) -> ConfigError:
+    return ConfigError(
+        f"stage {op.source} hands {number} tensors at once to stage {op.target}, more than a message between "
+        "two ranks can tell of: cut the model where fewer tensors cross"
+    )
 
 
 def _too_many_files() -> ConfigError:
@@ -284,61 +411,6 @@ def _too_many_files() -> ConfigError:
         "this process may have no more files open, and sixteen parcels in flight between two ranks need one: "
         "raise the limit (ulimit -n), or use fewer microbatches"
     )
-
-
-def _places(layouts: _Layouts) -> tuple[tuple[int, ...], int]:
-    """Where in its slot each tensor begins, and how many bytes all of them take."""
-    places, end = [], 0
-    for layout in layouts:
-        places.append(end)
-        size = 0 if layout is None else math.prod(layout.shape) * layout.dtype.itemsize
-        end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return tuple(places), end
-
-
-def _slot(peer: _Peer, num_bytes: int) -> tuple[int, int, int | None]:
-    """A slot that is free: its number; and if it is in a new file, the size of each slot there, and the file.
-
-    Sizes are powers of two, so that parcels of like sizes share slots. The last that became free comes first,
-    because it may still be in a cache.
-    """
-    size = max(mmap.PAGESIZE, 1 << (num_bytes - 1).bit_length())
-    for free in (peer.free[size], peer.free[2 * size]):
-        if free:
-            return free.pop(), 0, None
-    try:
-        file = os.memfd_create("evenflow")
-    except OSError as error:
-        raise _too_many_files() if error.errno == errno.EMFILE else error from None
-    try:
-        os.ftruncate(file, _SLOTS_PER_FILE * size)
-        peer.own += _slots_in(file, size)
-    except BaseException:
-        os.close(file)
-        raise
-    peer.free[size] += range(len(peer.own) - _SLOTS_PER_FILE, len(peer.own))
-    return peer.free[size].pop(), size, file
-
-
-def _slots_in(file: int, size: int) -> list[memoryview]:
-    whole = memoryview(mmap.mmap(file, _SLOTS_PER_FILE * size))
-    return [whole[number * size : (number + 1) * size] for number in range(_SLOTS_PER_FILE)]
-
-
-def _fill(slot: memoryview, place: int, tensor: torch.Tensor, layout: Layout) -> None:
-    """Copy a tensor's elements to a place, in the order of its layout."""
-    block = torch.frombuffer(slot, dtype=layout.dtype, count=tensor.numel(), offset=place)
-    block.view([layout.shape[d] for d in layout.order]).copy_(tensor.permute(layout.order))
-
-
-def _block(view: memoryview, place: int, layout: Layout) -> torch.Tensor:
-    """The flat block that a tensor travelled as."""
-    number = math.prod(layout.shape)
-    block = torch.empty(0, dtype=layout.dtype, device="cpu")
-    if number:
-        there = torch.frombuffer(view, dtype=layout.dtype, count=number, offset=place).untyped_storage()
-        block.set_(there, 0, (number,), (1,))  # a kernel, so that who counts memory (`cost.storages`) sees it
-    return block
 
 
 def _close(sockets: Sequence[socket.socket]) -> None:
