@@ -17,6 +17,7 @@ from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.rendezvous import Meeting
+from evenflow.runtime.script import script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.weight_grads import WeightGrads
 from evenflow.schedules import catalog
@@ -263,12 +264,14 @@ class OnThreads:
             Executor(
                 proven,
                 rank,
+                script=script(proven.program.ranks[rank]),
                 stages={stage: parts.stages[stage] for stage in self.placement.stages_on(rank)},
                 devices=parts.devices,
                 jobs=jobs,
                 link=meeting.link(rank),
                 step=0,
                 reading=read_loss,
+                manifests={},
             )
             for rank in range(self.placement.num_ranks)
         ]

@@ -1,7 +1,7 @@
 """`Pipeline`: a model cut into stages, ready to train. Made by `evenflow.pipeline`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,11 @@ from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.times import Times
 from evenflow.runtime.executor import Executor, Job, Reading, Result
+from evenflow.runtime.links.link import Manifest
 from evenflow.runtime.microbatch import join
 from evenflow.runtime.recordings import Program
 from evenflow.runtime.rng import generators_restored
+from evenflow.runtime.script import Script, script
 from evenflow.validate import ProvenProgram
 
 
@@ -53,6 +55,8 @@ class Pipeline:
         self._step = 0  # counts calls of `step`: names the draws
         self._accumulated = Accumulated()
         self._updated = False
+        self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
+        self._manifests: dict[tuple[Any, ...], Manifest] = {}
 
     def __repr__(self) -> str:
         stages = f"{len(self.cut)} stages" if len(self.cut) > 1 else "1 stage"
@@ -300,11 +304,7 @@ class Pipeline:
         jobs = self._jobs(agreed, share=share)
         executors, results = self._execute(jobs, program, reading)
         if executors[0].trains:
-            self._times.note(
-                executors[0].proven,
-                [span for executor in executors for span in executor.spans],
-                [span for executor in executors for span in executor.parts],
-            )
+            self._times.note(executors[0].proven, [executor.log for executor in executors])
         return self._result(results, agreed, jobs[0].cut.graph, reading)
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
@@ -323,24 +323,29 @@ class Pipeline:
         parts = self._parts
         placement = parts.programs.placement
         proven = program(len(jobs), Flow.union(job.cut.flow for job in jobs))
+        alone = parts.world.size == 1
+        ranks = range(placement.num_ranks) if alone else (parts.world.rank,)
+        scripts = self._scripts_of(proven, ranks)
         executors = {
             rank: Executor(
                 proven,
                 rank,
+                script=scripts[rank],
                 stages={stage: parts.stages[stage] for stage in placement.stages_on(rank)},
                 devices=parts.devices,
                 jobs=jobs,
                 link=parts.link,
                 step=self._step,
                 reading=reading,
+                manifests=self._manifests,
             )
-            for rank in (range(placement.num_ranks) if parts.world.size == 1 else (parts.world.rank,))
+            for rank in ranks
         }
         draws = any(work.draws for job in jobs for work in job.works.values())
         with generators_restored(stage.device for stage in parts.stages.values() if draws):
-            if parts.world.size == 1:
-                for rank, op in proven.order:
-                    executors[rank].execute(op)
+            if alone:
+                for rank, _ in proven.order:
+                    executors[rank].run_next()
                 for executor in executors.values():
                     executor.finish()
             else:
@@ -348,6 +353,17 @@ class Pipeline:
         last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
         return list(executors.values()), results
+
+    def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:
+        """The scripts of these ranks, made once for each program; alone, ranks take turns as in its proof."""
+        if id(proven) not in self._scripts:
+            alone = self._parts.world.size == 1
+            ops = {
+                rank: [op for at, op in proven.order if at == rank] if alone else proven.program.ranks[rank]
+                for rank in ranks
+            }
+            self._scripts[id(proven)] = proven, {rank: script(own) for rank, own in ops.items()}
+        return self._scripts[id(proven)][1]
 
     @property
     def _device(self) -> torch.device:

@@ -9,6 +9,7 @@ from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad
 from evenflow.ir.timeline import Span, Timeline
+from evenflow.runtime.executor import Log
 from evenflow.runtime.world import World
 from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram
@@ -37,11 +38,11 @@ class Times:
 
     def __init__(self, num_stages: int) -> None:
         self._num_stages = num_stages
-        self._steps: deque[tuple[ProvenProgram, list[Span], list[Span]]] = deque(maxlen=KEPT_STEPS)
+        self._steps: deque[tuple[ProvenProgram, Sequence[Log]]] = deque(maxlen=KEPT_STEPS)
 
-    def note(self, proven: ProvenProgram, spans: list[Span], parts: list[Span]) -> None:
-        """Keep a step's spans; `parts` are those of the simple ops, which overlaps consist of."""
-        self._steps.append((proven, spans, parts))
+    def note(self, proven: ProvenProgram, logs: Sequence[Log]) -> None:
+        """Keep what this process's ranks noted of a step."""
+        self._steps.append((proven, logs))
 
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
         """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
@@ -50,9 +51,9 @@ class Times:
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no timeline to show")
-        proven, spans, _ = self._steps[-1]
+        proven, logs = self._steps[-1]
         before = list(self._steps)[:-1] or [self._steps[-1]]
-        gathered = world.gather((spans, [span for _, _, earlier in before for span in earlier]))
+        gathered = world.gather((_spans(logs), [part for _, earlier in before for part in _parts(earlier)]))
         measured = [span for last, _ in gathered for span in last]
         costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
         return _simulated(proven, costs, world), _from_first_op(proven, measured)
@@ -62,10 +63,10 @@ class Times:
         if not self._steps:
             raise ConfigError("no step has run yet: there is nothing to measure")
         steps = list(self._steps)[-num_steps:]
-        gathered = world.gather([(spans, parts) for _, spans, parts in steps])
+        gathered = world.gather([(_spans(logs), _parts(logs)) for _, logs in steps])
         timelines = [
             _from_first_op(proven, [span for rank in gathered for span in rank[at][0]])
-            for at, (proven, _, _) in enumerate(steps)
+            for at, (proven, _) in enumerate(steps)
         ]
         parts = [span for rank in gathered for _, spans in rank for span in spans]
         found = _seconds_of(parts)
@@ -75,6 +76,14 @@ class Times:
             {key: statistics.median(seconds) for key, seconds in found.items()},
             _simulated(steps[-1][0], costs, world),
         )
+
+
+def _spans(logs: Sequence[Log]) -> list[Span]:
+    return [span for log in logs for span in log.spans()]
+
+
+def _parts(logs: Sequence[Log]) -> list[Span]:
+    return [span for log in logs for span in log.parts()]
 
 
 def _from_first_op(proven: ProvenProgram, spans: Sequence[Span]) -> Timeline:

@@ -5,8 +5,7 @@ links carry, `InFlight` holds what is between.
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, assert_never
 
@@ -17,7 +16,6 @@ from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.cut import Cut
 from evenflow.ir.op import (
     Backward,
-    ComputeOp,
     Exchange,
     Forward,
     Handoff,
@@ -35,6 +33,7 @@ from evenflow.ir.op import (
 from evenflow.ir.timeline import Span
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.script import Key, Line, Script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
 from evenflow.validate import ProvenProgram
@@ -74,10 +73,30 @@ class _Ends(TypedDict):
     weight: float
 
 
+@dataclass(slots=True)
+class Log:
+    """When each op of a rank began and ended; of an overlap its two parts as well, in `inside`."""
+
+    rank: int
+    lines: Sequence[Line]
+    times: list[tuple[float, float]]
+    inside: list[Span]
+
+    def spans(self) -> list[Span]:
+        """One for each op."""
+        pairs = zip(self.lines, self.times, strict=True)
+        return [Span(self.rank, line.op, start, end) for line, (start, end) in pairs]
+
+    def parts(self) -> list[Span]:
+        """One for each simple op that computed, those of overlaps too."""
+        return [*(span for span in self.spans() if isinstance(span.op, SimpleOp)), *self.inside]
+
+
 class Executor:
     """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs.
 
-    `spans` holds one span for each op; `parts` one for each simple op that computed, those of an overlap too.
+    `script` is that of the rank's ops, in the program or in the proof's order; `manifests` holds those of
+    earlier steps.
     """
 
     def __init__(
@@ -85,81 +104,75 @@ class Executor:
         proven: ProvenProgram,
         rank: int,
         *,
+        script: Script,
         stages: Mapping[int, Stage],
         devices: Sequence[torch.device],
         jobs: Sequence[Job],
         link: Link,
         step: int,
         reading: Reading,
+        manifests: dict[tuple[Any, ...], Manifest],
     ) -> None:
-        self.proven = proven
-        self.ops = proven.program.ranks[rank]
+        self.proven, self.script = proven, script
         self.trains = proven.program.schedule.trains
         self.rank, self.step = rank, step
         self.stages, self.devices, self.jobs = stages, devices, jobs
         self.link, self.reading = link, reading
         self.results: dict[int, Result] = {}
-        self.spans: list[Span] = []
-        self.parts: list[Span] = []
-        self._flights: dict[tuple[int, int], InFlight] = {}
-        self._ops_left = Counter(key for op in self.ops for key in _flights_of(op))
-        self._splits = {(op.stage, op.microbatch) for op in _simple(self.ops) if isinstance(op, InputGrad)}
+        self.log = Log(rank, script.lines, [], [])
+        self._lines = iter(script.lines)
+        self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
-        self._posted: dict[tuple[int, int, Payload], list[Recv]] = {}
-        receives = (one for op in self.ops for one in _singles(op) if isinstance(one, Recv))
-        link.start([(op, self._manifest(op)) for op in receives])
+        self._manifests = manifests
+        link.start([(op, self._manifest(op)) for op in script.receives])
 
     def run(self) -> None:
         """Run the rank's whole program."""
-        for op in self.ops:
-            self.execute(op)
+        for line in self._lines:
+            self._execute(line)
         self.finish()
+
+    def run_next(self) -> None:
+        """Run the next op."""
+        self._execute(next(self._lines))
 
     def finish(self) -> None:
         """Wait until everything sent has left; by then nothing is in flight."""
         self.link.finish()
         assert not self._flights, f"still in flight after the step: {sorted(self._flights)}"
 
-    def execute(self, op: Op) -> None:
-        """Run one op and note its span."""
-        start = time.perf_counter()
+    def _execute(self, line: Line) -> None:
+        """Run one op and note when."""
         try:
-            if isinstance(op, ComputeOp):
-                for part in parts(op):
-                    self._take_for(part)
-                start = time.perf_counter()  # waiting for what it needs is no part of a computation
-            self._dispatch(op)
+            for arrival in line.takes:  # waiting for what it needs is no part of a computation
+                self._arrive(arrival, self.link.take(arrival))
+            start = time.perf_counter()
+            self._dispatch(line.op)
+            self.log.times.append((start, time.perf_counter()))
         except EvenflowError:
             raise
         except Exception as error:
-            error.add_note(f"evenflow: rank {self.rank} failed in {op}, step {self.step}")
+            error.add_note(f"evenflow: rank {self.rank} failed in {line.op}, step {self.step}")
             raise
-        self.spans.append(Span(self.rank, op, start, time.perf_counter()))
-        for key in _flights_of(op):
-            self._ops_left[key] -= 1
-            if not self._ops_left[key]:
-                self._flights.pop(key, None)
+        for key in line.ends:
+            self._flights.pop(key, None)
 
     def _dispatch(self, op: Op) -> None:
         match op:
             case Forward() | Backward() | InputGrad() | WeightGrad():
-                start = time.perf_counter()
                 self._compute(op)
-                self.parts.append(Span(self.rank, op, start, time.perf_counter()))
-            case Overlap(first, second):  # one after the other; `lower` keeps their transfers outside
-                self._dispatch(first)
-                self._dispatch(second)
+            case Overlap():  # one after the other; `lower` keeps their transfers outside
+                for part in parts(op):
+                    start = time.perf_counter()
+                    self._compute(part)
+                    self.log.inside.append(Span(self.rank, part, start, time.perf_counter()))
             case Exchange(transfers):
                 sends = [(one, *self._packed(one)) for one in transfers if isinstance(one, Send)]
-                receives = [one for one in transfers if isinstance(one, Recv)]
-                self.link.exchange(sends, receives)
-                for one in receives:
-                    self._note_posted(one)
+                self.link.exchange(sends, [one for one in transfers if isinstance(one, Recv)])
             case Send():
                 self.link.send(op, *self._packed(op))
             case Recv():
                 self.link.post(op)
-                self._note_posted(op)
             case Handoff():
                 self._arrive(op, self._outgoing(op))
             case ReduceGrads():
@@ -190,7 +203,7 @@ class Executor:
                 job.batch,
                 step=self.step,
                 microbatch=microbatch,
-                splits=(stage, microbatch) in self._splits,
+                splits=(stage, microbatch) in self.script.split,
             )
         except (EvenflowError, torch.OutOfMemoryError):
             raise
@@ -210,18 +223,10 @@ class Executor:
 
     def _flight(self, stage: int, microbatch: int) -> InFlight:
         key = (stage, microbatch)
-        if key not in self._flights:
-            self._flights[key] = InFlight(self.jobs[microbatch].works[stage])
-        return self._flights[key]
-
-    def _note_posted(self, op: Recv) -> None:
-        self._posted.setdefault((op.target, op.microbatch, op.payload), []).append(op)
-
-    def _take_for(self, op: SimpleOp) -> None:
-        """Wait for what an op needs from other ranks."""
-        payload = Payload.ACTIVATION if isinstance(op, Forward) else Payload.GRADIENT
-        for posted in self._posted.pop((op.stage, op.microbatch, payload), ()):
-            self._arrive(posted, self.link.take(posted))
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = InFlight(self.jobs[microbatch].works[stage])
+        return flight
 
     def _arrive(self, op: Recv | Handoff, parcel: Parcel) -> None:
         flight = self._flight(op.target, op.microbatch)
@@ -240,12 +245,13 @@ class Executor:
 
     def _manifest(self, op: Send | Recv) -> Manifest:
         job = self.jobs[op.microbatch]
-        section = job.cut.sections[op.source]
-        values = (section.sends if op.payload is Payload.ACTIVATION else section.gradient_sends).get(
-            op.target, ()
-        )
-        infos = tuple(job.cut.graph.values[value].info for value in values)
-        return Manifest((job.recording, op.source, op.target, op.payload), infos, self.devices[op.target])
+        key = (job.recording, op.source, op.target, op.payload)
+        if key not in self._manifests:
+            section = job.cut.sections[op.source]
+            sends = section.sends if op.payload is Payload.ACTIVATION else section.gradient_sends
+            infos = tuple(job.cut.graph.values[value].info for value in sends.get(op.target, ()))
+            self._manifests[key] = Manifest(key, infos, self.devices[op.target])
+        return self._manifests[key]
 
 
 def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:
@@ -258,38 +264,6 @@ def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:
     )
 
 
-def _simple(ops: Sequence[Op]) -> Iterator[SimpleOp]:
-    for op in ops:
-        if isinstance(op, ComputeOp):
-            yield from parts(op)
-
-
-def _singles(op: Op) -> tuple[Op, ...]:
-    return op.transfers if isinstance(op, Exchange) else (op,)
-
-
 def without_graph(tree: Any) -> Any:
     """A tree with its tensors detached: what a metric was computed from must not outlive the step."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def _flights_of(op: Op) -> Iterator[tuple[int, int]]:
-    """The (stage, microbatch) pairs of this rank that an op touches."""
-    match op:
-        case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap():
-            for part in parts(op):
-                yield part.stage, part.microbatch
-        case Exchange(transfers):
-            for transfer in transfers:
-                yield from _flights_of(transfer)
-        case ReduceGrads():
-            return
-        case Send():
-            yield op.source, op.microbatch
-        case Recv():
-            yield op.target, op.microbatch
-        case Handoff():
-            yield op.source, op.microbatch
-            yield op.target, op.microbatch
-        case _:
-            assert_never(op)

@@ -32,8 +32,3 @@ class InFlight:
     put_off: WeightGrads = field(default_factory=WeightGrads)  # what `InputGrad` left to `WeightGrad`
     walk: Walk | None = None  # where nobody waits for a gradient: all of it is left
     output: Any = None  # what the loss function returned, on the last stage
-
-    @property
-    def gives(self) -> bool:
-        """Whether other stages wait for gradients of this one."""
-        return any(self.work.section.gradient_sends.values())

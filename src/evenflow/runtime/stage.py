@@ -75,7 +75,7 @@ class Stage(torch.nn.Module):
         with self._current():
             if splits:
                 self.deferral.into = flight.put_off
-            self._forward(flight, batch, step, microbatch, splits=splits and flight.gives)
+            self._forward(flight, batch, step, microbatch, splits=splits and flight.work.gives)
 
     def _forward(
         self, flight: InFlight, batch: Mapping[int, torch.Tensor], step: int, microbatch: int, *, splits: bool
@@ -85,18 +85,20 @@ class Stage(torch.nn.Module):
         for leaf, value in section.batch:
             tensor = batch[leaf].to(self.device, non_blocking=True)
             values[value] = tensor.clone() if value in section.cloned else tensor
-        for source, expected in section.receives.items():
-            for value, arrived in zip(expected, flight.activations.pop(source), strict=True):
+        for source, expected in work.entering:
+            for (value, wants), arrived in zip(expected, flight.activations.pop(source), strict=True):
                 assert arrived is not None, "an activation always exists"
-                values[value] = self._enter(flight, value, arrived, train)
+                values[value] = self._enter(flight, value, arrived, wants=wants and train)
         if work.draws:
             self.streams.begin(step, microbatch)
         with self._keeping(flight) if train else nullcontext():
             work.run(values, put_off=splits)
-        values.update((value, values[value].clone()) for value in section.live if value in values)
-        if train:
-            awaited = (value for group in section.gradient_receives.values() for value in group)
-            flight.roots |= {value: root_of(values[value]) for value in awaited if value not in flight.roots}
+        for value in section.live:
+            if value in values:
+                values[value] = values[value].clone()
+        for value in work.awaited if train else ():
+            if value not in flight.roots:
+                flight.roots[value] = root_of(values[value])
         flight.made = {
             target: tuple(values[value].detach() for value in group)
             for target, group in section.sends.items()
@@ -112,11 +114,11 @@ class Stage(torch.nn.Module):
         own = (constants[name] for name in names & constants.keys())
         return kept_as_left([*own, *self.buffers_at(names - constants.keys())])
 
-    def _enter(self, flight: InFlight, value: int, arrived: torch.Tensor, train: bool) -> torch.Tensor:
-        """A received value as the section may use it."""
+    def _enter(self, flight: InFlight, value: int, arrived: torch.Tensor, *, wants: bool) -> torch.Tensor:
+        """A received value as the section may use it; whether it `wants` a gradient."""
         section = flight.work.section
         tensor = arrived
-        if train and flight.work.graph.values[value].info.requires_grad:
+        if wants:
             tensor, leaf = receive(arrived, value, flight.owed)
             flight.received.append(leaf)
             if value in section.relayed:
@@ -142,7 +144,7 @@ class Stage(torch.nn.Module):
         """
         if loss is not None and not weight:
             self._send_zeros(flight, loss)
-        elif flight.gives:
+        elif flight.work.gives:
             self._walk(flight, loss, weight).run()
         else:
             flight.walk = self._walk(flight, loss, weight)

@@ -50,6 +50,12 @@ class Work:
         self.section = section
         self.graph = graph
         self.draws = any(node.target.draws for node in section.nodes)
+        self.gives = any(section.gradient_sends.values())  # whether other stages wait for gradients of it
+        self.awaited = tuple(value for group in section.gradient_receives.values() for value in group)
+        self.entering = tuple(
+            (source, tuple((value, graph.values[value].info.requires_grad) for value in group))
+            for source, group in section.receives.items()
+        )
         kept = {*extra.refs, *(value for values in section.sends.values() for value in values)}
         kept |= set(graph.output.refs) if section.needs_output else set()
         prepare = Prepare(graph, model, device, streams, parameter_of, places_of)

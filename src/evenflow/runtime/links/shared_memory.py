@@ -151,7 +151,8 @@ class _Peer:
     of_size: defaultdict[int, list[tuple[int, _Slot]]] = field(default_factory=partial(defaultdict, list))
     theirs: list[_Slot] = field(default_factory=list)  # that the peer fills, by number
     inbox: deque[bytes] = field(default_factory=deque)  # of this step, and perhaps already of the next
-    expected: deque[Recv] = field(default_factory=deque)  # in the order in which the peer sends
+    # In the order in which the peer sends: receives, as messages name them, and their parcels' keys.
+    expected: deque[tuple[Recv, bytes, tuple[Any, ...]]] = field(default_factory=deque)
 
 
 class SharedMemoryLink(Link):
@@ -173,13 +174,13 @@ class SharedMemoryLink(Link):
         weakref.finalize(self, _close, list(sockets.values()))
         self._told: dict[tuple[Any, ...], _Form] = {}  # by the parcel's key
         self._known: dict[tuple[Any, ...], _Form] = {}
-        self._manifests: dict[Recv, Manifest] = {}
         self._arrived: dict[Recv, tuple[int, _Form]] = {}  # the slot, and what is in it
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
-        self._manifests = dict(receives)
         for peer in self._peers.values():
-            peer.expected = deque(op for op, _ in receives if self._rank_of[op.source] == peer.rank)
+            peer.expected.clear()
+        for op, manifest in receives:
+            self._peers[self._rank_of[op.source]].expected.append((op, _name(op), manifest.key))
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         peer = self._peers[self._rank_of[op.target]]
@@ -198,8 +199,7 @@ class SharedMemoryLink(Link):
                 number, slot = self._slot(peer, form.slot_bytes)
                 slot.flags[slot.number] = 1
                 slot.filled(form)(tuple(t if t is None else t.detach() for t in parcel))
-            head = _OP.pack(op.source, op.target, op.microbatch, _PAYLOADS.index(op.payload))
-            self._tell(peer, head + _SLOT.pack(number) + layouts)
+            self._tell(peer, _name(op) + _SLOT.pack(number) + layouts)
         except (ConnectionError, TimeoutError) as error:
             raise self._lost(peer, op, error) from error
         peer.num_sent += 1
@@ -216,11 +216,16 @@ class SharedMemoryLink(Link):
     def take(self, op: Recv) -> Parcel:
         peer = self._peers[self._rank_of[op.source]]
         try:
-            while op not in self._arrived:
-                self._arrive(peer)
+            found = self._arrived.pop(op, None) if self._arrived else None
+            while found is None:
+                arrived, number, form = self._arrive(peer)
+                if arrived == op:
+                    found = number, form
+                else:
+                    self._arrived[arrived] = number, form
         except (ConnectionError, TimeoutError) as error:
             raise self._lost(peer, op, error) from error
-        number, form = self._arrived.pop(op)
+        number, form = found
         if number < 0:
             return form.opened(memoryview(b""))
         slot = peer.theirs[number]
@@ -229,28 +234,24 @@ class SharedMemoryLink(Link):
         return form.opened(view)
 
     def finish(self) -> None:
-        left = [*self._arrived, *(op for peer in self._peers.values() for op in peer.expected)]
+        left = [*self._arrived, *(op for peer in self._peers.values() for op, _, _ in peer.expected)]
         assert not left, f"never taken: {[str(op) for op in left]}"
 
-    def _arrive(self, peer: _Peer) -> None:
-        """Let the next parcel of this step arrive from a peer."""
+    def _arrive(self, peer: _Peer) -> tuple[Recv, int, _Form]:
+        """The next parcel of this step from a peer: what it is for, its slot, and how it lies there."""
         while not peer.inbox:
             if not self._read(peer):
                 self._wait(peer, select.POLLIN)
-        message, expected = peer.inbox.popleft(), peer.expected.popleft()
-        source, target, microbatch, payload = _OP.unpack_from(message)
-        if (source, target, microbatch, _PAYLOADS[payload]) != (
-            *(expected.source, expected.target, expected.microbatch),
-            expected.payload,
-        ):
+        message, (expected, name, key) = peer.inbox.popleft(), peer.expected.popleft()
+        if not message.startswith(name):
+            source, target, microbatch, payload = _OP.unpack_from(message)
             sent = Recv(source, target, microbatch, _PAYLOADS[payload])
             raise ScheduleError(
                 f"mis-pairing: rank {peer.rank} sent for {sent}, and rank {self._rank} expects {expected}"
             )
-        key = self._manifests[expected].key
         if len(message) > _HEAD_BYTES:
             self._known[key] = _Form(pickle.loads(memoryview(message)[_HEAD_BYTES:]))
-        self._arrived[expected] = _SLOT.unpack_from(message, _OP.size)[0], self._known[key]
+        return expected, _SLOT.unpack_from(message, _OP.size)[0], self._known[key]
 
     def _lost(self, peer: _Peer, op: Send | Recv, error: OSError) -> PeerError:
         return PeerError(
@@ -343,6 +344,11 @@ class SharedMemoryLink(Link):
         return True
 
 
+def _name(op: Send | Recv) -> bytes:
+    """How messages name a transfer, at both of its ends."""
+    return _OP.pack(op.source, op.target, op.microbatch, _PAYLOADS.index(op.payload))
+
+
 def _received_file(connection: socket.socket) -> int | None:
     """The open file that comes with the next message; None if there is no message yet."""
     try:
@@ -362,7 +368,8 @@ def _sent_board(connection: socket.socket) -> memoryview:
     """A new board, shown to the peer."""
     file = _memory_file(mmap.PAGESIZE)
     with _closing(file):
-        socket.send_fds(connection, [b"board"], [file])
+        with contextlib.suppress(ConnectionError):  # who waits for the peer will hear of it
+            socket.send_fds(connection, [b"board"], [file])
         return _board_in(file)
 
 
