@@ -41,7 +41,9 @@ class _Work(torch.autograd.Function):
     """Hands on what it is given. `product` has the weight's part of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, product: torch.Tensor, seconds: tuple[float, float]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, product: torch.Tensor, seconds: tuple[float, float]
+    ) -> torch.Tensor:
         forward, ctx.seconds = seconds
         ctx.like = product
         DEVICE.work(forward)

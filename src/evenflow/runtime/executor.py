@@ -266,4 +266,6 @@ def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:
 
 def without_graph(tree: Any) -> Any:
     """A tree with its tensors detached: what a metric was computed from must not outlive the step."""
+    if tree is None:
+        return None
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)

@@ -32,22 +32,27 @@ def batch_size(batch: Any) -> int:
 
     Raises `ConfigError` naming the tensors that disagree.
     """
+    known: set[int] = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if _has_rows(leaf)}
+    if len(known) == 1:
+        return known.pop()
     lengths: dict[int, str] = {}
     for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+        if _has_rows(leaf):
             lengths.setdefault(leaf.shape[0], pytree.keystr(path) or "the batch")
     if not lengths:
         raise ConfigError(
             "the batch holds no tensor with a dimension to split; give split_batch=, or pass "
             "evenflow.Microbatches([…])"
         )
-    if len(lengths) > 1:
-        found = ", ".join(f"{name} has {length}" for length, name in lengths.items())
-        raise ConfigError(
-            f"the batch's tensors disagree in dim 0, along which it is split: {found}; "
-            "give split_batch=, or pass evenflow.Microbatches([…])"
-        )
-    return next(iter(lengths))
+    found = ", ".join(f"{name} has {length}" for length, name in lengths.items())
+    raise ConfigError(
+        f"the batch's tensors disagree in dim 0, along which it is split: {found}; "
+        "give split_batch=, or pass evenflow.Microbatches([…])"
+    )
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
 def count(size: int, *, num_microbatches: int | None, microbatch_size: int | None, num_ranks: int) -> int:

@@ -91,6 +91,11 @@ class Recordings:
         self._left = LeftBehind(model)
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
+        self._same_outside: dict[int, bool] = {}  # whether it tells the same now; as far as that was asked
+        self._last_spec: tuple[Any, str] = (
+            None,
+            "",
+        )  # of a microbatch, and what it says: mostly all are alike
         self._self_changing: set[str] = set()  # attributes that modules, which stay whole, change themselves
         self._guards: list[list[tuple[Guard, Work]]] = []  # by recording, in program order
         self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
@@ -100,6 +105,7 @@ class Recordings:
     def look(self, program: Program) -> None:
         """See what Python tells the program now; to be called once before `find`, `trace` and `add`."""
         self._seen = self._look(program)
+        self._same_outside.clear()
 
     def _look(self, program: Program) -> Snapshot:
         names = self._names_in(program)
@@ -135,14 +141,22 @@ class Recordings:
             torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
         )
         modes = (kinds, torch.get_default_dtype(), torch.is_grad_enabled())
-        return repr(spec), tuple(described), shared, modes
+        if spec != self._last_spec[0]:
+            self._last_spec = spec, repr(spec)
+        return self._last_spec[1], tuple(described), shared, modes
 
     def find(self, program: Program, microbatch: Any) -> int | None:
         """The recording that fits this microbatch, after `look`."""
         for index in self._by_key.get(self.key(microbatch), ()):
-            if self._outside[index] == self._seen and self._guards_hold(index, tensors(microbatch)):
+            if self._tells_the_same(index) and self._guards_hold(index, tensors(microbatch)):
                 return index
         return None
+
+    def _tells_the_same(self, index: int) -> bool:
+        """Whether Python tells the program what it told when this was recorded."""
+        if index not in self._same_outside:
+            self._same_outside[index] = self._outside[index] == self._seen
+        return self._same_outside[index]
 
     def trace(self, program: Program, microbatch: Any) -> Graph:
         """Record the program on one microbatch, after `look`; everything is left as it was.
