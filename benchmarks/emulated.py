@@ -47,7 +47,9 @@ class _Work(torch.autograd.Function):
         forward, ctx.seconds = seconds
         ctx.like = product
         DEVICE.work(forward)
-        return x.view_as(x)
+        storage = x.untyped_storage()  # no view: torch detaches what a stage hands on in place
+        handed: torch.Tensor = x.new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())
+        return handed
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:

@@ -6,6 +6,11 @@ import torch
 from evenflow.cost.storages import Memory
 from evenflow.runtime.backward import receive, root_of
 
+
+def anchor() -> torch.Tensor:
+    return torch.empty(0, requires_grad=True)
+
+
 USES = {
     "transposed": lambda x: (x.t().contiguous() ** 2).sum(),
     "expanded": lambda x: x.sum(),
@@ -23,7 +28,7 @@ def test_the_gradient_keeps_the_strides_that_autograd_gives_it(use):
     inner.register_hook(seen.append)
     USES[use](inner).backward()
     sink = {}
-    USES[use](receive(inner.detach(), 7, sink)[0]).backward()
+    USES[use](receive(inner.detach(), 7, sink, anchor())).backward()
     assert sink.keys() == {7}
     assert torch.equal(sink[7], seen[0])
     assert sink[7].stride() == seen[0].stride()
@@ -32,7 +37,7 @@ def test_the_gradient_keeps_the_strides_that_autograd_gives_it(use):
 def test_a_gradient_that_arrives_is_the_first_term_of_the_sum():
     """As in the unsplit program, where later uses run backward first."""
     sink = {}
-    entered, _ = receive(torch.zeros(()), 0, sink)
+    entered = receive(torch.zeros(()), 0, sink, anchor())
     here = entered * 1.0 + entered * -1e8
     torch.autograd.backward([entered, here], [torch.tensor(1e8), torch.ones(())])
     assert sink[0] == 1.0, "(1e8 - 1e8) + 1; in any other order the 1 is lost"
@@ -40,21 +45,22 @@ def test_a_gradient_that_arrives_is_the_first_term_of_the_sum():
 
 def test_nothing_arrives_where_nothing_flows():
     sink = {}
-    entered, _ = receive(torch.ones(2), 0, sink)
+    entered = receive(torch.ones(2), 0, sink, anchor())
     (entered.detach() * torch.ones(2, requires_grad=True)).sum().backward()
     assert sink == {}
 
 
 def test_the_graph_ends_at_the_boundary():
     outer = torch.ones(2, requires_grad=True)
-    (receive(outer * 2, 0, {})[0] * 3).sum().backward()
+    (receive(outer * 2, 0, {}, anchor()) * 3).sum().backward()
     assert outer.grad is None
 
 
 def test_what_arrived_is_held_only_as_long_as_its_numbers_are_needed():
     arrived = torch.ones(4)
     memory, sink = Memory(arrived), {}
-    entered, leaf = receive(arrived, 0, sink)
+    leaf = anchor()
+    entered = receive(arrived, 0, sink, leaf)
     used = entered * 2.0
     root = root_of(used)
     outcome = Memory(used)
@@ -68,7 +74,7 @@ def test_what_arrived_is_held_only_as_long_as_its_numbers_are_needed():
 def test_what_is_saved_stays():
     arrived = torch.ones(4)
     memory = Memory(arrived)
-    entered, _ = receive(arrived, 0, {})
+    entered = receive(arrived, 0, {}, anchor())
     used = entered.exp() * entered
     del arrived, entered
     assert memory.alive

@@ -39,12 +39,10 @@ class Boundary(torch.autograd.Function):
 
 
 def receive(
-    tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A received tensor as the start of this stage's graph, and the leaf in which that graph ends."""
-    leaf = tensor.new_empty(0).requires_grad_()
-    entered: torch.Tensor = Boundary.apply(leaf, tensor, value, sink)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-    return entered, leaf
+    tensor: torch.Tensor, value: int, sink: dict[int, torch.Tensor], anchor: torch.Tensor
+) -> torch.Tensor:
+    """A received tensor as the start of this stage's graph, which ends in `anchor`, an empty leaf."""
+    return Boundary.apply(anchor, tensor, value, sink)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
 
 
 def root_of(tensor: torch.Tensor) -> GradientEdge | None:
@@ -59,17 +57,24 @@ def root_of(tensor: torch.Tensor) -> GradientEdge | None:
     return None if apart else get_gradient_edge(tensor)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Walk:
     """A backward that is ready to be run: where it starts, and with which gradients."""
 
-    roots: Sequence[GradientEdge]
-    gradients: Sequence[torch.Tensor]
+    roots: list[GradientEdge]
+    gradients: list[torch.Tensor]
 
     def run(self) -> None:
         """Walk the whole graph, which ends its life."""
         if self.roots:
-            torch.autograd.backward(self.roots, self.gradients)
+            # As `torch.autograd.backward`, whose own checks take as long as a small stage's kernels: the
+            # engine checks the gradients once more.
+            engine = torch.autograd.Variable._execution_engine  # noqa: SLF001
+            engine.run_backward(
+                *(tuple(self.roots), tuple(self.gradients), False, False, ()),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
     def run_to(self, leaves: Sequence[torch.Tensor]) -> None:
         """Walk to these leaves alone."""

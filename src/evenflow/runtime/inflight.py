@@ -24,9 +24,6 @@ class InFlight:
     roots: dict[int, GradientEdge | None] = field(
         default_factory=dict
     )  # of tensors that get a gradient from later stages; None for one that has no graph
-    received: list[torch.Tensor] = field(
-        default_factory=list
-    )  # empty leaves of autograd's graph, one for each value that came and wants a gradient
     made: dict[int, Parcel] = field(default_factory=dict)  # activations to send, by target stage
     owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
     put_off: WeightGrads = field(default_factory=WeightGrads)  # what `InputGrad` left to `WeightGrad`

@@ -51,6 +51,7 @@ class Stage(torch.nn.Module):
         self._current = partial(on, device) if device.type == "cuda" else nullcontext  # `type` takes 10 us
         self.streams = streams
         self.deferral = Deferral()
+        self._anchor = torch.empty(0, device=device, requires_grad=True)  # where graphs end
         self.buffers_at = buffers_at
 
     def own(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -119,8 +120,7 @@ class Stage(torch.nn.Module):
         section = flight.work.section
         tensor = arrived
         if wants:
-            tensor, leaf = receive(arrived, value, flight.owed)
-            flight.received.append(leaf)
+            tensor = receive(arrived, value, flight.owed, self._anchor)
             if value in section.relayed:
                 flight.roots[value] = root_of(tensor)
         return tensor.clone() if value in section.cloned else tensor
@@ -134,7 +134,6 @@ class Stage(torch.nn.Module):
             self._send_zeros(flight, loss)
         else:
             self._walk(flight, loss, weight).run()
-        flight.received = []
 
     def run_input_grad(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
         """Run the part of `run_backward` that makes gradients for other stages.
@@ -148,7 +147,6 @@ class Stage(torch.nn.Module):
             self._walk(flight, loss, weight).run()
         else:
             flight.walk = self._walk(flight, loss, weight)
-        flight.received = []
 
     def run_weight_grad(self, flight: InFlight) -> None:
         """Run what `run_input_grad` left of a microbatch's backward."""
@@ -178,8 +176,8 @@ class Stage(torch.nn.Module):
     def _send_zeros(self, flight: InFlight, loss: torch.Tensor) -> None:
         """The backward of a microbatch that weighs nothing: the mean of no tokens would make it NaN."""
         walk = self._walk(flight, loss, 0.0)
-        if walk.roots and flight.received:
-            walk.run_to(flight.received)
+        if walk.roots and flight.work.gives:
+            walk.run_to([self._anchor])
             flight.put_off = WeightGrads()
             flight.owed.update((value, zeros_at(gradient)) for value, gradient in list(flight.owed.items()))
 

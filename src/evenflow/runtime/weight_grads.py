@@ -29,6 +29,8 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
+from evenflow.runtime.backward import Walk
+
 # Where a gradient goes: to a parameter, or on to what a weight was made of.
 Target: TypeAlias = torch.nn.Parameter | GradientEdge | None
 Grads: TypeAlias = tuple[torch.Tensor | None, ...]
@@ -55,35 +57,35 @@ class WeightGrads:
         """Put a computation aside; `grads` gives a gradient for each target, or None where that is None."""
         self._jobs.append((targets, grads))
 
-    @torch.no_grad()
     def run(self) -> None:
         """Compute what was put aside, and let go of it.
 
         As in autograd's walk, the uses of one weight in a microbatch are summed in the order in which it came
         to them, and then added to what earlier microbatches left.
         """
+        if not self._jobs:
+            return
         uses = Counter(_key(target) for targets, _ in self._jobs for target in targets)
         sums: dict[object, torch.Tensor] = {}
-        further: list[GradientEdge] = []
-        their_sums: list[torch.Tensor] = []
+        further = Walk([], [])
         self._jobs.reverse()
-        while self._jobs:
-            targets, grads = self._jobs.pop()
-            for target, grad in zip(targets, grads(), strict=True):
-                if target is None or grad is None:
-                    continue
-                key = _key(target)
-                total = sums.pop(key) + grad if key in sums else grad
-                uses[key] -= 1
-                if uses[key]:
-                    sums[key] = total
-                elif isinstance(target, GradientEdge):
-                    further.append(target)
-                    their_sums.append(total)
-                else:
-                    _accumulate(target, total)
-        if further:  # in one walk, as several may lead to one parameter
-            torch.autograd.backward(further, their_sums)
+        with torch.no_grad():
+            while self._jobs:
+                targets, grads = self._jobs.pop()
+                for target, grad in zip(targets, grads(), strict=True):
+                    if target is None or grad is None:
+                        continue
+                    key = _key(target)
+                    total = sums.pop(key) + grad if key in sums else grad
+                    uses[key] -= 1
+                    if uses[key]:
+                        sums[key] = total
+                    elif isinstance(target, GradientEdge):
+                        further.roots.append(target)
+                        further.gradients.append(total)
+                    else:
+                        _accumulate(target, total)
+        further.run()  # in one walk, as several may lead to one parameter
 
 
 def _key(target: Target) -> object:
@@ -110,6 +112,7 @@ class Deferral:
         self.into = WeightGrads()
         self._parameters: dict[int, torch.nn.Parameter] = {}  # by id
         self._refused: dict[int, torch.nn.Parameter] = {}
+        self.anchor = torch.empty(0)  # (until it is known on which device)
 
     def learn(self, splittable: Iterable[torch.nn.Parameter], others: Iterable[torch.nn.Parameter]) -> None:
         """Take what one more recording says of the stage's parameters; one word against it is enough."""
@@ -191,11 +194,12 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        rest: tuple[_Kind, Callable[..., torch.Tensor], WeightGrads, tuple[Target, ...], tuple[Any, ...]],
+        weights: tuple[torch.Tensor, torch.Tensor | None],
+        rest: tuple[_Kind, Callable[..., torch.Tensor], WeightGrads, tuple[Any, ...]],
     ) -> torch.Tensor:
-        ctx.kind, stock, ctx.later, ctx.targets, ctx.more = rest
+        ctx.kind, stock, ctx.later, ctx.more = rest
+        weight, bias = weights
+        ctx.targets = _target(weight), None if bias is None else _target(bias)
         ctx.dtype, ctx.bias_shape = x.dtype, None if bias is None else bias.shape
         given, used, added = _cast(x, weight, bias)
         ctx.save_for_backward(given, used)
@@ -207,12 +211,12 @@ class _Product(torch.autograd.Function):
         assert not torch.is_grad_enabled(), "the gradient of a gradient: such nodes are not put off"
         (grad,) = grads
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None
         x, weight = ctx.saved_tensors
         ctx.later.put(ctx.targets, partial(ctx.kind.weight_grads, grad, x, weight, ctx.bias_shape, *ctx.more))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        return ctx.kind.input_grad(grad, x, weight, *ctx.more).to(ctx.dtype), None, None, None, None
+            return None, None, None, None
+        return ctx.kind.input_grad(grad, x, weight, *ctx.more).to(ctx.dtype), None, None, None
 
 
 def _put_off(
@@ -224,11 +228,10 @@ def _put_off(
     bias: torch.Tensor | None,
     *more: Any,
 ) -> torch.Tensor:
-    targets = (_target(weight), None if bias is None else _target(bias))
-    rest = (kind, stock, deferral.into, targets, more)
-    anchor = x.new_empty(0).requires_grad_()
-    added = None if bias is None else bias.detach()
-    return _Product.apply(x, anchor, weight.detach(), added, rest)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
+    if deferral.anchor.device != x.device or not deferral.anchor.requires_grad:
+        deferral.anchor = torch.empty(0, device=x.device, requires_grad=True)
+    rest = (kind, stock, deferral.into, more)
+    return _Product.apply(x, deferral.anchor, (weight, bias), rest)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
 
 
 def _target(weight: torch.Tensor) -> Target:

@@ -198,7 +198,7 @@ class SharedMemoryLink(Link):
             if form.slot_bytes:
                 number, slot = self._slot(peer, form.slot_bytes)
                 slot.flags[slot.number] = 1
-                slot.filled(form)(tuple(t if t is None else t.detach() for t in parcel))
+                slot.filled(form)(parcel)
             self._tell(peer, _name(op) + _SLOT.pack(number) + layouts)
         except (ConnectionError, TimeoutError) as error:
             raise self._lost(peer, op, error) from error
