@@ -31,6 +31,7 @@ from evenflow.pipe.choices import world_of
 from evenflow.plan.plan import Plan
 from evenflow.plan.planner import describe
 from evenflow.plan.request import choice_of
+from evenflow.view.bill_table import bill_table
 from evenflow.view.picture import draw_timelines
 from evenflow.view.units import format_seconds
 
@@ -180,6 +181,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
+    bills = pipe.bills()
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
     last_losses = log.losses[-_NUM_LAST_LOSSES:]
@@ -197,6 +199,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
         title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"
         draw_timelines(folder / "timeline.png", predicted=predicted, measured=measured, title=title)
         write_run(folder, run, steps, plan=pipe.plan, config=write_config(job.config))
+    console.print(bill_table(*bills))
     report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
     report.line(summary.line(feed.units))
 

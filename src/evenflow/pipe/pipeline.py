@@ -1,5 +1,6 @@
 """`Pipeline`: a model cut into stages, ready to train. Made by `evenflow.pipeline`."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from evenflow.bill import Bill
 from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.save import save_checkpoint
 from evenflow.checkpoint.weights_out import export_adapter, export_model
@@ -27,7 +29,7 @@ from evenflow.pipe.meter import Meter
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
 from evenflow.pipe.result import StepResult
-from evenflow.pipe.times import Times
+from evenflow.pipe.times import Marks, Times
 from evenflow.runtime.executor import Executor, Job, Reading, Result
 from evenflow.runtime.links.link import Manifest
 from evenflow.runtime.microbatch import join
@@ -76,6 +78,7 @@ class Pipeline:
         """
         if torch.is_inference_mode_enabled():
             raise ConfigError("step() was called in inference mode, in which nothing can be trained")
+        marks = Marks(time.perf_counter())
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
@@ -83,16 +86,19 @@ class Pipeline:
             self._updated = False
         share = self._accumulated.add(agreed.shares)
         try:
-            result = self._run(agreed, self._parts.programs.training, read_loss, share=share)
+            result = self._run(agreed, self._parts.programs.training, read_loss, share=share, marks=marks)
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._accumulated.clear()
             raise
         self._step += 1
         if update:
+            start = time.perf_counter()
             self._parts.updater.combine(self._accumulated.scale)
             self._parts.updater.step()
             self._updated = True
+            marks.update_seconds = time.perf_counter() - start
+        marks.end_seconds = time.perf_counter()
         return result
 
     def evaluate(self, batch: Any) -> StepResult:
@@ -203,6 +209,23 @@ class Pipeline:
         """
         return self._times.timelines(self._parts.world)
 
+    def bills(self) -> tuple[tuple[Bill, ...], tuple[Bill, ...]]:
+        """(predicted, measured) bill of the last step, a `Bill` for each rank; a collective call.
+
+        Where the step went: computing, waiting for the schedule, for unequal stages, for transfers, the
+        host's own work, the update. The parts add up to the step.
+        Ranks must be on one host, whose clock they share.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> _ = pipe.step(batch)
+        >>> _, (measured,) = pipe.bills()
+        >>> measured.compute > 0
+        True
+        """
+        return self._times.bills(self._parts.world)
+
     @property
     def meter(self) -> Meter:
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
@@ -300,11 +323,12 @@ class Pipeline:
         reading: Reading,
         *,
         share: float = 1.0,
+        marks: Marks | None = None,
     ) -> StepResult:
         jobs = self._jobs(agreed, share=share)
         executors, results = self._execute(jobs, program, reading)
-        if executors[0].trains:
-            self._times.note(executors[0].proven, [executor.log for executor in executors])
+        if marks is not None:
+            self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
         return self._result(results, agreed, jobs[0].cut.graph, reading)
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:

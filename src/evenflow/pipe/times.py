@@ -4,9 +4,12 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
+from evenflow.bill import Bill, Ran, bills, of_timeline
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
+from evenflow.ir.flow import Flow
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.runtime.executor import Log
@@ -15,6 +18,22 @@ from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram
 
 KEPT_STEPS = 16
+
+
+@dataclass(slots=True)
+class Marks:
+    """When a step began and ended in this process, and the seconds of its update."""
+
+    start_seconds: float
+    end_seconds: float = 0.0
+    update_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    proven: ProvenProgram
+    logs: Sequence[Log]
+    marks: Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +57,11 @@ class Times:
 
     def __init__(self, num_stages: int) -> None:
         self._num_stages = num_stages
-        self._steps: deque[tuple[ProvenProgram, Sequence[Log]]] = deque(maxlen=KEPT_STEPS)
+        self._steps: deque[_Step] = deque(maxlen=KEPT_STEPS)
 
-    def note(self, proven: ProvenProgram, logs: Sequence[Log]) -> None:
-        """Keep what this process's ranks noted of a step."""
-        self._steps.append((proven, logs))
+    def note(self, proven: ProvenProgram, logs: Sequence[Log], marks: Marks) -> None:
+        """Keep what this process's ranks noted of a step; its end is marked later."""
+        self._steps.append(_Step(proven, logs, marks))
 
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
         """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
@@ -51,22 +70,42 @@ class Times:
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no timeline to show")
-        proven, logs = self._steps[-1]
-        before = list(self._steps)[:-1] or [self._steps[-1]]
-        gathered = world.gather((_spans(logs), [part for _, earlier in before for part in _parts(earlier)]))
-        measured = [span for last, _ in gathered for span in last]
+        last = self._steps[-1]
+        gathered = world.gather((_spans(last.logs), self._parts_before()))
+        measured = [span for spans, _ in gathered for span in spans]
         costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
-        return _simulated(proven, costs, world), _from_first_op(proven, measured)
+        return _simulated(last.proven, costs, world), _from_first_op(last.proven, measured)
+
+    def bills(self, world: World) -> tuple[tuple[Bill, ...], tuple[Bill, ...]]:
+        """(predicted, measured) bill of each rank for the last step; collective. Raises as `timelines` does.
+
+        Predicted are the schedule's and the stages' doing alone: the simulator knows no transfers here. One
+        process has one bill, in which its ranks take turns.
+        """
+        if not self._steps:
+            raise ConfigError("no step has run yet: there is no bill to show")
+        last = self._steps[-1]
+        gathered = world.gather(([_ran(log, last.marks) for log in last.logs], self._parts_before()))
+        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
+        flow = last.proven.program.flow
+        predicted, balanced = (_simulated(last.proven, each, world) for each in (costs, _balanced(costs)))
+        measured = [ran for ranks, _ in gathered for ran in ranks]
+        return _bills(of_timeline(predicted), flow, balanced, world), _bills(measured, flow, balanced, world)
+
+    def _parts_before(self) -> list[Span]:
+        """The simple ops of the steps before the last, or of that if there was none."""
+        before = list(self._steps)[:-1] or list(self._steps)
+        return [part for step in before for part in _parts(step.logs)]
 
     def measured(self, world: World, num_steps: int) -> Measured:
         """What the last steps took, at most so many of those kept; collective. Raises as `timelines` does."""
         if not self._steps:
             raise ConfigError("no step has run yet: there is nothing to measure")
         steps = list(self._steps)[-num_steps:]
-        gathered = world.gather([(_spans(logs), _parts(logs)) for _, logs in steps])
+        gathered = world.gather([(_spans(step.logs), _parts(step.logs)) for step in steps])
         timelines = [
-            _from_first_op(proven, [span for rank in gathered for span in rank[at][0]])
-            for at, (proven, _) in enumerate(steps)
+            _from_first_op(step.proven, [span for rank in gathered for span in rank[at][0]])
+            for at, step in enumerate(steps)
         ]
         parts = [span for rank in gathered for _, spans in rank for span in spans]
         found = _seconds_of(parts)
@@ -74,7 +113,7 @@ class Times:
         return Measured(
             tuple(timelines),
             {key: statistics.median(seconds) for key, seconds in found.items()},
-            _simulated(steps[-1][0], costs, world),
+            _simulated(steps[-1].proven, costs, world),
         )
 
 
@@ -84,6 +123,30 @@ def _spans(logs: Sequence[Log]) -> list[Span]:
 
 def _parts(logs: Sequence[Log]) -> list[Span]:
     return [span for log in logs for span in log.parts()]
+
+
+def _ran(log: Log, marks: Marks) -> Ran:
+    ops = [(line.op, *times) for line, times in zip(log.lines, log.times, strict=True)]
+    return Ran(ops, marks.start_seconds, marks.end_seconds, marks.update_seconds)
+
+
+def _bills(ranks: Sequence[Ran], flow: Flow, balanced: Timeline, world: World) -> tuple[Bill, ...]:
+    if world.size > 1:
+        return bills(ranks, flow, balanced)
+    ops = sorted((op for ran in ranks for op in ran.ops), key=itemgetter(2))
+    turns = [(op, start, start, end) for op, _, start, end in ops]  # nobody waits
+    alone = Ran(turns, ranks[0].start_seconds, max(ran.end_seconds for ran in ranks), ranks[0].update_seconds)
+    return bills([alone], flow, Timeline.of(1, []))
+
+
+def _balanced(costs: Costs) -> Costs:
+    """Costs of as many stages that all take the mean, each on its rank."""
+    number = costs.num_stages
+    means = (
+        statistics.fmean(each)
+        for each in (costs.forward_seconds, costs.input_grad_seconds, costs.weight_grad_seconds)
+    )
+    return Costs.uniform(number, *means)
 
 
 def _from_first_op(proven: ProvenProgram, spans: Sequence[Span]) -> Timeline:

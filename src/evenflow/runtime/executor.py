@@ -75,17 +75,17 @@ class _Ends(TypedDict):
 
 @dataclass(slots=True)
 class Log:
-    """When each op of a rank began and ended; of an overlap its two parts as well, in `inside`."""
+    """When each op of a rank began to wait, started and ended; of overlaps the parts too, in `inside`."""
 
     rank: int
     lines: Sequence[Line]
-    times: list[tuple[float, float]]
+    times: list[tuple[float, float, float]]
     inside: list[Span]
 
     def spans(self) -> list[Span]:
         """One for each op."""
         pairs = zip(self.lines, self.times, strict=True)
-        return [Span(self.rank, line.op, start, end) for line, (start, end) in pairs]
+        return [Span(self.rank, line.op, start, end) for line, (_, start, end) in pairs]
 
     def parts(self) -> list[Span]:
         """One for each simple op that computed, those of overlaps too."""
@@ -114,7 +114,6 @@ class Executor:
         manifests: dict[tuple[Any, ...], Manifest],
     ) -> None:
         self.proven, self.script = proven, script
-        self.trains = proven.program.schedule.trains
         self.rank, self.step = rank, step
         self.stages, self.devices, self.jobs = stages, devices, jobs
         self.link, self.reading = link, reading
@@ -144,11 +143,12 @@ class Executor:
     def _execute(self, line: Line) -> None:
         """Run one op and note when."""
         try:
+            start = began = time.perf_counter()
             for arrival in line.takes:  # waiting for what it needs is no part of a computation
                 self._arrive(arrival, self.link.take(arrival))
-            start = time.perf_counter()
+                start = time.perf_counter()
             self._dispatch(line.op)
-            self.log.times.append((start, time.perf_counter()))
+            self.log.times.append((began, start, time.perf_counter()))
         except EvenflowError:
             raise
         except Exception as error:
