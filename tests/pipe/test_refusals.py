@@ -129,6 +129,11 @@ def test_a_split_before_something_that_does_not_run():
         make(model, loss=lambda m, b: mean_square(lambda x: m[2](m[1](m[0](x))), b), split=["unused"])
 
 
+def test_an_unknown_link():
+    with pytest.raises(ConfigError, match="link='gloo' is none of 'auto', 'shared-memory', 'torch'"):
+        make(link="gloo")
+
+
 def test_an_unknown_schedule():
     with refused("no schedule '1f1'; did you mean '1f1b'?\nThere are: sequential, gpipe, 1f1b"):
         make(schedule="1f1")

@@ -16,7 +16,7 @@ from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
-from evenflow.runtime.links import neighbours
+from evenflow.runtime.links import choose, neighbours
 from evenflow.runtime.links.by_rank import LinkByRank
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Manifest
@@ -261,3 +261,36 @@ def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
 def test_ranks_of_one_host_share_memory_and_others_do_not(elsewhere, lacking, kinds):
     found = launch(ring, elsewhere, lacking, nproc=3)
     assert found == [(kind.__name__, number) for kind, number in zip(kinds, (2.0, 0.0, 1.0), strict=True)]
+
+
+def chosen(choice: str, elsewhere: int | None) -> tuple[str, str]:
+    """The kind of link that a choice gives, or what is said against it; and what the log names."""
+    dist.init_process_group("gloo")
+    noted = []
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == elsewhere:
+            patch.setattr(neighbours, "_host", lambda: "elsewhere")
+        patch.setattr(choose._LOG, "info", lambda text, *args: noted.append(text % args))
+        try:
+            found = type(link_for(ProcessGroupWorld(CPU), CPU, Placement.linear(2), choice)).__name__
+        except ConfigError as error:
+            found = str(error)
+    return found, " ".join(noted)
+
+
+@pytest.mark.parametrize(
+    ("choice", "elsewhere", "kind", "said"),
+    [
+        ("auto", None, "SharedMemoryLink", "over shared memory"),
+        ("auto", 1, "ProcessGroupLink", "over torch.distributed"),
+        ("shared-memory", None, "SharedMemoryLink", "over shared memory"),
+        ("shared-memory", 1, "link='shared-memory' needs all ranks on the CPUs of one host", ""),
+        ("torch", None, "ProcessGroupLink", "over torch.distributed"),
+    ],
+)
+def test_a_link_can_be_asked_for_and_the_log_names_it(choice, elsewhere, kind, said):
+    first, second = launch(chosen, choice, elsewhere, nproc=2)
+    assert first[0].startswith(kind)
+    assert second[0].startswith(kind)
+    assert said in first[1]
+    assert not second[1], "one rank tells"

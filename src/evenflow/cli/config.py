@@ -87,7 +87,8 @@ class Pipelining:
 
     `stages=None`: as many as `split` makes, or those of one rank per GPU, or of two on a machine without.
     `stages_per_rank=None`: what suits the schedule, 2 for those that interleave or make a V, else 1.
-    `schedule=None`: 1f1b. Where all are left out, several ranks measure the model and plan it.
+    `schedule=None`: 1f1b. Where all are left out, several ranks measure the model and plan it. `link` is how
+    tensors travel between ranks: auto, shared-memory or torch.
     """
 
     stages: int | None = None
@@ -97,6 +98,7 @@ class Pipelining:
     microbatch_size: int | None = None
     split: tuple[str, ...] = ()
     exact: bool = False
+    link: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("stages", "stages_per_rank", "num_microbatches", "microbatch_size"):

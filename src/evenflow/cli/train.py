@@ -123,6 +123,7 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
         schedule=None if plan.order else plan.schedule,  # the run's folder has the plan as well
         microbatch_size=plan.microbatch_size,
         exact=config.pipeline.exact,
+        link=config.pipeline.link,
     )
     return dataclasses.replace(config, pipeline=pipeline)
 

@@ -128,6 +128,7 @@ def _prepare(job: Job, levers: dict[str, Any], *, device: str) -> tuple["evenflo
         scheduler=_warmup_then_cosine(config.training),
         **levers,
         exact=config.pipeline.exact,
+        link=config.pipeline.link,
         seed=config.training.seed,
         device=device,
     )

@@ -27,7 +27,7 @@ from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
-from evenflow.pipe.refuse import check_callable, check_reduction, check_whole, refuse_unfit
+from evenflow.pipe.refuse import check_callable, check_link, check_reduction, check_whole, refuse_unfit
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.kept import buffers_at
@@ -64,6 +64,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     exact: bool = False,
     load: str | Path | None = None,
     plan: Plan | str | Path | None = None,
+    link: str = "auto",
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -102,6 +103,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       and the size of a microbatch. Each pipeline rank takes the CUDA device that the plan gives it. With
       "auto" all processes together measure the model and their links, and plan what is not given; so it is
       where there are several processes and nothing is given. Measurements are kept for the next time.
+    - `link`: how tensors travel between processes: "auto", through shared memory between CPU ranks of one
+      host and over torch.distributed between others; "torch", over that alone; "shared-memory", or an error.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -134,6 +137,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_whole(seed=seed)
     check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler)
     check_reduction(reduction)
+    check_link(link)
     choices.check_split(model, split or ())
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
@@ -145,7 +149,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         choices.own_device(kind, world),
         exact=exact,
         run={"model": model, "loss": program, "example": example, "optimizer": optimizer}
-        | {"atomic": tuple(atomic), "seed": seed},
+        | {"atomic": tuple(atomic), "seed": seed, "link": link},
     )
     given = decided(plan, **levers)
     method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
@@ -212,7 +216,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             model=model,
             loss=program,
             world=world,
-            link=link_for(world, own_device, placement),
+            link=link_for(world, own_device, placement, link),
             stages=stages_here,
             devices=devices,
             recordings=recordings,

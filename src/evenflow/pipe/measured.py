@@ -61,6 +61,7 @@ class Run:
     optimizer: OptimizerFactory | None
     atomic: Sequence[type[torch.nn.Module]] = ()
     seed: int = 0
+    link: str = "auto"
     levers: Levers = field(default_factory=Levers)
 
 
@@ -87,7 +88,7 @@ def measured_request(
     room_bytes = mine.memory_bytes * _ROOM
     chains = _rehearsed(measured, world, room_bytes, Cache(cache, Place.of(device)), tell)
     tell("measuring links and the optimizer")
-    link = link_for(world, device, Placement.linear(world.size))
+    link = link_for(world, device, Placement.linear(world.size), run.link)
     links = probe(world, device, link) if world.size > 1 else {}
     optimizer = optimizer_cost(run.optimizer, dict(run.model.named_parameters()), device)
     costs: list[tuple[str, OptimizerCost]] = world.gather((device_name(device), optimizer))

@@ -8,6 +8,7 @@ import torch
 from evenflow.errors import ConfigError
 from evenflow.graph.deferred import changed_since
 from evenflow.graph.recipes import memory_of
+from evenflow.runtime.links import choose
 from evenflow.runtime.weights import CHOICES
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -78,6 +79,12 @@ def check_callable(*, needed: bool = False, **arguments: Any) -> None:  # whatev
     for name, value in arguments.items():
         if (needed or value is not None) and not callable(value):
             raise ConfigError(f"{name}= must be a function, not a {type(value).__name__}")
+
+
+def check_link(link: object) -> None:
+    """Raise `ConfigError` for a `link=` that is none of those known."""
+    if link not in choose.CHOICES:
+        raise ConfigError(f"link={link!r} is none of {', '.join(map(repr, choose.CHOICES))}")
 
 
 def check_reduction(reduction: object) -> None:

@@ -1,7 +1,10 @@
 """Which link joins the ranks of a pipeline."""
 
+import logging
+
 import torch
 
+from evenflow.errors import ConfigError
 from evenflow.ir.placement import Placement
 from evenflow.runtime.links.by_rank import LinkByRank
 from evenflow.runtime.links.link import Link
@@ -11,15 +14,31 @@ from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
 from evenflow.runtime.world import World, timeout_seconds
 
+_LOG = logging.getLogger(__name__)
+CHOICES = ("auto", "shared-memory", "torch")
 
-def link_for(world: World, device: torch.device, placement: Placement) -> Link:
-    """Shared memory between CPU ranks of one host, torch.distributed between all others; collective."""
+
+def link_for(world: World, device: torch.device, placement: Placement, choice: str = "auto") -> Link:
+    """Shared memory between CPU ranks of one host, torch.distributed between all others; collective.
+
+    With "torch" that between all. With "shared-memory" it raises `ConfigError` where two ranks have none.
+    """
     if world.size == 1:
         return LocalLink()
-    sockets = neighbours(world) if device.type == "cpu" else None
+    sockets = neighbours(world) if device.type == "cpu" and choice != "torch" else None
+    num_near = len(sockets or ())
+    if choice == "shared-memory" and num_near < world.size - 1:
+        raise ConfigError(
+            f"link='shared-memory' needs all ranks on the CPUs of one host that runs Linux; of {world.size}, "
+            f"rank {world.rank} on {device.type} reaches {num_near} others so: leave link= out"
+        )
+    if world.rank == 0:
+        with_all = {0: "torch.distributed", world.size - 1: "shared memory"}
+        kind = with_all.get(num_near, "shared memory on this host and torch.distributed to others")
+        _LOG.info("tensors travel between ranks over %s", kind)
     if not sockets:
         return ProcessGroupLink(device, placement)
     near = SharedMemoryLink(placement, world.rank, sockets, timeout_seconds=timeout_seconds())
-    if len(sockets) == world.size - 1:
+    if num_near == world.size - 1:
         return near
     return LinkByRank(placement, dict.fromkeys(sockets, near), ProcessGroupLink(device, placement))
