@@ -83,3 +83,15 @@ def test_each_rank_has_its_own_and_all_add_up_to_the_step():
         assert second.compute == pytest.approx(4 * 4 * SLOW_SECONDS, rel=0.25)
         assert first.compute == pytest.approx(2 * 4 * SLOW_SECONDS, rel=0.25)
         assert first.imbalance > SLOW_SECONDS > second.imbalance
+
+
+def test_a_step_that_failed_has_no_bill():
+    pipe = evenflow.pipeline(
+        slow(), loss=mean_square, example=regression(), optimizer=sgd, stages=1, num_microbatches=1
+    )
+    pipe.step(regression())
+    before = pipe.bills()[1]
+    pipe._parts.updater.optimizers[0].step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        pipe.step(regression())
+    assert pipe.bills()[1] == before

@@ -221,6 +221,79 @@ def test_more_tensors_than_a_message_holds_are_refused_by_name():
         give(here, 0, *[torch.ones(1)] * 20000)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_slot_is_filled_in_any_mode_after_any_other(mode):
+    here, there = pair()
+    there.start(receives(3))
+    weight = torch.ones(4, requires_grad=True)
+    with mode():
+        give(here, 0, torch.full((4,), 1.0))
+    assert get(there, 0)[0].tolist() == [1.0] * 4
+    for microbatch in (1, 2):
+        give(here, microbatch, weight * microbatch)
+        with mode():
+            taken = get(there, microbatch)[0]
+            assert taken.tolist() == [microbatch] * 4
+            assert not taken.requires_grad
+            del taken
+
+
+def test_a_parcel_that_could_not_be_sent_is_not_taken_for_told(monkeypatch):
+    here, there = pair()
+    there.start(receives(1))
+
+    def out_of_files(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", out_of_files)
+        with pytest.raises(ConfigError, match="ulimit -n"):
+            give(here, 0, torch.ones(3, 5))
+    give(here, 0, torch.ones(3, 5))
+    assert get(there, 0)[0].shape == (3, 5)
+
+
+def test_a_child_process_frees_no_slot_of_its_parent():
+    here, there = pair()
+    there.start(receives(2))
+    give(here, 0, torch.full((4,), 1.0))
+    held = list(get(there, 0))
+    child = os.fork()
+    if not child:
+        held.clear()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    give(here, 1, torch.full((4,), 2.0))
+    assert held[0].tolist() == [1.0] * 4
+
+
+def test_who_waits_for_one_rank_reads_what_others_send():
+    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    placement = Placement.linear(3)
+    middle = SharedMemoryLink(placement, 1, {0: ends[0][1], 2: ends[1][0]}, timeout_seconds=20.0)
+    first, last = (
+        SharedMemoryLink(placement, rank, {1: end}, timeout_seconds=20.0)
+        for rank, end in ((0, ends[0][0]), (2, ends[1][1]))
+    )
+    number = 1000  # more messages than a socket has room for
+    expected = [(Recv(0, 1, at, Payload.ACTIVATION), manifest(0, 1)) for at in range(number)]
+    back = Recv(2, 1, 0, Payload.GRADIENT)
+    middle.start([*expected, (back, manifest(2, 1))])
+    for op, _ in expected:
+        middle.post(op)
+
+    def send_all():
+        for at in range(number):
+            give(first, at, torch.full((1,), float(at)))
+        last.send(Send(2, 1, 0, Payload.GRADIENT), (torch.ones(1),), manifest(2, 1))
+
+    thread = threading.Thread(target=send_all)
+    thread.start()
+    assert middle.take(back)[0].item() == 1.0
+    thread.join()
+    assert [int(middle.take(op)[0]) for op, _ in expected] == list(range(number))
+
+
 # -- which link joins which ranks
 
 

@@ -182,7 +182,8 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
-    bills = pipe.bills()
+    with contextlib.suppress(ConfigError):  # ranks of several hosts have none
+        console.print(bill_table(*pipe.bills()))
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
     last_losses = log.losses[-_NUM_LAST_LOSSES:]
@@ -200,7 +201,6 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
         title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"
         draw_timelines(folder / "timeline.png", predicted=predicted, measured=measured, title=title)
         write_run(folder, run, steps, plan=pipe.plan, config=write_config(job.config))
-    console.print(bill_table(*bills))
     report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
     report.line(summary.line(feed.units))
 

@@ -86,7 +86,7 @@ class Pipeline:
             self._updated = False
         share = self._accumulated.add(agreed.shares)
         try:
-            result = self._run(agreed, self._parts.programs.training, read_loss, share=share, marks=marks)
+            result, executors = self._run(agreed, self._parts.programs.training, read_loss, share=share)
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._accumulated.clear()
@@ -99,6 +99,7 @@ class Pipeline:
             self._updated = True
             marks.update_seconds = time.perf_counter() - start
         marks.end_seconds = time.perf_counter()
+        self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
         return result
 
     def evaluate(self, batch: Any) -> StepResult:
@@ -108,7 +109,7 @@ class Pipeline:
         """
         with self._evaluating():
             agreed = self._agree(self._parts.loss, batch, training=False)
-            return self._run(agreed, self._parts.programs.evaluation, read_loss)
+            return self._run(agreed, self._parts.programs.evaluation, read_loss)[0]
 
     def predict(self, batch: Any, function: Program | None = None) -> Any:
         """What `function(model, microbatch)` returns in evaluation mode, joined over a batch's microbatches.
@@ -118,7 +119,7 @@ class Pipeline:
         """
         with self._evaluating():
             agreed = self._agree(function or call_model, batch, training=False)
-            return self._run(agreed, self._parts.programs.evaluation, read_prediction).metrics
+            return self._run(agreed, self._parts.programs.evaluation, read_prediction)[0].metrics
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
@@ -214,7 +215,7 @@ class Pipeline:
 
         Where the step went: computing, waiting for the schedule, for unequal stages, for transfers, the
         host's own work, the update. The parts add up to the step.
-        Ranks must be on one host, whose clock they share.
+        Raises `ConfigError` before the first step, and for ranks of several hosts, whose clocks differ.
 
         >>> from evenflow.pipe.build import pipeline
         >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)
@@ -323,13 +324,10 @@ class Pipeline:
         reading: Reading,
         *,
         share: float = 1.0,
-        marks: Marks | None = None,
-    ) -> StepResult:
+    ) -> tuple[StepResult, list[Executor]]:
         jobs = self._jobs(agreed, share=share)
         executors, results = self._execute(jobs, program, reading)
-        if marks is not None:
-            self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
-        return self._result(results, agreed, jobs[0].cut.graph, reading)
+        return self._result(results, agreed, jobs[0].cut.graph, reading), executors
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
         entries = [self._parts.recordings.entries[number] for number in agreed.recordings]

@@ -1,5 +1,6 @@
 """What the steps took: the measured timeline of the last, and what the simulator predicts for it."""
 
+import socket
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,7 @@ class Times:
         self._steps: deque[_Step] = deque(maxlen=KEPT_STEPS)
 
     def note(self, proven: ProvenProgram, logs: Sequence[Log], marks: Marks) -> None:
-        """Keep what this process's ranks noted of a step; its end is marked later."""
+        """Keep what this process's ranks noted of a step."""
         self._steps.append(_Step(proven, logs, marks))
 
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
@@ -77,13 +78,16 @@ class Times:
         return _simulated(last.proven, costs, world), _from_first_op(last.proven, measured)
 
     def bills(self, world: World) -> tuple[tuple[Bill, ...], tuple[Bill, ...]]:
-        """(predicted, measured) bill of each rank for the last step; collective. Raises as `timelines` does.
+        """(predicted, measured) bill of each rank for the last step; collective.
 
         Predicted are the schedule's and the stages' doing alone: the simulator knows no transfers here. One
-        process has one bill, in which its ranks take turns.
+        process has one bill, in which its ranks take turns. Raises `ConfigError` before the first step, and
+        for ranks of several hosts.
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no bill to show")
+        if len(set(world.gather(socket.gethostname()))) > 1:
+            raise ConfigError("the ranks are on several hosts, whose clocks differ: there is no bill of them")
         last = self._steps[-1]
         gathered = world.gather(([_ran(log, last.marks) for log in last.logs], self._parts_before()))
         costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])

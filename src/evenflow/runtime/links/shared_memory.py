@@ -20,6 +20,7 @@ import pickle
 import select
 import socket
 import struct
+import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,13 +75,15 @@ class _Form:
     def filled(self, slot: memoryview) -> Callable[[Parcel], None]:
         """What copies the tensors of a parcel into this slot."""
         pairs = zip(self.layouts, self.places, strict=True)
-        places = [_place_in(slot, layout, place) for layout, place in pairs]
+        with torch.inference_mode(mode=False):  # they are used in whatever mode a later parcel is sent
+            places = [_place_in(slot, layout, place) for layout, place in pairs]
 
         def fill(parcel: Parcel) -> None:
             for tensor, place in zip(parcel, places, strict=True):
                 if place is not None and tensor is not None:
                     block, order = place
-                    block.copy_(tensor if order is None else tensor.permute(order))
+                    given = tensor.detach()
+                    block.copy_(given if order is None else given.permute(order))
 
         return fill
 
@@ -125,6 +128,7 @@ class _Slot:
     number: int
     fill: dict[_Form, Callable[[Parcel], None]] = field(default_factory=dict)  # of the last forms
     held: "weakref.ref[memoryview] | None" = None  # as last taken
+    process: int = field(default_factory=os.getpid)
 
     def filled(self, form: _Form) -> Callable[[Parcel], None]:
         """What copies the tensors of a parcel of this form into the slot."""
@@ -135,7 +139,8 @@ class _Slot:
         return self.fill[form]
 
     def let_go(self, _: object) -> None:
-        self.flags[self.number] = 0
+        if os.getpid() == self.process:  # not a copy of this in a forked child
+            self.flags[self.number] = 0
 
 
 @dataclass
@@ -191,15 +196,15 @@ class SharedMemoryLink(Link):
                 layouts = pickle.dumps(form.layouts)
                 if len(layouts) > _LARGEST_MESSAGE_BYTES - _HEAD_BYTES:
                     raise _too_many_tensors(op, len(parcel))
-                self._told[manifest.key] = form
             if peer.num_sent - self._reached_by(peer) >= _MOST_AHEAD:
                 self._await_program(peer)
             number = -1
             if form.slot_bytes:
                 number, slot = self._slot(peer, form.slot_bytes)
-                slot.flags[slot.number] = 1
                 slot.filled(form)(parcel)
+                slot.flags[slot.number] = 1
             self._tell(peer, _name(op) + _SLOT.pack(number) + layouts)
+            self._told[manifest.key] = form
         except (ConnectionError, TimeoutError) as error:
             raise self._lost(peer, op, error) from error
         peer.num_sent += 1
@@ -308,10 +313,25 @@ class SharedMemoryLink(Link):
         raise self._timeout()
 
     def _wait(self, peer: _Peer, events: int) -> None:
+        """Wait for a peer's socket; read what comes from others, who may wait for that."""
         poll = select.poll()
         poll.register(peer.socket, events)
-        if not poll.poll(self._timeout_seconds * 1e3):
-            raise self._timeout()
+        others = {each.socket.fileno(): each for each in self._peers.values() if each is not peer}
+        for other in others:
+            poll.register(other, select.POLLIN)
+        end = time.monotonic() + self._timeout_seconds
+        while True:
+            left_ms = max(0.0, end - time.monotonic()) * 1e3
+            ready = [number for number, _ in poll.poll(min(left_ms, 2**31 - 1))]
+            if not ready:
+                raise self._timeout()
+            if peer.socket.fileno() in ready:
+                return
+            for number in ready:
+                try:
+                    self._read(others[number])
+                except ConnectionError:  # who takes from it will hear of that
+                    poll.unregister(number)
 
     def _timeout(self) -> TimeoutError:
         return TimeoutError(f"waited {self._timeout_seconds:g} s")
@@ -374,20 +394,31 @@ def _sent_board(connection: socket.socket) -> memoryview:
 
 
 def _board_in(file: int) -> memoryview:
-    return memoryview(mmap.mmap(file, mmap.PAGESIZE)).cast("Q")
+    return memoryview(_mapped(file, mmap.PAGESIZE)).cast("Q")
+
+
+def _mapped(file: int, num_bytes: int) -> mmap.mmap:
+    with _enough_files():
+        return mmap.mmap(file, num_bytes)
 
 
 def _memory_file(num_bytes: int) -> int:
-    try:
+    with _enough_files():
         file = os.memfd_create("evenflow")
-    except OSError as error:
-        raise _too_many_files() if error.errno == errno.EMFILE else error from None
     try:
         os.ftruncate(file, num_bytes)
     except BaseException:
         os.close(file)
         raise
     return file
+
+
+@contextlib.contextmanager
+def _enough_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _too_many_files() if error.errno == errno.EMFILE else error from None
 
 
 @contextlib.contextmanager
@@ -400,7 +431,7 @@ def _closing(file: int) -> Iterator[None]:
 
 def _slots_in(file: int, size: int) -> list[_Slot]:
     """The slots of a file: a page of flags, and the slots behind it."""
-    whole = memoryview(mmap.mmap(file, mmap.PAGESIZE + _SLOTS_PER_FILE * size))
+    whole = memoryview(_mapped(file, mmap.PAGESIZE + _SLOTS_PER_FILE * size))
     flags = whole[:_SLOTS_PER_FILE]
     starts = (mmap.PAGESIZE + number * size for number in range(_SLOTS_PER_FILE))
     return [_Slot(whole[start : start + size], flags, number) for number, start in enumerate(starts)]
