@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
+from evenflow.runtime.links import shared_memory
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.world import ProcessGroupWorld
@@ -225,10 +226,11 @@ class Counted:
     def _counting_parcels(self, whole):
         """Parcels, and headers: those that tell how their tensors lie."""
 
-        def call(link, peer, op, sent, file):
-            self.calls["transfer"] += 1
-            self.calls["header"] += sent.layouts is not None
-            return whole(link, peer, op, sent, file)
+        def call(link, peer, message, file=None):
+            if file is None and not message.startswith(shared_memory._NEW_FILE):
+                self.calls["transfer"] += 1
+                self.calls["header"] += len(message) > shared_memory._HEAD_BYTES
+            return whole(link, peer, message, file)
 
         return call
 
