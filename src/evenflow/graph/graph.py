@@ -45,6 +45,8 @@ class Step:
     flops: int
     in_place: bool
     grad_enabled: bool
+    autocast: bool = False  # it ran where autocast was on
+    region: int | None = None  # the checkpoint region in which it ran, if any
 
 
 @dataclass(frozen=True, slots=True)

@@ -316,7 +316,8 @@ def _node(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, ke
 
 def _step(call: FunctionCall) -> Step:
     takes, gives = (tuple(dict.fromkeys(tree.refs)) for tree in (call.args, call.output))
-    return Step(call.name, takes, gives, call.flops, bool(call.rebinds), call.grad_enabled)
+    in_place, autocast = bool(call.rebinds), bool(call.autocast)
+    return Step(call.name, takes, gives, call.flops, in_place, call.grad_enabled, autocast, call.region)
 
 
 def _reason(call: FunctionCall | ModuleCall) -> str | None:

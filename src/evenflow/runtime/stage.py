@@ -13,7 +13,7 @@ from evenflow.runtime.backward import Walk, receive, root_of
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.kept import kept_as_left
 from evenflow.runtime.rng import Streams
-from evenflow.runtime.weight_grads import Deferral, WeightGrads
+from evenflow.runtime.weight_grads import Deferral
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -178,7 +178,7 @@ class Stage(torch.nn.Module):
         walk = self._walk(flight, loss, 0.0)
         if walk.roots and flight.work.gives:
             walk.run_to([self._anchor])
-            flight.put_off = WeightGrads()
+            flight.put_off.drop()
             flight.owed.update((value, zeros_at(gradient)) for value, gradient in list(flight.owed.items()))
 
     def outgoing(self, flight: InFlight, target: int, payload: Payload) -> Parcel:

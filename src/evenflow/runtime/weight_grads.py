@@ -31,8 +31,8 @@ from torch.nn import functional
 
 from evenflow.runtime.backward import Walk
 
-# Where a gradient goes: to a parameter, or on to what a weight was made of.
-Target: TypeAlias = torch.nn.Parameter | GradientEdge | None
+# Where a gradient goes on in autograd's graph: to a parameter, or to what a weight was made of.
+Target: TypeAlias = GradientEdge | None
 Grads: TypeAlias = tuple[torch.Tensor | None, ...]
 _MOST_STEPS = 16  # of the way from a weight to the parameters that it was made of
 
@@ -41,7 +41,7 @@ class WeightGrads:
     """What one microbatch of one stage has put aside.
 
     >>> later, weight = WeightGrads(), torch.nn.Parameter(torch.ones(1, 2))
-    >>> later.put((weight,), lambda: (torch.full((1, 2), 3.0),))
+    >>> later.put((get_gradient_edge(weight),), lambda: (torch.full((1, 2), 3.0),))
     >>> later.run()
     >>> weight.grad
     tensor([[3., 3.]])
@@ -52,6 +52,10 @@ class WeightGrads:
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
+
+    def drop(self) -> None:
+        """Let go of what was put aside."""
+        self._jobs.clear()
 
     def put(self, targets: tuple[Target, ...], grads: Callable[[], Grads]) -> None:
         """Put a computation aside; `grads` gives a gradient for each target, or None where that is None."""
@@ -65,7 +69,7 @@ class WeightGrads:
         """
         if not self._jobs:
             return
-        uses = Counter(_key(target) for targets, _ in self._jobs for target in targets)
+        uses = Counter(_key(target) for targets, _ in self._jobs for target in targets if target)
         sums: dict[object, torch.Tensor] = {}
         further = Walk([], [])
         self._jobs.reverse()
@@ -80,29 +84,20 @@ class WeightGrads:
                     uses[key] -= 1
                     if uses[key]:
                         sums[key] = total
-                    elif isinstance(target, GradientEdge):
+                    elif _is_leaf(target.node):
+                        Walk([target], [total]).run()  # adds it up, with the parameter's hooks
+                    else:
                         further.roots.append(target)
                         further.gradients.append(total)
-                    else:
-                        _accumulate(target, total)
         further.run()  # in one walk, as several may lead to one parameter
 
 
-def _key(target: Target) -> object:
-    return (target.node, target.output_nr) if isinstance(target, GradientEdge) else id(target)
+def _key(target: GradientEdge) -> object:
+    return target.node, target.output_nr
 
 
-def _accumulate(parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
-    """Add to a parameter's gradient as autograd's `AccumulateGrad` does: laid out as the parameter."""
-    if not parameter.requires_grad:
-        return
-    grad = grad.to(parameter.dtype)
-    if parameter.grad is not None:
-        parameter.grad.add_(grad)
-    elif grad.stride() == parameter.stride():
-        parameter.grad = grad
-    else:
-        parameter.grad = torch.empty_like(parameter).copy_(grad)
+def _is_leaf(node: Any) -> bool:  # a node of autograd's graph
+    return bool(node.name() == "torch::autograd::AccumulateGrad")
 
 
 class Deferral:
@@ -150,23 +145,18 @@ class Deferral:
     def _knows(self, weight: torch.Tensor) -> bool:
         """Whether a weight is made of nothing but parameters that are put off."""
         if weight.grad_fn is None:
-            return id(weight) in self._parameters and not _has_hooks(weight)
+            return id(weight) in self._parameters
         waiting: list[Any] = [weight.grad_fn]
         for _ in range(_MOST_STEPS):
             node = waiting.pop()
-            if node.name() == "torch::autograd::AccumulateGrad":
-                if id(node.variable) not in self._parameters or _has_hooks(node.variable):
+            if _is_leaf(node):
+                if id(node.variable) not in self._parameters:
                     return False
             else:
                 waiting += [earlier for earlier, _ in node.next_functions if earlier is not None]
             if not waiting:
                 return True
         return False
-
-
-def _has_hooks(parameter: torch.Tensor) -> bool:
-    # torch has no public way to ask.
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 # -- a product in autograd's graph
@@ -181,6 +171,7 @@ class _Kind(NamedTuple):
     forward: Callable[..., torch.Tensor]  # of (stock, x, weight, bias, *more)
     input_grad: Callable[..., torch.Tensor]  # of (grad, x, weight, *more)
     weight_grads: Callable[..., Grads]  # of (grad, x, weight, shape or None, *more)
+    is_cast: bool = True  # by autocast
 
 
 class _Product(torch.autograd.Function):
@@ -201,7 +192,7 @@ class _Product(torch.autograd.Function):
         weight, bias = weights
         ctx.targets = _target(weight), None if bias is None else _target(bias)
         ctx.dtype, ctx.bias_shape = x.dtype, None if bias is None else bias.shape
-        given, used, added = _cast(x, weight, bias)
+        given, used, added = _cast(x, weight, bias) if ctx.kind.is_cast else (x, weight, bias)
         ctx.save_for_backward(given, used)
         ctx.set_materialize_grads(False)
         return ctx.kind.forward(stock, given, used, added, *ctx.more)  # type: ignore[no-any-return]  # (ctx is torch's)
@@ -212,7 +203,8 @@ class _Product(torch.autograd.Function):
         (grad,) = grads
         if grad is None:
             return None, None, None, None
-        x, weight = ctx.saved_tensors
+        # Without their graphs, which would hold what is put aside in a circle that nobody can break.
+        x, weight, grad = (tensor.detach() for tensor in (*ctx.saved_tensors, grad))
         ctx.later.put(ctx.targets, partial(ctx.kind.weight_grads, grad, x, weight, ctx.bias_shape, *ctx.more))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
@@ -235,8 +227,6 @@ def _put_off(
 
 
 def _target(weight: torch.Tensor) -> Target:
-    if isinstance(weight, torch.nn.Parameter):
-        return weight
     return get_gradient_edge(weight) if weight.requires_grad else None
 
 
@@ -387,7 +377,7 @@ def _summed(grad: torch.Tensor, bias_shape: torch.Size | None) -> torch.Tensor |
 _LINEAR = _Kind(_linear_forward, _linear_input_grad, _linear_weight_grads)
 _ADDMM = _Kind(_addmm_forward, _grad_of_left, _addmm_weight_grads)
 _CONVOLUTION = _Kind(_with_gradients, _convolution_input_grad, _convolution_weight_grads)
-_GROUPED = _Kind(_grouped_forward, _grouped_input_grad, _grouped_weight_grads)
+_GROUPED = _Kind(_grouped_forward, _grouped_input_grad, _grouped_weight_grads, is_cast=False)
 
 
 # -- torch's functions, with torch's own names of arguments, for those who call by name
