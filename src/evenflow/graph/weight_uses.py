@@ -18,6 +18,7 @@ _INPUTS = {
     "_grouped_mm": (0,),
     "multi_head_attention_forward": (0,),  # its projections are calls of `linear`
 }
+_MOST_EARLIER = 16  # values that a weight was made of, one from the other
 _WALKS = frozenset(("grad", "backward"))  # a node in which autograd walks is not looked into
 
 _Names = frozenset[str]
@@ -98,6 +99,7 @@ class WeightUses:
             if (
                 len(own) < len(weights)
                 or not infos[0].requires_grad
+                or any(len(self._earlier[number]) > _MOST_EARLIER for number in own)
                 or not all(info.dtype.is_floating_point for info in infos)
                 or (step.autocast and (step.name == "_grouped_mm" or any(map(self._earlier.get, own))))
             ):

@@ -34,7 +34,7 @@ from evenflow.runtime.backward import Walk
 # Where a gradient goes on in autograd's graph: to a parameter, or to what a weight was made of.
 Target: TypeAlias = GradientEdge | None
 Grads: TypeAlias = tuple[torch.Tensor | None, ...]
-_MOST_STEPS = 16  # of the way from a weight to the parameters that it was made of
+_MOST_STEPS = 64  # of the way from a weight to the parameters that it was made of
 
 
 class WeightGrads:
