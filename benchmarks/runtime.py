@@ -186,8 +186,8 @@ def _a() -> dict[str, Took]:
     )
     makers: Makers = {
         "one thread": lambda: Plain(workloads.gpt(16)),
-        "torch, 1f1b": lambda: Torchs(workload, "1f1b"),
-        "torch, zero-bubble": lambda: Torchs(workload, "zero-bubble"),
+        "torch, 1f1b": lambda: Torchs(_again(workload), "1f1b"),
+        "torch, zero-bubble": lambda: Torchs(_again(workload), "zero-bubble"),
         "ours, 1f1b": lambda: Ours(_again(workload), "1f1b", 2),
         "ours, zb-h1": lambda: Ours(_again(workload), "zb-h1", 2),
         "ours, as planned": lambda: Ours(_again(workload), None, 2),
