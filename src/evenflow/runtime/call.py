@@ -15,9 +15,9 @@ from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, Value
+from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.rng import Streams
-from evenflow.runtime.weight_grads import Deferral
 
 # Finds the object that stands for a parameter in one node: the parameter, or that node's own accumulator.
 ParameterOf = Callable[[str, Node], torch.nn.Parameter]

@@ -10,10 +10,10 @@ from torch.autograd.graph import GradientEdge
 
 from evenflow.ir.op import Payload
 from evenflow.runtime.backward import Walk, receive, root_of
+from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.kept import kept_as_left
 from evenflow.runtime.rng import Streams
-from evenflow.runtime.weight_grads import Deferral
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -19,9 +19,9 @@ from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import NOTHING, Template
 from evenflow.graph.weight_uses import WeightUses
 from evenflow.runtime.call import Call, ParameterOf, PlacesOf, Prepare
+from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.straight import Straight, Tell, filling, straight
-from evenflow.runtime.weight_grads import Deferral
 
 _KINDS = ("cpu", "cuda")  # devices that autocast may be on for
 _Modes = tuple[bool, tuple[tuple[str, Any], ...]]  # gradients on or off; a node's `autocast`

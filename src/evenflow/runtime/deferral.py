@@ -1,0 +1,205 @@
+"""Deferral: which weights of a stage have their gradients put off, in whatever code calls torch's functions.
+
+A node that is such a function is called in another form; inside a module that stays whole torch's functions
+are replaced for its call.
+"""
+
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from evenflow.runtime.products import ADDMM, CONVOLUTION, GROUPED, LINEAR, put_off
+from evenflow.runtime.weight_grads import WeightGrads, is_leaf
+
+_MOST_STEPS = 64  # of the way from a weight to the parameters that it was made of
+
+
+class Deferral:
+    """The parameters of a stage whose gradients are put off, and where those of the running forward go."""
+
+    def __init__(self) -> None:
+        self.into = WeightGrads()
+        self._parameters: dict[int, torch.nn.Parameter] = {}  # by id
+        self._refused: dict[int, torch.nn.Parameter] = {}
+        self._anchor = torch.empty(0)  # (until it is known on which device)
+
+    def learn(self, splittable: Iterable[torch.nn.Parameter], others: Iterable[torch.nn.Parameter]) -> None:
+        """Take what one more recording says of the stage's parameters; one word against it is enough."""
+        self._refused.update((id(each), each) for each in others)
+        self._parameters.update((id(each), each) for each in splittable if type(each) is torch.nn.Parameter)
+        for key in self._refused:
+            self._parameters.pop(key, None)
+
+    def __enter__(self) -> None:
+        """Let torch's own functions put off, when they are called by this thread."""
+        _LOCAL.deferral = self
+        _PATCH.enter()
+
+    def __exit__(self, *_: object) -> None:
+        _PATCH.leave()
+        _LOCAL.deferral = None
+
+    def own(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The function that puts off what it can, in the place of one of torch's; None for any other."""
+        form = _FORMS.get(function)
+        return None if form is None else partial(form, self, function)
+
+    def takes(self, x: object, weight: object, bias: object = None) -> bool:
+        """Whether the gradients of weight and bias are put off."""
+        return (
+            isinstance(x, torch.Tensor)
+            and isinstance(weight, torch.Tensor)
+            and weight.requires_grad
+            and torch.is_grad_enabled()
+            and x.layout is torch.strided
+            and self._knows(weight)
+            and (bias is None or (isinstance(bias, torch.Tensor) and self._knows(bias)))
+        )
+
+    def _knows(self, weight: torch.Tensor) -> bool:
+        """Whether a weight is made of nothing but parameters that are put off."""
+        if weight.grad_fn is None:
+            return id(weight) in self._parameters
+        waiting: list[Any] = [weight.grad_fn]
+        for _ in range(_MOST_STEPS):
+            node = waiting.pop()
+            if is_leaf(node):
+                if id(node.variable) not in self._parameters:
+                    return False
+            else:
+                waiting += [earlier for earlier, _ in node.next_functions if earlier is not None]
+            if not waiting:
+                return True
+        return False
+
+    def anchor_on(self, x: torch.Tensor) -> torch.Tensor:
+        """The empty leaf in which the graph ends, where a weight would stand, on the device of a tensor."""
+        if self._anchor.device != x.device or not self._anchor.requires_grad:
+            self._anchor = torch.empty(0, device=x.device, requires_grad=True)
+        return self._anchor
+
+
+# -- torch's functions, with torch's own names of arguments, for those who call by name
+
+
+def _linear(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if not deferral.takes(input, weight, bias):
+        return stock(input, weight, bias)
+    return put_off(deferral.into, deferral.anchor_on(input), LINEAR, stock, input, weight, bias)
+
+
+def _addmm(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002
+    mat1: torch.Tensor,
+    mat2: torch.Tensor,
+    **scales: Any,
+) -> torch.Tensor:
+    if scales or not deferral.takes(mat1, mat2, input):
+        return stock(input, mat1, mat2, **scales)
+    return put_off(deferral.into, deferral.anchor_on(mat1), ADDMM, stock, mat1, mat2, input)
+
+
+def _convolution(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,  # (a number, or one for each dimension, as the next two)
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    sizes = stride, padding, dilation, groups
+    is_padded, is_batch = isinstance(padding, str), input.dim() == weight.dim()
+    if is_padded or not is_batch or not deferral.takes(input, weight, bias):
+        return stock(input, weight, bias, *sizes)
+    return put_off(deferral.into, deferral.anchor_on(input), CONVOLUTION, stock, input, weight, bias, *sizes)
+
+
+def _grouped(
+    deferral: Deferral,
+    stock: Callable[..., torch.Tensor],
+    self: torch.Tensor,
+    mat2: torch.Tensor,
+    *,
+    offs: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    if offs is None or others or not deferral.takes(self, mat2):
+        return stock(self, mat2, offs=offs, **others)
+    return put_off(deferral.into, deferral.anchor_on(self), GROUPED, stock, self, mat2, None, offs)
+
+
+_Form = Callable[..., torch.Tensor]
+_PLACES: tuple[tuple[Any, str, _Form], ...] = (
+    (functional, "linear", _linear),
+    (torch, "addmm", _addmm),
+    (functional, "conv1d", _convolution),
+    (functional, "conv2d", _convolution),
+    (functional, "conv3d", _convolution),
+    (torch, "_grouped_mm", _grouped),
+)
+_FORMS: Mapping[Callable[..., Any], _Form] = {
+    getattr(module, name): form for module, name, form in _PLACES if hasattr(module, name)
+}
+
+
+class _Local(threading.local):
+    deferral: Deferral | None = None
+
+
+_LOCAL = _Local()
+
+
+class _Patch:
+    """torch's functions, replaced while any thread's stage runs a module whose inside is to put off.
+
+    For all threads at once, as there is one torch; each call looks whether its own thread has a deferral. A
+    `TorchFunctionMode` would be each thread's own, but it takes some microseconds of every torch function.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._stock: list[tuple[Any, str, Callable[..., Any]]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                # It makes tables of torch's functions, and torch imports it whenever it comes to need it.
+                importlib.import_module("torch._dynamo")
+                there = [(module, name) for module, name, _ in _PLACES if hasattr(module, name)]
+                found = [(module, name, getattr(module, name)) for module, name in there]
+                self._stock = [each for each in found if each[-1] in _FORMS]
+                for module, name, stock in self._stock:
+                    setattr(module, name, update_wrapper(partial(_routed, _FORMS[stock], stock), stock))
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for module, name, stock in self._stock:
+                    setattr(module, name, stock)
+
+
+def _routed(form: _Form, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
+    deferral = _LOCAL.deferral
+    return stock(*args, **kwargs) if deferral is None else form(deferral, stock, *args, **kwargs)
+
+
+_PATCH = _Patch()
