@@ -5,6 +5,7 @@ import mmap
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
-from evenflow.runtime.links import choose, neighbours
+from evenflow.runtime.links import choose, neighbours, shared_memory
 from evenflow.runtime.links.by_rank import LinkByRank
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Manifest
@@ -292,6 +293,35 @@ def test_who_waits_for_one_rank_reads_what_others_send():
     assert middle.take(back)[0].item() == 1.0
     thread.join()
     assert [int(middle.take(op)[0]) for op, _ in expected] == list(range(number))
+
+
+def test_what_was_read_while_another_rank_was_read_is_not_waited_for():
+    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    placement = Placement.linear(3)
+    middle = SharedMemoryLink(placement, 1, {0: ends[0][1], 2: ends[1][0]}, timeout_seconds=3.0)
+    first, last = (
+        SharedMemoryLink(placement, rank, {1: end}, timeout_seconds=3.0)
+        for rank, end in ((0, ends[0][0]), (2, ends[1][1]))
+    )
+    back = Recv(2, 1, 0, Payload.GRADIENT)
+    middle.start([(back, manifest(2, 1))])
+
+    def send_in_parts():
+        """Half of what tells of a new file; a whole parcel from the other rank; the other half."""
+        peer = first._peers[1]
+        time.sleep(0.2)
+        first._tell(peer, shared_memory._NEW_FILE + shared_memory._BYTES.pack(4096))
+        time.sleep(0.2)
+        last.send(Send(2, 1, 0, Payload.GRADIENT), (torch.ones(1),), manifest(2, 1))
+        time.sleep(0.2)
+        file = shared_memory._memory_file(17 * 4096)
+        first._tell(peer, b"file", file)
+        os.close(file)
+
+    thread = threading.Thread(target=send_in_parts)
+    thread.start()
+    assert middle.take(back)[0].item() == 1.0
+    thread.join()
 
 
 # -- which link joins which ranks

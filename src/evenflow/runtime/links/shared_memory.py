@@ -20,7 +20,6 @@ import pickle
 import select
 import socket
 import struct
-import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +151,7 @@ class _Peer:
     board: memoryview  # how many receives from the peer this rank's program has reached, for it to see
     their_board: memoryview | None = None  # the same of the peer, which sends it first of all
     num_sent: int = 0
+    has_ended: bool = False
     own: list[_Slot] = field(default_factory=list)  # that this rank fills, by number
     of_size: defaultdict[int, list[tuple[int, _Slot]]] = field(default_factory=partial(defaultdict, list))
     theirs: list[_Slot] = field(default_factory=list)  # that the peer fills, by number
@@ -313,25 +313,21 @@ class SharedMemoryLink(Link):
         raise self._timeout()
 
     def _wait(self, peer: _Peer, events: int) -> None:
-        """Wait for a peer's socket; read what comes from others, who may wait for that."""
+        """Wait until something has come, perhaps from others: that is read, as they may wait for it."""
         poll = select.poll()
         poll.register(peer.socket, events)
-        others = {each.socket.fileno(): each for each in self._peers.values() if each is not peer}
-        for other in others:
-            poll.register(other, select.POLLIN)
-        end = time.monotonic() + self._timeout_seconds
-        while True:
-            left_ms = max(0.0, end - time.monotonic()) * 1e3
-            ready = [number for number, _ in poll.poll(min(left_ms, 2**31 - 1))]
-            if not ready:
-                raise self._timeout()
-            if peer.socket.fileno() in ready:
-                return
-            for number in ready:
+        others = {p.socket.fileno(): p for p in self._peers.values() if p is not peer and not p.has_ended}
+        for number in others:
+            poll.register(number, select.POLLIN)
+        ready = poll.poll(min(self._timeout_seconds * 1e3, 2**31 - 1))
+        if not ready:
+            raise self._timeout()
+        for number, _ in ready:
+            if number in others:
                 try:
                     self._read(others[number])
                 except ConnectionError:  # who takes from it will hear of that
-                    poll.unregister(number)
+                    others[number].has_ended = True
 
     def _timeout(self) -> TimeoutError:
         return TimeoutError(f"waited {self._timeout_seconds:g} s")
