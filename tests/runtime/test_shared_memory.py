@@ -17,7 +17,7 @@ from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
-from evenflow.runtime.links import choose, neighbours, shared_memory
+from evenflow.runtime.links import choose, neighbours, shared_memory, slots
 from evenflow.runtime.links.by_rank import LinkByRank
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Manifest
@@ -268,14 +268,18 @@ def test_a_child_process_frees_no_slot_of_its_parent():
     assert held[0].tolist() == [1.0] * 4
 
 
-def test_who_waits_for_one_rank_reads_what_others_send():
+def three(timeout_seconds: float) -> tuple[SharedMemoryLink, ...]:
+    """Ranks 0, 1 and 2, of which the middle one has a connection with each of the others."""
     ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
-    placement = Placement.linear(3)
-    middle = SharedMemoryLink(placement, 1, {0: ends[0][1], 2: ends[1][0]}, timeout_seconds=20.0)
-    first, last = (
-        SharedMemoryLink(placement, rank, {1: end}, timeout_seconds=20.0)
-        for rank, end in ((0, ends[0][0]), (2, ends[1][1]))
+    sockets = ({1: ends[0][0]}, {0: ends[0][1], 2: ends[1][0]}, {1: ends[1][1]})
+    return tuple(
+        SharedMemoryLink(Placement.linear(3), rank, own, timeout_seconds=timeout_seconds)
+        for rank, own in enumerate(sockets)
     )
+
+
+def test_who_waits_for_one_rank_reads_what_others_send():
+    first, middle, last = three(timeout_seconds=20.0)
     number = 1000  # more messages than a socket has room for
     expected = [(Recv(0, 1, at, Payload.ACTIVATION), manifest(0, 1)) for at in range(number)]
     back = Recv(2, 1, 0, Payload.GRADIENT)
@@ -296,13 +300,7 @@ def test_who_waits_for_one_rank_reads_what_others_send():
 
 
 def test_what_was_read_while_another_rank_was_read_is_not_waited_for():
-    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
-    placement = Placement.linear(3)
-    middle = SharedMemoryLink(placement, 1, {0: ends[0][1], 2: ends[1][0]}, timeout_seconds=3.0)
-    first, last = (
-        SharedMemoryLink(placement, rank, {1: end}, timeout_seconds=3.0)
-        for rank, end in ((0, ends[0][0]), (2, ends[1][1]))
-    )
+    first, middle, last = three(timeout_seconds=3.0)
     back = Recv(2, 1, 0, Payload.GRADIENT)
     middle.start([(back, manifest(2, 1))])
 
@@ -314,7 +312,7 @@ def test_what_was_read_while_another_rank_was_read_is_not_waited_for():
         time.sleep(0.2)
         last.send(Send(2, 1, 0, Payload.GRADIENT), (torch.ones(1),), manifest(2, 1))
         time.sleep(0.2)
-        file = shared_memory._memory_file(17 * 4096)
+        file = slots.memory_file(17 * 4096)
         first._tell(peer, b"file", file)
         os.close(file)
 

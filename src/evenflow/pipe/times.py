@@ -86,14 +86,15 @@ class Times:
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no bill to show")
-        if len(set(world.gather(socket.gethostname()))) > 1:
-            raise ConfigError("the ranks are on several hosts, whose clocks differ: there is no bill of them")
         last = self._steps[-1]
-        gathered = world.gather(([_ran(log, last.marks) for log in last.logs], self._parts_before()))
-        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
+        mine = [_ran(log, last.marks) for log in last.logs]
+        gathered = world.gather((socket.gethostname(), mine, self._parts_before()))
+        if len({host for host, _, _ in gathered}) > 1:
+            raise ConfigError("the ranks are on several hosts, whose clocks differ: there is no bill of them")
+        costs = costs_of(self._num_stages, [span for _, _, earlier in gathered for span in earlier])
         flow = last.proven.program.flow
         predicted, balanced = (_simulated(last.proven, each, world) for each in (costs, _balanced(costs)))
-        measured = [ran for ranks, _ in gathered for ran in ranks]
+        measured = [ran for _, ranks, _ in gathered for ran in ranks]
         return _bills(of_timeline(predicted), flow, balanced, world), _bills(measured, flow, balanced, world)
 
     def _parts_before(self) -> list[Span]:

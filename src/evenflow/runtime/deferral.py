@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from evenflow.runtime.products import ADDMM, CONVOLUTION, GROUPED, LINEAR, put_off
+from evenflow.runtime.products import ADDMM, CONVOLUTION, GROUPED, LINEAR, Kind, put_off
 from evenflow.runtime.weight_grads import WeightGrads, is_leaf
 
 _MOST_STEPS = 64  # of the way from a weight to the parameters that it was made of
@@ -26,7 +26,7 @@ class Deferral:
         self.into = WeightGrads()
         self._parameters: dict[int, torch.nn.Parameter] = {}  # by id
         self._refused: dict[int, torch.nn.Parameter] = {}
-        self._anchor = torch.empty(0)  # (until it is known on which device)
+        self._anchor = torch.empty(0)  # where graphs end (until it is known on which device)
 
     def learn(self, splittable: Iterable[torch.nn.Parameter], others: Iterable[torch.nn.Parameter]) -> None:
         """Take what one more recording says of the stage's parameters; one word against it is enough."""
@@ -77,11 +77,19 @@ class Deferral:
                 return True
         return False
 
-    def anchor_on(self, x: torch.Tensor) -> torch.Tensor:
-        """The empty leaf in which the graph ends, where a weight would stand, on the device of a tensor."""
+    def put_off(
+        self,
+        kind: Kind,
+        stock: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *more: Any,
+    ) -> torch.Tensor:
+        """The product, with the gradients of weight and bias put off."""
         if self._anchor.device != x.device or not self._anchor.requires_grad:
             self._anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return self._anchor
+        return put_off(self.into, self._anchor, kind, stock, x, weight, bias, *more)
 
 
 # -- torch's functions, with torch's own names of arguments, for those who call by name
@@ -96,7 +104,7 @@ def _linear(
 ) -> torch.Tensor:
     if not deferral.takes(input, weight, bias):
         return stock(input, weight, bias)
-    return put_off(deferral.into, deferral.anchor_on(input), LINEAR, stock, input, weight, bias)
+    return deferral.put_off(LINEAR, stock, input, weight, bias)
 
 
 def _addmm(
@@ -109,7 +117,7 @@ def _addmm(
 ) -> torch.Tensor:
     if scales or not deferral.takes(mat1, mat2, input):
         return stock(input, mat1, mat2, **scales)
-    return put_off(deferral.into, deferral.anchor_on(mat1), ADDMM, stock, mat1, mat2, input)
+    return deferral.put_off(ADDMM, stock, mat1, mat2, input)
 
 
 def _convolution(
@@ -127,7 +135,7 @@ def _convolution(
     is_padded, is_batch = isinstance(padding, str), input.dim() == weight.dim()
     if is_padded or not is_batch or not deferral.takes(input, weight, bias):
         return stock(input, weight, bias, *sizes)
-    return put_off(deferral.into, deferral.anchor_on(input), CONVOLUTION, stock, input, weight, bias, *sizes)
+    return deferral.put_off(CONVOLUTION, stock, input, weight, bias, *sizes)
 
 
 def _grouped(
@@ -141,7 +149,7 @@ def _grouped(
 ) -> torch.Tensor:
     if offs is None or others or not deferral.takes(self, mat2):
         return stock(self, mat2, offs=offs, **others)
-    return put_off(deferral.into, deferral.anchor_on(self), GROUPED, stock, self, mat2, None, offs)
+    return deferral.put_off(GROUPED, stock, self, mat2, None, offs)
 
 
 _Form = Callable[..., torch.Tensor]

@@ -12,35 +12,38 @@ the host's memory. How far that is stands in memory too, so that nobody is told 
 """
 
 import contextlib
-import errno
-import math
 import mmap
-import os
 import pickle
 import select
 import socket
 import struct
+import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-import torch
 
 from evenflow.errors import ConfigError, PeerError, ScheduleError
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.runtime.inflight import Parcel
-from evenflow.runtime.links.layout import Layout, unpack
+from evenflow.runtime.links.layout import Layout
 from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.slots import (
+    Form,
+    Slot,
+    board_in,
+    closing,
+    file_of_slots,
+    memory_file,
+    slots_in,
+    too_many_files,
+)
 
-_ALIGNMENT_BYTES = 64  # each tensor begins where torch's own would
 _LARGEST_MESSAGE_BYTES = 2**17
 _MOST_AHEAD = 16  # parcels for receives that the peer's program has perhaps not reached
-_SLOTS_PER_FILE = 16  # a process may have a thousand files open; what nobody has written takes no memory
-_FORMS_KEPT = 4  # of each slot
 _LOOKS_EVERY_MS = 1  # at how far the peer's program is, while a send waits for that
 
 # A message: the op that it is for, then the slot (-1: the parcel is empty). Behind that stand, pickled, the
@@ -53,95 +56,6 @@ _PAYLOADS = tuple(Payload)
 _HEAD_BYTES = _OP.size + _SLOT.size
 
 
-class _Form:
-    """How the tensors of a parcel lie in a slot."""
-
-    def __init__(self, layouts: tuple[Layout | None, ...]) -> None:
-        self.layouts = layouts
-        places, end = [], 0
-        for layout in layouts:
-            places.append(end)
-            size = 0 if layout is None else math.prod(layout.shape) * layout.dtype.itemsize
-            end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self.places, self.num_bytes = tuple(places), end
-        # Sizes of slots are powers of two, so that parcels of like sizes share them.
-        self.slot_bytes = max(mmap.PAGESIZE, 1 << (end - 1).bit_length()) if end else 0
-
-    def fits(self, parcel: Parcel) -> bool:
-        """Whether the tensors of a parcel lie so."""
-        return len(parcel) == len(self.layouts) and all(map(_lies_as, parcel, self.layouts))
-
-    def filled(self, slot: memoryview) -> Callable[[Parcel], None]:
-        """What copies the tensors of a parcel into this slot."""
-        pairs = zip(self.layouts, self.places, strict=True)
-        with torch.inference_mode(mode=False):  # they are used in whatever mode a later parcel is sent
-            places = [_place_in(slot, layout, place) for layout, place in pairs]
-
-        def fill(parcel: Parcel) -> None:
-            for tensor, place in zip(parcel, places, strict=True):
-                if place is not None and tensor is not None:
-                    block, order = place
-                    given = tensor.detach()
-                    block.copy_(given if order is None else given.permute(order))
-
-        return fill
-
-    def opened(self, slot: memoryview) -> Parcel:
-        """The tensors that lie in a slot, as long as they need it."""
-        pairs = zip(self.layouts, self.places, strict=True)
-        return tuple(None if layout is None else _opened(slot, layout, place) for layout, place in pairs)
-
-
-def _lies_as(tensor: torch.Tensor | None, layout: Layout | None) -> bool:
-    if tensor is None or layout is None:
-        return tensor is None and layout is None
-    return tensor.shape == layout.shape and tensor.stride() == layout.stride and tensor.dtype is layout.dtype
-
-
-def _place_in(
-    slot: memoryview, layout: Layout | None, place: int
-) -> tuple[torch.Tensor, tuple[int, ...] | None] | None:
-    """Where the elements of a tensor go, and the order of dimensions in which they do (None: as they are)."""
-    number = 0 if layout is None else math.prod(layout.shape)
-    if layout is None or not number:
-        return None
-    block = torch.frombuffer(slot, dtype=layout.dtype, count=number, offset=place)
-    if layout.is_dense:
-        return block.as_strided(layout.shape, layout.stride), None
-    return block.view([layout.shape[d] for d in layout.order]), layout.order
-
-
-def _opened(slot: memoryview, layout: Layout, place: int) -> torch.Tensor:
-    number = math.prod(layout.shape)
-    if not number:
-        return unpack(torch.empty(0, dtype=layout.dtype, device="cpu"), layout)
-    return unpack(torch.frombuffer(slot, dtype=layout.dtype, count=number, offset=place), layout)
-
-
-@dataclass
-class _Slot:
-    """A piece of shared memory, and the flag beside it: 1 from its sender's filling on, 0 when it is free."""
-
-    memory: memoryview
-    flags: memoryview
-    number: int
-    fill: dict[_Form, Callable[[Parcel], None]] = field(default_factory=dict)  # of the last forms
-    held: "weakref.ref[memoryview] | None" = None  # as last taken
-    process: int = field(default_factory=os.getpid)
-
-    def filled(self, form: _Form) -> Callable[[Parcel], None]:
-        """What copies the tensors of a parcel of this form into the slot."""
-        if form not in self.fill:
-            if len(self.fill) == _FORMS_KEPT:
-                self.fill.clear()
-            self.fill[form] = form.filled(self.memory)
-        return self.fill[form]
-
-    def let_go(self, _: object) -> None:
-        if os.getpid() == self.process:  # not a copy of this in a forked child
-            self.flags[self.number] = 0
-
-
 @dataclass
 class _Peer:
     """One end of the connection with another rank."""
@@ -152,9 +66,9 @@ class _Peer:
     their_board: memoryview | None = None  # the same of the peer, which sends it first of all
     num_sent: int = 0
     has_ended: bool = False
-    own: list[_Slot] = field(default_factory=list)  # that this rank fills, by number
-    of_size: defaultdict[int, list[tuple[int, _Slot]]] = field(default_factory=partial(defaultdict, list))
-    theirs: list[_Slot] = field(default_factory=list)  # that the peer fills, by number
+    own: list[Slot] = field(default_factory=list)  # that this rank fills, by number
+    of_size: defaultdict[int, list[tuple[int, Slot]]] = field(default_factory=partial(defaultdict, list))
+    theirs: list[Slot] = field(default_factory=list)  # that the peer fills, by number
     inbox: deque[bytes] = field(default_factory=deque)  # of this step, and perhaps already of the next
     # In the order in which the peer sends: receives, as messages name them, and their parcels' keys.
     expected: deque[tuple[Recv, bytes, tuple[Any, ...]]] = field(default_factory=deque)
@@ -177,9 +91,9 @@ class SharedMemoryLink(Link):
         for each in sockets.values():
             each.setblocking(False)
         weakref.finalize(self, _close, list(sockets.values()))
-        self._told: dict[tuple[Any, ...], _Form] = {}  # by the parcel's key
-        self._known: dict[tuple[Any, ...], _Form] = {}
-        self._arrived: dict[Recv, tuple[int, _Form]] = {}  # the slot, and what is in it
+        self._told: dict[tuple[Any, ...], Form] = {}  # by the parcel's key
+        self._known: dict[tuple[Any, ...], Form] = {}
+        self._arrived: dict[Recv, tuple[int, Form]] = {}  # the slot, and what is in it
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
         for peer in self._peers.values():
@@ -192,7 +106,7 @@ class SharedMemoryLink(Link):
         form, layouts = self._told.get(manifest.key), b""
         try:
             if form is None or not form.fits(parcel):
-                form = _Form(tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel))
+                form = Form(tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel))
                 layouts = pickle.dumps(form.layouts)
                 if len(layouts) > _LARGEST_MESSAGE_BYTES - _HEAD_BYTES:
                     raise _too_many_tensors(op, len(parcel))
@@ -242,7 +156,7 @@ class SharedMemoryLink(Link):
         left = [*self._arrived, *(op for peer in self._peers.values() for op, _, _ in peer.expected)]
         assert not left, f"never taken: {[str(op) for op in left]}"
 
-    def _arrive(self, peer: _Peer) -> tuple[Recv, int, _Form]:
+    def _arrive(self, peer: _Peer) -> tuple[Recv, int, Form]:
         """The next parcel of this step from a peer: what it is for, its slot, and how it lies there."""
         while not peer.inbox:
             if not self._read(peer):
@@ -255,7 +169,7 @@ class SharedMemoryLink(Link):
                 f"mis-pairing: rank {peer.rank} sent for {sent}, and rank {self._rank} expects {expected}"
             )
         if len(message) > _HEAD_BYTES:
-            self._known[key] = _Form(pickle.loads(memoryview(message)[_HEAD_BYTES:]))
+            self._known[key] = Form(pickle.loads(memoryview(message)[_HEAD_BYTES:]))
         return expected, _SLOT.unpack_from(message, _OP.size)[0], self._known[key]
 
     def _lost(self, peer: _Peer, op: Send | Recv, error: OSError) -> PeerError:
@@ -263,19 +177,15 @@ class SharedMemoryLink(Link):
             f"rank {self._rank} lost rank {peer.rank} in {op} (microbatch {op.microbatch}): {error}"
         )
 
-    def _slot(self, peer: _Peer, size: int) -> tuple[int, _Slot]:
+    def _slot(self, peer: _Peer, size: int) -> tuple[int, Slot]:
         """A slot that is free, and its number; always the first, because it may still be in a cache."""
         for of_size in (peer.of_size[size], peer.of_size[2 * size]):
             for number, slot in of_size:
                 if not slot.flags[slot.number]:
                     return number, slot
-        file = _memory_file(mmap.PAGESIZE + _SLOTS_PER_FILE * size)
-        try:
-            made = _slots_in(file, size)
+        with file_of_slots(size) as (file, made):
             self._tell(peer, _NEW_FILE + _BYTES.pack(size))
             self._tell(peer, b"file", file)
-        finally:
-            os.close(file)
         peer.of_size[size] += enumerate(made, len(peer.own))
         peer.own += made
         return len(peer.own) - len(made), made[0]
@@ -303,31 +213,32 @@ class SharedMemoryLink(Link):
 
     def _await_program(self, peer: _Peer) -> None:
         """Wait until the peer's program is less far behind; read what comes meanwhile."""
-        poll = select.poll()
-        poll.register(peer.socket, select.POLLIN)
-        for _ in range(1 + int(self._timeout_seconds * 1e3 / _LOOKS_EVERY_MS)):
-            if peer.num_sent - self._reached_by(peer) < _MOST_AHEAD:
-                return
-            if self._timeout_seconds and poll.poll(_LOOKS_EVERY_MS):
+        end = time.monotonic() + self._timeout_seconds
+        while peer.num_sent - self._reached_by(peer) >= _MOST_AHEAD:
+            if time.monotonic() > end:
+                raise self._timeout()
+            if self._something_comes(peer, select.POLLIN, _LOOKS_EVERY_MS):
                 self._read(peer)
-        raise self._timeout()
 
     def _wait(self, peer: _Peer, events: int) -> None:
+        if not self._something_comes(peer, events, self._timeout_seconds * 1e3):
+            raise self._timeout()
+
+    def _something_comes(self, peer: _Peer, events: int, milliseconds: float) -> bool:
         """Wait until something has come, perhaps from others: that is read, as they may wait for it."""
         poll = select.poll()
         poll.register(peer.socket, events)
         others = {p.socket.fileno(): p for p in self._peers.values() if p is not peer and not p.has_ended}
         for number in others:
             poll.register(number, select.POLLIN)
-        ready = poll.poll(min(self._timeout_seconds * 1e3, 2**31 - 1))
-        if not ready:
-            raise self._timeout()
+        ready = poll.poll(min(milliseconds, 2**31 - 1))
         for number, _ in ready:
             if number in others:
                 try:
                     self._read(others[number])
                 except ConnectionError:  # who takes from it will hear of that
                     others[number].has_ended = True
+        return bool(ready)
 
     def _timeout(self) -> TimeoutError:
         return TimeoutError(f"waited {self._timeout_seconds:g} s")
@@ -338,8 +249,8 @@ class SharedMemoryLink(Link):
             file = _received_file(peer.socket)
             if file is None:
                 return False
-            with _closing(file):
-                peer.their_board = _board_in(file)
+            with closing(file):
+                peer.their_board = board_in(file)
             return True
         try:
             message = peer.socket.recv(_LARGEST_MESSAGE_BYTES)
@@ -353,8 +264,8 @@ class SharedMemoryLink(Link):
             (size,) = _BYTES.unpack_from(message, len(_NEW_FILE))
             while (file := _received_file(peer.socket)) is None:
                 self._wait(peer, select.POLLIN)
-            with _closing(file):
-                peer.theirs += _slots_in(file, size)
+            with closing(file):
+                peer.theirs += slots_in(file, size)
         else:
             peer.inbox.append(message)
         return True
@@ -376,74 +287,23 @@ def _received_file(connection: socket.socket) -> int | None:
     if not message:
         raise ConnectionResetError("its process or its pipeline has ended")
     if not files:
-        raise _too_many_files()
+        raise too_many_files()
     return files[0]
 
 
 def _sent_board(connection: socket.socket) -> memoryview:
     """A new board, shown to the peer."""
-    file = _memory_file(mmap.PAGESIZE)
-    with _closing(file):
+    file = memory_file(mmap.PAGESIZE)
+    with closing(file):
         with contextlib.suppress(ConnectionError):  # who waits for the peer will hear of it
             socket.send_fds(connection, [b"board"], [file])
-        return _board_in(file)
-
-
-def _board_in(file: int) -> memoryview:
-    return memoryview(_mapped(file, mmap.PAGESIZE)).cast("Q")
-
-
-def _mapped(file: int, num_bytes: int) -> mmap.mmap:
-    with _enough_files():
-        return mmap.mmap(file, num_bytes)
-
-
-def _memory_file(num_bytes: int) -> int:
-    with _enough_files():
-        file = os.memfd_create("evenflow")
-    try:
-        os.ftruncate(file, num_bytes)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
-
-
-@contextlib.contextmanager
-def _enough_files() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _too_many_files() if error.errno == errno.EMFILE else error from None
-
-
-@contextlib.contextmanager
-def _closing(file: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(file)
-
-
-def _slots_in(file: int, size: int) -> list[_Slot]:
-    """The slots of a file: a page of flags, and the slots behind it."""
-    whole = memoryview(_mapped(file, mmap.PAGESIZE + _SLOTS_PER_FILE * size))
-    flags = whole[:_SLOTS_PER_FILE]
-    starts = (mmap.PAGESIZE + number * size for number in range(_SLOTS_PER_FILE))
-    return [_Slot(whole[start : start + size], flags, number) for number, start in enumerate(starts)]
+        return board_in(file)
 
 
 def _too_many_tensors(op: Send, number: int) -> ConfigError:
     return ConfigError(
         f"stage {op.source} hands {number} tensors at once to stage {op.target}, more than a message between "
         "two ranks can tell of: cut the model where fewer tensors cross"
-    )
-
-
-def _too_many_files() -> ConfigError:
-    return ConfigError(
-        "this process may have no more files open, and sixteen parcels in flight between two ranks need one: "
-        "raise the limit (ulimit -n), or use fewer microbatches"
     )
 
 
