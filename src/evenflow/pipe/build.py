@@ -31,7 +31,8 @@ from evenflow.pipe.refuse import check_callable, check_link, check_reduction, ch
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.kept import buffers_at
-from evenflow.runtime.links.choose import link_for
+from evenflow.runtime.links.choose import link_for, roll_call_for
+from evenflow.runtime.links.link import Link
 from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
@@ -216,7 +217,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             model=model,
             loss=program,
             world=world,
-            link=link_for(world, own_device, placement, link),
+            link=_joined(world, own_device, placement, link),
             stages=stages_here,
             devices=devices,
             recordings=recordings,
@@ -234,6 +235,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             plan=given.plan,
         )
     )
+
+
+def _joined(world: World, device: torch.device, placement: Placement, choice: str) -> Link:
+    """The link between the ranks, who from now on call the roll, where they can."""
+    link = link_for(world, device, placement, choice)
+    world.roll_call = roll_call_for(world, link)
+    return link
 
 
 def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:

@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class Splitter:
             if not items:
                 raise ConfigError("the batch was split into no microbatch at all")
             flatten_tree(items)  # as below
-            return Prepared([microbatches.with_count_as_tensor(item) for item in items])
+            return Prepared([microbatches.with_count_as_tensor(item) for item in items], range(len(items)))
         flatten_tree(batch)  # teaches torch the dataclasses and mappings in it
         size = microbatches.batch_size(batch)
         if size == 0:
@@ -59,7 +60,9 @@ class Splitter:
             num_ranks=self.num_ranks,
         )
         batch = microbatches.with_count_as_tensor(batch)
-        return Prepared(microbatches.split(batch, num, microbatch_size=self.microbatch_size))
+        rows = microbatches.bounds(size, num, microbatch_size=self.microbatch_size)
+        items = microbatches.split(batch, num, microbatch_size=self.microbatch_size)
+        return Prepared(items, [end - start for start, end in itertools.pairwise(rows)], batch)
 
 
 def device_kind(device: str | torch.device | None) -> str:

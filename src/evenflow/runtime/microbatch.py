@@ -73,6 +73,17 @@ def count(size: int, *, num_microbatches: int | None, microbatch_size: int | Non
     return min(num_microbatches, size)
 
 
+def bounds(size: int, num: int, *, microbatch_size: int | None = None) -> list[int]:
+    """The rows before which a batch is split, with both of its ends.
+
+    >>> bounds(7, 3), bounds(7, 2, microbatch_size=4)
+    ([0, 3, 5, 7], [0, 4, 7])
+    """
+    if microbatch_size is not None:
+        return [min(i * microbatch_size, size) for i in range(num + 1)]
+    return [-(-size * i // num) for i in range(num + 1)]
+
+
 def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[Any]:
     """Split a batch along dim 0 of its tensors; plain values and 0-dimensional tensors are repeated.
 
@@ -81,20 +92,13 @@ def split(batch: Any, num: int, *, microbatch_size: int | None = None) -> list[A
     """
     size = batch_size(batch)
     _refuse_arrays(batch, size)
-    if microbatch_size is not None:
-        bounds = [min(i * microbatch_size, size) for i in range(num + 1)]
-    else:
-        bounds = [-(-size * i // num) for i in range(num + 1)]
     leaves, spec = pytree.tree_flatten(batch)
-    items = []
-    for start, end in itertools.pairwise(bounds):
-        parts: dict[int, Any] = {}  # one tensor in two places stays one tensor
-        for leaf in leaves:
-            if id(leaf) not in parts:
-                cuts = isinstance(leaf, torch.Tensor) and leaf.dim() > 0
-                parts[id(leaf)] = leaf[start:end] if cuts else leaf
-        items.append(pytree.tree_unflatten([parts[id(leaf)] for leaf in leaves], spec))
-    return items
+    edges = bounds(size, num, microbatch_size=microbatch_size)
+    sizes = [end - start for start, end in itertools.pairwise(edges)]
+    # By leaf, so that one tensor in two places stays one tensor.
+    parts = {id(leaf): leaf.split(sizes) if _has_rows(leaf) else (leaf,) * len(sizes) for leaf in leaves}
+    columns = [parts[id(leaf)] for leaf in leaves]
+    return [pytree.tree_unflatten([column[at] for column in columns], spec) for at in range(len(sizes))]
 
 
 def _refuse_arrays(batch: Any, size: int) -> None:

@@ -145,9 +145,9 @@ class Recordings:
             self._last_spec = spec, repr(spec)
         return self._last_spec[1], tuple(described), shared, modes
 
-    def find(self, program: Program, microbatch: Any) -> int | None:
-        """The recording that fits this microbatch, after `look`."""
-        for index in self._by_key.get(self.key(microbatch), ()):
+    def find(self, program: Program, microbatch: Any, key: Any = None) -> int | None:
+        """The recording that fits this microbatch, after `look`; with its `key`, where that is known."""
+        for index in self._by_key.get(key or self.key(microbatch), ()):
             if self._tells_the_same(index) and self._guards_hold(index, tensors(microbatch)):
                 return index
         return None

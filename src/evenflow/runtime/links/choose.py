@@ -1,4 +1,4 @@
-"""Which link joins the ranks of a pipeline."""
+"""Which link joins the ranks of a pipeline, and how else they talk."""
 
 import logging
 
@@ -12,6 +12,7 @@ from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.neighbours import neighbours
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
+from evenflow.runtime.roll_call import RollCall
 from evenflow.runtime.world import World, timeout_seconds
 
 _LOG = logging.getLogger(__name__)
@@ -42,3 +43,9 @@ def link_for(world: World, device: torch.device, placement: Placement, choice: s
     if num_near == world.size - 1:
         return near
     return LinkByRank(placement, dict.fromkeys(sockets, near), ProcessGroupLink(device, placement))
+
+
+def roll_call_for(world: World, link: Link) -> RollCall | None:
+    """A roll call, where that link leads through shared memory to all ranks; collective."""
+    sockets = neighbours(world) if isinstance(link, SharedMemoryLink) else None
+    return None if not sockets else RollCall(sockets, world.rank, timeout_seconds=timeout_seconds())

@@ -4,7 +4,7 @@ Kernels may add in another order when strides differ, so boundary tensors and gr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,32 +12,38 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Shape, strides and type of a tensor."""
+    """Shape, strides and type of a tensor.
+
+    `is_dense`: whether the elements fill one block without gaps or overlaps.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: Any  # torch.dtype
+    is_dense: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_dense", _is_dense(self.shape, self.stride))
 
     @staticmethod
     def of(tensor: torch.Tensor) -> "Layout":
         return Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether the elements fill one block without gaps or overlaps."""
-        expected = 1
-        for size, stride in sorted(zip(self.shape, self.stride, strict=True), key=lambda pair: pair[1]):
-            if size == 1:
-                continue
-            if stride != expected:
-                return False
-            expected *= size
-        return True
-
-    @property
     def order(self) -> tuple[int, ...]:
         """Dimensions from the largest stride to the smallest."""
         return tuple(sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], d)))
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def pack(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -23,17 +23,47 @@ _SLOTS_PER_FILE = 16  # a process may have a thousand files open; what nobody ha
 _FORMS_KEPT = 4  # of each slot
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor of so many elements lies in a slot: its first byte."""
+
+    layout: Layout
+    start: int
+    number: int
+
+    def in_slot(self, slot: memoryview) -> tuple[torch.Tensor, tuple[int, ...] | None] | None:
+        """Where its elements go, and the order of dimensions in which they do (None: as they are)."""
+        layout = self.layout
+        if not self.number:
+            return None
+        block = self._block(slot)
+        if layout.is_dense:
+            return block.as_strided(layout.shape, layout.stride), None
+        return block.view([layout.shape[d] for d in layout.order]), layout.order
+
+    def opened(self, slot: memoryview) -> torch.Tensor:
+        """The tensor that lies there."""
+        if not self.number:
+            return unpack(torch.empty(0, dtype=self.layout.dtype, device="cpu"), self.layout)
+        return unpack(self._block(slot), self.layout)
+
+    def _block(self, slot: memoryview) -> torch.Tensor:
+        return torch.frombuffer(slot, dtype=self.layout.dtype, count=self.number, offset=self.start)
+
+
 class Form:
     """How the tensors of a parcel lie in a slot."""
 
     def __init__(self, layouts: tuple[Layout | None, ...]) -> None:
         self.layouts = layouts
-        places, end = [], 0
+        self._places: list[_Place | None] = []
+        end = 0
         for layout in layouts:
-            places.append(end)
-            size = 0 if layout is None else math.prod(layout.shape) * layout.dtype.itemsize
+            number = 0 if layout is None else math.prod(layout.shape)
+            self._places.append(None if layout is None else _Place(layout, end, number))
+            size = 0 if layout is None else number * layout.dtype.itemsize
             end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self.places, self.num_bytes = tuple(places), end
+        self.num_bytes = end
         # Sizes of slots are powers of two, so that parcels of like sizes share them.
         self.slot_bytes = max(mmap.PAGESIZE, 1 << (end - 1).bit_length()) if end else 0
 
@@ -43,9 +73,8 @@ class Form:
 
     def filled(self, slot: memoryview) -> Callable[[Parcel], None]:
         """What copies the tensors of a parcel into this slot."""
-        pairs = zip(self.layouts, self.places, strict=True)
         with torch.inference_mode(mode=False):  # they are used in whatever mode a later parcel is sent
-            places = [_place_in(slot, layout, place) for layout, place in pairs]
+            places = [None if place is None else place.in_slot(slot) for place in self._places]
 
         def fill(parcel: Parcel) -> None:
             for tensor, place in zip(parcel, places, strict=True):
@@ -58,34 +87,13 @@ class Form:
 
     def opened(self, slot: memoryview) -> Parcel:
         """The tensors that lie in a slot, as long as they need it."""
-        pairs = zip(self.layouts, self.places, strict=True)
-        return tuple(None if layout is None else _opened(slot, layout, place) for layout, place in pairs)
+        return tuple(None if place is None else place.opened(slot) for place in self._places)
 
 
 def _lies_as(tensor: torch.Tensor | None, layout: Layout | None) -> bool:
     if tensor is None or layout is None:
         return tensor is None and layout is None
     return tensor.shape == layout.shape and tensor.stride() == layout.stride and tensor.dtype is layout.dtype
-
-
-def _place_in(
-    slot: memoryview, layout: Layout | None, place: int
-) -> tuple[torch.Tensor, tuple[int, ...] | None] | None:
-    """Where the elements of a tensor go, and the order of dimensions in which they do (None: as they are)."""
-    number = 0 if layout is None else math.prod(layout.shape)
-    if layout is None or not number:
-        return None
-    block = torch.frombuffer(slot, dtype=layout.dtype, count=number, offset=place)
-    if layout.is_dense:
-        return block.as_strided(layout.shape, layout.stride), None
-    return block.view([layout.shape[d] for d in layout.order]), layout.order
-
-
-def _opened(slot: memoryview, layout: Layout, place: int) -> torch.Tensor:
-    number = math.prod(layout.shape)
-    if not number:
-        return unpack(torch.empty(0, dtype=layout.dtype, device="cpu"), layout)
-    return unpack(torch.frombuffer(slot, dtype=layout.dtype, count=number, offset=place), layout)
 
 
 @dataclass
