@@ -54,7 +54,7 @@ class _Work(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         DEVICE.work(ctx.seconds)
-        ctx.seconds = 0.0  # where torch takes a backward apart, it comes here once more on its way to the weight
+        ctx.seconds = 0.0  # torch comes here once more on its way to the weight
         return grads[0], grads[0].as_strided((1, 1), (1, 1)), None
 
 

@@ -88,7 +88,7 @@ class Pipelining:
     `stages=None`: as many as `split` makes, or those of one rank per GPU, or of two on a machine without.
     `stages_per_rank=None`: what suits the schedule, 2 for those that interleave or make a V, else 1.
     `schedule=None`: 1f1b. Where all are left out, several ranks measure the model and plan it. `link` is how
-    tensors travel between ranks: auto, shared-memory or torch.
+    tensors travel between ranks: auto, shared-memory or torch. `compile` lets torch.compile have the blocks.
     """
 
     stages: int | None = None
@@ -99,6 +99,7 @@ class Pipelining:
     split: tuple[str, ...] = ()
     exact: bool = False
     link: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stages", "stages_per_rank", "num_microbatches", "microbatch_size"):

@@ -124,6 +124,7 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
         microbatch_size=plan.microbatch_size,
         exact=config.pipeline.exact,
         link=config.pipeline.link,
+        compile=config.pipeline.compile,
     )
     return dataclasses.replace(config, pipeline=pipeline)
 

@@ -129,6 +129,7 @@ def _prepare(job: Job, levers: dict[str, Any], *, device: str) -> tuple["evenflo
         **levers,
         exact=config.pipeline.exact,
         link=config.pipeline.link,
+        compile=config.pipeline.compile,
         seed=config.training.seed,
         device=device,
     )

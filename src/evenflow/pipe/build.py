@@ -3,7 +3,7 @@
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut, num_bytes
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
+from evenflow.ir.op import InputGrad, parts
 from evenflow.ir.placement import Placement
 from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
@@ -27,9 +28,11 @@ from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
-from evenflow.pipe.refuse import check_callable, check_link, check_reduction, check_whole, refuse_unfit
+from evenflow.pipe.refuse import check_given, refuse_unfit
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
+from evenflow.runtime import compiled
+from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
@@ -66,6 +69,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     load: str | Path | None = None,
     plan: Plan | str | Path | None = None,
     link: str = "auto",
+    compile: bool | str = False,  # noqa: A002 (as torch calls it)
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -106,6 +110,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       where there are several processes and nothing is given. Measurements are kept for the next time.
     - `link`: how tensors travel between processes: "auto", through shared memory between CPU ranks of one
       host and over torch.distributed between others; "torch", over that alone; "shared-memory", or an error.
+    - `compile`: let torch.compile have every block, a module that holds others and stays whole; modules are
+      then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
+      (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
+      numbers stays as it is; the gradients of compiled weights are not put off. The log tells of each stage.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -135,10 +143,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "split_batch": split_batch,
         "max_leaf_share": max_leaf_share,
     }
-    check_whole(seed=seed)
-    check_callable(loss=loss, optimizer=optimizer, scheduler=scheduler)
-    check_reduction(reduction)
-    check_link(link)
+    check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
+    compiling = Compiling.of(compile)
     choices.check_split(model, split or ())
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
@@ -173,9 +179,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
     _share_buffers(model, world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
-    share = choices.leaf_share(num_stages) if given.max_leaf_share is None else given.max_leaf_share
+    own_share = choices.leaf_share(num_stages, compiles=compiling is not None)
+    share = own_share if given.max_leaf_share is None else given.max_leaf_share
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
-    recordings = Recordings(model, fakes, device=own_device, leaves=leaves, accumulators=accumulators)
+    recordings = Recordings(
+        model, fakes, device=own_device, leaves=leaves, accumulators=accumulators, compiling=compiling
+    )
     recordings.look(program)
     graph = recordings.trace(program, item)
     check_loss(graph)
@@ -197,6 +206,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     for stage, held in owned.items():
         stages_here[stage].own(held)
     recordings.add(program, item, cut, stages_here)
+    _tell_compiled(model, cut, stages_here, programs, compiling)
     refuse_shared_hooks(accumulators.uses, accumulators.parameter)
     weigher = Weigher(recordings, reduction)
     described = weigher.describe(0, item)
@@ -242,6 +252,21 @@ def _joined(world: World, device: torch.device, placement: Placement, choice: st
     link = link_for(world, device, placement, choice)
     world.roll_call = roll_call_for(world, link)
     return link
+
+
+def _tell_compiled(
+    model: torch.nn.Module,
+    cut: Cut,
+    stages: Iterable[int],
+    programs: Programs,
+    compiling: Compiling | None,
+) -> None:
+    """Say once of each stage what is compiled."""
+    computes = (part for rank in programs.example.ranks for op in rank for part in parts(op))
+    splits = {part.stage for part in computes if isinstance(part, InputGrad)}
+    for stage in stages if compiling is not None else ():
+        said = compiled.told(cut.sections[stage].nodes, model, splits=stage in splits)
+        _LOG.info("stage %d %s", stage, said)
 
 
 def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:

@@ -168,9 +168,13 @@ def devices_of(
     return tuple(torch.device("cuda", _cuda_index(order[rank])) for rank in placement.rank_of)
 
 
-def leaf_share(num_stages: int) -> float:
-    """The largest share of all FLOPs that a leaf may hold by default: a quarter of a stage's."""
-    return 1 / (4 * num_stages)
+def leaf_share(num_stages: int, *, compiles: bool = False) -> float:
+    """The largest share of all FLOPs that a leaf may hold by default: a quarter of a stage's.
+
+    Where blocks are compiled it is a stage's, for what is taken apart is not compiled, and half of a single
+    one's: the whole model is no block.
+    """
+    return 1 / max(2, num_stages) if compiles else 1 / (4 * num_stages)
 
 
 def check_share(max_leaf_share: float | None) -> None:

@@ -67,6 +67,14 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
 
 
+def check_given(seed: object, reduction: object, link: object, **functions: Any) -> None:
+    """Raise `ConfigError` naming the first of these arguments of `pipeline` that no model could work with."""
+    check_whole(seed=seed)
+    check_callable(**functions)
+    _check_reduction(reduction)
+    _check_link(link)
+
+
 def check_whole(**arguments: Any) -> None:  # whatever the caller was given
     """Raise `ConfigError` naming the first argument that is given and no whole number."""
     for name, value in arguments.items():
@@ -81,13 +89,13 @@ def check_callable(*, needed: bool = False, **arguments: Any) -> None:  # whatev
             raise ConfigError(f"{name}= must be a function, not a {type(value).__name__}")
 
 
-def check_link(link: object) -> None:
+def _check_link(link: object) -> None:
     """Raise `ConfigError` for a `link=` that is none of those known."""
     if link not in choose.CHOICES:
         raise ConfigError(f"link={link!r} is none of {', '.join(map(repr, choose.CHOICES))}")
 
 
-def check_reduction(reduction: object) -> None:
+def _check_reduction(reduction: object) -> None:
     """Raise `ConfigError` for a `reduction=` that is neither a known name nor a function."""
     if reduction is not None and reduction not in CHOICES and not callable(reduction):
         hint = " (over rows, or over tokens?)" if reduction == "mean" else ""

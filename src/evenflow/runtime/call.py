@@ -15,6 +15,7 @@ from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Template
 from evenflow.graph.tree import BufferSource, ParameterSource, Value
+from evenflow.runtime.compiled import Compiling, refusal
 from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.rng import Streams
@@ -119,6 +120,7 @@ class Prepare:
     streams: Streams
     parameter_of: ParameterOf
     places_of: PlacesOf
+    compiling: Compiling | None = None
 
     def call(self, node: Node) -> Call:
         """The node with its parameters, buffers and constants in place."""
@@ -130,7 +132,10 @@ class Prepare:
                 swaps = self._swaps(node, module)
                 around: list[Around] = [partial(_swapped, swaps)] if swaps else []
                 around += [partial(self.streams.module, target)] if draws else []
-                return Call(node, _plain_call(module), args, tuple(around), None, values)
+                called = _plain_call(module)
+                if self.compiling is not None and not swaps and refusal(node, self.model) is None:
+                    called = self.compiling.of_module(module)
+                return Call(node, called, args, tuple(around), None, values)
             case FunctionTarget(function, None):
                 return Call(node, function, args, (), None, values)
             case FunctionTarget(function, draws):

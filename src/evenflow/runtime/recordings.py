@@ -40,6 +40,7 @@ from evenflow.graph.record import record
 from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
 from evenflow.runtime.call import ParameterOf
+from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
@@ -78,12 +79,13 @@ class Recordings:
         device: torch.device,
         leaves: Leaves,
         accumulators: Accumulators,
+        compiling: Compiling | None = None,
     ) -> None:
         self.entries: list[Recording] = []
         self.stage_of_parameter: dict[str, int] = {}
         self.model = model
         self._fakes, self._device, self._leaves = fakes, device, leaves
-        self._accumulators = accumulators
+        self._accumulators, self._compiling = accumulators, compiling
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
@@ -336,6 +338,7 @@ class Recordings:
             parameter_of=parameter_of,
             places_of=self._places.__getitem__,
             deferral=stage.deferral,
+            compiling=self._compiling,
         )
 
     def glue_work(self, graph: Graph, wanted: Template, device: torch.device) -> Work:

@@ -34,7 +34,7 @@ class RollCall:
         weakref.finalize(self, _close, list(self._sockets.values()))
 
     def gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Every rank's (equally many, 64-bit, at least one) numbers, in rank order, on every rank; collective.
+        """Every rank's (equally many, at least one, 64-bit) numbers, in rank order; collective.
 
         Raises `OSError` where a rank is gone or does not answer.
         """

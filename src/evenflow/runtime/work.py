@@ -7,7 +7,8 @@ uses, on which device its constants lie, and the code that makes the calls.
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import NOTHING, Template
 from evenflow.graph.weight_uses import WeightUses
 from evenflow.runtime.call import Call, ParameterOf, PlacesOf, Prepare
+from evenflow.runtime.compiled import Compiling, refusal
 from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.straight import Straight, Tell, filling, straight
@@ -31,7 +33,8 @@ class Work:
     """A section's nodes as ready calls. `run` fills `values` from what it holds at the start.
 
     `extra` is a template that somebody will fill afterwards: its values are kept, its buffers in place.
-    `deferral` is that of the stage, and learns what the section says of its parameters.
+    `deferral` is that of the stage, and learns what the section says of its parameters. With `compiling`
+    blocks are compiled.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Work:
         places_of: PlacesOf,
         extra: Template = NOTHING,
         deferral: Deferral | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
         self.section = section
         self.graph = graph
@@ -58,9 +62,13 @@ class Work:
         )
         kept = {*extra.refs, *(value for values in section.sends.values() for value in values)}
         kept |= set(graph.output.refs) if section.needs_output else set()
-        prepare = Prepare(graph, model, device, streams, parameter_of, places_of)
+        prepare = Prepare(graph, model, device, streams, parameter_of, places_of, compiling)
         calls = [prepare.call(node) for node in section.nodes]
-        put_off = _learnt(section, graph, parameter_of, deferral)
+        nodes = [
+            replace(node, opaque=True) if compiling is not None and refusal(node, model) is None else node
+            for node in section.nodes
+        ]
+        put_off = _learnt(nodes, graph, parameter_of, deferral)
         self.runs = [
             _Run(tuple(part), kept, section.nodes, streams, put_off)
             for _, part in itertools.groupby(calls, key=lambda call: (_nested(call.node), call.node.region))
@@ -174,13 +182,13 @@ class _Run:
 
 
 def _learnt(
-    section: Section, graph: Graph, parameter_of: ParameterOf, deferral: Deferral | None
+    nodes: Sequence[Node], graph: Graph, parameter_of: ParameterOf, deferral: Deferral | None
 ) -> dict[int, Deferral]:
-    """Tell the stage's deferral of the section's parameters; the nodes that put off, by index."""
+    """Tell the stage's deferral of the nodes' parameters; those that put off, by index."""
     if deferral is None:
         return {}
-    uses = WeightUses(section.nodes, graph.values)
-    pairs = [(node, name) for node in section.nodes for name in node.parameters]
+    uses = WeightUses(nodes, graph.values)
+    pairs = [(node, name) for node in nodes for name in node.parameters]
     deferral.learn(
         (parameter_of(name, node) for node, name in pairs if name in uses.splittable),
         (parameter_of(name, node) for node, name in pairs if name in uses.others),
