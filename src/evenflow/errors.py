@@ -21,5 +21,9 @@ class RecordError(EvenflowError):
     """The model did something during recording that a split could not repeat faithfully."""
 
 
+class OutOfMemoryError(EvenflowError, MemoryError):
+    """A rank's memory was too small for a step; the message reports what was there and what would help."""
+
+
 class PeerError(EvenflowError, RuntimeError):
     """Another rank failed, vanished or did not answer in time: the peer's fault, not the caller's."""

@@ -33,7 +33,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
+from evenflow.errors import (
+    ConfigError,
+    EvenflowError,
+    OutOfMemoryError,
+    PeerError,
+    RecordError,
+    ScheduleError,
+)
 
 T = TypeVar("T")
 
@@ -45,9 +52,8 @@ _PEER_GRACE_SECONDS = 5.0
 # How Gloo and the store say that the other side is gone, in plain RuntimeErrors.
 _PEER_LOST_PHRASES = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
-_ERRORS_BY_NAME: Mapping[str, type[EvenflowError]] = {
-    error.__name__: error for error in (EvenflowError, ConfigError, ScheduleError, RecordError, PeerError)
-}
+_ERRORS = (EvenflowError, ConfigError, ScheduleError, RecordError, OutOfMemoryError, PeerError)
+_ERRORS_BY_NAME: Mapping[str, type[EvenflowError]] = {error.__name__: error for error in _ERRORS}
 
 _QUIETED_LOGGERS = (
     "torch.distributed.elastic",

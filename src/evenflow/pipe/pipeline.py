@@ -24,6 +24,7 @@ from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
+from evenflow.pipe.exhausted import Failure, failure_in, is_out_of_memory, out_of_memory
 from evenflow.pipe.fixed import refuse_shared_hooks
 from evenflow.pipe.meter import Meter
 from evenflow.pipe.parts import Parts
@@ -94,9 +95,7 @@ class Pipeline:
         self._step += 1
         if update:
             start = time.perf_counter()
-            self._parts.updater.combine(self._accumulated.scale)
-            self._parts.updater.step()
-            self._updated = True
+            self._update(executors)
             marks.update_seconds = time.perf_counter() - start
         marks.end_seconds = time.perf_counter()
         self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
@@ -365,16 +364,38 @@ class Pipeline:
         }
         draws = any(work.draws for job in jobs for work in job.works.values())
         with generators_restored(stage.device for stage in parts.stages.values() if draws):
-            if alone:
-                for rank, _ in proven.order:
-                    executors[rank].run_next()
-                for executor in executors.values():
-                    executor.finish()
-            else:
-                executors[parts.world.rank].run()
+            try:
+                if alone:
+                    for rank, _ in proven.order:
+                        executors[rank].run_next()
+                    for executor in executors.values():
+                        executor.finish()
+                else:
+                    executors[parts.world.rank].run()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = failure_in(proven, executors, self._step, error, alone=alone)
+                raise out_of_memory(parts, failure, jobs, executors) from error
         last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
         return list(executors.values()), results
+
+    def _update(self, executors: Sequence[Executor]) -> None:
+        """Let the optimizers step with the gradients that these executors' programs have left."""
+        updater = self._parts.updater
+        try:
+            updater.combine(self._accumulated.scale)
+            updater.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            first = executors[0]
+            failure = Failure(first.rank, None, self._step, error)
+            raise out_of_memory(
+                self._parts, failure, first.jobs, {each.rank: each for each in executors}
+            ) from error
+        self._updated = True
 
     def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:
         """The scripts of these ranks, made once for each program; alone, ranks take turns as in its proof."""

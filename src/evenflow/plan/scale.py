@@ -65,6 +65,29 @@ def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
     )
 
 
+def in_proportion(chain: Chain, num_rows: int) -> Chain:
+    """The chain for `num_rows` rows, where one size was costed: everything in proportion to the rows."""
+
+    def nothing(held: Sequence[Held]) -> tuple[Held, ...]:
+        return tuple(replace(each, num_bytes=0.0) for each in held)
+
+    zeros = (0.0,) * chain.num_nodes
+    none = replace(
+        chain,
+        num_rows=0,
+        flops=zeros,
+        seconds=dict.fromkeys(chain.seconds, Seconds(zeros, zeros, zeros)),
+        saved=nothing(chain.saved),
+        kept=nothing(chain.kept),
+        forward_transient_bytes=zeros,
+        backward_transient_bytes=zeros,
+        cut_bytes=zeros,
+        expert_bytes=(0.0,) * len(chain.expert_bytes),
+        skips=nothing(chain.skips),
+    )
+    return scaled(none, chain, num_rows)
+
+
 def _between(
     small: Sequence[Held],
     large: Sequence[Held],

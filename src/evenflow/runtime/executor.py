@@ -5,7 +5,7 @@ links carry, `InFlight` holds what is between.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, assert_never
 
@@ -139,6 +139,25 @@ class Executor:
         """Wait until everything sent has left; by then nothing is in flight."""
         self.link.finish()
         assert not self._flights, f"still in flight after the step: {sorted(self._flights)}"
+
+    @property
+    def in_flight(self) -> Collection[Key]:
+        """The (stage, microbatch) pairs that are between their first arrival and their last departure."""
+        return self._flights.keys()
+
+    def parcels(self) -> Iterator[torch.Tensor | None]:
+        """What has arrived and is not used, or made and not sent."""
+        for flight in self._flights.values():
+            for group in (flight.activations, flight.gradients, flight.made):
+                for parcel in group.values():
+                    yield from parcel
+            yield from flight.owed.values()
+
+    def drop(self) -> None:
+        """Let go of all that is in flight: the step is given up."""
+        self._flights.clear()
+        self._losses.clear()
+        self.results.clear()
 
     def _execute(self, line: Line) -> None:
         """Run one op and note when."""

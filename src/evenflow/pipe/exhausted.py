@@ -1,0 +1,230 @@
+"""Out of memory: one report of where, of what was planned and what was there, and of what would help.
+
+What other ranks hold is not asked for: they are in the middle of a step, and wait.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from evenflow.cluster.cluster import Cluster, Host
+from evenflow.cluster.sizes import told_bytes
+from evenflow.cost.cache import device_name
+from evenflow.cost.estimate import estimate
+from evenflow.cost.local_device import device_found, memory_bytes_of
+from evenflow.errors import ConfigError, EvenflowError, OutOfMemoryError
+from evenflow.graph.fakes import storage_of
+from evenflow.ir.costs import Link
+from evenflow.ir.op import Op
+from evenflow.pipe.parts import Parts
+from evenflow.plan.chain import Chain
+from evenflow.plan.fit import Fit, at_cuts, groups_of
+from evenflow.plan.plan import Degrees
+from evenflow.plan.rank_memory import RankMemory, TrainingState
+from evenflow.plan.remedies import Remedy, peak_bytes, remedies, step_seconds
+from evenflow.plan.request import Choice, Request
+from evenflow.runtime.executor import Executor, Job
+from evenflow.runtime.weights import rows_of
+from evenflow.validate import ProvenProgram
+
+_NUM_LARGEST = 5
+_SAFE = 0.9  # of what there is, or of what was planned where that was too little: what a remedy may need
+_FLOPS_PER_SECOND = 1e12  # of a device that nobody knows: remedies are told relative to what runs
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Where memory ran out: a rank, and its op; None: the optimizer's update."""
+
+    rank: int
+    op: Op | None
+    step: int
+    error: BaseException
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on a GPU or on the host."""
+    said = str(error)
+    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "memory" in said
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_host
+
+
+def failure_in(
+    proven: ProvenProgram, executors: Mapping[int, Executor], step: int, error: BaseException, *, alone: bool
+) -> Failure:
+    """Which op was running: the first that has no times yet."""
+    done = {rank: len(executor.log.times) for rank, executor in executors.items()}
+    rank = proven.order[sum(done.values())][0] if alone else next(iter(executors))
+    return Failure(rank, executors[rank].script.lines[done[rank]].op, step, error)
+
+
+def out_of_memory(
+    parts: Parts, failure: Failure, jobs: Sequence[Job], executors: Mapping[int, Executor]
+) -> OutOfMemoryError:
+    """The error that reports it."""
+    placement = parts.programs.placement
+    alone = parts.world.size == 1 and len(set(parts.devices)) == 1  # all ranks share one memory
+    stages = placement.stages_on(failure.rank)
+    device = parts.devices[stages[0]]
+    where = "the optimizer's update" if failure.op is None else f"{failure.op}"
+    of_rank = f"rank {failure.rank} ({device}, {told_bytes(_limit_bytes(device))})"
+    of_stages = f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
+    said = (str(failure.error).splitlines() or [type(failure.error).__name__])[0]
+    lines = [f"out of memory on {of_rank}, {of_stages}, in {where} of step {failure.step}: {said}"]
+    measured = _measured(parts, executors, device)
+    flying = Counter(stage for each in executors.values() for stage, _ in each.in_flight)
+    for each in executors.values():  # the report needs some memory, too
+        each.drop()
+    parts.updater.clear()
+    with contextlib.suppress(EvenflowError, MemoryError):  # what cannot be estimated is left out
+        estimated = _Estimate(parts, jobs, device)
+        planned = estimated.planned(parts, range(placement.num_ranks) if alone else [failure.rank])
+        lines += [*_table(planned, measured), *estimated.largest(flying)]
+        room = _SAFE * min(_limit_bytes(device), peak_bytes(estimated.now))
+        lines += _told_remedies(estimated, room)
+    return OutOfMemoryError("\n".join(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Bytes by category, as in `RankMemory`, of what is known; all that the device (or process) has."""
+
+    known: Mapping[str, float]
+    now: float
+    most: float
+
+
+def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.device) -> _Measured:
+    parameters = [parameter for _, parameter in parts.updater.parameters]
+    parameters += parts.updater.accumulators.copies()
+    states = [list(each.state.values()) for each in parts.updater.optimizers.values()]
+    known = {
+        "parameters": _bytes_of(parameters),
+        "gradients": _bytes_of(p.grad for p in parameters if p.grad is not None),
+        "optimizer": _bytes_of(pytree.tree_leaves(states)),
+        "boundary": _bytes_of(parcel for each in executors.values() for parcel in each.parcels()),
+    }
+    if device.type == "cuda":
+        memory = torch.cuda.memory_stats(device)
+        names = "allocated_bytes.all.current", "allocated_bytes.all.peak"
+        return _Measured(known, *(float(memory[name]) for name in names))
+    return _Measured(known, _of_process("VmRSS"), _of_process("VmHWM"))
+
+
+def _bytes_of(things: Iterable[object]) -> float:
+    """Bytes of the tensors among them that have memory; what several have is counted once."""
+    tensors = (thing for thing in things if isinstance(thing, torch.Tensor) and not thing.is_meta)
+    return float(sum({storage_of(tensor): tensor.nbytes for tensor in tensors}.values()))
+
+
+def _of_process(name: str) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{name}:"):
+                return float(line.split()[1]) * 1024
+    return 0.0
+
+
+def _limit_bytes(device: torch.device) -> float:
+    limit = memory_bytes_of(device)
+    with contextlib.suppress(ImportError):
+        import resource  # (not everywhere)
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if device.type == "cpu" and soft != resource.RLIM_INFINITY:
+            limit = min(limit, float(soft))
+    return limit
+
+
+class _Estimate:
+    """The run as planning sees it: estimated from its recording, on devices like this rank's."""
+
+    def __init__(self, parts: Parts, jobs: Sequence[Job], device: torch.device) -> None:
+        cut, schedule = jobs[0].cut, parts.programs.example
+        rows = rows_of(list(jobs[0].batch.values())) or 1
+        kind = device_found(device_name(device), memory_bytes_of(device), _FLOPS_PER_SECOND)
+        rate = next(iter(kind.flops_per_second))  # times are told as shares alone
+        self.chain: Chain = estimate(cut.graph, parts.model, [kind], num_rows=rows, dtype=rate)
+        num_ranks = schedule.placement.num_ranks
+        self.request = Request(
+            lambda _: self.chain,
+            (rows,),
+            Cluster((Host((kind,) * num_ranks, Link()),)),
+            batch_rows=rows * len(jobs),
+            row_tokens=1.0,
+            max_leaf_share=1.0,
+            state=_state(parts),
+        )
+        on_each = schedule.placement.num_stages // num_ranks
+        self.choice = Choice(Degrees(num_ranks), on_each, schedule.name, rows, len(jobs), "none")
+        groups = groups_of(self.request.cluster, self.choice.degrees)
+        self.now: Fit = at_cuts(
+            self.request, self.choice, self.chain, cut.positions, groups, schedule=schedule
+        )
+
+    def planned(self, parts: Parts, ranks: Iterable[int]) -> RankMemory:
+        """What the plan says that these ranks need together; the estimate, where there is no plan."""
+        memory = self.now.memory if parts.plan is None else [each.memory for each in parts.plan.ranks]
+        own = [memory[rank] for rank in ranks]
+        return RankMemory(*(sum(getattr(each, field.name) for each in own) for field in fields(RankMemory)))
+
+    def largest(self, flying: Mapping[int, int]) -> Iterator[str]:
+        """The largest things that autograd holds; `flying` says how many microbatches each stage has."""
+        held = []
+        for stage, number in flying.items():
+            own = self.now.stages[stage]
+            for each in self.chain.saved:
+                nodes = [node for node in each.nodes if own.start <= node < own.end]
+                if nodes:
+                    held.append((number * each.num_bytes, number, each.num_bytes, nodes[0]))
+        if held:
+            yield "the largest that is held for backwards, estimated:"
+        for total, number, size, node in sorted(held, reverse=True)[:_NUM_LARGEST]:
+            times = f"{number} microbatch{'es' * (number > 1)} x {told_bytes(size)}"
+            yield f"  {told_bytes(total):>12}  {self.chain.names[node]} ({times})"
+
+
+def _state(parts: Parts) -> TrainingState:
+    """What the optimizers keep for each element; before their first step, what Adam would."""
+    elements = sum(p.numel() for _, p in parts.updater.parameters if p.requires_grad)
+    kept = _bytes_of(
+        pytree.tree_leaves([list(each.state.values()) for each in parts.updater.optimizers.values()])
+    )
+    if not parts.updater.optimizers:
+        return TrainingState(optimizer_bytes=0.0, update_bytes=0.0)
+    return TrainingState(optimizer_bytes=kept / elements) if kept and elements else TrainingState()
+
+
+def _table(planned: RankMemory, measured: _Measured) -> Iterator[str]:
+    yield f"{'':16}{'planned':>12}{'measured':>12}"
+    for each in fields(planned):
+        size = measured.known.get(each.name)
+        if size is not None or getattr(planned, each.name):
+            found = "" if size is None else told_bytes(size)
+            yield f"{each.name:16}{told_bytes(getattr(planned, each.name)):>12}{found:>12}"
+    rest = max(0.0, measured.now - sum(measured.known.values()))
+    yield f"{'all the rest':16}{'':12}{told_bytes(rest):>12}  (activations among it)"
+    yield (
+        f"{'together':16}{told_bytes(planned.allocated):>12}{told_bytes(measured.now):>12}"
+        f"  (at most {told_bytes(measured.most)})"
+    )
+
+
+def _told_remedies(estimated: _Estimate, room_bytes: float) -> Iterator[str]:
+    now = step_seconds(estimated.now)
+    found: list[Remedy] = []
+    with contextlib.suppress(ConfigError):
+        found = remedies(estimated.request, estimated.choice, estimated.chain, estimated.now, room_bytes)
+    if found:
+        most = told_bytes(peak_bytes(estimated.now))
+        yield f"what would help, estimated; now the fullest rank needs {most}:"
+    for each in found:
+        yield (
+            f"  {each.what}: {told_bytes(each.peak_bytes)}, and a step takes "
+            f"{each.step_seconds / now:.2f} times as long"
+        )
