@@ -23,6 +23,7 @@ from workloads import Workload
 import evenflow
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
+from evenflow.ir.timeline import Timeline
 from evenflow.launcher import launch
 from evenflow.pipe.choices import world_of
 from evenflow.schedules import catalog
@@ -111,6 +112,24 @@ class Torchs:
         return found
 
 
+class Alone:
+    """Each rank's own first stage in a loop, without a pipeline: what the devices take by themselves."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.stage = workload.stages(dist.get_world_size())[0]
+        self.inputs = workload.inputs
+
+    def step(self) -> None:
+        """Forward and backward of as many microbatches as a batch has."""
+        for x in self.inputs.split(1):
+            y = self.stage(x.requires_grad_())
+            y.backward(torch.ones_like(y))
+
+    def gradients(self) -> Gradients:
+        """None that others have."""
+        return {}
+
+
 class Plain:
     """A loop over microbatches on the first rank, while the others wait."""
 
@@ -131,7 +150,7 @@ class Plain:
         return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-Competitor = Ours | Torchs | Plain
+Competitor = Ours | Torchs | Plain | Alone
 Makers = Mapping[str, Callable[[], Competitor]]
 
 
@@ -143,12 +162,14 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
     emulated.DEVICE.is_on = True
     found = {name: Took() for name in competitors}
     reference: Gradients = {}
+    last: dict[str, float] = {}
     for at in range(WARM_UPS + rounds):
         for name, competitor in competitors.items():
             dist.barrier()
             start, cpu = time.perf_counter(), time.process_time()
             competitor.step()
-            mine = torch.tensor([time.perf_counter() - start, time.process_time() - cpu])
+            last[name] = time.perf_counter() - start
+            mine = torch.tensor([last[name], time.process_time() - cpu])
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(every, mine)
             if at >= WARM_UPS:
@@ -165,13 +186,27 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
             predicted, measured = competitor.pipe.timelines()
             found[name].told["timeline"] = measured.makespan_seconds
             found[name].told["predicted timeline"] = predicted.makespan_seconds
+            found[name].told["ops end off by"] = _ends_off(predicted, measured)
+            _, bills = competitor.pipe.bills()
+            off = abs(bills[dist.get_rank()].step / last[name] - 1)
+            every = [torch.empty(1) for _ in bills]
+            dist.all_gather(every, torch.tensor([off]))
+            found[name].told["bills off by"] = float(max(every))
     return found
+
+
+def _ends_off(predicted: Timeline, measured: Timeline) -> float:
+    """How far from the predicted time an op ends, in the median; a share of the whole."""
+    ends = {(span.rank, span.op): span.end_seconds for span in measured.spans if span.is_compute}
+    gaps = [abs(ends[s.rank, s.op] - s.end_seconds) for s in predicted.spans if s.is_compute]
+    return statistics.median(gaps) / predicted.makespan_seconds
 
 
 def _difference(found: Gradients, expected: Gradients) -> float:
     # Of emulated devices, pipelines with more stages have more parameters.
     pairs = [(found[name], expected[name]) for name in expected if name in found]
-    return max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)) for one, other in pairs)
+    gaps = ((one - other).abs().max() / other.abs().max().clamp(min=1e-30) for one, other in pairs)
+    return max(map(float, gaps), default=0.0)
 
 
 def _a() -> dict[str, Took]:
@@ -212,8 +247,12 @@ def _asleep(num_ranks: int, num_microbatches: int, width: int, theirs: tuple[str
     for name in ("zb-h1", "zb-auto", "zb-v"):
         on_each = 2 if name == "zb-v" else 1
         makers[f"ours, {name}"] = partial(Ours, workload(on_each), name, num_ranks * on_each)
+    makers["devices alone"] = partial(Alone, workload(1))
     found = taken_in_turn(makers)
     for name, took in found.items():
+        if name == "devices alone":
+            took.told["ideal"] = 3 * 5e-3 * num_microbatches
+            continue
         system, schedule = name.split(", ")
         schedule = {"zero-bubble": "zb-h1"}.get(schedule, schedule)
         if system == "ours" or schedule != "1f1b":
@@ -254,8 +293,11 @@ def shown(
     first = statistics.median(next(iter(found.values())).wall)
     first_cpu = statistics.median(next(iter(found.values())).cpu)
     print(f"\n{title}; load {os.getloadavg()[0]:.1f}\n")
-    print(f"| | {unit} (range) | first / it | CPU / first's | / ideal | timeline / predicted | gradients |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        f"| | {unit} (range) | first / it | CPU / first's | / ideal | timeline / predicted | ops end off by "
+        "| bills off by | gradients |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, took in found.items():
         wall = statistics.median(took.wall)
         low, high = (each(took.wall) * scale / per for each in (min, max))
@@ -264,9 +306,14 @@ def shown(
         print(
             f"| {name} | {wall * scale / per:,.0f} ({low:,.0f} to {high:,.0f}) | {first / wall:.2f} "
             f"| {statistics.median(took.cpu) / first_cpu:.3f} | {f'{wall / own:.3f}' if own else ''} "
-            f"| {f'{timeline:.3f}' if timeline else ''} | {took.told['gradients differ by']:.0e} |",
+            f"| {f'{timeline:.3f}' if timeline else ''} | {_share(took, 'ops end off by')} "
+            f"| {_share(took, 'bills off by')} | {took.told['gradients differ by']:.0e} |",
             flush=True,
         )
+
+
+def _share(took: Took, what: str) -> str:
+    return f"{took.told[what]:.1%}" if what in took.told else ""
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.rendezvous import Meeting
+from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.script import script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.weight_grads import WeightGrads
@@ -272,6 +273,7 @@ class OnThreads:
                 step=0,
                 reading=read_loss,
                 manifests={},
+                narrowing=Narrowing(),
             )
             for rank in range(self.placement.num_ranks)
         ]

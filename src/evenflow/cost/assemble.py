@@ -7,7 +7,8 @@ else, until the backward computes the region again.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from evenflow.cost.measured import Measured
 from evenflow.graph.cut import crossing_bytes, legal_positions, lifetimes, num_bytes, skips
 from evenflow.graph.graph import Graph
-from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource
+from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
 
 _Storage: TypeAlias = int  # the number of a memory in the graph
@@ -197,6 +198,15 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
 def values_past_nodes(graph: Graph) -> tuple[Held, ...]:
     """`Chain.skips` of a graph."""
     return tuple(Held(float(size), places) for size, places in skips(graph))
+
+
+def as_it_travels(chain: Chain, graph: Graph, size_of: Callable[[TensorInfo], int]) -> Chain:
+    """The graph's chain where values have so many bytes when they cross a cut."""
+    return replace(
+        chain,
+        cut_bytes=tuple(map(float, crossing_bytes(graph, size_of)[: chain.num_nodes])),
+        skips=tuple(Held(float(size), places) for size, places in skips(graph, size_of)),
+    )
 
 
 # -- parameters

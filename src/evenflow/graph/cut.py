@@ -10,7 +10,7 @@ differs in the last bits.)
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -61,11 +61,14 @@ def num_bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * int(info.dtype.itemsize)
 
 
-def crossing_bytes(graph: Graph) -> list[int]:
-    """Bytes of activations alive across each position of the chain (entry `c`: a cut before node `c`)."""
+def crossing_bytes(graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes) -> list[int]:
+    """Bytes of activations alive across each position of the chain (entry `c`: a cut before node `c`).
+
+    `size_of` says how many bytes a value has when it travels.
+    """
     steps = [0] * (len(graph.chain) + 2)
     for value, (born, last) in lifetimes(graph).items():
-        size = num_bytes(graph.values[value].info)
+        size = size_of(graph.values[value].info)
         steps[born + 1] += size
         steps[last + 1] -= size
     return list(itertools.accumulate(steps))[: len(graph.chain) + 1]
@@ -304,8 +307,10 @@ def _live(graph: Graph, leaving: Sequence[int]) -> frozenset[int]:
     return frozenset(value for value in leaving if graph.values[value].storage in storages)
 
 
-def skips(graph: Graph) -> list[tuple[int, tuple[int, ...]]]:
-    """The values that more than the node after their maker needs, each with its bytes.
+def skips(
+    graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes
+) -> list[tuple[int, tuple[int, ...]]]:
+    """The values that more than the node after their maker needs, each with its bytes as it travels.
 
     They stand with the positions in the chain of their maker and of their users, ascending; what the program
     returns is used by the last node.
@@ -315,7 +320,7 @@ def skips(graph: Graph) -> list[tuple[int, tuple[int, ...]]]:
     for value, at in (*uses, *((value, len(graph.chain) - 1) for value in graph.output.refs)):
         users[value].add(at)
     return [
-        (num_bytes(graph.values[value].info), (born, *sorted(users[value] - {born})))
+        (size_of(graph.values[value].info), (born, *sorted(users[value] - {born})))
         for value, (born, last) in lifetimes(graph).items()
         if last > born + 1
     ]

@@ -12,7 +12,7 @@ import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
-from evenflow.graph.cut import Cut, num_bytes
+from evenflow.graph.cut import Cut
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.ir.op import InputGrad, parts
@@ -36,6 +36,7 @@ from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
+from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
@@ -69,6 +70,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     load: str | Path | None = None,
     plan: Plan | str | Path | None = None,
     link: str = "auto",
+    boundary_dtype: torch.dtype | None = None,
     compile: bool | str = False,  # noqa: A002 (as torch calls it)
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -110,6 +112,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       where there are several processes and nothing is given. Measurements are kept for the next time.
     - `link`: how tensors travel between processes: "auto", through shared memory between CPU ranks of one
       host and over torch.distributed between others; "torch", over that alone; "shared-memory", or an error.
+    - `boundary_dtype`: torch.bfloat16 halves what float32 activations, and their gradients, take on their way
+      between stages; they are rounded between any two stages, on one device too. By default they are not.
     - `compile`: let torch.compile have every block, a module that holds others and stays whole; modules are
       then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
       (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
@@ -144,7 +148,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "max_leaf_share": max_leaf_share,
     }
     check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
-    compiling = Compiling.of(compile)
+    compiling, narrowing = Compiling.of(compile), Narrowing(boundary_dtype)
     choices.check_split(model, split or ())
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
@@ -156,7 +160,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         choices.own_device(kind, world),
         exact=exact,
         run={"model": model, "loss": program, "example": example, "optimizer": optimizer}
-        | {"atomic": tuple(atomic), "seed": seed, "link": link},
+        | {"atomic": tuple(atomic), "seed": seed, "link": link}
+        | {"narrowing": narrowing},
     )
     given = decided(plan, **levers)
     method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
@@ -239,8 +244,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             reduction=described,
             buffers=_true_buffers(model, cut, world, placement),
             summaries=_summaries(
-                cut, placement, {name: (owner[name], parameters[name].numel()) for name in parameters}
+                cut,
+                placement,
+                narrowing,
+                {name: (owner[name], parameters[name].numel()) for name in parameters},
             ),
+            narrowing=narrowing,
             loaded=None if load is None else Path(load),
             plan=given.plan,
         )
@@ -358,7 +367,7 @@ def _put(fakes: FakeParameters, parameters: Mapping[str, torch.nn.Parameter]) ->
 
 
 def _summaries(
-    cut: Cut, placement: Placement, parameters: Mapping[str, tuple[int, int]]
+    cut: Cut, placement: Placement, narrowing: Narrowing, parameters: Mapping[str, tuple[int, int]]
 ) -> tuple[StageSummary, ...]:
     """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
     costs = choices.node_costs(cut.graph)
@@ -374,7 +383,7 @@ def _summaries(
             num_parameters=sum(size for owner, size in parameters.values() if owner == stage),
             share=sum(costs[start:end]) / sum(costs),
             num_sent=len(sent[stage]),
-            sends_bytes=sum(num_bytes(cut.graph.values[value].info) for value in sent[stage]),
+            sends_bytes=sum(narrowing.num_bytes(cut.graph.values[value].info) for value in sent[stage]),
         )
         for stage, (start, end) in enumerate(itertools.pairwise(edges))
     )

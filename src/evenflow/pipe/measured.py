@@ -17,6 +17,7 @@ import torch
 
 from evenflow.cluster.cluster import Cluster, Host
 from evenflow.cluster.device import Device
+from evenflow.cost.assemble import as_it_travels
 from evenflow.cost.cache import Cache, Place, device_name
 from evenflow.cost.local_device import local_device
 from evenflow.cost.optimizer import OptimizerCost, OptimizerFactory, optimizer_cost
@@ -33,6 +34,7 @@ from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link
+from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.recordings import Program
 from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
@@ -62,6 +64,7 @@ class Run:
     atomic: Sequence[type[torch.nn.Module]] = ()
     seed: int = 0
     link: str = "auto"
+    narrowing: Narrowing = field(default_factory=Narrowing)
     levers: Levers = field(default_factory=Levers)
 
 
@@ -87,6 +90,10 @@ def measured_request(
     measured = {size: _profiled(run, world, device, size, share, cache, tell) for size in sizes}
     room_bytes = mine.memory_bytes * _ROOM
     chains = _rehearsed(measured, world, room_bytes, Cache(cache, Place.of(device)), tell)
+    chains = {
+        size: as_it_travels(chain, measured[size][0].graph, run.narrowing.num_bytes)
+        for size, chain in chains.items()
+    }
     tell("measuring links and the optimizer")
     link = link_for(world, device, Placement.linear(world.size), run.link)
     links = probe(world, device, link) if world.size > 1 else {}

@@ -13,6 +13,7 @@ from evenflow.pipe.programs import Programs
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.links.link import Link
+from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.recordings import Program, Recordings
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.weights import Weigher
@@ -56,5 +57,6 @@ class Parts:
     reduction: str  # how the step's loss is put together, for people
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
+    narrowing: Narrowing  # in which type tensors travel between stages
     loaded: Path | None  # the folder that the weights came from
     plan: Plan | None

@@ -359,6 +359,7 @@ class Pipeline:
                 step=self._step,
                 reading=reading,
                 manifests=self._manifests,
+                narrowing=parts.narrowing,
             )
             for rank in ranks
         }

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.cut import Cut
+from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import (
     Backward,
     Exchange,
@@ -33,6 +34,7 @@ from evenflow.ir.op import (
 from evenflow.ir.timeline import Span
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.script import Key, Line, Script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
@@ -112,6 +114,7 @@ class Executor:
         step: int,
         reading: Reading,
         manifests: dict[tuple[Any, ...], Manifest],
+        narrowing: Narrowing,
     ) -> None:
         self.proven, self.script = proven, script
         self.rank, self.step = rank, step
@@ -122,7 +125,7 @@ class Executor:
         self._lines = iter(script.lines)
         self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
-        self._manifests = manifests
+        self._manifests, self._narrowing = manifests, narrowing
         link.start([(op, self._manifest(op)) for op in script.receives])
 
     def run(self) -> None:
@@ -248,6 +251,8 @@ class Executor:
         return flight
 
     def _arrive(self, op: Recv | Handoff, parcel: Parcel) -> None:
+        if self._narrowing.dtype is not None:
+            parcel = self._narrowing.widen(parcel, self._infos(op))
         flight = self._flight(op.target, op.microbatch)
         (flight.activations if op.payload is Payload.ACTIVATION else flight.gradients)[op.source] = parcel
 
@@ -258,6 +263,8 @@ class Executor:
         parcel = self.stages[op.source].outgoing(
             self._flights[op.source, op.microbatch], op.target, op.payload
         )
+        if self._narrowing.dtype is not None:
+            parcel = self._narrowing.narrow(parcel, self._infos(op))
         if isinstance(op, Handoff):
             return tuple(None if tensor is None else tensor.to(self.devices[op.target]) for tensor in parcel)
         return parcel
@@ -266,11 +273,16 @@ class Executor:
         job = self.jobs[op.microbatch]
         key = (job.recording, op.source, op.target, op.payload)
         if key not in self._manifests:
-            section = job.cut.sections[op.source]
-            sends = section.sends if op.payload is Payload.ACTIVATION else section.gradient_sends
-            infos = tuple(job.cut.graph.values[value].info for value in sends.get(op.target, ()))
+            infos = tuple(map(self._narrowing.info, self._infos(op)))
             self._manifests[key] = Manifest(key, infos, self.devices[op.target])
         return self._manifests[key]
+
+    def _infos(self, op: Send | Recv | Handoff) -> tuple[TensorInfo, ...]:
+        """What is recorded of the values that a transfer carries."""
+        cut = self.jobs[op.microbatch].cut
+        section = cut.sections[op.source]
+        sends = section.sends if op.payload is Payload.ACTIVATION else section.gradient_sends
+        return tuple(cut.graph.values[value].info for value in sends.get(op.target, ()))
 
 
 def _not_caught(error: Exception, stage: int, microbatch: int) -> RecordError:

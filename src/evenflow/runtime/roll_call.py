@@ -20,6 +20,7 @@ class RollCall:
     16
     >>> RollCall({1: ends[0]}, rank=0, timeout_seconds=1.0).gather([1, 2])
     [[1, 2], [3, 4]]
+    >>> ends[1].close()
     """
 
     def __init__(self, sockets: Mapping[int, socket.socket], rank: int, *, timeout_seconds: float) -> None:
