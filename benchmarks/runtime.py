@@ -162,14 +162,12 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
     emulated.DEVICE.is_on = True
     found = {name: Took() for name in competitors}
     reference: Gradients = {}
-    last: dict[str, float] = {}
     for at in range(WARM_UPS + rounds):
         for name, competitor in competitors.items():
             dist.barrier()
             start, cpu = time.perf_counter(), time.process_time()
             competitor.step()
-            last[name] = time.perf_counter() - start
-            mine = torch.tensor([last[name], time.process_time() - cpu])
+            mine = torch.tensor([time.perf_counter() - start, time.process_time() - cpu])
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(every, mine)
             if at >= WARM_UPS:
@@ -188,10 +186,8 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
             found[name].told["predicted timeline"] = predicted.makespan_seconds
             found[name].told["ops end off by"] = _ends_off(predicted, measured)
             _, bills = competitor.pipe.bills()
-            off = abs(bills[dist.get_rank()].step / last[name] - 1)
-            every = [torch.empty(1) for _ in bills]
-            dist.all_gather(every, torch.tensor([off]))
-            found[name].told["bills off by"] = float(max(every))
+            watched = found[name].wall[-1]
+            found[name].told["bills off by"] = max(abs(bill.step / watched - 1) for bill in bills)
     return found
 
 

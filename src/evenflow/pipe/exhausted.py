@@ -58,7 +58,7 @@ def failure_in(
     proven: ProvenProgram, executors: Mapping[int, Executor], step: int, error: BaseException, *, alone: bool
 ) -> Failure:
     """Which op was running: the first that has no times yet."""
-    done = {rank: len(executor.log.times) for rank, executor in executors.items()}
+    done = {rank: len(executor.log.marks) for rank, executor in executors.items()}
     rank = proven.order[sum(done.values())][0] if alone else next(iter(executors))
     return Failure(rank, executors[rank].script.lines[done[rank]].op, step, error)
 

@@ -131,7 +131,7 @@ def _parts(logs: Sequence[Log]) -> list[Span]:
 
 
 def _ran(log: Log, marks: Marks) -> Ran:
-    ops = [(line.op, *times) for line, times in zip(log.lines, log.times, strict=True)]
+    ops = [(line.op, *times) for line, times in zip(log.lines, log.times(), strict=True)]
     return Ran(ops, marks.start_seconds, marks.end_seconds, marks.update_seconds)
 
 

@@ -4,9 +4,8 @@ It is one `match` over ops with one span around each. It knows the order and not
 links carry, `InFlight` holds what is between.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, assert_never
 
 import torch
@@ -32,6 +31,7 @@ from evenflow.ir.op import (
     parts,
 )
 from evenflow.ir.timeline import Span
+from evenflow.runtime.clocks import Clock, HostClock, clock_of
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.narrowing import Narrowing
@@ -77,21 +77,32 @@ class _Ends(TypedDict):
 
 @dataclass(slots=True)
 class Log:
-    """When each op of a rank began to wait, started and ended; of overlaps the parts too, in `inside`."""
+    """When each op of a rank began to wait, started and ended; of overlaps the parts too.
+
+    `marks` and those `inside` are the clock's; they are read when somebody asks.
+    """
 
     rank: int
     lines: Sequence[Line]
-    times: list[tuple[float, float, float]]
-    inside: list[Span]
+    clock: Clock
+    marks: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    inside: list[tuple[SimpleOp, Any, Any]] = field(default_factory=list)
+
+    def times(self) -> list[tuple[float, float, float]]:
+        """For each op that has ended when it began to wait, started and ended, in seconds."""
+        read = self.clock.seconds
+        return [(read(began), read(start), read(end)) for began, start, end in self.marks]
 
     def spans(self) -> list[Span]:
         """One for each op."""
-        pairs = zip(self.lines, self.times, strict=True)
+        pairs = zip(self.lines, self.times(), strict=True)
         return [Span(self.rank, line.op, start, end) for line, (_, start, end) in pairs]
 
     def parts(self) -> list[Span]:
         """One for each simple op that computed, those of overlaps too."""
-        return [*(span for span in self.spans() if isinstance(span.op, SimpleOp)), *self.inside]
+        read = self.clock.seconds
+        inside = (Span(self.rank, op, read(start), read(end)) for op, start, end in self.inside)
+        return [*(span for span in self.spans() if isinstance(span.op, SimpleOp)), *inside]
 
 
 class Executor:
@@ -121,7 +132,9 @@ class Executor:
         self.stages, self.devices, self.jobs = stages, devices, jobs
         self.link, self.reading = link, reading
         self.results: dict[int, Result] = {}
-        self.log = Log(rank, script.lines, [], [])
+        own = next(iter(stages), None)
+        self._clock = HostClock() if own is None else clock_of(devices[own])
+        self.log = Log(rank, script.lines, self._clock)
         self._lines = iter(script.lines)
         self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
@@ -165,12 +178,12 @@ class Executor:
     def _execute(self, line: Line) -> None:
         """Run one op and note when."""
         try:
-            start = began = time.perf_counter()
+            start = began = self._clock.mark()
             for arrival in line.takes:  # waiting for what it needs is no part of a computation
                 self._arrive(arrival, self.link.take(arrival))
-                start = time.perf_counter()
+                start = self._clock.mark()
             self._dispatch(line.op)
-            self.log.times.append((began, start, time.perf_counter()))
+            self.log.marks.append((began, start, self._clock.mark()))
         except EvenflowError:
             raise
         except Exception as error:
@@ -185,9 +198,9 @@ class Executor:
                 self._compute(op)
             case Overlap():  # one after the other; `lower` keeps their transfers outside
                 for part in parts(op):
-                    start = time.perf_counter()
+                    start = self._clock.mark()
                     self._compute(part)
-                    self.log.inside.append(Span(self.rank, part, start, time.perf_counter()))
+                    self.log.inside.append((part, start, self._clock.mark()))
             case Exchange(transfers):
                 sends = [(one, *self._packed(one)) for one in transfers if isinstance(one, Send)]
                 self.link.exchange(sends, [one for one in transfers if isinstance(one, Recv)])
