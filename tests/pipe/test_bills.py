@@ -1,5 +1,6 @@
 """The bill of a step that was run: it adds up to what a watch says."""
 
+import socket
 import time
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 
 import evenflow
 from evenflow.errors import ConfigError
+from evenflow.launcher import rank_environment
+from evenflow.pipe.clock_offsets import clock_offset
 from unsplit import mean_square, regression
 
 SLOW_SECONDS = 0.02
@@ -95,3 +98,29 @@ def test_a_step_that_failed_has_no_bill():
     with pytest.raises(ZeroDivisionError):
         pipe.step(regression())
     assert pipe.bills()[1] == before
+
+
+def on_hosts_whose_clocks_differ():
+    """The second rank calls its host by another name, and its clock is ahead."""
+    rank = rank_environment().rank
+    ahead, real, name = 1000.0 * rank, time.perf_counter, f"host{rank}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: real() + ahead)
+        patch.setattr(socket, "gethostname", lambda: name)
+        pipe = evenflow.pipeline(
+            slow(), loss=mean_square, example=regression(), optimizer=sgd, stages=2, num_microbatches=4
+        )
+        for _ in range(3):
+            start = time.perf_counter()
+            pipe.step(regression())
+            seconds = time.perf_counter() - start
+        return clock_offset(pipe._parts.world), seconds, pipe.bills()[1], pipe.timelines()[1]
+
+
+def test_clocks_of_several_hosts_are_read_as_one():
+    (first, seconds, bills, timeline), (second, *_) = evenflow.launch(on_hosts_whose_clocks_differ, nproc=2)
+    assert first == 0.0
+    assert second == pytest.approx(1000.0, abs=5e-3)
+    for bill in bills:
+        assert bill.step == pytest.approx(seconds, rel=0.1)
+    assert timeline.makespan_seconds < seconds

@@ -183,8 +183,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
-    with contextlib.suppress(ConfigError):  # ranks of several hosts have none
-        console.print(bill_table(*pipe.bills()))
+    console.print(bill_table(*pipe.bills()))
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
     last_losses = log.losses[-_NUM_LAST_LOSSES:]

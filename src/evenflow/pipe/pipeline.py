@@ -214,7 +214,7 @@ class Pipeline:
 
         Where the step went: computing, waiting for the schedule, for unequal stages, for transfers, the
         host's own work, the update. The parts add up to the step.
-        Raises `ConfigError` before the first step, and for ranks of several hosts, whose clocks differ.
+        Raises `ConfigError` before the first step.
 
         >>> from evenflow.pipe.build import pipeline
         >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)

@@ -1,6 +1,5 @@
 """What the steps took: the measured timeline of the last, and what the simulator predicts for it."""
 
-import socket
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad
 from evenflow.ir.timeline import Span, Timeline
+from evenflow.pipe.clock_offsets import clock_offset
 from evenflow.runtime.executor import Log
 from evenflow.runtime.world import World
 from evenflow.simulate import simulate
@@ -67,12 +67,12 @@ class Times:
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
         """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
 
-        On one host all ranks read the same clock, so their spans need no alignment.
+        Spans of several hosts are moved to the first rank's clock (see `clock_offset`).
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no timeline to show")
         last = self._steps[-1]
-        gathered = world.gather((_spans(last.logs), self._parts_before()))
+        gathered = world.gather((_spans(last.logs, clock_offset(world)), self._parts_before()))
         measured = [span for spans, _ in gathered for span in spans]
         costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
         return _simulated(last.proven, costs, world), _from_first_op(last.proven, measured)
@@ -81,20 +81,18 @@ class Times:
         """(predicted, measured) bill of each rank for the last step; collective.
 
         Predicted are the schedule's and the stages' doing alone: the simulator knows no transfers here. One
-        process has one bill, in which its ranks take turns. Raises `ConfigError` before the first step, and
-        for ranks of several hosts.
+        process has one bill, in which its ranks take turns. Raises `ConfigError` before the first step.
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no bill to show")
         last = self._steps[-1]
-        mine = [_ran(log, last.marks) for log in last.logs]
-        gathered = world.gather((socket.gethostname(), mine, self._parts_before()))
-        if len({host for host, _, _ in gathered}) > 1:
-            raise ConfigError("the ranks are on several hosts, whose clocks differ: there is no bill of them")
-        costs = costs_of(self._num_stages, [span for _, _, earlier in gathered for span in earlier])
+        offset = clock_offset(world)
+        mine = [_ran(log, last.marks, offset) for log in last.logs]
+        gathered = world.gather((mine, self._parts_before()))
+        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
         flow = last.proven.program.flow
         predicted, balanced = (_simulated(last.proven, each, world) for each in (costs, _balanced(costs)))
-        measured = [ran for _, ranks, _ in gathered for ran in ranks]
+        measured = [ran for ranks, _ in gathered for ran in ranks]
         return _bills(of_timeline(predicted), flow, balanced, world), _bills(measured, flow, balanced, world)
 
     def _parts_before(self) -> list[Span]:
@@ -107,7 +105,8 @@ class Times:
         if not self._steps:
             raise ConfigError("no step has run yet: there is nothing to measure")
         steps = list(self._steps)[-num_steps:]
-        gathered = world.gather([(_spans(step.logs), _parts(step.logs)) for step in steps])
+        offset = clock_offset(world)
+        gathered = world.gather([(_spans(step.logs, offset), _parts(step.logs)) for step in steps])
         timelines = [
             _from_first_op(step.proven, [span for rank in gathered for span in rank[at][0]])
             for at, step in enumerate(steps)
@@ -122,17 +121,20 @@ class Times:
         )
 
 
-def _spans(logs: Sequence[Log]) -> list[Span]:
-    return [span for log in logs for span in log.spans()]
+def _spans(logs: Sequence[Log], offset: float) -> list[Span]:
+    """What this process's ranks ran, on the first rank's clock; its own is `offset` seconds ahead of that."""
+    spans = (span for log in logs for span in log.spans())
+    return [Span(s.rank, s.op, s.start_seconds - offset, s.end_seconds - offset) for s in spans]
 
 
 def _parts(logs: Sequence[Log]) -> list[Span]:
     return [span for log in logs for span in log.parts()]
 
 
-def _ran(log: Log, marks: Marks) -> Ran:
-    ops = [(line.op, *times) for line, times in zip(log.lines, log.times(), strict=True)]
-    return Ran(ops, marks.start_seconds, marks.end_seconds, marks.update_seconds)
+def _ran(log: Log, marks: Marks, offset: float) -> Ran:
+    pairs = zip(log.lines, log.times(), strict=True)
+    ops = [(line.op, began - offset, start - offset, end - offset) for line, (began, start, end) in pairs]
+    return Ran(ops, marks.start_seconds - offset, marks.end_seconds - offset, marks.update_seconds)
 
 
 def _bills(ranks: Sequence[Ran], flow: Flow, balanced: Timeline, world: World) -> tuple[Bill, ...]:

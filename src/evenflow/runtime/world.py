@@ -29,6 +29,7 @@ class World(ABC):
 
     rank: int
     size: int
+    device = torch.device("cpu")  # carries what is sent
     roll_call: RollCall | None = None
 
     @abstractmethod
@@ -86,12 +87,12 @@ class ProcessGroupWorld(World):
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device = device
+        self.device = device
 
     def share(self, thing: Any, source: int) -> Any:
         box = [thing]
         with reported(self.rank, f"waiting for what rank {source} shares"):
-            dist.broadcast_object_list(box, src=source, device=self._device)
+            dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
 
     def gather(self, thing: Any) -> list[Any]:
@@ -104,7 +105,7 @@ class ProcessGroupWorld(World):
         if self.roll_call is not None and 0 < len(numbers) <= MOST_NUMBERS:
             with reported(self.rank, "comparing batches with all ranks"):
                 return self.roll_call.gather(numbers)
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         all_numbers = [torch.empty_like(mine) for _ in range(self.size)]
         with reported(self.rank, "comparing batches with all ranks"):
             dist.all_gather(all_numbers, mine)
