@@ -1,6 +1,8 @@
 """Blocks that torch compiles: the same training, whatever the schedule, and word of what stays as it is."""
 
+import inspect
 import logging
+import re
 from functools import cache
 
 import pytest
@@ -123,6 +125,77 @@ def test_what_draws_random_numbers_stays_as_it_is(caplog):
         found = train(dropout=0.1, compile="aot_eager")
     assert is_same(found, train(dropout=0.1, max_leaf_share=0.5))
     assert "stage 0 compiles 0 of 3 nodes (0 draws random numbers)" in caplog.text
+
+
+class Numbered(Block):
+    """A block that reads its number, as many of Hugging Face's do."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 1 / (self.number + 8))
+
+
+def train_numbered(stages, **options):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Numbered(at) for at in range(12)), nn.Linear(WIDTH, 1))
+    pipe = evenflow.pipeline(
+        blocks,
+        loss=lambda m, b: F.mse_loss(m(b["x"]), b["y"]),
+        example=batches()[0],
+        stages=stages,
+        num_microbatches=2,
+        **options,
+    )
+    pipe.step(batches()[0], update=False)
+    return {name: gradient.clone() for name, gradient in pipe.named_gradients()}
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="this torch has one limit of recompilations for all blocks of a class",
+)
+def test_many_blocks_that_differ_in_a_number_are_all_compiled(caplog):
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING):
+        found = train_numbered(2, compile="aot_eager")
+    assert "recompile_limit" not in caplog.text
+    expected = train_numbered(2)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def planned_by_two():
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(logging.getLogger("evenflow"), "log", lambda _, text, *given: said.append(text % given))
+        pipe = evenflow.pipeline(
+            model(),
+            loss=lambda m, b: F.mse_loss(m(b["x"]), b["y"]),
+            example=batches()[0],
+            plan="auto",
+            compile="aot_eager",
+        )
+        pipe.step(batches()[0], update=False)
+        return said
+
+
+def test_a_plan_leaves_blocks_whole():
+    for (said,) in evenflow.launch(planned_by_two, nproc=2):
+        assert re.match(r"stage [01] compiles [1-6] of ", said)
+
+
+def test_check_refuses_what_is_compiled():
+    pipe = evenflow.pipeline(
+        model(),
+        loss=lambda m, b: F.mse_loss(m(b["x"]), b["y"]),
+        example=batches()[0],
+        stages=2,
+        compile="aot_eager",
+    )
+    with pytest.raises(ConfigError, match="check compares with the model itself, which compiles nothing"):
+        pipe.check(batches()[0])
 
 
 @pytest.mark.parametrize("choice", ["fast", 1.5, None])

@@ -50,6 +50,14 @@ def test_large_batches_are_told_apart_by_samples(dtype):
     assert first == _fingerprint(SPLIT({"x": large.clone()}))
 
 
+def test_rows_with_equal_borders_are_told_apart():
+    images = torch.zeros(256, 1, 64, 64)
+    images[:, :, 8:-8, 8:-8] = torch.randn(256, 1, 48, 48)
+    others = torch.zeros_like(images)
+    others[:, :, 8:-8, 8:-8] = torch.randn(256, 1, 48, 48)
+    assert _fingerprint(SPLIT({"x": images})) != _fingerprint(SPLIT({"x": others}))
+
+
 def test_the_layout_of_numbers_is_no_matter_to_them():
     wide = torch.randn(2**9, 2**11)
     assert _fingerprint(SPLIT({"x": wide}))[1] == _fingerprint(SPLIT({"x": wide.t().contiguous().t()}))[1]

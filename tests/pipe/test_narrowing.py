@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.errors import ConfigError
+from evenflow.graph.tree import TensorInfo
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
+from evenflow.runtime.narrowing import Narrowing
 from evenflow.schedules import catalog
 
 WIDTH, ROWS, NUM_MICROBATCHES = 8, 8, 4
@@ -136,6 +138,22 @@ def test_what_stages_send_is_told():
     assert sent == 2 * 4 * (ROWS // 2) * WIDTH, "the first layer's result and the mask"
     told = [each.sends_bytes / numbers for each in narrow.cut]
     assert told == [2 + 2 + 4, 2, 2, 0], "the result goes to two stages"
+
+
+def test_an_evaluation_is_not_rounded():
+    *_, narrow = train()
+    with torch.no_grad():
+        whole = model()
+        whole.load_state_dict(dict(narrow.named_parameters()))
+        batch = batches()[0]
+        parts = zip(*(each.chunk(NUM_MICROBATCHES) for each in batch.values()), strict=True)
+        expected = [loss(whole, {"x": x, "y": y}) / NUM_MICROBATCHES for x, y in parts]
+    assert float(narrow.evaluate(batch).loss) == float(torch.stack(expected).sum())
+
+
+def test_single_numbers_are_not_rounded():
+    info = TensorInfo((), (), torch.float32, requires_grad=True)
+    assert Narrowing(torch.bfloat16).info(info) == info
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, "bfloat16", 16])

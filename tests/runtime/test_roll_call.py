@@ -40,3 +40,13 @@ def test_who_does_not_answer_is_waited_for_no_longer_than_that():
     first, _second = calls(2, timeout_seconds=0.1)
     with pytest.raises(TimeoutError):
         first.gather([1])
+    with pytest.raises(OSError, match="Bad file descriptor"):  # what comes late is no answer to the next
+        first.gather([2])
+
+
+def test_a_message_always_finds_room():
+    ends = calls(3)
+    row = list(range(ends[0].most_numbers))
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda end: end.gather(row), ends)) == [[row] * 3] * 3
+    assert len(row) * 3 * 8 <= 2**16

@@ -79,9 +79,9 @@ def run_rank(job: Job) -> None:
     """
     if job.plans_itself:
         with logged_status(Console(quiet=world_of(job.device).rank != 0), "recording the model"):
-            pipe, feed = _prepare(job, {}, device=job.device)
+            pipe, feed = _prepare(job, {}, device=job.device, compiles=job.config.pipeline.compile)
     else:
-        pipe, feed = _prepare(job, _levers(job), device=job.device)
+        pipe, feed = _prepare(job, _levers(job), device=job.device, compiles=job.config.pipeline.compile)
     try:
         _train(pipe, feed, job)
     finally:
@@ -116,7 +116,9 @@ def refusing(what: str) -> Iterator[None]:
 
 
 # levers: arguments of `pipeline`, whose values have many types.
-def _prepare(job: Job, levers: dict[str, Any], *, device: str) -> tuple["evenflow.Pipeline", Feed]:
+def _prepare(
+    job: Job, levers: dict[str, Any], *, device: str, compiles: bool = False
+) -> tuple["evenflow.Pipeline", Feed]:
     config = job.config
     source = build(config.model, seed=config.training.seed)
     feed = make_feed(config.data, source, config.training)
@@ -129,7 +131,7 @@ def _prepare(job: Job, levers: dict[str, Any], *, device: str) -> tuple["evenflo
         **levers,
         exact=config.pipeline.exact,
         link=config.pipeline.link,
-        compile=config.pipeline.compile,
+        compile=compiles,
         seed=config.training.seed,
         device=device,
     )

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       host and over torch.distributed between others; "torch", over that alone; "shared-memory", or an error.
     - `boundary_dtype`: torch.bfloat16 halves what float32 activations, and their gradients, take on their way
       between stages; they are rounded between any two stages, on one device too. By default they are not.
+      What gets no gradient (masks, what frozen layers make, all of an evaluation) is not rounded.
     - `compile`: let torch.compile have every block, a module that holds others and stays whole; modules are
       then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
       (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
@@ -161,7 +162,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         exact=exact,
         run={"model": model, "loss": program, "example": example, "optimizer": optimizer}
         | {"atomic": tuple(atomic), "seed": seed, "link": link}
-        | {"narrowing": narrowing},
+        | {"narrowing": narrowing, "compiles": compiling is not None},
     )
     given = decided(plan, **levers)
     method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
@@ -211,7 +212,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     for stage, held in owned.items():
         stages_here[stage].own(held)
     recordings.add(program, item, cut, stages_here)
-    _tell_compiled(model, cut, stages_here, programs, compiling)
+    _tell_compiled(model, recordings, programs)
     refuse_shared_hooks(accumulators.uses, accumulators.parameter)
     weigher = Weigher(recordings, reduction)
     described = weigher.describe(0, item)
@@ -263,19 +264,14 @@ def _joined(world: World, device: torch.device, placement: Placement, choice: st
     return link
 
 
-def _tell_compiled(
-    model: torch.nn.Module,
-    cut: Cut,
-    stages: Iterable[int],
-    programs: Programs,
-    compiling: Compiling | None,
-) -> None:
-    """Say once of each stage what is compiled."""
+def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Programs) -> None:
+    """Say once of each stage what is compiled, where that was asked for."""
+    works = recordings.entries[0].works if recordings.compiles else {}
     computes = (part for rank in programs.example.ranks for op in rank for part in parts(op))
     splits = {part.stage for part in computes if isinstance(part, InputGrad)}
-    for stage in stages if compiling is not None else ():
-        said = compiled.told(cut.sections[stage].nodes, model, splits=stage in splits)
-        _LOG.info("stage %d %s", stage, said)
+    for stage, work in works.items():
+        said = compiled.told(work.section.nodes, work.compiled, model, splits=stage in splits)
+        _LOG.log(logging.INFO if work.compiled else logging.WARNING, "stage %d %s", stage, said)
 
 
 def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:

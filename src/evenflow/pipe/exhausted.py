@@ -4,10 +4,12 @@ What other ranks hold is not asked for: they are in the middle of a step, and wa
 """
 
 import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,18 +19,19 @@ from evenflow.cluster.sizes import told_bytes
 from evenflow.cost.cache import device_name
 from evenflow.cost.estimate import estimate
 from evenflow.cost.local_device import device_found, memory_bytes_of
-from evenflow.errors import ConfigError, EvenflowError, OutOfMemoryError
+from evenflow.errors import EvenflowError, OutOfMemoryError
 from evenflow.graph.fakes import storage_of
 from evenflow.ir.costs import Link
-from evenflow.ir.op import Op
+from evenflow.ir.schedule import Schedule
 from evenflow.pipe.parts import Parts
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts, groups_of
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory, TrainingState
-from evenflow.plan.remedies import Remedy, peak_bytes, remedies, step_seconds
+from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
 from evenflow.plan.request import Choice, Request
 from evenflow.runtime.executor import Executor, Job
+from evenflow.runtime.no_memory import is_out_of_memory
 from evenflow.runtime.weights import rows_of
 from evenflow.validate import ProvenProgram
 
@@ -37,57 +40,66 @@ _SAFE = 0.9  # of what there is, or of what was planned where that was too littl
 _FLOPS_PER_SECOND = 1e12  # of a device that nobody knows: remedies are told relative to what runs
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Where memory ran out: a rank, and its op; None: the optimizer's update."""
+class Watch:
+    """While it is entered, an error that tells of no memory becomes the report of it.
 
-    rank: int
-    op: Op | None
-    step: int
-    error: BaseException
+    `executors` fills up meanwhile; `what` is done, where that is no op.
+    """
 
+    def __init__(
+        self,
+        parts: Parts,
+        proven: ProvenProgram,
+        jobs: Sequence[Job],
+        executors: Mapping[int, Executor],
+        *,
+        step: int,
+        what: str | None = None,
+    ) -> None:
+        self._parts, self._proven, self._jobs = parts, proven, jobs
+        self._executors, self._step, self._what = executors, step, what
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on a GPU or on the host."""
-    said = str(error)
-    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "memory" in said
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_host
+    def __enter__(self) -> None:
+        pass
 
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and is_out_of_memory(error) and not isinstance(error, EvenflowError):
+            traceback.clear_frames(trace)  # what they hold would stay for as long as the error does
+            raise OutOfMemoryError("\n".join(self._lines(error))) from error
 
-def failure_in(
-    proven: ProvenProgram, executors: Mapping[int, Executor], step: int, error: BaseException, *, alone: bool
-) -> Failure:
-    """Which op was running: the first that has no times yet."""
-    done = {rank: len(executor.log.marks) for rank, executor in executors.items()}
-    rank = proven.order[sum(done.values())][0] if alone else next(iter(executors))
-    return Failure(rank, executors[rank].script.lines[done[rank]].op, step, error)
+    def _place(self) -> tuple[int, str]:
+        """The rank that ran out, and what it was doing: the first of its ops that has no marks yet."""
+        alone = self._parts.world.size == 1
+        done = {rank: len(each.log.marks) for rank, each in self._executors.items()}
+        order = self._proven.order
+        rank = self._parts.world.rank
+        if alone:
+            rank = order[min(sum(done.values()), len(order) - 1)][0]
+        if self._what is not None:
+            return rank, self._what
+        lines = self._executors[rank].script.lines if rank in done else ()
+        return rank, str(lines[done[rank]].op) if len(lines) > done.get(rank, 0) else "its transfers"
 
-
-def out_of_memory(
-    parts: Parts, failure: Failure, jobs: Sequence[Job], executors: Mapping[int, Executor]
-) -> OutOfMemoryError:
-    """The error that reports it."""
-    placement = parts.programs.placement
-    alone = parts.world.size == 1 and len(set(parts.devices)) == 1  # all ranks share one memory
-    stages = placement.stages_on(failure.rank)
-    device = parts.devices[stages[0]]
-    where = "the optimizer's update" if failure.op is None else f"{failure.op}"
-    of_rank = f"rank {failure.rank} ({device}, {told_bytes(_limit_bytes(device))})"
-    of_stages = f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
-    said = (str(failure.error).splitlines() or [type(failure.error).__name__])[0]
-    lines = [f"out of memory on {of_rank}, {of_stages}, in {where} of step {failure.step}: {said}"]
-    measured = _measured(parts, executors, device)
-    flying = Counter(stage for each in executors.values() for stage, _ in each.in_flight)
-    for each in executors.values():  # the report needs some memory, too
-        each.drop()
-    parts.updater.clear()
-    with contextlib.suppress(EvenflowError, MemoryError):  # what cannot be estimated is left out
-        estimated = _Estimate(parts, jobs, device)
-        planned = estimated.planned(parts, range(placement.num_ranks) if alone else [failure.rank])
-        lines += [*_table(planned, measured), *estimated.largest(flying)]
-        room = _SAFE * min(_limit_bytes(device), peak_bytes(estimated.now))
-        lines += _told_remedies(estimated, room)
-    return OutOfMemoryError("\n".join(lines))
+    def _lines(self, error: BaseException) -> list[str]:
+        parts, executors = self._parts, self._executors
+        rank, where = self._place()
+        stages = self._proven.program.schedule.placement.stages_on(rank)
+        device = parts.devices[stages[0]]
+        of_rank = f"rank {rank} ({device}, {told_bytes(_limit_bytes(device))})"
+        of_stages = f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        lines = [f"out of memory on {of_rank}, {of_stages}, in {where} of step {self._step}: {said}"]
+        flying = Counter(stage for each in executors.values() for stage, _ in each.in_flight)
+        # Whatever goes wrong here must not hide the error itself.
+        with contextlib.suppress(Exception):
+            measured = _measured(parts, executors, device)
+            for each in executors.values():  # the report needs some memory, too
+                each.drop()
+            if self._proven.program.schedule.trains:
+                estimated = _Estimate(parts, self._jobs, self._proven.program.schedule, device)
+                lines += [*_table(estimated.planned(rank), measured), *estimated.largest(flying)]
+                lines += estimated.remedies()
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +130,11 @@ def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.dev
 
 def _bytes_of(things: Iterable[object]) -> float:
     """Bytes of the tensors among them that have memory; what several have is counted once."""
-    tensors = (thing for thing in things if isinstance(thing, torch.Tensor) and not thing.is_meta)
-    return float(sum({storage_of(tensor): tensor.nbytes for tensor in tensors}.values()))
+    tensors = [thing for thing in things if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    given = [t for t in tensors if t.layout is torch.sparse_coo]
+    sparse = [part for t in given for part in (t._indices(), t._values())]  # noqa: SLF001 (as they are)
+    dense = [t for t in (*tensors, *sparse) if t.layout is torch.strided]
+    return float(sum({storage_of(t): t.untyped_storage().nbytes() for t in dense}.values()))
 
 
 def _of_process(name: str) -> float:
@@ -144,8 +159,10 @@ def _limit_bytes(device: torch.device) -> float:
 class _Estimate:
     """The run as planning sees it: estimated from its recording, on devices like this rank's."""
 
-    def __init__(self, parts: Parts, jobs: Sequence[Job], device: torch.device) -> None:
-        cut, schedule = jobs[0].cut, parts.programs.example
+    def __init__(self, parts: Parts, jobs: Sequence[Job], schedule: Schedule, device: torch.device) -> None:
+        self._device, self._plan, cut = device, parts.plan, jobs[0].cut
+        # All ranks in one process on one device, where they take turns.
+        self._is_shared = parts.world.size == 1 and len(set(parts.devices)) == 1
         rows = rows_of(list(jobs[0].batch.values())) or 1
         kind = device_found(device_name(device), memory_bytes_of(device), _FLOPS_PER_SECOND)
         rate = next(iter(kind.flops_per_second))  # times are told as shares alone
@@ -167,11 +184,26 @@ class _Estimate:
             self.request, self.choice, self.chain, cut.positions, groups, schedule=schedule
         )
 
-    def planned(self, parts: Parts, ranks: Iterable[int]) -> RankMemory:
-        """What the plan says that these ranks need together; the estimate, where there is no plan."""
-        memory = self.now.memory if parts.plan is None else [each.memory for each in parts.plan.ranks]
-        own = [memory[rank] for rank in ranks]
+    def planned(self, rank: int) -> RankMemory:
+        """What the plan says that a rank needs, or all that share its memory; the estimate without a plan."""
+        memory = self.now.memory if self._plan is None else [each.memory for each in self._plan.ranks]
+        own = memory if self._is_shared else [memory[rank]]
         return RankMemory(*(sum(getattr(each, field.name) for each in own) for field in fields(RankMemory)))
+
+    def remedies(self) -> Iterator[str]:
+        """What would help, in words."""
+        alone = self._is_shared
+        most, seconds = peak_bytes(self.now, alone=alone), step_seconds(self.now, alone=alone)
+        room = _SAFE * min(_limit_bytes(self._device), most)
+        found = remedies(self.request, self.choice, self.chain, self.now, room, alone=alone)
+        if found:
+            who = "all ranks together need" if alone else "the fullest rank needs"
+            yield f"what would help, estimated; now {who} {told_bytes(most)}:"
+        for each in found:
+            yield (
+                f"  {each.what}: {told_bytes(each.peak_bytes)}, and a step takes "
+                f"{each.step_seconds / seconds:.2f} times as long"
+            )
 
     def largest(self, flying: Mapping[int, int]) -> Iterator[str]:
         """The largest things that autograd holds; `flying` says how many microbatches each stage has."""
@@ -213,18 +245,3 @@ def _table(planned: RankMemory, measured: _Measured) -> Iterator[str]:
         f"{'together':16}{told_bytes(planned.allocated):>12}{told_bytes(measured.now):>12}"
         f"  (at most {told_bytes(measured.most)})"
     )
-
-
-def _told_remedies(estimated: _Estimate, room_bytes: float) -> Iterator[str]:
-    now = step_seconds(estimated.now)
-    found: list[Remedy] = []
-    with contextlib.suppress(ConfigError):
-        found = remedies(estimated.request, estimated.choice, estimated.chain, estimated.now, room_bytes)
-    if found:
-        most = told_bytes(peak_bytes(estimated.now))
-        yield f"what would help, estimated; now the fullest rank needs {most}:"
-    for each in found:
-        yield (
-            f"  {each.what}: {told_bytes(each.peak_bytes)}, and a step takes "
-            f"{each.step_seconds / now:.2f} times as long"
-        )

@@ -64,6 +64,7 @@ class Run:
     atomic: Sequence[type[torch.nn.Module]] = ()
     seed: int = 0
     link: str = "auto"
+    compiles: bool = False
     narrowing: Narrowing = field(default_factory=Narrowing)
     levers: Levers = field(default_factory=Levers)
 
@@ -81,7 +82,7 @@ def measured_request(
     Raises `ConfigError` and `RecordError` for a run that cannot work.
     """
     tell = progress or (lambda _: None)
-    share = planned_leaf_share(max(world.size, 2))
+    share = planned_leaf_share(max(world.size, 2), compiles=run.compiles)
     rows = rows_of(run.example) or 1
     given = run.levers.microbatch_size
     sizes = (given,) if given is not None else _sizes(rows, world.size)

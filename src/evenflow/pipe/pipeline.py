@@ -24,7 +24,7 @@ from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
-from evenflow.pipe.exhausted import Failure, failure_in, is_out_of_memory, out_of_memory
+from evenflow.pipe.exhausted import Watch
 from evenflow.pipe.fixed import refuse_shared_hooks
 from evenflow.pipe.meter import Meter
 from evenflow.pipe.parts import Parts
@@ -88,15 +88,15 @@ class Pipeline:
         share = self._accumulated.add(agreed.shares)
         try:
             result, executors = self._run(agreed, self._parts.programs.training, read_loss, share=share)
+            self._step += 1
+            if update:
+                start = time.perf_counter()
+                self._update(executors)
+                marks.update_seconds = time.perf_counter() - start
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._accumulated.clear()
             raise
-        self._step += 1
-        if update:
-            start = time.perf_counter()
-            self._update(executors)
-            marks.update_seconds = time.perf_counter() - start
         marks.end_seconds = time.perf_counter()
         self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
         return result
@@ -189,6 +189,11 @@ class Pipeline:
             )
         if len(set(parts.devices)) > 1:
             raise ConfigError(f"check runs the whole model on one device; here are several: {remedy}")
+        if parts.recordings.compiles or parts.narrowing.dtype is not None:
+            raise ConfigError(
+                "check compares with the model itself, which compiles nothing and rounds nothing between "
+                "stages: leave compile= and boundary_dtype= out"
+            )
         prepared = self._prepared(batch)
         if prepared is None:
             raise ConfigError("there is no batch to check: pass one batch, as to step")
@@ -326,7 +331,9 @@ class Pipeline:
     ) -> tuple[StepResult, list[Executor]]:
         jobs = self._jobs(agreed, share=share)
         executors, results = self._execute(jobs, program, reading)
-        return self._result(results, agreed, jobs[0].cut.graph, reading), executors
+        proven = executors[0].proven
+        with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
+            return self._result(results, agreed, jobs[0].cut.graph, reading), executors
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
         entries = [self._parts.recordings.entries[number] for number in agreed.recordings]
@@ -347,55 +354,44 @@ class Pipeline:
         alone = parts.world.size == 1
         ranks = range(placement.num_ranks) if alone else (parts.world.rank,)
         scripts = self._scripts_of(proven, ranks)
-        executors = {
-            rank: Executor(
-                proven,
-                rank,
-                script=scripts[rank],
-                stages={stage: parts.stages[stage] for stage in placement.stages_on(rank)},
-                devices=parts.devices,
-                jobs=jobs,
-                link=parts.link,
-                step=self._step,
-                reading=reading,
-                manifests=self._manifests,
-                narrowing=parts.narrowing,
-            )
-            for rank in ranks
-        }
         draws = any(work.draws for job in jobs for work in job.works.values())
-        with generators_restored(stage.device for stage in parts.stages.values() if draws):
-            try:
-                if alone:
-                    for rank, _ in proven.order:
-                        executors[rank].run_next()
-                    for executor in executors.values():
-                        executor.finish()
-                else:
-                    executors[parts.world.rank].run()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = failure_in(proven, executors, self._step, error, alone=alone)
-                raise out_of_memory(parts, failure, jobs, executors) from error
+        executors: dict[int, Executor] = {}
+        with (
+            generators_restored(stage.device for stage in parts.stages.values() if draws),
+            Watch(parts, proven, jobs, executors, step=self._step),
+        ):
+            for rank in ranks:
+                executors[rank] = Executor(
+                    proven,
+                    rank,
+                    script=scripts[rank],
+                    stages={stage: parts.stages[stage] for stage in placement.stages_on(rank)},
+                    devices=parts.devices,
+                    jobs=jobs,
+                    link=parts.link,
+                    step=self._step,
+                    reading=reading,
+                    manifests=self._manifests,
+                    narrowing=parts.narrowing,
+                )
+            if alone:
+                for rank, _ in proven.order:
+                    executors[rank].run_next()
+                for executor in executors.values():
+                    executor.finish()
+            else:
+                executors[parts.world.rank].run()
         last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
         return list(executors.values()), results
 
     def _update(self, executors: Sequence[Executor]) -> None:
         """Let the optimizers step with the gradients that these executors' programs have left."""
-        updater = self._parts.updater
-        try:
-            updater.combine(self._accumulated.scale)
-            updater.step()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            first = executors[0]
-            failure = Failure(first.rank, None, self._step, error)
-            raise out_of_memory(
-                self._parts, failure, first.jobs, {each.rank: each for each in executors}
-            ) from error
+        proven, jobs = executors[0].proven, executors[0].jobs
+        what = "the optimizer's update"
+        with Watch(self._parts, proven, jobs, {}, step=self._step - 1, what=what):
+            self._parts.updater.combine(self._accumulated.scale)
+            self._parts.updater.step()
         self._updated = True
 
     def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:

@@ -105,13 +105,15 @@ def recorded(
     return Recorded(graph, model, tensors(item), rows_of(item) or 1, device)
 
 
-def planned_leaf_share(num_ranks: int) -> float:
+def planned_leaf_share(num_ranks: int, *, compiles: bool = False) -> float:
     """The largest share of all FLOPs that a leaf may hold, to plan for so many ranks: from 8 on the same.
+
+    Where blocks are compiled they stay whole, as in `leaf_share`.
 
     >>> planned_leaf_share(2), planned_leaf_share(1000)
     (0.125, 0.03125)
     """
-    return leaf_share(min(num_ranks, _FINEST))
+    return leaf_share(min(num_ranks, _FINEST), compiles=compiles)
 
 
 def row_tokens(example: object) -> float:

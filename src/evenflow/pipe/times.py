@@ -134,7 +134,9 @@ def _parts(logs: Sequence[Log]) -> list[Span]:
 def _ran(log: Log, marks: Marks, offset: float) -> Ran:
     pairs = zip(log.lines, log.times(), strict=True)
     ops = [(line.op, began - offset, start - offset, end - offset) for line, (began, start, end) in pairs]
-    return Ran(ops, marks.start_seconds - offset, marks.end_seconds - offset, marks.update_seconds)
+    # A GPU may still be at work when the host has gone on.
+    end = max([marks.end_seconds - offset, *(op[-1] for op in ops)])
+    return Ran(ops, marks.start_seconds - offset, end, marks.update_seconds)
 
 
 def _bills(ranks: Sequence[Ran], flow: Flow, balanced: Timeline, world: World) -> tuple[Bill, ...]:

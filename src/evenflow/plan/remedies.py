@@ -28,36 +28,51 @@ class Remedy:
     step_seconds: float
 
 
-def step_seconds(fit: Fit) -> float:
-    """What the pipeline of a cut takes for a step."""
+def step_seconds(fit: Fit, *, alone: bool = False) -> float:
+    """What the pipeline of a cut takes for a step; `alone`: in one process, where ranks take turns."""
+    if alone:
+        schedule = fit.schedule
+        return sum(fit.costs.work_seconds(schedule.placement, schedule.num_microbatches, trains=True))
     return simulate(fit.schedule, fit.flow, fit.costs).makespan_seconds
 
 
-def peak_bytes(fit: Fit) -> float:
-    """What the fullest rank of a cut holds at its peak."""
-    return max(memory.allocated for memory in fit.memory)
+def peak_bytes(fit: Fit, *, alone: bool = False) -> float:
+    """What the fullest rank of a cut holds at its peak; all ranks, where they are `alone` in one memory."""
+    needs = [memory.allocated for memory in fit.memory]
+    return sum(needs) if alone else max(needs)
 
 
 def remedies(
-    request: Request, choice: Choice, chain: Chain, now: Fit, room_bytes: float, *, number: int = 3
+    request: Request,
+    choice: Choice,
+    chain: Chain,
+    now: Fit,
+    room_bytes: float,
+    *,
+    alone: bool = False,
+    number: int = 3,
 ) -> list[Remedy]:
     """The cheapest changes that lower the peak, of each kind one; those that fit into `room_bytes` first.
 
-    `now` is what runs: the choice's schedule, or one of the user's own, at its cuts.
+    `now` is what runs: the choice's schedule, or one of the user's own, at its cuts; `alone` says that one
+    process has all ranks, in one memory.
     """
 
     def cost(remedy: Remedy) -> tuple[bool, float]:
         fits = remedy.peak_bytes <= room_bytes
         return not fits, remedy.step_seconds if fits else remedy.peak_bytes
 
-    most = (1 - _LEAST_SAVING) * peak_bytes(now)
+    most = (1 - _LEAST_SAVING) * peak_bytes(now, alone=alone)
     found = []
-    for changes in (_smaller_microbatches, _other_schedules, _other_cuts, _checkpoints, _one_more_rank):
+    # What moves work to other ranks moves nothing where they share their memory.
+    moving = () if alone else (_other_cuts, _one_more_rank)
+    for changes in (_smaller_microbatches, _other_schedules, _checkpoints, *moving):
         of_kind = []
         with contextlib.suppress(EvenflowError):  # no more such changes can be made
             for what, fit in changes(request, choice, chain, now):
-                if peak_bytes(fit) <= most:
-                    of_kind.append(Remedy(what, peak_bytes(fit), step_seconds(fit)))
+                peak = peak_bytes(fit, alone=alone)
+                if peak <= most:
+                    of_kind.append(Remedy(what, peak, step_seconds(fit, alone=alone)))
         found += sorted(of_kind, key=cost)[:1]
     return sorted(found, key=cost)[:number]
 
@@ -113,6 +128,7 @@ def _one_more_rank(request: Request, choice: Choice, chain: Chain, now: Fit) -> 
     grown = Cluster((replace(host, devices=(*host.devices, host.devices[-1])),))
     degrees = replace(choice.degrees, pipeline=choice.degrees.pipeline + 1)
     more = replace(choice, degrees=degrees)
-    wide = replace(request, cluster=grown).with_memory(2 * peak_bytes(now) + host.devices[0].reserved_bytes)
+    enough = 2 * peak_bytes(now) + host.devices[0].reserved_bytes
+    wide = replace(request, cluster=grown).with_memory(enough)
     if choice.schedule in catalog.SCHEDULES:
         yield f"{degrees.pipeline} ranks instead of {choice.degrees.pipeline}", fitted(wide, more, chain)

@@ -42,6 +42,7 @@ class Call:
     around: tuple[Around, ...]  # contexts to call it in, the outermost first
     before: Callable[[], None] | None  # what to do before it
     values: Sequence[Value]  # of the graph, by number
+    is_compiled: bool = False
 
     @property
     def takes(self) -> tuple[int, ...]:
@@ -132,10 +133,10 @@ class Prepare:
                 swaps = self._swaps(node, module)
                 around: list[Around] = [partial(_swapped, swaps)] if swaps else []
                 around += [partial(self.streams.module, target)] if draws else []
-                called = _plain_call(module)
                 if self.compiling is not None and not swaps and refusal(node, self.model) is None:
-                    called = self.compiling.of_module(module)
-                return Call(node, called, args, tuple(around), None, values)
+                    compiled = self.compiling.of_module(module)
+                    return Call(node, compiled, args, (), None, values, is_compiled=True)
+                return Call(node, _plain_call(module), args, tuple(around), None, values)
             case FunctionTarget(function, None):
                 return Call(node, function, args, (), None, values)
             case FunctionTarget(function, draws):

@@ -40,15 +40,15 @@ class HostClock(Clock):
 
 
 class CudaClock(Clock):
-    """Events in a device's current stream, counted from one that is reached as soon as it is made.
+    """Events in a device's current stream, counted from one at the beginning.
 
-    So it is where the device is idle then, as when a step begins; else all seconds are that much too early.
+    When that was reached is found when the first mark is read, by one more event that is waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._begun = self.mark()
-        self._begun_seconds = time.perf_counter()
+        self._begun_seconds: float | None = None
 
     def mark(self) -> torch.cuda.Event:
         """See `Clock`."""
@@ -58,9 +58,15 @@ class CudaClock(Clock):
 
     def seconds(self, mark: torch.cuda.Event) -> float:
         """See `Clock`."""
+        if self._begun_seconds is None:
+            since = self._since(self.mark())
+            self._begun_seconds = time.perf_counter() - since
+        return self._begun_seconds + self._since(mark)
+
+    def _since(self, mark: torch.cuda.Event) -> float:
         mark.synchronize()
-        since: float = self._begun.elapsed_time(mark) * 1e-3
-        return self._begun_seconds + since
+        seconds: float = self._begun.elapsed_time(mark) * 1e-3
+        return seconds
 
 
 def clock_of(device: torch.device) -> Clock:

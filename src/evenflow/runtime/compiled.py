@@ -1,11 +1,11 @@
 """Blocks compiled by torch.compile, each as a whole: what fuses inside one never reaches over a cut.
 
-A block is a module that stays whole and holds others. torch compiles the code of a class once, not each
-block. What it cannot be trusted with stays as it is: draws, which are keyed by hooks, and modules that
-change Python values or put hooks on their backward.
+A block is a module that stays whole and holds others. What it cannot be trusted with stays as it is: draws,
+which are keyed by hooks, and modules that change Python values or put hooks on their backward.
 """
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,10 @@ class Compiling:
 
     def of_module(self, module: torch.nn.Module) -> Callable[..., Any]:
         """What to call in the place of a module."""
-        compiled: Callable[..., Any] = torch.compile(module, backend=self.backend)
+        # Else blocks of one class share a limit of recompilations, beyond which some would run uncompiled.
+        apart: dict[str, Any] = {"isolate_recompiles": True}
+        apart = apart if apart.keys() <= inspect.signature(torch.compile).parameters.keys() else {}
+        compiled: Callable[..., Any] = torch.compile(module, backend=self.backend, **apart)
         return compiled
 
 
@@ -58,12 +61,15 @@ def refusal(node: Node, model: torch.nn.Module) -> str | None:
     return None
 
 
-def told(nodes: Iterable[Node], model: torch.nn.Module, *, splits: bool) -> str:
-    """What is compiled of a stage's nodes, for people; `splits`: its schedule parts backwards."""
-    why = {node.name: refusal(node, model) for node in nodes}
-    compiled = sum(1 for reason in why.values() if reason is None)
-    kinds = dict.fromkeys(reason for reason in why.values() if reason is not None)
-    examples = (next(name for name, found in why.items() if found == reason) for reason in kinds)
-    left = ", ".join(f"{name} {reason}" for name, reason in zip(examples, kinds, strict=True))
+def told(nodes: Iterable[Node], compiled: Collection[int], model: torch.nn.Module, *, splits: bool) -> str:
+    """What of a stage's nodes is `compiled`, for people; `splits`: its schedule parts backwards."""
+    why = {
+        node.name: refusal(node, model) or "has parameters that others share"
+        for node in nodes
+        if node.index not in compiled
+    }
+    examples = {reason: name for name, reason in reversed(why.items())}  # the first of each
+    left = ", ".join(f"{name} {reason}" for reason, name in reversed(examples.items()))
     whole = "; the gradients of their weights come with those of their inputs" if splits and compiled else ""
-    return f"compiles {compiled} of {len(why)} nodes{f' ({left})' if left else ''}{whole}"
+    number = len(compiled) + len(why)
+    return f"compiles {len(compiled)} of {number} nodes{f' ({left})' if left else ''}{whole}"

@@ -35,6 +35,7 @@ from evenflow.runtime.clocks import Clock, HostClock, clock_of
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.narrowing import Narrowing
+from evenflow.runtime.no_memory import is_out_of_memory
 from evenflow.runtime.script import Key, Line, Script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.work import Work
@@ -240,10 +241,10 @@ class Executor:
                 microbatch=microbatch,
                 splits=(stage, microbatch) in self.script.split,
             )
-        except (EvenflowError, torch.OutOfMemoryError):
+        except EvenflowError:
             raise
         except Exception as error:
-            if job.cut.graph.catches:
+            if job.cut.graph.catches and not is_out_of_memory(error):
                 raise _not_caught(error, stage, microbatch) from error
             raise
         if flight.work.section.needs_output:

@@ -1,7 +1,8 @@
 """Narrowing: boundary tensors travel in bfloat16, in half the bytes, and are widened where they arrive.
 
 Activations that get a gradient, and those gradients, are rounded between any two stages, wherever these live,
-so that numbers do not depend on ranks and links. What needs no gradient (masks, tables) goes as it is.
+so that numbers do not depend on ranks and links. What needs no gradient (masks, tables, all of an
+evaluation) goes as it is, and so do single numbers, such as a loss that is added to on its way.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,6 @@ from evenflow.errors import ConfigError
 from evenflow.graph.cut import num_bytes
 from evenflow.graph.tree import TensorInfo
 from evenflow.runtime.inflight import Parcel
-
-_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +59,5 @@ class Narrowing:
         )
 
     def _takes(self, info: TensorInfo) -> bool:
-        return self.dtype is not None and info.requires_grad and info.dtype in _WIDE
+        is_large = info.requires_grad and info.dtype is torch.float32 and len(info.shape) > 0
+        return self.dtype is not None and is_large

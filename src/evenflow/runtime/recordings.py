@@ -319,6 +319,11 @@ class Recordings:
         return self._work(made, stage, partial(accumulators.parameter_of, accumulators.learn(made)))
 
     @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled."""
+        return self._compiling is not None
+
+    @property
     def exact(self) -> bool:
         """Whether shared parameters have an accumulator for each use."""
         return self._leaves.exact

@@ -7,9 +7,9 @@ Ranks compare their batches before each step. Over Gloo that goes around a ring,
 import socket
 import struct
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-MOST_NUMBERS = 256  # of a rank, so that a message always finds room
+_MOST_BYTES = 2**16  # of a message, so that it always finds room
 
 
 class RollCall:
@@ -25,6 +25,7 @@ class RollCall:
 
     def __init__(self, sockets: Mapping[int, socket.socket], rank: int, *, timeout_seconds: float) -> None:
         self._rank, self._size = rank, len(sockets) + 1
+        self.most_numbers = _MOST_BYTES // (8 * self._size)  # of each rank
         wanted = [other for other in sorted(sockets) if 0 in (rank, other)]
         self._sockets = {other: sockets[other] for other in wanted}
         for other, each in sockets.items():
@@ -37,8 +38,16 @@ class RollCall:
     def gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """Every rank's (equally many, at least one, 64-bit) numbers, in rank order; collective.
 
-        Raises `OSError` where a rank is gone or does not answer.
+        Raises `OSError` where a rank is gone or does not answer; from then on there are no more roll calls,
+        for an answer that came late would be taken for the next one's.
         """
+        try:
+            return self._gather(numbers)
+        except OSError:
+            _close(self._sockets.values())
+            raise
+
+    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
         row = struct.Struct(f"{len(numbers)}q")
         mine = row.pack(*numbers)
         if self._rank == 0:
@@ -60,6 +69,6 @@ def _received(sender: socket.socket, num_bytes: int) -> bytes:
     return message
 
 
-def _close(sockets: Sequence[socket.socket]) -> None:
+def _close(sockets: Iterable[socket.socket]) -> None:
     for each in sockets:
         each.close()

@@ -20,7 +20,7 @@ from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import NOTHING, Template
 from evenflow.graph.weight_uses import WeightUses
 from evenflow.runtime.call import Call, ParameterOf, PlacesOf, Prepare
-from evenflow.runtime.compiled import Compiling, refusal
+from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.straight import Straight, Tell, filling, straight
@@ -64,10 +64,8 @@ class Work:
         kept |= set(graph.output.refs) if section.needs_output else set()
         prepare = Prepare(graph, model, device, streams, parameter_of, places_of, compiling)
         calls = [prepare.call(node) for node in section.nodes]
-        nodes = [
-            replace(node, opaque=True) if compiling is not None and refusal(node, model) is None else node
-            for node in section.nodes
-        ]
+        self.compiled = frozenset(call.node.index for call in calls if call.is_compiled)
+        nodes = [replace(n, opaque=True) if n.index in self.compiled else n for n in section.nodes]
         put_off = _learnt(nodes, graph, parameter_of, deferral)
         self.runs = [
             _Run(tuple(part), kept, section.nodes, streams, put_off)

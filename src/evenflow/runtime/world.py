@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from evenflow.errors import PeerError
-from evenflow.runtime.roll_call import MOST_NUMBERS, RollCall
+from evenflow.runtime.roll_call import RollCall
 
 
 def timeout_seconds() -> float:
@@ -102,7 +102,7 @@ class ProcessGroupWorld(World):
         return things
 
     def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
-        if self.roll_call is not None and 0 < len(numbers) <= MOST_NUMBERS:
+        if self.roll_call is not None and 0 < len(numbers) <= self.roll_call.most_numbers:
             with reported(self.rank, "comparing batches with all ranks"):
                 return self.roll_call.gather(numbers)
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
