@@ -45,6 +45,8 @@ class Compiling:
         apart: dict[str, Any] = {"isolate_recompiles": True}
         apart = apart if apart.keys() <= inspect.signature(torch.compile).parameters.keys() else {}
         compiled: Callable[..., Any] = torch.compile(module, backend=self.backend, **apart)
+        # torch notes that on the module itself, where the next recording would see another model.
+        vars(module).pop("_is_torch_compile", None)
         return compiled
 
 
