@@ -186,27 +186,25 @@ def test_a_plan_leaves_blocks_whole():
     assert sum(int(re.match(r"stage \d compiles (\d) of ", line)[1]) for line in said) == 6
 
 
-def test_what_is_compiled_is_recorded_once():
-    pipe = evenflow.pipeline(
+def compiled_in_two():
+    return evenflow.pipeline(
         model(),
         loss=lambda m, b: F.mse_loss(m(b["x"]), b["y"]),
         example=batches()[0],
         stages=2,
         compile="aot_eager",
     )
+
+
+def test_what_is_compiled_is_recorded_once():
+    pipe = compiled_in_two()
     for batch in batches():
         pipe.step(batch, update=False)
     assert len(pipe._parts.recordings.entries) == 1
 
 
 def test_check_refuses_what_is_compiled():
-    pipe = evenflow.pipeline(
-        model(),
-        loss=lambda m, b: F.mse_loss(m(b["x"]), b["y"]),
-        example=batches()[0],
-        stages=2,
-        compile="aot_eager",
-    )
+    pipe = compiled_in_two()
     with pytest.raises(ConfigError, match="check compares with the model itself, which compiles nothing"):
         pipe.check(batches()[0])
 

@@ -195,9 +195,9 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
     return tuple(float(one.backward_peak_bytes + again[node.region] + size) for node, one, size in parts)
 
 
-def values_past_nodes(graph: Graph) -> tuple[Held, ...]:
+def values_past_nodes(graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes) -> tuple[Held, ...]:
     """`Chain.skips` of a graph."""
-    return tuple(Held(float(size), places) for size, places in skips(graph))
+    return tuple(Held(float(size), places) for size, places in skips(graph, size_of))
 
 
 def as_it_travels(chain: Chain, graph: Graph, size_of: Callable[[TensorInfo], int]) -> Chain:
@@ -205,7 +205,7 @@ def as_it_travels(chain: Chain, graph: Graph, size_of: Callable[[TensorInfo], in
     return replace(
         chain,
         cut_bytes=tuple(map(float, crossing_bytes(graph, size_of)[: chain.num_nodes])),
-        skips=tuple(Held(float(size), places) for size, places in skips(graph, size_of)),
+        skips=values_past_nodes(graph, size_of),
     )
 
 

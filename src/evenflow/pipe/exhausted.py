@@ -114,11 +114,10 @@ class _Measured:
 def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.device) -> _Measured:
     parameters = [parameter for _, parameter in parts.updater.parameters]
     parameters += parts.updater.accumulators.copies()
-    states = [list(each.state.values()) for each in parts.updater.optimizers.values()]
     known = {
         "parameters": _bytes_of(parameters),
         "gradients": _bytes_of(p.grad for p in parameters if p.grad is not None),
-        "optimizer": _bytes_of(pytree.tree_leaves(states)),
+        "optimizer": _optimizer_bytes(parts),
         "boundary": _bytes_of(parcel for each in executors.values() for parcel in each.parcels()),
     }
     if device.type == "cuda":
@@ -126,6 +125,11 @@ def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.dev
         names = "allocated_bytes.all.current", "allocated_bytes.all.peak"
         return _Measured(known, *(float(memory[name]) for name in names))
     return _Measured(known, _of_process("VmRSS"), _of_process("VmHWM"))
+
+
+def _optimizer_bytes(parts: Parts) -> float:
+    states = [list(each.state.values()) for each in parts.updater.optimizers.values()]
+    return _bytes_of(pytree.tree_leaves(states))
 
 
 def _bytes_of(things: Iterable[object]) -> float:
@@ -224,9 +228,7 @@ class _Estimate:
 def _state(parts: Parts) -> TrainingState:
     """What the optimizers keep for each element; before their first step, what Adam would."""
     elements = sum(p.numel() for _, p in parts.updater.parameters if p.requires_grad)
-    kept = _bytes_of(
-        pytree.tree_leaves([list(each.state.values()) for each in parts.updater.optimizers.values()])
-    )
+    kept = _optimizer_bytes(parts)
     if not parts.updater.optimizers:
         return TrainingState(optimizer_bytes=0.0, update_bytes=0.0)
     return TrainingState(optimizer_bytes=kept / elements) if kept and elements else TrainingState()

@@ -7,6 +7,7 @@ evaluation) goes as it is, and so do single numbers, such as a loss that is adde
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -44,18 +45,17 @@ class Narrowing:
 
     def narrow(self, parcel: Parcel, infos: Sequence[TensorInfo]) -> Parcel:
         """A parcel as it travels; `infos` are those of its values."""
-        pairs = zip(parcel, infos, strict=True)
-        return tuple(
-            tensor.to(self.dtype) if tensor is not None and self._takes(info) else tensor
-            for tensor, info in pairs
-        )
+        return self._cast(parcel, infos, [self.dtype] * len(infos))
 
     def widen(self, parcel: Parcel, infos: Sequence[TensorInfo]) -> Parcel:
         """A parcel that has travelled, in its values' own types."""
-        pairs = zip(parcel, infos, strict=True)
+        return self._cast(parcel, infos, [info.dtype for info in infos])
+
+    def _cast(self, parcel: Parcel, infos: Sequence[TensorInfo], dtypes: Sequence[Any]) -> Parcel:
+        triples = zip(parcel, infos, dtypes, strict=True)
         return tuple(
-            tensor.to(info.dtype) if tensor is not None and self._takes(info) else tensor
-            for tensor, info in pairs
+            tensor.to(dtype) if tensor is not None and self._takes(info) else tensor
+            for tensor, info, dtype in triples
         )
 
     def _takes(self, info: TensorInfo) -> bool:
