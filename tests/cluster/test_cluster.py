@@ -133,6 +133,7 @@ def test_impossible_measurements(flops: float, seconds: float, dtype: str, messa
         ({"reserved_bytes": 2.0**31}, "less than memory_bytes"),
         ({"efficiency": 0.0}, "efficiency = 0"),
         ({"kernel_seconds": -1.0}, "kernel_seconds = -1"),
+        ({"communicator_bytes": -1.0}, "communicator_bytes = -1"),
     ],
 )
 def test_impossible_devices(changed: dict[str, object], message: str) -> None:

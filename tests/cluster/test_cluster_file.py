@@ -96,6 +96,7 @@ own = st.builds(
     efficiency=st.floats(0.01, 1),
     source=st.text("abc é\"\\'#"),
     kernel_seconds=st.floats(0, 1e-3).map(to_15_digits),
+    communicator_bytes=st.floats(0, 9e8),
 )
 
 

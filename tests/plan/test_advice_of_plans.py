@@ -7,7 +7,6 @@ from chains import language_model
 from test_planner import boxes, request
 
 from evenflow.cluster.cluster import Cluster
-from evenflow.cluster.short import parse_cluster
 from evenflow.plan.advice import NothingFitsError, advised, fitting, too_large
 from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.planner import NoPlanError, choices, plan
@@ -32,7 +31,7 @@ CASES = {
     ),
     "mixed": request(boxes("H100", "A100", "H100", memory=3e6), levers=PIPELINE_ONLY, num_blocks=12),
     "hosts": request(
-        parse_cluster("2x1xH100").with_memory(boxes("H100").devices[0].reserved_bytes + 5e6),
+        Cluster(boxes("H100", memory=5e6).hosts * 2),
         levers=PIPELINE_ONLY,
     ),
 }

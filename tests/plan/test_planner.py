@@ -34,7 +34,9 @@ LINK = Link(1e-5, 1e10)
 
 
 def boxes(*names: str, memory: float | None = None, link: Link = LINK) -> Cluster:
-    cluster = Cluster((Host(tuple(map(device_called, names)), link),))
+    # NCCL's buffers are larger than the models of these tests.
+    devices = tuple(replace(device_called(name), communicator_bytes=0.0) for name in names)
+    cluster = Cluster((Host(devices, link),))
     # A device keeps a part of its memory for itself.
     return cluster if memory is None else cluster.with_memory(cluster.devices[0].reserved_bytes + memory)
 
@@ -320,6 +322,15 @@ def test_progress_is_told():
     assert numbers == sorted(numbers)
     assert 0 < numbers[-1] <= told[-1][1]
     assert told[-1][2] < float("inf")
+
+
+def test_each_way_to_a_neighbour_takes_memory():
+    cluster = boxes(*["H100"] * 4, memory=1e9)
+    devices = tuple(replace(device, communicator_bytes=1e5) for device in cluster.devices)
+    asked = request(replace(cluster, hosts=(Host(devices, LINK),)), levers=Levers(pipeline=4))
+    best = plan(asked)
+    assert best.stages_per_rank == 1
+    assert [rank.memory.communicators for rank in best.ranks] == [2e5, 4e5, 4e5, 2e5]
 
 
 @pytest.mark.parametrize("memory", [7e6, 6.5e6])

@@ -17,16 +17,19 @@ from torch import distributed as dist
 from evenflow.cost.storages import Memory
 from evenflow.errors import PeerError, ScheduleError
 from evenflow.graph.tree import TensorInfo
+from evenflow.ir.flow import Flow
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
 from evenflow.runtime.inflight import Parcel
+from evenflow.runtime.links import process_group
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.layout import Layout
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.local import LocalLink
-from evenflow.runtime.links.process_group import SENDS_AHEAD, ProcessGroupLink
+from evenflow.runtime.links.process_group import RECEIVES_AHEAD, SENDS_AHEAD, ProcessGroupLink
 from evenflow.runtime.links.rendezvous import Meeting
+from evenflow.runtime.links.ways import ways
 from evenflow.runtime.world import ProcessGroupWorld
 
 CPU = torch.device("cpu")
@@ -235,6 +238,9 @@ def process_links() -> dict[str, Callable[[], Link]]:
     """What makes a link between two processes, by its kind."""
     return {
         "process group": lambda: ProcessGroupLink(CPU, Placement.linear(2)),
+        "process group, two ways": lambda: ProcessGroupLink(
+            *(CPU, Placement.linear(2)), ways(Flow.chain(2), Placement.linear(2), 60.0)
+        ),
         "shared memory": lambda: link_for(ProcessGroupWorld(CPU), CPU, Placement.linear(2)),
     }
 
@@ -266,6 +272,7 @@ RUNS = {
     "local": run_locally,
     "rendezvous": run_on_meeting,
     "process group": partial(run_on_processes, "process group"),
+    "process group, two ways": partial(run_on_processes, "process group, two ways"),
     "shared memory": partial(run_on_processes, "shared memory"),
 }
 
@@ -332,6 +339,7 @@ GROUP_RUNS = {
     "local": groups_locally,
     "rendezvous": groups_on_meeting,
     "process group": partial(groups_on_processes, "process group"),
+    "process group, two ways": partial(groups_on_processes, "process group, two ways"),
     "shared memory": partial(groups_on_processes, "shared memory"),
 }
 
@@ -554,3 +562,48 @@ def test_a_lost_peer_is_named_with_rank_and_op(tmp_path, kind, role, op):
     kind, text = pickle.loads((tmp_path / "error").read_bytes())
     assert kind == "PeerError"
     assert text.startswith(f"rank 0 lost rank 1 in {op} (microbatch 1): ")
+
+
+# -- receives posted ahead of their place
+
+
+def count_posted_ahead(backend: str, *, two_ways: bool) -> list[int]:
+    """How many receives rank 1 has under way when each of three steps has begun."""
+    dist.init_process_group("gloo")
+    process_group.backend_of = lambda _: backend
+    placement = Placement.linear(2)
+    link = ProcessGroupLink(CPU, placement, ways(Flow.chain(2), placement, 60.0) if two_ways else None)
+    posted, irecv = [], dist.irecv
+    process_group.dist.irecv = lambda *args, **kwargs: posted.append(args) or irecv(*args, **kwargs)
+    there = [Transfer(0, 1, i, (numbers(4),)) for i in range(6)]
+    found = []
+    for _ in range(3):
+        posted.clear()
+        if dist.get_rank() == 0:
+            run_rank(link, 0, [there])
+            continue
+        link.start([(each.recv, each.manifest) for each in there])
+        found.append(len(posted))
+        for each in there:
+            link.post(each.recv)
+            link.take(each.recv)
+        link.finish()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "two_ways", "expected"),
+    [
+        ("gloo", False, [0, RECEIVES_AHEAD, RECEIVES_AHEAD]),  # in the first step no layout is known
+        ("nccl", True, [0, RECEIVES_AHEAD, RECEIVES_AHEAD]),
+        ("nccl", False, [0, 0, 0]),
+    ],
+)
+def test_receives_are_posted_ahead_where_they_block_no_send(backend, two_ways, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert launch(partial(count_posted_ahead, two_ways=two_ways), backend, nproc=2)[1] == expected
+
+
+def test_nothing_is_posted_ahead_where_a_gpu_has_one_hardware_queue(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert launch(partial(count_posted_ahead, two_ways=True), "nccl", nproc=2)[1] == [0, 0, 0]

@@ -17,6 +17,7 @@ class Device:
       allocator can't use.
     - `efficiency`: the share of `flops_per_second` that large matrix products reach, 0 to 1.
     - `kernel_seconds`: what a kernel costs however little it does.
+    - `communicator_bytes`: what a way for tensors to another device takes; there is one for each direction.
 
     Raises `ConfigError`, naming all that is wrong: a rate or a memory that is not above 0, an efficiency
     outside 0 to 1, more memory reserved than there is.
@@ -35,6 +36,7 @@ class Device:
     efficiency: float
     source: str
     kernel_seconds: float = 0.0
+    communicator_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         rates = {
@@ -58,6 +60,8 @@ class Device:
             )
         if not 0 <= self.kernel_seconds < math.inf:
             faults.append(f"kernel_seconds = {self.kernel_seconds:g} must be at least 0 and finite")
+        if not 0 <= self.communicator_bytes < math.inf:
+            faults.append(f"communicator_bytes = {self.communicator_bytes:g} must be at least 0 and finite")
         if faults:
             raise ConfigError(f"device {self.name}: {'; '.join(faults)}")
 

@@ -3,7 +3,8 @@
 Rates are dense: where a data sheet counts sparse matrices, half of it. float32 is without TF32, as torch
 computes by default; 16-bit types add up in 32 bits. Memory is what nvidia-smi shows, a little less than what
 the card is called after. A gibibyte of it is set aside for the driver's context and for what the allocator
-cannot use, and a kernel costs 5 µs: both are assumed.
+cannot use, a kernel costs 5 µs, and a communicator of NCCL between two GPUs takes 64 MiB, its buffers of 4
+MiB in 16 channels: all three are assumed.
 
 An efficiency makes the planner say of a published run, with the degrees of that run, the speed that was
 published. Communication and recomputation, which the planner counts, are not in it:
@@ -46,6 +47,7 @@ def _gpu(
         efficiency=efficiency,
         source=source,
         kernel_seconds=5e-6,
+        communicator_bytes=64.0 * _MIB,
     )
 
 

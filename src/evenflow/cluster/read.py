@@ -45,7 +45,7 @@ _PART = ("kind", "count", "memory")
 _RATES = ("latency_us", "gib_per_second")
 _DEVICE = (
     *("teraflops", "memory", "memory_gib_per_second", "reserved"),
-    *("efficiency", "kernel_us", "source"),
+    *("efficiency", "kernel_us", "communicator", "source"),
 )
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "float8")
 _GIB = 2.0**30
@@ -144,4 +144,5 @@ def _device(name: str, table: Table) -> Device:
         efficiency=table.number("efficiency"),
         source=table.text("source") if "source" in table else "the cluster file",
         kernel_seconds=table.number("kernel_us", power=-6) if "kernel_us" in table else 0.0,
+        communicator_bytes=table.size("communicator") if "communicator" in table else 0.0,
     )

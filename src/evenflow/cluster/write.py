@@ -103,6 +103,7 @@ def _device(device: Device) -> Iterable[str]:
     yield f"reserved = {_text(write_bytes(device.reserved_bytes))}"
     yield f"efficiency = {device.efficiency!r}  # the share of the peak that large matrix products reach"
     yield f"kernel_us = {_scaled(device.kernel_seconds, 6)}"
+    yield f"communicator = {_text(write_bytes(device.communicator_bytes))}"
     yield f"source = {_text(device.source)}"
 
 

@@ -15,6 +15,7 @@ from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
+from evenflow.ir.flow import Flow
 from evenflow.ir.op import InputGrad, parts
 from evenflow.ir.placement import Placement
 from evenflow.pipe import auto, choices
@@ -233,7 +234,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             model=model,
             loss=program,
             world=world,
-            link=_joined(world, own_device, placement, link),
+            link=_joined(world, own_device, placement, link, cut.flow),
             stages=stages_here,
             devices=devices,
             recordings=recordings,
@@ -257,9 +258,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     )
 
 
-def _joined(world: World, device: torch.device, placement: Placement, choice: str) -> Link:
+def _joined(world: World, device: torch.device, placement: Placement, choice: str, flow: Flow) -> Link:
     """The link between the ranks, who from now on call the roll, where they can."""
-    link = link_for(world, device, placement, choice)
+    link = link_for(world, device, placement, choice, flow=flow)
     world.roll_call = roll_call_for(world, link)
     return link
 

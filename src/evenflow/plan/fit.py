@@ -28,11 +28,15 @@ from evenflow.plan.traffic import Parcels, traffic_of
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The devices of one pipeline rank: they have one kind, the slowest, and the least memory among them."""
+    """The devices of one pipeline rank: they have one kind, the slowest, and the least memory among them.
+
+    `communicator_bytes` are for each of the two ways between it and another pipeline rank.
+    """
 
     first: int  # its first device's rank in the cluster
     kind: str
     cap_bytes: float
+    communicator_bytes: float = 0.0
 
 
 def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
@@ -43,7 +47,8 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
         devices = {id(each): each for each in cluster.devices[first : first + width]}.values()
         slowest = min(devices, key=lambda device: max(device.flops_per_second.values()) * device.efficiency)
         room = min(device.room_bytes for device in devices)
-        found.append(Group(first, slowest.name, room))
+        ways = max(device.communicator_bytes for device in devices)
+        found.append(Group(first, slowest.name, room, ways))
     return tuple(found)
 
 
@@ -137,8 +142,11 @@ def at_cuts(
     traffic = traffic_of(chain, positions)
     parcels = traffic.parcels(rank_of)
     stages = as_run(stages, parcels, request.overheads, splits=in_two)
-    costs = costs_of(stages, traffic, _links(request.cluster, groups, traffic.rank_pairs(rank_of)))
-    memory = _memory(request, choice.degrees, held, stages, parcels)
+    pairs = traffic.rank_pairs(rank_of)
+    costs = costs_of(stages, traffic, _links(request.cluster, groups, pairs))
+    num_ways = [sum(rank in pair for pair in pairs if pair[0] != pair[1]) for rank in range(len(groups))]
+    ways_bytes = [n * group.communicator_bytes for n, group in zip(num_ways, groups, strict=True)]
+    memory = _memory(request, choice.degrees, held, stages, parcels, ways_bytes)
     exchange = shared_seconds(
         chain.parameters,
         positions,
@@ -242,6 +250,7 @@ def _memory(
     held: InFlight,
     stages: Sequence[StageCost],
     parcels: Sequence[Parcels],
+    communicator_bytes: Sequence[float],
 ) -> tuple[RankMemory, ...]:
     sizes = [
         _stage_bytes(stage, own, request.state.gradient_bytes)
@@ -256,6 +265,7 @@ def _memory(
             expert_ranks=degrees.expert,
             sharding=degrees.sharding,
             gathers_nodes=degrees.gathers_nodes,
+            communicator_bytes=communicator_bytes[rank],
         )
         for rank, peak in enumerate(held.peaks(sizes))
     )

@@ -15,13 +15,21 @@ from evenflow.errors import PeerError
 from evenflow.runtime.roll_call import RollCall
 
 
-def timeout_seconds() -> float:
-    """How long torch.distributed's CPU ranks wait for each other: as whoever made the group has said."""
+def backend_of(device: torch.device) -> str:
+    """What carries such a device's tensors in the group of all ranks: "gloo" or "nccl"."""
+    return str(_backend(device).name())
+
+
+def timeout_seconds(device: torch.device) -> float:
+    """How long such devices' ranks wait for each other: as whoever made the group of all ranks has said."""
+    waits: timedelta = _backend(device).options._timeout  # noqa: SLF001 (torch has no public way to ask)
+    return waits.total_seconds()
+
+
+def _backend(device: torch.device) -> Any:  # torch types none
     group = dist.group.WORLD
     assert group is not None, "there are several processes"
-    # torch has no public way to ask.
-    waits: timedelta = group._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
-    return waits.total_seconds()
+    return group._get_backend(device)  # noqa: SLF001 (as above)
 
 
 class World(ABC):
@@ -83,11 +91,14 @@ class SingleProcess(World):
 
 
 class ProcessGroupWorld(World):
-    """The ranks of torch.distributed's default group, which must exist. `device` carries collectives."""
+    """The ranks of torch.distributed's default group, which must exist.
+
+    `device` is this rank's own; where Gloo joins GPUs, all goes through the host's memory.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.device = device
+        self.device = torch.device("cpu") if backend_of(device) == "gloo" else device
 
     def share(self, thing: Any, source: int) -> Any:
         box = [thing]
@@ -113,13 +124,13 @@ class ProcessGroupWorld(World):
 
     def send(self, tensor: torch.Tensor, target: int) -> None:
         with reported(self.rank, f"sending to rank {target}"):
-            dist.send(tensor.contiguous(), target)
+            dist.send(tensor.to(self.device).contiguous(), target)
 
     def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
-        into = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        into = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         with reported(self.rank, f"receiving from rank {source}"):
             dist.recv(into, source)
-        return into
+        return into.to(like.device)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
         with reported(self.rank, f"waiting for rank {source}"):

@@ -1,10 +1,13 @@
 """Which link joins the ranks of a pipeline, and how else they talk."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 
 from evenflow.errors import ConfigError
+from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.runtime.links.by_rank import LinkByRank
 from evenflow.runtime.links.link import Link
@@ -12,17 +15,26 @@ from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.neighbours import neighbours
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
+from evenflow.runtime.links.ways import Way, ways
 from evenflow.runtime.roll_call import RollCall
-from evenflow.runtime.world import World, timeout_seconds
+from evenflow.runtime.world import World, backend_of, timeout_seconds
 
 _LOG = logging.getLogger(__name__)
 CHOICES = ("auto", "shared-memory", "torch")
 
 
-def link_for(world: World, device: torch.device, placement: Placement, choice: str = "auto") -> Link:
+def link_for(
+    world: World,
+    device: torch.device,
+    placement: Placement,
+    choice: str = "auto",
+    *,
+    flow: Flow | None = None,
+) -> Link:
     """Shared memory between CPU ranks of one host, torch.distributed between all others; collective.
 
     With "torch" that between all. With "shared-memory" it raises `ConfigError` where two ranks have none.
+    `flow` says which stages hand each other values, by default each the next.
     """
     if world.size == 1:
         return LocalLink()
@@ -38,14 +50,24 @@ def link_for(world: World, device: torch.device, placement: Placement, choice: s
         kind = with_all.get(num_near, "shared memory on this host and torch.distributed to others")
         _LOG.info("tensors travel between ranks over %s", kind)
     if not sockets:
-        return ProcessGroupLink(device, placement)
-    near = SharedMemoryLink(placement, world.rank, sockets, timeout_seconds=timeout_seconds())
+        return ProcessGroupLink(device, placement, _own_ways(device, placement, flow))
+    near = SharedMemoryLink(placement, world.rank, sockets, timeout_seconds=timeout_seconds(device))
     if num_near == world.size - 1:
         return near
     return LinkByRank(placement, dict.fromkeys(sockets, near), ProcessGroupLink(device, placement))
 
 
+def _own_ways(
+    device: torch.device, placement: Placement, flow: Flow | None
+) -> Mapping[Way, dist.ProcessGroup]:
+    if backend_of(device) != "nccl":
+        return {}
+    return ways(flow or Flow.chain(placement.num_stages), placement, timeout_seconds(device))
+
+
 def roll_call_for(world: World, link: Link) -> RollCall | None:
     """A roll call, where that link leads through shared memory to all ranks; collective."""
     sockets = neighbours(world) if isinstance(link, SharedMemoryLink) else None
-    return None if not sockets else RollCall(sockets, world.rank, timeout_seconds=timeout_seconds())
+    if not sockets:
+        return None
+    return RollCall(sockets, world.rank, timeout_seconds=timeout_seconds(torch.device("cpu")))

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from evenflow.ir.op import Recv, Send
 from evenflow.runtime.inflight import Parcel
+from evenflow.runtime.links.copies import Copied, Copies
 from evenflow.runtime.links.link import Link, Manifest
 
 
@@ -11,17 +14,17 @@ class LocalLink(Link):
     """One object shared by all ranks of the process."""
 
     def __init__(self) -> None:
-        self._under_way: dict[Recv, Parcel] = {}
+        self._copies = Copies()
+        self._under_way: dict[Recv, list[torch.Tensor | Copied | None]] = {}
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
         self._under_way.clear()  # what a step that failed left behind
 
     def send(self, op: Send, parcel: Parcel, manifest: Manifest) -> None:
         arrival = Recv(op.source, op.target, op.microbatch, op.payload)
-        moved = (
-            None if tensor is None else tensor.to(manifest.device, non_blocking=True) for tensor in parcel
-        )
-        self._under_way[arrival] = tuple(moved)
+        self._under_way[arrival] = [
+            None if tensor is None else self._copies.begin(tensor, manifest.device) for tensor in parcel
+        ]
 
     def post(self, op: Recv) -> None:
         assert op in self._under_way, f"{op} comes before its send: the order is not the proven one"
@@ -32,7 +35,7 @@ class LocalLink(Link):
         # What is received may be sent by a rank that has its turn after this one: `take` will see.
 
     def take(self, op: Recv) -> Parcel:
-        return self._under_way.pop(op)
+        return tuple(each.taken() if isinstance(each, Copied) else each for each in self._under_way.pop(op))
 
     def finish(self) -> None:
         assert not self._under_way, f"never taken: {[str(op) for op in self._under_way]}"

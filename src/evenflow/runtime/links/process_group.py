@@ -2,8 +2,13 @@
 
 Matching is by order alone: both ends walk the same proven program, so no tags are needed. How the tensors of
 a parcel lie in memory is told once per kind of parcel, in a header before the first; after that a parcel is
-its tensors and nothing else, and receives can be posted ahead. On Gloo they are, a few at a time; NCCL has
-one queue per pair of ranks, where a receive posted before its place could block a send that the peer needs.
+its tensors and nothing else, and receives can be posted ahead, a few at a time. On NCCL a receive occupies a
+queue until it is served. Where each direction between two ranks has a queue of its own (see `ways`) no send
+stands behind it, so that receives are posted ahead there too, from the second step on: in the first NCCL
+connects and kernels are loaded, for which a device must come to rest. All others keep their place: the
+program has been proven for one serial queue a rank.
+
+Gloo carries no tensors of GPUs: these go through the host's memory.
 
 Groups of transfers run on Gloo, where a send waits for nobody. On NCCL they are refused: a group call needs
 the size of everything in it, and those of gradients are learnt from headers, which would have to travel in
@@ -11,8 +16,9 @@ the group themselves. (`lower` writes no groups.)
 """
 
 import math
+import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +31,10 @@ from evenflow.ir.placement import Placement
 from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, empty, pack, unpack
 from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.ways import Way
+from evenflow.runtime.world import backend_of
 
-# On Gloo: receives under way beyond the place that the program has reached, and parcels that may be leaving
+# Receives under way beyond the place that the program has reached; and on Gloo parcels that may be leaving
 # while it goes on. A send waits for the oldest of them, as it may: the program also lives on a link on which
 # every send waits for its receive.
 RECEIVES_AHEAD = 4
@@ -62,16 +70,23 @@ class _Arriving:
 
 
 class ProcessGroupLink(Link):
-    """One rank's end. Ranks are torch.distributed's; `placement` says which holds a stage."""
+    """One rank's end. Ranks are torch.distributed's; `placement` says which holds a stage.
 
-    def __init__(self, device: torch.device, placement: Placement) -> None:
+    `ways` are the groups for transfers from one rank to another; all others use the group of all ranks.
+    """
+
+    def __init__(
+        self, device: torch.device, placement: Placement, ways: Mapping[Way, dist.ProcessGroup] | None = None
+    ) -> None:
         self._rank_of = placement.rank_of
         self._rank = dist.get_rank()
-        self._device = device
-        on_gloo = dist.get_backend() == "gloo"
+        self._device, self._ways = device, ways or {}
+        self._on_gloo = backend_of(device) == "gloo"
+        self._carrier = torch.device("cpu") if self._on_gloo else device
         self.receives_ahead, self.sends_ahead = RECEIVES_AHEAD, SENDS_AHEAD
-        self._ahead = RECEIVES_AHEAD if on_gloo else 0
-        self._most_leaving = SENDS_AHEAD if on_gloo else math.inf  # NCCL's stream would wait, and compute too
+        self._ahead = RECEIVES_AHEAD if self._on_gloo else 0
+        # NCCL's stream would wait, and compute too.
+        self._most_leaving = SENDS_AHEAD if self._on_gloo else math.inf
         self._known: dict[
             tuple[Any, ...], tuple[Layout | None, ...]
         ] = {}  # parcel key -> how its tensors lie
@@ -105,13 +120,13 @@ class ProcessGroupLink(Link):
             if layouts is None:
                 layouts = tuple(None if tensor is None else Layout.of(tensor) for tensor in parcel)
                 self._known[manifest.key] = layouts
-                self._leave(_encode(layouts, self._device), op, leaving)
+                self._leave(_encode(layouts, self._carrier), op, leaving)
             for tensor, layout in zip(parcel, layouts, strict=True):
                 if layout is None:
                     assert tensor is None, f"{op}: a gradient exists that did not in the first microbatch"
                     continue
-                block = empty(layout, self._device).zero_() if tensor is None else pack(tensor, layout)
-                self._leave(block, op, leaving)
+                block = empty(layout, self._carrier).zero_() if tensor is None else pack(tensor, layout)
+                self._leave(block.to(self._carrier), op, leaving)
             self._leaving.append(leaving)
         except RuntimeError as error:
             raise self._lost(op, error) from error
@@ -129,11 +144,11 @@ class ProcessGroupLink(Link):
             raise self._lost(op, error) from error
 
     def exchange(self, sends: Sequence[tuple[Send, Parcel, Manifest]], receives: Sequence[Recv]) -> None:
-        if dist.get_backend() != "gloo":
+        if not self._on_gloo:
             group = ", ".join(map(str, (*(op for op, _, _ in sends), *receives)))
             raise ScheduleError(
-                f"rank {self._rank}: the group {group} cannot run on {dist.get_backend()}, where all sizes "
-                "must be known beforehand; write the transfers one after the other, as `lower` does"
+                f"rank {self._rank}: the group {group} cannot run on {backend_of(self._device)}, where all "
+                "sizes must be known beforehand; write the transfers one after the other, as `lower` does"
             )
         for op, parcel, manifest in sends:
             self._send(op, parcel, manifest)
@@ -149,7 +164,8 @@ class ProcessGroupLink(Link):
             raise self._lost(op, error) from error
         pairs = zip(arriving.blocks, arriving.layouts, strict=True)
         return tuple(
-            None if block is None or layout is None else unpack(block, layout) for block, layout in pairs
+            None if block is None or layout is None else unpack(block.to(self._device), layout)
+            for block, layout in pairs
         )
 
     def finish(self) -> None:
@@ -162,40 +178,48 @@ class ProcessGroupLink(Link):
             raise PeerError(
                 f"rank {self._rank}: a peer was lost before it took all that was sent to it: {error}"
             ) from error
+        # With one hardware queue even other streams stand behind a receive.
+        if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+            self._ahead = RECEIVES_AHEAD
 
     def _layouts(self, manifest: Manifest) -> tuple[Layout | None, ...] | None:
         return self._known.get(manifest.key) if manifest.values else ()
 
     def _leave(self, block: torch.Tensor, op: Send, leaving: _Leaving) -> None:
-        work = dist.isend(block, self._peer(op))
+        work = dist.isend(block, self._peer(op), group=self._way(op))
         assert work is not None, "this rank is part of the group"
         leaving.works.append(work)
         leaving.blocks.append(block)
 
     def _look_ahead(self) -> None:
         """Begin receives before their place, as long as what they will look like is known."""
-        while (
-            self._expected and self._reached < self._ahead and self._layouts(self._expected[0][1]) is not None
-        ):
-            op, manifest = self._expected.popleft()
+        while self._expected and self._reached < self._ahead:
+            op, manifest = self._expected[0]
+            own_queue = self._on_gloo or self._way(op) is not None
+            if not own_queue or self._layouts(manifest) is None:
+                return
+            self._expected.popleft()
             self._begin(op, manifest)
             self._reached += 1
 
     def _begin(self, op: Recv, manifest: Manifest) -> None:
-        layouts, source = self._layouts(manifest), self._peer(op)
+        layouts, source, way = self._layouts(manifest), self._peer(op), self._way(op)
         if layouts is None:
             header = torch.empty(
-                len(manifest.values) * (2 + 2 * _MAX_DIMS), dtype=torch.int64, device=self._device
+                len(manifest.values) * (2 + 2 * _MAX_DIMS), dtype=torch.int64, device=self._carrier
             )
-            dist.recv(header, source)
+            dist.recv(header, source, group=way)
             layouts = self._known[manifest.key] = _decode(header)
-        blocks = [None if layout is None else empty(layout, self._device) for layout in layouts]
-        works = [dist.irecv(block, source) for block in blocks if block is not None]
+        blocks = [None if layout is None else empty(layout, self._carrier) for layout in layouts]
+        works = [dist.irecv(block, source, group=way) for block in blocks if block is not None]
         assert all(work is not None for work in works), "this rank is part of the group"
         self._arriving[op] = _Arriving(layouts, blocks, [work for work in works if work is not None])
 
     def _peer(self, op: Send | Recv) -> int:
         return self._rank_of[op.target if isinstance(op, Send) else op.source]
+
+    def _way(self, op: Send | Recv) -> dist.ProcessGroup | None:
+        return self._ways.get((self._rank_of[op.source], self._rank_of[op.target]))
 
     def _lost(self, op: Send | Recv, error: RuntimeError) -> PeerError:
         if isinstance(error, PeerError):
