@@ -1,7 +1,8 @@
 """What the runtime gives back of what schedules promise, beside torch.distributed.pipelining.
 
-In one run both take turns on the same workloads (see `workloads`); wall seconds are of the slowest rank,
-between two barriers. Run: `python benchmarks/runtime.py [A] [B] [C] [D]`.
+In one run both take turns on the same workloads (see `workloads`), and so does DeepSpeed's engine where it is
+installed; wall seconds are of the slowest rank, between two barriers. Run: `python benchmarks/runtime.py [A]
+[B] [C] [D]`.
 """
 
 import os
@@ -17,6 +18,7 @@ import emulated
 import torch
 import torch.distributed as dist
 import workloads
+from deepspeed_engine import IS_INSTALLED, DeepSpeeds
 from torch.distributed.pipelining import PipelineStage, schedules
 from workloads import Workload
 
@@ -150,7 +152,27 @@ class Plain:
         return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-Competitor = Ours | Torchs | Plain | Alone
+class Halves:
+    """Each rank's share of the microbatches in a loop, without a pipeline: what the machine itself allows."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.own = list(zip(workload.inputs.split(1), workload.targets.split(1), strict=True))[rank::size]
+
+    def step(self) -> None:
+        """Forward and backward of a share of a batch."""
+        work = self.workload
+        for x, y in self.own:
+            loss = work.loss(work.chain(x), y)
+            loss.backward(torch.full_like(loss, 1 / len(work.inputs)))
+
+    def gradients(self) -> Gradients:
+        """Not all of them."""
+        return {}
+
+
+Competitor = Ours | Torchs | Plain | Alone | Halves | DeepSpeeds
 Makers = Mapping[str, Callable[[], Competitor]]
 
 
@@ -217,13 +239,19 @@ def _a() -> dict[str, Took]:
     )
     makers: Makers = {
         "one thread": lambda: Plain(workloads.gpt(16)),
+        "two threads, half the microbatches each": lambda: Halves(workloads.gpt(16)),
         "torch, 1f1b": lambda: Torchs(_again(workload), "1f1b"),
         "torch, zero-bubble": lambda: Torchs(_again(workload), "zero-bubble"),
+        **_deepspeed(lambda: _again(workload)),
         "ours, 1f1b": lambda: Ours(_again(workload), "1f1b", 2),
         "ours, zb-h1": lambda: Ours(_again(workload), "zb-h1", 2),
         "ours, as planned": lambda: Ours(_again(workload), None, 2),
     }
     return taken_in_turn(makers)
+
+
+def _deepspeed(workload: Callable[[], Workload]) -> dict[str, Callable[[], Competitor]]:
+    return {"deepspeed, 1f1b": lambda: DeepSpeeds(workload())} if IS_INSTALLED else {}
 
 
 def _again(workload: Workload) -> Workload:
@@ -240,6 +268,7 @@ def _asleep(num_ranks: int, num_microbatches: int, width: int, theirs: tuple[str
     makers: dict[str, Callable[[], Competitor]] = {}
     for name in theirs:
         makers[f"torch, {name}"] = partial(Torchs, workload(_TORCHS[name][1]), name)
+    makers |= _deepspeed(lambda: workload(1))
     for name in ("zb-h1", "zb-auto", "zb-v"):
         on_each = 2 if name == "zb-v" else 1
         makers[f"ours, {name}"] = partial(Ours, workload(on_each), name, num_ranks * on_each)
@@ -275,6 +304,7 @@ def _d() -> dict[str, Took]:
             "one process": lambda: Plain(workload()),
             "torch, 1f1b": lambda: Torchs(workload(), "1f1b"),
             "torch, gpipe": lambda: Torchs(workload(), "gpipe"),
+            **_deepspeed(workload),
             "ours, 1f1b": lambda: Ours(workload(), "1f1b", 2),
             "ours, gpipe": lambda: Ours(workload(), "gpipe", 2),
         },

@@ -210,7 +210,8 @@ class Pipeline:
     def timelines(self) -> tuple[Timeline, Timeline]:
         """(predicted, measured) timeline of the last step, over all ranks; a collective call.
 
-        Predicted: the simulator, fed with each stage's median times of the steps before.
+        Predicted: the simulator, fed with each stage's median times of the steps before, in several processes
+        with what handing values over took.
         """
         return self._times.timelines(self._parts.world)
 

@@ -3,7 +3,7 @@
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from evenflow.bill import Bill, Ran, bills, of_timeline
@@ -13,6 +13,7 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.pipe.clock_offsets import clock_offset
+from evenflow.pipe.occupied import occupied
 from evenflow.runtime.executor import Log
 from evenflow.runtime.world import World
 from evenflow.simulate import simulate
@@ -67,15 +68,37 @@ class Times:
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
         """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
 
+        Predicted from the medians of the steps before: what ops compute, and what handing over takes with it.
         Spans of several hosts are moved to the first rank's clock (see `clock_offset`).
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no timeline to show")
-        last = self._steps[-1]
-        gathered = world.gather((_spans(last.logs, clock_offset(world)), self._parts_before()))
-        measured = [span for spans, _ in gathered for span in spans]
-        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
-        return _simulated(last.proven, costs, world), _from_first_op(last.proven, measured)
+        last, before, offset = self._steps[-1], self._before(), clock_offset(world)
+        ran = [[_ran(log, step.marks, offset) for log in step.logs] for step in before]
+        gathered = world.gather((_spans(last.logs, offset), self._parts_before(), ran))
+        measured = [span for spans, _, _ in gathered for span in spans]
+        costs = costs_of(self._num_stages, [span for _, earlier, _ in gathered for span in earlier])
+        steps = zip(*(ranks for _, _, ranks in gathered), strict=True)
+        kept = [
+            span
+            for step, ranks in zip(before, steps, strict=True)
+            for span in occupied([ran for rank in ranks for ran in rank], step.proven.program.flow)
+        ]
+        return self._predicted(costs, kept, world), _from_first_op(last.proven, measured)
+
+    def _predicted(self, costs: Costs, kept: Sequence[Span], world: World) -> Timeline:
+        """The last step, where ops compute for as long as `costs` say and keep ranks as long as in `kept`."""
+        proven = self._steps[-1].proven
+        # Where one process runs all ranks, others keep it; and of two ops that overlap it is not known which.
+        if world.size == 1 or not all(isinstance(span.op, SimpleOp) for span in kept):
+            return _simulated(proven, costs, world)
+        simulated = _simulated(proven, costs_of(self._num_stages, kept), world)
+        spans = [
+            replace(span, end_seconds=span.start_seconds + costs.seconds(span.op))
+            for span in simulated.spans
+            if isinstance(span.op, ComputeOp)
+        ]
+        return Timeline.of(proven.program.schedule.placement.num_ranks, spans)
 
     def bills(self, world: World) -> tuple[tuple[Bill, ...], tuple[Bill, ...]]:
         """(predicted, measured) bill of each rank for the last step; collective.
@@ -95,10 +118,13 @@ class Times:
         measured = [ran for ranks, _ in gathered for ran in ranks]
         return _bills(of_timeline(predicted), flow, balanced, world), _bills(measured, flow, balanced, world)
 
+    def _before(self) -> list[_Step]:
+        """The steps before the last, or that if there was none."""
+        return list(self._steps)[:-1] or list(self._steps)
+
     def _parts_before(self) -> list[Span]:
-        """The simple ops of the steps before the last, or of that if there was none."""
-        before = list(self._steps)[:-1] or list(self._steps)
-        return [part for step in before for part in _parts(step.logs)]
+        """The simple ops of those."""
+        return [part for step in self._before() for part in _parts(step.logs)]
 
     def measured(self, world: World, num_steps: int) -> Measured:
         """What the last steps took, at most so many of those kept; collective. Raises as `timelines` does."""

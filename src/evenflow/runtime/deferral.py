@@ -7,7 +7,7 @@ are replaced for its call.
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial, update_wrapper
+from functools import cache, partial, update_wrapper
 from typing import Any
 
 import torch
@@ -161,9 +161,10 @@ _PLACES: tuple[tuple[Any, str, _Form], ...] = (
     (functional, "conv3d", _convolution),
     (torch, "_grouped_mm", _grouped),
 )
-_FORMS: Mapping[Callable[..., Any], _Form] = {
-    getattr(module, name): form for module, name, form in _PLACES if hasattr(module, name)
-}
+_STOCK = tuple(
+    (module, name, getattr(module, name), form) for module, name, form in _PLACES if hasattr(module, name)
+)
+_FORMS: Mapping[Callable[..., Any], _Form] = {stock: form for _, _, stock, form in _STOCK}
 
 
 class _Local(threading.local):
@@ -183,26 +184,35 @@ class _Patch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._stock: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._replaced: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def enter(self) -> None:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                # It makes tables of torch's functions, and torch imports it whenever it comes to need it.
-                importlib.import_module("torch._dynamo")
-                there = [(module, name) for module, name, _ in _PLACES if hasattr(module, name)]
-                found = [(module, name, getattr(module, name)) for module, name in there]
-                self._stock = [each for each in found if each[-1] in _FORMS]
-                for module, name, stock in self._stock:
-                    setattr(module, name, update_wrapper(partial(_routed, _FORMS[stock], stock), stock))
+                # Those that somebody else has replaced are left alone.
+                ours = [each for each in _routes() if getattr(each[0], each[1]) is each[2]]
+                self._replaced = [(module, name, stock) for module, name, stock, _ in ours]
+                for module, name, _, route in ours:
+                    setattr(module, name, route)
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                for module, name, stock in self._stock:
+                for module, name, stock in self._replaced:
                     setattr(module, name, stock)
+
+
+@cache
+def _routes() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
+    """Where each function stands, itself, and what takes its place."""
+    # It makes tables of torch's functions, and torch imports it whenever it comes to need it.
+    importlib.import_module("torch._dynamo")
+    return [
+        (module, name, stock, update_wrapper(partial(_routed, form, stock), stock))
+        for module, name, stock, form in _STOCK
+    ]
 
 
 def _routed(form: _Form, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
