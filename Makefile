@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-steady bench-levers setup clean
+.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-steady bench-levers bench-gpu setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -51,6 +51,9 @@ bench-runtime: setup
 
 bench-steady: setup
 	$(BIN)/python benchmarks/steady.py
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 bench-hand-made: setup
 	$(BIN)/python benchmarks/hand_made.py

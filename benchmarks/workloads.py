@@ -95,7 +95,7 @@ def asleep(num_stages: int, num_microbatches: int, *, width: int = 4, seconds: f
         chain,
         torch.zeros(num_microbatches, width),
         torch.zeros(num_microbatches, 1),
-        lambda output, targets: output[:, :1].mean() + targets.mean(),
+        lambda output, _: output.mean(),  # the devices' work is their sleep
         lambda number: tuple(range(1, number)),
     )
 

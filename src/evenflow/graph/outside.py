@@ -25,7 +25,7 @@ from evenflow.graph.reach import PLAIN, closure_of, codes_of, is_library
 THE_LOSS_FUNCTION = "the loss function"  # where a snapshot says that a value was found
 # What every module has; `training` aside, it is compared by other means or not at all.
 MODULES_OWN = frozenset(vars(torch.nn.Module())) - {"training"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEPTH = 10  # of objects in objects
 _LARGEST_ARRAY = 2**20  # numbers that are compared; a larger array counts by identity
 
@@ -80,24 +80,6 @@ def seen_by_function(program: Callable[..., Any], model: torch.nn.Module, names:
     return found | ({"os.environ": freezer.frozen(dict(os.environ))} if names & {"environ", "getenv"} else {})
 
 
-def seen_by_modules(model: torch.nn.Module, names: frozenset[str]) -> Snapshot:
-    """What a model's modules are made of: attributes, hooks, submodules, buffers, values of classes."""
-    inside = {id(module) for module in model.modules()}
-    own, library = Freezer(names, inside), Freezer(None, inside)
-    found: dict[str, Any] = {}
-    kinds: dict[type[torch.nn.Module], None] = {}
-    for path, module in model.named_modules():
-        freezer = library if is_library(type(module)) else own
-        for key, value in attributes(module).items():
-            found[f"{path}.{key}" if path else key] = freezer.frozen(without_tensors(value))
-        kinds[type(module)] = None
-    for kind in kinds:
-        if not is_library(kind):
-            found.update(own.class_values(kind))
-            found.update(own.parts(kind.forward, f"{kind.__qualname__}.forward"))
-    return found
-
-
 def attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module carries besides its parameters: its own attributes, submodules, buffers and hooks."""
     own = vars(module)
@@ -106,7 +88,7 @@ def attributes(module: torch.nn.Module) -> dict[str, Any]:
     found |= {f"_buffers.{key}": part for key, part in module._buffers.items()}
     held = ((key, part) for key, part in module._parameters.items() if part is not None)
     found |= {f"{key}.requires_grad": part.requires_grad for key, part in held}
-    for table in _HOOKS:
+    for table in HOOKS:
         if own[table]:
             hooks = [hook for hook in own[table].values() if not getattr(hook, "evenflow", False)]
             found |= {table: tuple(map(Same, hooks))} if hooks else {}
@@ -144,7 +126,7 @@ class Freezer:
             return kind, value
         if kind in (float, complex):
             return kind, repr(value)  # repr: nan equals itself, 0.0 is not -0.0
-        if isinstance(value, (Same, *_LEFT)):
+        if isinstance(value, (Same, *BY_IDENTITY)):
             return value if isinstance(value, Same) else Same(value)
         if id(value) not in self.known:
             if not depth:
@@ -256,7 +238,7 @@ class Freezer:
 
 
 # What is compared by identity: tensors have their own ways into a recording, the rest cannot change.
-_LEFT = (torch.Tensor, torch.dtype, torch.device, torch.Generator, torch.Size, CodeType)
+BY_IDENTITY = (torch.Tensor, torch.dtype, torch.device, torch.Generator, torch.Size, CodeType)
 
 
 def _slots(kind: type) -> tuple[str, ...]:

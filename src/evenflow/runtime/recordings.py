@@ -33,10 +33,10 @@ from evenflow.graph.outside import (
     changed_names,
     frozen,
     seen_by_function,
-    seen_by_modules,
 )
 from evenflow.graph.reach import Reach
 from evenflow.graph.record import record
+from evenflow.graph.seen_modules import SeenModules
 from evenflow.graph.template import Template, is_plain
 from evenflow.graph.tree import CallTree
 from evenflow.runtime.call import ParameterOf
@@ -90,7 +90,7 @@ class Recordings:
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
         self._catches: dict[Any, bool] = {}  # by program too: whether its code catches errors
-        self._left = LeftBehind(model)
+        self._left, self._modules = LeftBehind(model), SeenModules(model)
         self._seen: Snapshot = {}  # what Python tells the program now
         self._outside: list[Snapshot] = []  # by recording: what Python told it
         self._same_outside: dict[int, bool] = {}  # whether it tells the same now; as far as that was asked
@@ -111,7 +111,7 @@ class Recordings:
 
     def _look(self, program: Program) -> Snapshot:
         names = self._names_in(program)
-        seen = {**seen_by_function(program, self.model, names), **seen_by_modules(self.model, names)}
+        seen = {**seen_by_function(program, self.model, names), **self._modules.now(names)}
         return self._without_own(seen)
 
     def _without_own(self, seen: Snapshot) -> Snapshot:

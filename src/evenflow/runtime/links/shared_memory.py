@@ -44,7 +44,8 @@ from evenflow.runtime.links.slots import (
 
 _LARGEST_MESSAGE_BYTES = 2**17
 _MOST_AHEAD = 16  # parcels for receives that the peer's program has perhaps not reached
-_LOOKS_EVERY_MS = 1  # at how far the peer's program is, while a send waits for that
+_LONGEST_SECONDS = 1e6  # that the system can wait
+_LOOKS_EVERY_SECONDS = 1e-3  # at how far the peer's program is, while a send waits for that
 
 # A message: the op that it is for, then the slot (-1: the parcel is empty). Behind that stand, pickled, the
 # parcel's layouts, where they are not those of the last parcel of its key. A message that begins with
@@ -65,7 +66,6 @@ class _Peer:
     board: memoryview  # how many receives from the peer this rank's program has reached, for it to see
     their_board: memoryview | None = None  # the same of the peer, which sends it first of all
     num_sent: int = 0
-    has_ended: bool = False
     own: list[Slot] = field(default_factory=list)  # that this rank fills, by number
     of_size: defaultdict[int, list[tuple[int, Slot]]] = field(default_factory=partial(defaultdict, list))
     theirs: list[Slot] = field(default_factory=list)  # that the peer fills, by number
@@ -88,9 +88,12 @@ class SharedMemoryLink(Link):
         self._rank_of, self._rank = placement.rank_of, rank
         self._timeout_seconds = timeout_seconds
         self._peers = {rank: _Peer(rank, each, _sent_board(each)) for rank, each in sockets.items()}
+        self._by_file = {peer.socket.fileno(): peer for peer in self._peers.values()}
+        self._arrivals = select.epoll()  # made once: between two ops no code is warm
         for each in sockets.values():
             each.setblocking(False)
-        weakref.finalize(self, _close, list(sockets.values()))
+            self._arrivals.register(each, select.EPOLLIN)
+        weakref.finalize(self, _close, [self._arrivals, *sockets.values()])
         self._told: dict[tuple[Any, ...], Form] = {}  # by the parcel's key
         self._known: dict[tuple[Any, ...], Form] = {}
         self._arrived: dict[Recv, tuple[int, Form]] = {}  # the slot, and what is in it
@@ -160,7 +163,7 @@ class SharedMemoryLink(Link):
         """The next parcel of this step from a peer: what it is for, its slot, and how it lies there."""
         while not peer.inbox:
             if not self._read(peer):
-                self._wait(peer, select.POLLIN)
+                self._wait(peer)
         message, (expected, name, key) = peer.inbox.popleft(), peer.expected.popleft()
         if not message.startswith(name):
             source, target, microbatch, payload = _OP.unpack_from(message)
@@ -199,7 +202,9 @@ class SharedMemoryLink(Link):
                 else:
                     socket.send_fds(peer.socket, [message], [file])
             except BlockingIOError:
-                self._wait(peer, select.POLLIN | select.POLLOUT)
+                self._arrivals.modify(peer.socket, select.EPOLLIN | select.EPOLLOUT)
+                self._wait(peer)
+                self._arrivals.modify(peer.socket, select.EPOLLIN)
                 self._read(peer)
             else:
                 return
@@ -207,8 +212,8 @@ class SharedMemoryLink(Link):
     def _reached_by(self, peer: _Peer) -> int:
         """How many receives from this rank the peer's program has reached."""
         while peer.their_board is None:
-            self._wait(peer, select.POLLIN)
-            self._read(peer)
+            if not self._read(peer):
+                self._wait(peer)
         return peer.their_board[0]
 
     def _await_program(self, peer: _Peer) -> None:
@@ -217,27 +222,23 @@ class SharedMemoryLink(Link):
         while peer.num_sent - self._reached_by(peer) >= _MOST_AHEAD:
             if time.monotonic() > end:
                 raise self._timeout()
-            if self._something_comes(peer, select.POLLIN, _LOOKS_EVERY_MS):
-                self._read(peer)
+            self._something_comes(peer, _LOOKS_EVERY_SECONDS)
+            self._read(peer)
 
-    def _wait(self, peer: _Peer, events: int) -> None:
-        if not self._something_comes(peer, events, self._timeout_seconds * 1e3):
+    def _wait(self, peer: _Peer) -> None:
+        if not self._something_comes(peer, self._timeout_seconds):
             raise self._timeout()
 
-    def _something_comes(self, peer: _Peer, events: int, milliseconds: float) -> bool:
+    def _something_comes(self, peer: _Peer, seconds: float) -> bool:
         """Wait until something has come, perhaps from others: that is read, as they may wait for it."""
-        poll = select.poll()
-        poll.register(peer.socket, events)
-        others = {p.socket.fileno(): p for p in self._peers.values() if p is not peer and not p.has_ended}
-        for number in others:
-            poll.register(number, select.POLLIN)
-        ready = poll.poll(min(milliseconds, 2**31 - 1))
-        for number, _ in ready:
-            if number in others:
+        ready = self._arrivals.poll(min(seconds, _LONGEST_SECONDS))
+        for file, _ in ready:
+            other = self._by_file[file]
+            if other is not peer:
                 try:
-                    self._read(others[number])
+                    self._read(other)
                 except ConnectionError:  # who takes from it will hear of that
-                    others[number].has_ended = True
+                    self._arrivals.unregister(file)
         return bool(ready)
 
     def _timeout(self) -> TimeoutError:
@@ -263,7 +264,7 @@ class SharedMemoryLink(Link):
         if message.startswith(_NEW_FILE):
             (size,) = _BYTES.unpack_from(message, len(_NEW_FILE))
             while (file := _received_file(peer.socket)) is None:
-                self._wait(peer, select.POLLIN)
+                self._wait(peer)
             with closing(file):
                 peer.theirs += slots_in(file, size)
         else:
@@ -307,6 +308,6 @@ def _too_many_tensors(op: Send, number: int) -> ConfigError:
     )
 
 
-def _close(sockets: Sequence[socket.socket]) -> None:
-    for each in sockets:
+def _close(files: Sequence[socket.socket | select.epoll]) -> None:
+    for each in files:
         each.close()
