@@ -28,6 +28,7 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
 from evenflow.launcher import launch
 from evenflow.pipe.choices import world_of
+from evenflow.runtime.clocks import HostClock
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 
@@ -189,12 +190,16 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
             dist.barrier()
             start, cpu = time.perf_counter(), time.process_time()
             competitor.step()
-            mine = torch.tensor([time.perf_counter() - start, time.process_time() - cpu])
+            spent = (start, time.perf_counter(), time.process_time() - cpu)
+            mine = torch.tensor(spent, dtype=torch.float64)
             every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(every, mine)
+            starts, ends, cpus = torch.stack(every).unbind(1)
             if at >= WARM_UPS:
-                found[name].wall.append(float(max(each[0] for each in every)))
-                found[name].cpu.append(float(sum(each[1] for each in every)))
+                found[name].wall.append(float((ends - starts).max()))
+                found[name].cpu.append(float(cpus.sum()))
+            # As bills count: who leaves the barrier early waits for the others before any op.
+            found[name].told["from last start to last end"] = float(ends.max() - starts.max())
             if at == 0:  # later ones add up
                 gathered: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(gathered, competitor.gradients())
@@ -208,9 +213,21 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
             found[name].told["predicted timeline"] = predicted.makespan_seconds
             found[name].told["ops end off by"] = _ends_off(predicted, measured)
             _, bills = competitor.pipe.bills()
-            watched = found[name].wall[-1]
+            watched = found[name].told["from last start to last end"]
             found[name].told["bills off by"] = max(abs(bill.step / watched - 1) for bill in bills)
+            num_ops = max(len(lane.ops) for lane in measured.lanes)
+            found[name].told["noting"] = num_ops * _noting_seconds() / watched
     return found
+
+
+def _noting_seconds() -> float:
+    """What it takes to note one op's times, as the executor does."""
+    mark, marks, number = HostClock().mark, [], 10_000
+    start = time.perf_counter()
+    for _ in range(number):
+        began, started = mark(), mark()
+        marks.append((began, started, mark()))
+    return (time.perf_counter() - start) / number
 
 
 def _ends_off(predicted: Timeline, measured: Timeline) -> float:
@@ -321,9 +338,9 @@ def shown(
     print(f"\n{title}; load {os.getloadavg()[0]:.1f}\n")
     print(
         f"| | {unit} (range) | first / it | CPU / first's | / ideal | timeline / predicted | ops end off by "
-        "| bills off by | gradients |"
+        "| bills off by | noting | gradients |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, took in found.items():
         wall = statistics.median(took.wall)
         low, high = (each(took.wall) * scale / per for each in (min, max))
@@ -333,13 +350,14 @@ def shown(
             f"| {name} | {wall * scale / per:,.0f} ({low:,.0f} to {high:,.0f}) | {first / wall:.2f} "
             f"| {statistics.median(took.cpu) / first_cpu:.3f} | {f'{wall / own:.3f}' if own else ''} "
             f"| {f'{timeline:.3f}' if timeline else ''} | {_share(took, 'ops end off by')} "
-            f"| {_share(took, 'bills off by')} | {took.told['gradients differ by']:.0e} |",
+            f"| {_share(took, 'bills off by')} | {_share(took, 'noting')} "
+            f"| {took.told['gradients differ by']:.0e} |",
             flush=True,
         )
 
 
 def _share(took: Took, what: str) -> str:
-    return f"{took.told[what]:.1%}" if what in took.told else ""
+    return f"{took.told[what]:.2%}" if what in took.told else ""
 
 
 def main() -> None:

@@ -134,8 +134,9 @@ class Executor:
         self.link, self.reading = link, reading
         self.results: dict[int, Result] = {}
         own = next(iter(stages), None)
-        self._clock = HostClock() if own is None else clock_of(devices[own])
-        self.log = Log(rank, script.lines, self._clock)
+        clock = HostClock() if own is None else clock_of(devices[own])
+        self._mark = clock.mark
+        self.log = Log(rank, script.lines, clock)
         self._lines = iter(script.lines)
         self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
@@ -179,12 +180,12 @@ class Executor:
     def _execute(self, line: Line) -> None:
         """Run one op and note when."""
         try:
-            start = began = self._clock.mark()
+            start = began = self._mark()
             for arrival in line.takes:  # waiting for what it needs is no part of a computation
                 self._arrive(arrival, self.link.take(arrival))
-                start = self._clock.mark()
+                start = self._mark()
             self._dispatch(line.op)
-            self.log.marks.append((began, start, self._clock.mark()))
+            self.log.marks.append((began, start, self._mark()))
         except EvenflowError:
             raise
         except Exception as error:
@@ -199,9 +200,9 @@ class Executor:
                 self._compute(op)
             case Overlap():  # one after the other; `lower` keeps their transfers outside
                 for part in parts(op):
-                    start = self._clock.mark()
+                    start = self._mark()
                     self._compute(part)
-                    self.log.inside.append((part, start, self._clock.mark()))
+                    self.log.inside.append((part, start, self._mark()))
             case Exchange(transfers):
                 sends = [(one, *self._packed(one)) for one in transfers if isinstance(one, Send)]
                 self.link.exchange(sends, [one for one in transfers if isinstance(one, Recv)])
