@@ -205,7 +205,8 @@ def taken_in_turn(makers: Makers, *, rounds: int = ROUNDS) -> dict[str, Took]:
                 dist.all_gather_object(gathered, competitor.gradients())
                 gradients = {key: value for each in gathered for key, value in each.items()}
                 reference = reference or gradients
-                found[name].told["gradients differ by"] = _difference(gradients, reference)
+                if gradients:
+                    found[name].told["gradients differ by"] = _difference(gradients, reference)
     for name, competitor in competitors.items():
         if isinstance(competitor, Ours):
             predicted, measured = competitor.pipe.timelines()
@@ -345,13 +346,14 @@ def shown(
         wall = statistics.median(took.wall)
         low, high = (each(took.wall) * scale / per for each in (min, max))
         own = took.told.get("ideal")
+        apart = took.told.get("gradients differ by")
         timeline = took.told.get("timeline", 0) / took.told.get("predicted timeline", 1)
         print(
             f"| {name} | {wall * scale / per:,.0f} ({low:,.0f} to {high:,.0f}) | {first / wall:.2f} "
             f"| {statistics.median(took.cpu) / first_cpu:.3f} | {f'{wall / own:.3f}' if own else ''} "
             f"| {f'{timeline:.3f}' if timeline else ''} | {_share(took, 'ops end off by')} "
             f"| {_share(took, 'bills off by')} | {_share(took, 'noting')} "
-            f"| {took.told['gradients differ by']:.0e} |",
+            f"| {'' if apart is None else f'{apart:.0e}'} |",
             flush=True,
         )
 

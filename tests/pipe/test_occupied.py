@@ -5,7 +5,7 @@ import pytest
 from evenflow.bill import Ran
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
-from evenflow.ir.op import Payload, Send
+from evenflow.ir.op import Forward, Payload, Send
 from evenflow.pipe.occupied import occupied
 from evenflow.pipe.times import costs_of
 from evenflow.schedules import catalog
@@ -34,3 +34,12 @@ def test_a_step_is_predicted_with_what_its_transfers_took(name):
         (span.rank, span.op): (span.start_seconds, span.end_seconds) for span in whole.spans
     }
     assert simulate(schedule, flow, costs_of(num_stages, kept)).lanes == whole.lanes
+
+
+def test_a_value_may_be_taken_before_its_maker_is_free():
+    """A message wakes the receiver while its sender is still at it."""
+    flow, sent = Flow.chain(2), Send(0, 1, 0, Payload.ACTIVATION)
+    first = Ran([(Forward(0, 0), 0.0, 0.0, 1.0), (sent, 1.0, 1.0, 2.0)], 0.0, 2.0)
+    second = Ran([(Forward(1, 0), 0.0, 1.5, 3.0)], 0.0, 3.0)
+    _, span = occupied([first, second], flow)
+    assert (span.start_seconds, span.end_seconds) == (1.5, 3.0)

@@ -277,8 +277,23 @@ def timelines(folder):
     return [[str(span.op) for span in line.spans if span.is_compute] for line in pipe.timelines()]
 
 
+def slow_to_send(folder):
+    pipe = make()
+    link, send = pipe._parts.link, pipe._parts.link.send
+    link.send = lambda *args: (time.sleep(SENDING), send(*args))
+    for _ in range(4):
+        pipe.step(regression())
+    predicted, _ = pipe.timelines()
+    lanes = [list(zip(lane.end_seconds, lane.start_seconds[1:], strict=False)) for lane in predicted.lanes]
+    num_forwards = sum(str(op).startswith("0F") for op in predicted.lanes[0].ops)
+    return predicted.makespan_seconds / num_forwards, [end <= start for lane in lanes for end, start in lane]
+
+
 def checked(folder):
     return error_of(lambda: make().check(regression()))
+
+
+SENDING = 0.03  # seconds, where nothing else takes a tenth of that
 
 
 SCENARIOS = [
@@ -301,6 +316,7 @@ SCENARIOS = [
     frozen_stage,
     generators,
     timelines,
+    slow_to_send,
     checked,
 ]
 
@@ -486,6 +502,12 @@ def test_timelines(found):
     )
     for predicted, measured in found:
         assert sorted(predicted) == sorted(measured) == expected
+
+
+def test_slow_to_send(found):
+    for seconds_each, one_after_another in found:
+        assert seconds_each > SENDING  # each forward of the first rank is followed by a send
+        assert all(one_after_another)
 
 
 # -- a rank that dies

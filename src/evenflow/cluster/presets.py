@@ -27,6 +27,7 @@ from evenflow.cluster.names import nearest, normal
 from evenflow.errors import ConfigError
 
 _MIB, _GIB, _TERA = 2**20, 2**30, 1e12
+COMMUNICATOR_BYTES = 64.0 * _MIB  # of a GPU
 
 
 def _gpu(
@@ -47,7 +48,7 @@ def _gpu(
         efficiency=efficiency,
         source=source,
         kernel_seconds=5e-6,
-        communicator_bytes=64.0 * _MIB,
+        communicator_bytes=COMMUNICATOR_BYTES,
     )
 
 

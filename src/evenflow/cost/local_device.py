@@ -1,11 +1,12 @@
 """The device that this process computes on, as planning sees it."""
 
 import os
+from dataclasses import replace
 
 import torch
 
 from evenflow.cluster.device import Device
-from evenflow.cluster.presets import PRESETS, device_called
+from evenflow.cluster.presets import COMMUNICATOR_BYTES, PRESETS, device_called
 from evenflow.cost.clock import timed
 from evenflow.errors import ConfigError
 
@@ -19,7 +20,8 @@ def local_device(device: torch.device, name: str, *, num_sharing: int) -> Device
     True
     """
     memory = memory_bytes_of(device) / (num_sharing if device.type == "cpu" else 1)
-    return device_found(name, memory, flops_per_second_of(device))
+    found = device_found(name, memory, flops_per_second_of(device))
+    return found if device.type == "cpu" else replace(found, communicator_bytes=COMMUNICATOR_BYTES)
 
 
 def device_found(name: str, memory_bytes: float, flops_per_second: float) -> Device:

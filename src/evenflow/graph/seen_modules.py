@@ -22,7 +22,8 @@ from evenflow.graph.outside import (
 )
 from evenflow.graph.reach import is_library
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), *BY_IDENTITY)
+# No tensors, which a step may leave behind: holding them for comparison would keep their graphs.
+_PLAIN = {int, float, complex, str, bytes, bool, type(None), *BY_IDENTITY} - {torch.Tensor}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,7 @@
 import atexit
 import difflib
 import itertools
-import logging
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +29,6 @@ from evenflow.schedules.catalog import ScheduleFunction
 
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
-_LOG = logging.getLogger(__name__)
 LEAVE_SECONDS = 10.0
 TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
@@ -93,24 +90,13 @@ def world_of(kind: str) -> World:
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group(_backend(kind), timeout=TIMEOUT)
+        dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
         atexit.register(_leave)  # a group that nobody closes can abort the interpreter as it ends
     if dist.is_initialized() and kind == "cuda":
         torch.cuda.set_device(_cuda_index(dist.get_rank()))
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return SingleProcess()
     return ProcessGroupWorld(_device_of(kind, dist.get_rank()))
-
-
-def _backend(kind: str) -> str:
-    """NCCL between GPUs; but it does not join processes that share one."""
-    if kind == "cpu":
-        return "gloo"
-    num_here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if num_here <= num_gpus:
-        return "nccl"
-    _LOG.info("%d processes share %d GPUs, which NCCL cannot join: Gloo does", num_here, num_gpus)
-    return "gloo"
 
 
 def own_device(kind: str, world: World) -> torch.device:

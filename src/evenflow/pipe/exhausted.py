@@ -7,7 +7,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -169,6 +169,8 @@ class _Estimate:
         self._is_shared = parts.world.size == 1 and len(set(parts.devices)) == 1
         rows = rows_of(list(jobs[0].batch.values())) or 1
         kind = device_found(device_name(device), memory_bytes_of(device), _FLOPS_PER_SECOND)
+        if parts.world.size == 1 or parts.world.device.type == "cpu":
+            kind = replace(kind, communicator_bytes=0.0)
         rate = next(iter(kind.flops_per_second))  # times are told as shares alone
         self.chain: Chain = estimate(cut.graph, parts.model, [kind], num_rows=rows, dtype=rate)
         num_ranks = schedule.placement.num_ranks

@@ -25,18 +25,19 @@ def occupied(ranks: Sequence[Ran], flow: Flow) -> list[Span]:
     computed = [list(_computed(ran)) for ran in ranks]
     made: dict[Result, float] = {}
     for ops in computed:
-        for op, _, free in ops:
+        for op, _, _, free in ops:
             made.update(dict.fromkeys(results(op), free))
     return [
-        Span(rank, op, min(max([began, *(made[each] for each in dependencies(op, flow))]), free), free)
+        # A value may be taken before the rank that has sent it is free.
+        Span(rank, op, min(max([began, *(made[each] for each in dependencies(op, flow))]), started), free)
         for rank, ops in enumerate(computed)
-        for op, began, free in ops
+        for op, began, started, free in ops
     ]
 
 
-def _computed(ran: Ran) -> Iterator[tuple[ComputeOp, float, float]]:
-    """Each op that computes: when its rank came to it, and when it came to the next."""
-    computing = [(op, began) for op, began, _, _ in ran.ops if isinstance(op, ComputeOp)]
-    came = [began for _, began in computing[1:]]
-    for (op, began), free in zip(computing, [*came, ran.ops[-1][-1]], strict=True):
-        yield op, began, free
+def _computed(ran: Ran) -> Iterator[tuple[ComputeOp, float, float, float]]:
+    """Each op that computes: when its rank came to it, when it started, when the rank came to the next."""
+    computing = [(op, began, started) for op, began, started, _ in ran.ops if isinstance(op, ComputeOp)]
+    came = [began for _, began, _ in computing[1:]]
+    for (op, began, started), free in zip(computing, [*came, ran.ops[-1][-1]], strict=True):
+        yield op, began, started, free

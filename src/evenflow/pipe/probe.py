@@ -155,6 +155,8 @@ def _trips(
         op = answer(number)[1]
         link.post(op)
         link.take(op)
+        if device.type == "cuda":  # where its stream waits, and not the host
+            torch.cuda.current_stream(device).synchronize()
 
     turns: tuple[Callable[[int], None], ...] = (send, take) if rank == low else (take, send)
     for number in numbers:

@@ -73,24 +73,24 @@ class Times:
         """
         if not self._steps:
             raise ConfigError("no step has run yet: there is no timeline to show")
-        last, before, offset = self._steps[-1], self._before(), clock_offset(world)
-        ran = [[_ran(log, step.marks, offset) for log in step.logs] for step in before]
-        gathered = world.gather((_spans(last.logs, offset), self._parts_before(), ran))
-        measured = [span for spans, _, _ in gathered for span in spans]
-        costs = costs_of(self._num_stages, [span for _, earlier, _ in gathered for span in earlier])
-        steps = zip(*(ranks for _, _, ranks in gathered), strict=True)
+        last, offset = self._steps[-1], clock_offset(world)
+        gathered = world.gather((_spans(last.logs, offset), self._parts_before()))
+        measured = [span for spans, _ in gathered for span in spans]
+        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
+        return self._predicted(costs, offset, world), _from_first_op(last.proven, measured)
+
+    def _predicted(self, costs: Costs, offset: float, world: World) -> Timeline:
+        """The last step, where ops compute for as long as `costs` say, and keep ranks as long as before."""
+        proven, before = self._steps[-1].proven, self._before()
+        if world.size == 1:  # the ranks take turns, so that none is free when its op has ended
+            return _simulated(proven, costs, world)
+        gathered = world.gather([[_ran(log, step.marks, offset) for log in step.logs] for step in before])
         kept = [
             span
-            for step, ranks in zip(before, steps, strict=True)
+            for step, ranks in zip(before, zip(*gathered, strict=True), strict=True)
             for span in occupied([ran for rank in ranks for ran in rank], step.proven.program.flow)
         ]
-        return self._predicted(costs, kept, world), _from_first_op(last.proven, measured)
-
-    def _predicted(self, costs: Costs, kept: Sequence[Span], world: World) -> Timeline:
-        """The last step, where ops compute for as long as `costs` say and keep ranks as long as in `kept`."""
-        proven = self._steps[-1].proven
-        # Where one process runs all ranks, others keep it; and of two ops that overlap it is not known which.
-        if world.size == 1 or not all(isinstance(span.op, SimpleOp) for span in kept):
+        if not all(isinstance(span.op, SimpleOp) for span in kept):  # which of two that overlap kept it?
             return _simulated(proven, costs, world)
         simulated = _simulated(proven, costs_of(self._num_stages, kept), world)
         spans = [

@@ -4,6 +4,7 @@
 Gloo between CPUs and NCCL between GPUs. Everything here happens in the same order on every rank.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from evenflow.errors import PeerError
 from evenflow.runtime.roll_call import RollCall
+
+_LOG = logging.getLogger(__name__)
 
 
 def backend_of(device: torch.device) -> str:
@@ -26,6 +29,14 @@ def timeout_seconds(device: torch.device) -> float:
     return waits.total_seconds()
 
 
+def _has(device: torch.device) -> bool:
+    """Whether the group of all ranks carries such a device's tensors."""
+    try:
+        return bool(backend_of(device))
+    except RuntimeError:
+        return False
+
+
 def _backend(device: torch.device) -> Any:  # torch types none
     group = dist.group.WORLD
     assert group is not None, "there are several processes"
@@ -33,12 +44,16 @@ def _backend(device: torch.device) -> Any:  # torch types none
 
 
 class World(ABC):
-    """Who is there. `rank` and `size` count processes; with a `roll_call` they gather numbers sooner."""
+    """Who is there. `rank` and `size` count processes; with a `roll_call` they gather numbers sooner.
+
+    `ways`: the groups from one rank to another that have been made.
+    """
 
     rank: int
     size: int
     device = torch.device("cpu")  # carries what is sent
     roll_call: RollCall | None = None
+    ways: dict[tuple[int, int], dist.ProcessGroup]
 
     @abstractmethod
     def share(self, thing: Any, source: int) -> Any:  # any picklable object
@@ -91,14 +106,28 @@ class SingleProcess(World):
 
 
 class ProcessGroupWorld(World):
-    """The ranks of torch.distributed's default group, which must exist.
+    """The ranks of torch.distributed's default group, which must exist; collective.
 
-    `device` is this rank's own; where Gloo joins GPUs, all goes through the host's memory.
+    `device` is this rank's own. Where Gloo joins GPUs, or two ranks share one, which NCCL cannot join, all
+    goes through the host's memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device("cpu") if backend_of(device) == "gloo" else device
+        self.device = torch.device("cpu") if self._is_for_host(device) else device
+        self.ways = {}
+
+    def _is_for_host(self, device: torch.device) -> bool:
+        if device.type == "cpu" or backend_of(device) == "gloo":
+            return True
+        if not _has(torch.device("cpu")):  # NCCL alone: it will say so itself
+            return False
+        gpus = self.gather(str(torch.cuda.get_device_properties(device).uuid))
+        if len(set(gpus)) == len(gpus):
+            return False
+        if self.rank == 0:
+            _LOG.warning("processes share a GPU, which NCCL cannot join: tensors go over Gloo")
+        return True
 
     def share(self, thing: Any, source: int) -> Any:
         box = [thing]

@@ -50,19 +50,18 @@ def link_for(
         kind = with_all.get(num_near, "shared memory on this host and torch.distributed to others")
         _LOG.info("tensors travel between ranks over %s", kind)
     if not sockets:
-        return ProcessGroupLink(device, placement, _own_ways(device, placement, flow))
+        return ProcessGroupLink(device, placement, world.device, _own_ways(world, placement, flow))
     near = SharedMemoryLink(placement, world.rank, sockets, timeout_seconds=timeout_seconds(device))
     if num_near == world.size - 1:
         return near
     return LinkByRank(placement, dict.fromkeys(sockets, near), ProcessGroupLink(device, placement))
 
 
-def _own_ways(
-    device: torch.device, placement: Placement, flow: Flow | None
-) -> Mapping[Way, dist.ProcessGroup]:
-    if backend_of(device) != "nccl":
+def _own_ways(world: World, placement: Placement, flow: Flow | None) -> Mapping[Way, dist.ProcessGroup]:
+    if backend_of(world.device) != "nccl":
         return {}
-    return ways(flow or Flow.chain(placement.num_stages), placement, timeout_seconds(device))
+    used = flow or Flow.chain(placement.num_stages)
+    return ways(used, placement, timeout_seconds(world.device), world.ways)
 
 
 def roll_call_for(world: World, link: Link) -> RollCall | None:

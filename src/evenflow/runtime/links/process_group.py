@@ -2,11 +2,10 @@
 
 Matching is by order alone: both ends walk the same proven program, so no tags are needed. How the tensors of
 a parcel lie in memory is told once per kind of parcel, in a header before the first; after that a parcel is
-its tensors and nothing else, and receives can be posted ahead, a few at a time. On NCCL a receive occupies a
-queue until it is served. Where each direction between two ranks has a queue of its own (see `ways`) no send
-stands behind it, so that receives are posted ahead there too, from the second step on: in the first NCCL
-connects and kernels are loaded, for which a device must come to rest. All others keep their place: the
-program has been proven for one serial queue a rank.
+its tensors and nothing else, and receives can be posted ahead. On Gloo they are, a few at a time. On NCCL a
+receive occupies its device until it is served, and whatever brings the device to rest, such as freeing memory
+or loading a kernel, waits for it: so each keeps its place, for which the program has been proven on one
+serial queue a rank.
 
 Gloo carries no tensors of GPUs: these go through the host's memory.
 
@@ -16,7 +15,6 @@ the group themselves. (`lower` writes no groups.)
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.ways import Way
 from evenflow.runtime.world import backend_of
 
-# Receives under way beyond the place that the program has reached; and on Gloo parcels that may be leaving
+# On Gloo: receives under way beyond the place that the program has reached, and parcels that may be leaving
 # while it goes on. A send waits for the oldest of them, as it may: the program also lives on a link on which
 # every send waits for its receive.
 RECEIVES_AHEAD = 4
@@ -72,17 +70,22 @@ class _Arriving:
 class ProcessGroupLink(Link):
     """One rank's end. Ranks are torch.distributed's; `placement` says which holds a stage.
 
-    `ways` are the groups for transfers from one rank to another; all others use the group of all ranks.
+    `carrier` is the device whose tensors travel, by default the rank's own. `ways` are the groups for
+    transfers from one rank to another; all others use the group of all ranks.
     """
 
     def __init__(
-        self, device: torch.device, placement: Placement, ways: Mapping[Way, dist.ProcessGroup] | None = None
+        self,
+        device: torch.device,
+        placement: Placement,
+        carrier: torch.device | None = None,
+        ways: Mapping[Way, dist.ProcessGroup] | None = None,
     ) -> None:
         self._rank_of = placement.rank_of
         self._rank = dist.get_rank()
         self._device, self._ways = device, ways or {}
-        self._on_gloo = backend_of(device) == "gloo"
-        self._carrier = torch.device("cpu") if self._on_gloo else device
+        self._carrier = carrier or device
+        self._on_gloo = backend_of(self._carrier) == "gloo"
         self.receives_ahead, self.sends_ahead = RECEIVES_AHEAD, SENDS_AHEAD
         self._ahead = RECEIVES_AHEAD if self._on_gloo else 0
         # NCCL's stream would wait, and compute too.
@@ -147,7 +150,7 @@ class ProcessGroupLink(Link):
         if not self._on_gloo:
             group = ", ".join(map(str, (*(op for op, _, _ in sends), *receives)))
             raise ScheduleError(
-                f"rank {self._rank}: the group {group} cannot run on {backend_of(self._device)}, where all "
+                f"rank {self._rank}: the group {group} cannot run on {backend_of(self._carrier)}, where all "
                 "sizes must be known beforehand; write the transfers one after the other, as `lower` does"
             )
         for op, parcel, manifest in sends:
@@ -178,9 +181,6 @@ class ProcessGroupLink(Link):
             raise PeerError(
                 f"rank {self._rank}: a peer was lost before it took all that was sent to it: {error}"
             ) from error
-        # With one hardware queue even other streams stand behind a receive.
-        if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
-            self._ahead = RECEIVES_AHEAD
 
     def _layouts(self, manifest: Manifest) -> tuple[Layout | None, ...] | None:
         return self._known.get(manifest.key) if manifest.values else ()
@@ -193,12 +193,10 @@ class ProcessGroupLink(Link):
 
     def _look_ahead(self) -> None:
         """Begin receives before their place, as long as what they will look like is known."""
-        while self._expected and self._reached < self._ahead:
-            op, manifest = self._expected[0]
-            own_queue = self._on_gloo or self._way(op) is not None
-            if not own_queue or self._layouts(manifest) is None:
-                return
-            self._expected.popleft()
+        while (
+            self._expected and self._reached < self._ahead and self._layouts(self._expected[0][1]) is not None
+        ):
+            op, manifest = self._expected.popleft()
             self._begin(op, manifest)
             self._reached += 1
 

@@ -202,12 +202,19 @@ class SharedMemoryLink(Link):
                 else:
                     socket.send_fds(peer.socket, [message], [file])
             except BlockingIOError:
-                self._arrivals.modify(peer.socket, select.EPOLLIN | select.EPOLLOUT)
-                self._wait(peer)
-                self._arrivals.modify(peer.socket, select.EPOLLIN)
+                self._await_room(peer)
                 self._read(peer)
             else:
                 return
+
+    def _await_room(self, peer: _Peer) -> None:
+        """Wait until the peer has room for a message, or something has come."""
+        with contextlib.suppress(FileNotFoundError):  # it has ended: who sends to it will hear of that
+            self._arrivals.modify(peer.socket, select.EPOLLIN | select.EPOLLOUT)
+            try:
+                self._wait(peer)
+            finally:
+                self._arrivals.modify(peer.socket, select.EPOLLIN)
 
     def _reached_by(self, peer: _Peer) -> int:
         """How many receives from this rank the peer's program has reached."""
@@ -238,7 +245,8 @@ class SharedMemoryLink(Link):
                 try:
                     self._read(other)
                 except ConnectionError:  # who takes from it will hear of that
-                    self._arrivals.unregister(file)
+                    with contextlib.suppress(FileNotFoundError):  # heard of while that was read
+                        self._arrivals.unregister(file)
         return bool(ready)
 
     def _timeout(self) -> TimeoutError:

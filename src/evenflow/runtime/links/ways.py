@@ -1,12 +1,11 @@
 """Ways: a group of torch.distributed for each direction between two ranks.
 
 NCCL serves the transfers of two ranks in a group one after the other, whichever way they go: an activation
-would wait behind a gradient that comes the other way, and a receive could not be posted before its place.
-With a group, and so a communicator, for each direction they pass each other. More would cost memory.
+would wait behind a gradient that comes the other way. With a group, and so a communicator, for each direction
+they pass each other. More would cost memory.
 """
 
-import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -18,20 +17,17 @@ from evenflow.ir.placement import Placement
 Way: TypeAlias = tuple[int, int]  # the sending rank, the receiving rank
 
 
-def ways(flow: Flow, placement: Placement, timeout_seconds: float) -> Mapping[Way, dist.ProcessGroup]:
+def ways(
+    flow: Flow, placement: Placement, timeout_seconds: float, made: dict[Way, dist.ProcessGroup]
+) -> Mapping[Way, dist.ProcessGroup]:
     """This rank's groups for what stages of other ranks and its own hand each other; collective.
 
-    They are made once: the next pipeline of the same processes has the same.
+    Those in `made` are used again, and new ones put there.
     """
     rank_of = placement.rank_of
     pairs = {(rank_of[a], rank_of[b]) for a, b in (*flow.activations, *flow.gradients)}
-    made = _made.setdefault(dist.group.WORLD, {})
     for pair in sorted((a, b) for a, b in pairs if a != b):  # all ranks make all groups, in one order
         if pair not in made:
             waits = timedelta(seconds=timeout_seconds)
             made[pair] = dist.new_group(sorted(pair), timeout=waits, group_desc="{}>{}".format(*pair))
     return {pair: group for pair, group in made.items() if dist.get_rank() in pair}
-
-
-# By the group of all ranks; on ranks that have no part in a group, what torch has for that.
-_made: MutableMapping[dist.ProcessGroup | None, dict[Way, dist.ProcessGroup]] = weakref.WeakKeyDictionary()
