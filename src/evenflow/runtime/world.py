@@ -163,8 +163,13 @@ class ProcessGroupWorld(World):
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
         with reported(self.rank, f"waiting for rank {source}"):
-            work: dist.Work | None = dist.broadcast(tensor, source, async_op=True)
-        return work
+            if tensor.device.type == self.device.type:
+                work: dist.Work | None = dist.broadcast(tensor, source, async_op=True)
+                return work
+            carried = tensor.to(self.device)
+            dist.broadcast(carried, source)
+        tensor.copy_(carried)
+        return None
 
 
 class reported:  # noqa: N801 (a context manager, used like a function)
