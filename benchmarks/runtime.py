@@ -2,7 +2,7 @@
 
 In one run both take turns on the same workloads (see `workloads`), and so does DeepSpeed's engine where it is
 installed; wall seconds are of the slowest rank, between two barriers. Run: `python benchmarks/runtime.py [A]
-[B] [C] [D]`.
+[B] [C] [D]`; with none named, all are run, and docs/runtime.png is drawn.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import emulated
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import workloads
 from deepspeed_engine import IS_INSTALLED, DeepSpeeds
+from runtime_picture import Bar, Panel, draw
 from torch.distributed.pipelining import PipelineStage, schedules
 from workloads import Workload
 
@@ -34,6 +36,7 @@ from evenflow.simulate import simulate
 
 ROUNDS, WARM_UPS = 9, 2
 _CPU = torch.device("cpu")
+_PICTURE = Path(__file__).parents[1] / "docs" / "runtime.png"
 # torch's own: the class, and how many stages a rank has.
 _TORCHS: dict[str, tuple[Any, int]] = {
     "gpipe": (schedules.ScheduleGPipe, 1),
@@ -332,8 +335,8 @@ def _d() -> dict[str, Took]:
 
 def shown(
     title: str, found: Mapping[str, Took], *, per: int = 1, unit: str = "ms", scale: float = 1e3
-) -> None:
-    """Print a table."""
+) -> Panel:
+    """Print a table; return what a picture shows of it."""
     first = statistics.median(next(iter(found.values())).wall)
     first_cpu = statistics.median(next(iter(found.values())).cpu)
     print(f"\n{title}; load {os.getloadavg()[0]:.1f}\n")
@@ -342,10 +345,12 @@ def shown(
         "| bills off by | noting | gradients |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    bars = []
     for name, took in found.items():
         wall = statistics.median(took.wall)
         low, high = (each(took.wall) * scale / per for each in (min, max))
         own = took.told.get("ideal")
+        bars.append(Bar(name, wall * scale / per, low, high, None if own is None else own * scale / per))
         apart = took.told.get("gradients differ by")
         timeline = took.told.get("timeline", 0) / took.told.get("predicted timeline", 1)
         print(
@@ -356,6 +361,7 @@ def shown(
             f"| {'' if apart is None else f'{apart:.0e}'} |",
             flush=True,
         )
+    return Panel(title, unit, bars)
 
 
 def _share(took: Took, what: str) -> str:
@@ -363,20 +369,23 @@ def _share(took: Took, what: str) -> str:
 
 
 def main() -> None:
-    """Print the tables of the workloads that are named, or of all."""
-    named = sys.argv[1:] or ["A", "B", "C", "D"]
+    """Print the tables of the workloads that are named; or of all, and draw them."""
+    named, panels = sys.argv[1:] or ["A", "B", "C", "D"], []
     if "A" in named:
-        shown("A: a GPT, 2 ranks, 16 microbatches", launch(_a, nproc=2)[0])
+        panels.append(shown("A: a GPT, 2 ranks, 16 microbatches", launch(_a, nproc=2)[0]))
     if "B" in named:
         for ranks, theirs in ((8, ("1f1b", "zero-bubble", "zb-v")), (4, ("1f1b", "zero-bubble"))):
             found = launch(_asleep, ranks, 32, 4, theirs, nproc=ranks)[0]
-            shown(f"B: emulated devices, {ranks} ranks, 32 microbatches", found)
+            panels.append(shown(f"B: emulated devices, {ranks} ranks, 32 microbatches", found))
     if "C" in named:
         found = launch(_asleep, 4, 16, 2**20, ("1f1b", "zero-bubble"), nproc=4)[0]
-        shown("C: emulated devices, 4 ranks, 16 microbatches of 4 MiB", found)
+        panels.append(shown("C: emulated devices, 4 ranks, 16 microbatches of 4 MiB", found))
     if "D" in named:
         found = launch(_d, nproc=2)[0]
-        shown("D: stages that cost nothing, us per forward and backward", found, per=64, unit="us", scale=1e6)
+        title = "D: stages that cost nothing, a forward and a backward"
+        panels.append(shown(title, found, per=64, unit="us", scale=1e6))
+    if not sys.argv[1:]:
+        draw(panels, _PICTURE)
 
 
 if __name__ == "__main__":
