@@ -322,6 +322,31 @@ def test_what_was_read_while_another_rank_was_read_is_not_waited_for():
     thread.join()
 
 
+def test_files_that_two_ranks_send_in_parts_at_once_are_not_mixed_up():
+    first, middle, last = three(timeout_seconds=3.0)
+    back, there = Recv(2, 1, 0, Payload.GRADIENT), Recv(0, 1, 0, Payload.ACTIVATION)
+    middle.start([(there, manifest(0, 1)), (back, manifest(2, 1))])
+
+    def send_in_parts():
+        for link in (first, last):
+            time.sleep(0.1)
+            link._tell(link._peers[1], shared_memory._NEW_FILE + shared_memory._BYTES.pack(4096))
+        for link in (first, last):
+            time.sleep(0.1)
+            file = slots.memory_file(17 * 4096)
+            link._tell(link._peers[1], b"file", file)
+            link._peers[1].own += slots.slots_in(file, 4096)
+            os.close(file)
+        give(first, 0, torch.full((1,), 5.0))
+        last.send(Send(2, 1, 0, Payload.GRADIENT), (torch.ones(1),), manifest(2, 1))
+
+    thread = threading.Thread(target=send_in_parts)
+    thread.start()
+    assert middle.take(there)[0].item() == 5.0
+    assert middle.take(back)[0].item() == 1.0
+    thread.join()
+
+
 # -- which link joins which ranks
 
 

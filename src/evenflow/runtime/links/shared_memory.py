@@ -65,6 +65,7 @@ class _Peer:
     socket: socket.socket
     board: memoryview  # how many receives from the peer this rank's program has reached, for it to see
     their_board: memoryview | None = None  # the same of the peer, which sends it first of all
+    announced_bytes: int | None = None  # how large each slot is of the file that comes next
     num_sent: int = 0
     own: list[Slot] = field(default_factory=list)  # that this rank fills, by number
     of_size: defaultdict[int, list[tuple[int, Slot]]] = field(default_factory=partial(defaultdict, list))
@@ -209,12 +210,11 @@ class SharedMemoryLink(Link):
 
     def _await_room(self, peer: _Peer) -> None:
         """Wait until the peer has room for a message, or something has come."""
-        with contextlib.suppress(FileNotFoundError):  # it has ended: who sends to it will hear of that
-            self._arrivals.modify(peer.socket, select.EPOLLIN | select.EPOLLOUT)
-            try:
-                self._wait(peer)
-            finally:
-                self._arrivals.modify(peer.socket, select.EPOLLIN)
+        self._arrivals.modify(peer.socket, select.EPOLLIN | select.EPOLLOUT)
+        try:
+            self._wait(peer)
+        finally:
+            self._arrivals.modify(peer.socket, select.EPOLLIN)
 
     def _reached_by(self, peer: _Peer) -> int:
         """How many receives from this rank the peer's program has reached."""
@@ -245,8 +245,7 @@ class SharedMemoryLink(Link):
                 try:
                     self._read(other)
                 except ConnectionError:  # who takes from it will hear of that
-                    with contextlib.suppress(FileNotFoundError):  # heard of while that was read
-                        self._arrivals.unregister(file)
+                    self._arrivals.unregister(file)
         return bool(ready)
 
     def _timeout(self) -> TimeoutError:
@@ -254,13 +253,8 @@ class SharedMemoryLink(Link):
 
     def _read(self, peer: _Peer) -> bool:
         """Read a message of a peer; whether there was one."""
-        if peer.their_board is None:
-            file = _received_file(peer.socket)
-            if file is None:
-                return False
-            with closing(file):
-                peer.their_board = board_in(file)
-            return True
+        if peer.their_board is None or peer.announced_bytes is not None:
+            return self._read_file(peer)
         try:
             message = peer.socket.recv(_LARGEST_MESSAGE_BYTES)
         except BlockingIOError:
@@ -270,13 +264,22 @@ class SharedMemoryLink(Link):
         if not message:
             raise ConnectionResetError("its process or its pipeline has ended")
         if message.startswith(_NEW_FILE):
-            (size,) = _BYTES.unpack_from(message, len(_NEW_FILE))
-            while (file := _received_file(peer.socket)) is None:
-                self._wait(peer)
-            with closing(file):
-                peer.theirs += slots_in(file, size)
+            (peer.announced_bytes,) = _BYTES.unpack_from(message, len(_NEW_FILE))
         else:
             peer.inbox.append(message)
+        return True
+
+    def _read_file(self, peer: _Peer) -> bool:
+        """Read the message of a peer that brings its board, or a file of slots; whether there was one."""
+        file = _received_file(peer.socket)
+        if file is None:
+            return False
+        with closing(file):
+            if peer.their_board is None:
+                peer.their_board = board_in(file)
+            elif peer.announced_bytes is not None:
+                peer.theirs += slots_in(file, peer.announced_bytes)
+                peer.announced_bytes = None
         return True
 
 
