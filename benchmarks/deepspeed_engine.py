@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from workloads import Workload
+from workloads import Workload, gradients_of
 
 IS_INSTALLED = importlib.util.find_spec("deepspeed") is not None
 
@@ -51,5 +51,4 @@ class DeepSpeeds:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Those of this rank's parameters, by the chain's names."""
-        named = self.engine.module.named_parameters()
-        return {name: p.grad.clone() for name, p in named if p.grad is not None}
+        return gradients_of(self.engine.module)

@@ -8,42 +8,23 @@ Run: `python benchmarks/gpu.py` (with `--device cpu --small` it can be tried any
 """
 
 import argparse
-import importlib.util
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from example_gpt import gpt
 
 import evenflow
 
 MICROBATCHES, ROUNDS, STEPS = 4, 7, 5
 Batch = dict[str, torch.Tensor]
-
-
-def gpt(*, small: bool) -> torch.nn.Module:
-    """The example's GPT, always with the same numbers."""
-    path = Path(__file__).parents[1] / "examples" / "gpt.py"
-    spec = importlib.util.spec_from_file_location("example_gpt", path)
-    assert spec is not None, "the file is there"
-    assert spec.loader is not None, "the file is there"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sizes = (
-        {"num_layers": 4, "width": 32, "num_heads": 2}
-        if small
-        else {"num_layers": 12, "width": 768, "num_heads": 12}
-    )
-    torch.manual_seed(0)
-    config = module.GPTConfig(
-        vocabulary_size=64 if small else 32_768, max_length=16 if small else 1024, dropout=0.0, **sizes
-    )
-    model: torch.nn.Module = module.GPT(config)
-    return model.train()
+Sizes = dict[str, int]
+LARGE = {"vocabulary_size": 32_768, "max_length": 1024, "num_layers": 12, "width": 768, "num_heads": 12}
+SMALL = {"vocabulary_size": 64, "max_length": 16, "num_layers": 4, "width": 32, "num_heads": 2}
 
 
 def loss_of(model: Any, batch: Any) -> Any:
@@ -57,9 +38,9 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4)
 
 
-def plain(batch: Batch, device: torch.device, *, small: bool) -> Callable[[], torch.Tensor]:
+def plain(batch: Batch, device: torch.device, sizes: Sizes) -> Callable[[], torch.Tensor]:
     """A step of a loop as people write it; returns the step's loss."""
-    model = gpt(small=small).to(device)
+    model = gpt(**sizes).to(device)
     optimizer = adamw(model.parameters())
 
     def step() -> torch.Tensor:
@@ -76,10 +57,10 @@ def plain(batch: Batch, device: torch.device, *, small: bool) -> Callable[[], to
     return step
 
 
-def staged(stages: int, batch: Batch, device: torch.device, *, small: bool) -> Callable[[], torch.Tensor]:
+def staged(stages: int, batch: Batch, device: torch.device, sizes: Sizes) -> Callable[[], torch.Tensor]:
     """A step of a pipeline in this process; returns the step's loss."""
     pipe = evenflow.pipeline(
-        gpt(small=small),
+        gpt(**sizes),
         loss=loss_of,
         example=batch,
         optimizer=adamw,
@@ -115,12 +96,12 @@ def main() -> None:
     device = torch.device(asked.device)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    rows, length, vocabulary = (8, 16, 64) if asked.small else (32, 1024, 32_768)
-    ids = torch.randint(0, vocabulary, (rows, length), device=device)
+    rows, sizes = (8, SMALL) if asked.small else (32, LARGE)
+    ids = torch.randint(0, sizes["vocabulary_size"], (rows, sizes["max_length"]), device=device)
     batch = {"input_ids": ids, "labels": ids}
-    makers = {"a plain loop": plain(batch, device, small=asked.small)}
+    makers = {"a plain loop": plain(batch, device, sizes)}
     for stages in (1, 2, 4):
-        makers[f"{stages} stages"] = staged(stages, batch, device, small=asked.small)
+        makers[f"{stages} stages"] = staged(stages, batch, device, sizes)
     took: dict[str, list[float]] = {name: [] for name in makers}
     losses: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(ROUNDS):

@@ -6,36 +6,20 @@ The goal is a forward that costs at most 3 % more than the model's own.
 """
 
 import argparse
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from example_gpt import gpt
 
 import evenflow
 from evenflow.runtime.inflight import InFlight
 from evenflow.runtime.recordings import tensors
 
 SHARES = {"default leaves": None, "everything apart": 0.0}
-
-
-def gpt() -> torch.nn.Module:
-    """Eight blocks of width 32."""
-    path = Path(__file__).parents[1] / "examples" / "gpt.py"
-    spec = importlib.util.spec_from_file_location("example_gpt", path)
-    assert spec is not None, "the file is there"
-    assert spec.loader is not None, "the file is there"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.manual_seed(0)
-    config = module.GPTConfig(
-        vocabulary_size=64, max_length=16, num_layers=8, width=32, num_heads=2, dropout=0.0
-    )
-    model: torch.nn.Module = module.GPT(config)
-    return model.train()
+SIZES = {"vocabulary_size": 64, "max_length": 16, "num_layers": 8, "width": 32, "num_heads": 2}
 
 
 def loss_of(model: Any, batch: Any) -> Any:
@@ -54,7 +38,7 @@ def timed(run: Callable[[], torch.Tensor]) -> tuple[float, float]:
 
 def measure(share: float | None, rounds: int) -> None:
     """Print one row: medians of both ways, their ratio and its range over ten parts of the rounds."""
-    model = gpt()
+    model = gpt(**SIZES)
     ids = torch.randint(0, 64, (1, 8))
     batch = {"input_ids": ids, "labels": ids}
     pipe = evenflow.pipeline(

@@ -46,6 +46,7 @@ _TORCHS: dict[str, tuple[Any, int]] = {
 }
 
 Gradients = dict[str, torch.Tensor]
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]  # a microbatch's inputs and targets
 
 
 @dataclass
@@ -141,42 +142,38 @@ class Plain:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        self.is_here = dist.get_rank() == 0
+        pairs = list(zip(workload.inputs.split(1), workload.targets.split(1), strict=True))
+        self.own = self.share(pairs)
+
+    def share(self, microbatches: Pairs) -> Pairs:
+        """This rank's microbatches."""
+        return microbatches if dist.get_rank() == 0 else []
 
     def step(self) -> None:
-        """Forward and backward of a batch."""
-        work = self.workload
-        for x, y in zip(work.inputs.split(1), work.targets.split(1), strict=True) if self.is_here else ():
-            loss = work.loss(work.chain(x), y)
-            loss.backward(torch.full_like(loss, 1 / len(work.inputs)))
-
-    def gradients(self) -> Gradients:
-        """As `Ours.gradients`."""
-        named = self.workload.chain.named_parameters()
-        return {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-
-class Halves:
-    """Each rank's share of the microbatches in a loop, without a pipeline: what the machine itself allows."""
-
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-        rank, size = dist.get_rank(), dist.get_world_size()
-        self.own = list(zip(workload.inputs.split(1), workload.targets.split(1), strict=True))[rank::size]
-
-    def step(self) -> None:
-        """Forward and backward of a share of a batch."""
+        """Forward and backward of this rank's microbatches."""
         work = self.workload
         for x, y in self.own:
             loss = work.loss(work.chain(x), y)
             loss.backward(torch.full_like(loss, 1 / len(work.inputs)))
 
     def gradients(self) -> Gradients:
-        """Not all of them."""
+        """As `Ours.gradients`."""
+        return workloads.gradients_of(self.workload.chain)
+
+
+class Halves(Plain):
+    """Such a loop on each rank, over its share of the microbatches: what the machine itself allows."""
+
+    def share(self, microbatches: Pairs) -> Pairs:
+        """See `Plain`."""
+        return microbatches[dist.get_rank() :: dist.get_world_size()]
+
+    def gradients(self) -> Gradients:
+        """None that can be compared: each rank has parts of all."""
         return {}
 
 
-Competitor = Ours | Torchs | Plain | Alone | Halves | DeepSpeeds
+Competitor = Ours | Torchs | Plain | Alone | DeepSpeeds
 Makers = Mapping[str, Callable[[], Competitor]]
 
 

@@ -36,6 +36,11 @@ class Workload:
         return [nn.Sequential(OrderedDict(units[start:end])) for start, end in itertools.pairwise(edges)]
 
 
+def gradients_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what there is of a module's gradients, by name."""
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
 class _Embedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -169,7 +169,7 @@ class _Estimate:
         self._is_shared = parts.world.size == 1 and len(set(parts.devices)) == 1
         rows = rows_of(list(jobs[0].batch.values())) or 1
         kind = device_found(device_name(device), memory_bytes_of(device), _FLOPS_PER_SECOND)
-        if parts.world.size == 1 or parts.world.device.type == "cpu":
+        if parts.world.device.type == "cpu":  # as a single process's is: nothing travels over NCCL
             kind = replace(kind, communicator_bytes=0.0)
         rate = next(iter(kind.flops_per_second))  # times are told as shares alone
         self.chain: Chain = estimate(cut.graph, parts.model, [kind], num_rows=rows, dtype=rate)
