@@ -235,7 +235,7 @@ def run_on_meeting(name: str) -> Received:
 
 
 def two_ways():
-    return ways(Flow.chain(2), Placement.linear(2), 60.0, {})
+    return ways(Flow.chain(2), Placement.linear(2), 60.0, {}, [range(2)])
 
 
 def process_links() -> dict[str, Callable[[], Link]]:

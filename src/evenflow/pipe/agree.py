@@ -17,10 +17,12 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError
 from evenflow.ir.placement import Placement
 from evenflow.pipe.sharing import Overlap, overlaps, refuse_changes_between
+from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.recordings import Program, Recordings, describe, tensors
 from evenflow.runtime.weights import Shares, Weight, shares_of
-from evenflow.runtime.world import World
 
+_FEED = "read on the first rank alone: for batch in pipe.feed(loader)"
+_EACH = "data ranks, too, all pass the whole batch, of which each takes its own microbatches; "
 FED = object()  # what `Pipeline.feed` yields where the batch is on the first rank
 _NONE, _BATCH, _ERROR = range(3)
 # Recording one kind of microbatch may show that another one must be asked again; each shows less.
@@ -79,7 +81,7 @@ Weigh = Callable[[int, Any], Weight]
 
 
 def agree(
-    world: World,
+    mesh: Mesh,
     recordings: Recordings,
     program: Program,
     prepare: Callable[[], Prepared | None],
@@ -92,6 +94,7 @@ def agree(
 
     Raises `ConfigError` where the batches differ between ranks, `PeerError` where another rank refused it.
     """
+    world = mesh.world
     mine, error = _attempt(prepare, recordings, program, weigh, compared=world.size > 1)
     kind = _ERROR if error is not None else _NONE if mine is None else _BATCH
     rows = world.gather_numbers([kind, *((0, 0, 0) if mine is None else mine.fingerprint)])
@@ -111,7 +114,14 @@ def agree(
         raise ConfigError(
             f"your loaders differ per rank: rank 0 has {shapes[0]}, rank {other} has {shapes[other]}"
             f"{' with other numbers (or other Python values)' if shapes[0] == shapes[other] else ''}; "
-            "seed them alike, or read on the first rank alone: for batch in pipe.feed(loader)"
+            f"{_EACH if mesh.data.size > 1 else ''}seed them alike, or {_FEED}"
+        )
+    absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
+    if 0 < len(absent) < world.size - 1:
+        others = [rank for rank in range(world.size) if rank not in absent]
+        raise ConfigError(
+            f"ranks {_listed(others)} passed a batch and ranks {_listed(absent)} none: pass the same batch "
+            f"on every rank, or {_FEED}"
         )
     learning = _Learning(recordings, program, learn, weigh)
     if all(row[0] == _BATCH for row in rows):
@@ -119,8 +129,11 @@ def agree(
         new = {at: item for at, item in enumerate(mine.items) if mine.recordings[at] is None}
         numbers, shares = learning.complete(mine.recordings, mine.weights, new, mine.overlaps, mine.items)
         return Agreed(tuple(dict(enumerate(tensors(item))) for item in mine.items), numbers, shares)
-    absent = [rank for rank, row in enumerate(rows) if row[0] == _NONE]
-    return _sent(world, recordings, mine, learning, absent, device, placement)
+    return _sent(mesh, recordings, mine, learning, absent, device, placement)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _attempt(
@@ -193,7 +206,7 @@ class _Learning:
 
 
 def _sent(
-    world: World,
+    mesh: Mesh,
     recordings: Recordings,
     mine: _Own | None,
     learning: _Learning,
@@ -201,6 +214,7 @@ def _sent(
     device: torch.device,
     placement: Placement,
 ) -> Agreed:
+    world = mesh.world
     message = world.share(_first_message(mine) if mine is not None else None, source=0)
     assert message is not None, "the first rank has a batch"
     numbers, shares = learning.complete(message.recordings, message.weights, message.new, message.overlaps)
@@ -210,8 +224,9 @@ def _sent(
         batches = tuple({} for _ in numbers)
     for at, number in enumerate(numbers):
         entry = recordings.entries[number]
-        for rank in absent:
-            needed = {leaf: v for s in placement.stages_on(rank) for leaf, v in entry.cut.sections[s].batch}
+        for rank in (rank for rank in absent if at in mesh.share(len(numbers), rank)):
+            stages = placement.stages_on(mesh.pipeline_rank(rank))
+            needed = {leaf: value for stage in stages for leaf, value in entry.cut.sections[stage].batch}
             for leaf, value in needed.items():
                 if world.rank == 0:
                     world.send(batches[at][leaf].to(device), rank)

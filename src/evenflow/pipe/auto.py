@@ -13,6 +13,7 @@ from evenflow.pipe.measured import Run, measured_request
 from evenflow.plan.plan import Plan
 from evenflow.plan.planner import describe, plan
 from evenflow.plan.request import Levers, choice_of
+from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import World
 from evenflow.schedules import catalog
@@ -26,7 +27,7 @@ _LEVERS = ("stages_per_rank", "schedule", "microbatch_size")  # what the planner
 def planned(
     plan: Plan | str | Path | None,
     levers: dict[str, Any],
-    world: World,
+    mesh: Mesh,
     device: torch.device,
     *,
     exact: bool,
@@ -41,6 +42,14 @@ def planned(
     if plan not in (None, _AUTO):
         return plan, levers
     said = [name for name, value in levers.items() if value is not None]
+    world = mesh.world
+    if not mesh.is_whole:
+        if plan == _AUTO:
+            raise ConfigError(
+                'mesh= and plan="auto" are both given, and a run plans itself for a pipeline alone: leave '
+                "one of them out, or write a plan with evenflow plan"
+            )
+        return plan, levers
     whole = not exact and not isinstance(run["example"], Microbatches)
     if plan == _AUTO:
         _check_planned(said, levers, whole=whole)

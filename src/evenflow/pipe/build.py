@@ -26,7 +26,7 @@ from evenflow.pipe.fill import Numbers
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.parts import Parts, StageSummary
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.pipe.planned import decided
+from evenflow.pipe.planned import decided, given_plan
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_given, refuse_unfit
@@ -34,9 +34,11 @@ from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime import compiled
 from evenflow.runtime.compiled import Compiling
+from evenflow.runtime.data_ranks import DataRanks, OneDataRank, Replicated
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
+from evenflow.runtime.mesh import Mesh, mesh_of
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
@@ -73,6 +75,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     link: str = "auto",
     boundary_dtype: torch.dtype | None = None,
     compile: bool | str = False,  # noqa: A002 (as torch calls it)
+    mesh: Mapping[str, int] | None = None,
+    shard: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -120,6 +124,11 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
       (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
       numbers stays as it is; the gradients of compiled weights are not put off. The log tells of each stage.
+    - `mesh`: how many pipeline ("pp"), data ("dp") and tensor ("tp") ranks there are: {"pp": 4, "dp": 2};
+      together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
+      a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
+      same batch without.
+    - `shard`: what data ranks share: "zero1", the optimizer's states. Each updates some of the parameters.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -152,14 +161,15 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
     compiling, narrowing = Compiling.of(compile), Narrowing(boundary_dtype)
     choices.check_split(model, split or ())
-    kind = choices.device_kind(device)
-    world = choices.world_of(kind)
+    kind, (plan, degrees, shard) = choices.device_kind(device), given_plan(plan, mesh, shard)
+    grid = mesh_of(choices.world_of(kind), degrees)
+    world = grid.pipeline
     program = loss if loss is not None else model_loss
     plan, levers = auto.planned(
         plan,
         levers,
-        world,
-        choices.own_device(kind, world),
+        grid,
+        choices.own_device(kind, grid.world),
         exact=exact,
         run={"model": model, "loss": program, "example": example, "optimizer": optimizer}
         | {"atomic": tuple(atomic), "seed": seed, "link": link}
@@ -168,23 +178,25 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     given = decided(plan, **levers)
     method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
     on_each = choices.stages_on_each(given.stages_per_rank, given.schedule)
-    num_stages = choices.stage_count(given.stages, split, world, kind, stages_per_rank=on_each)
+    num_stages = choices.stage_count(given.stages, split, grid, kind, stages_per_rank=on_each)
     num_ranks = num_stages // on_each
-    splitter = Splitter(num_ranks, given.num_microbatches, given.microbatch_size, split_batch)
+    splitter = Splitter(
+        num_ranks, given.num_microbatches, given.microbatch_size, split_batch, num_replicas=grid.data.size
+    )
     items = splitter(example).items
-    item = items[0]
+    item, num_items = items[0], grid.longest_share(len(items))
     programs = Programs(
-        world, method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=len(items)
+        world, method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=num_items
     )
     placement = programs.placement
-    devices = choices.devices_of(kind, placement, given.places)
+    devices = choices.devices_of(kind, placement, grid, given.places)
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
     own_device = devices[own[0]]
     fakes = FakeParameters(model, own_device)
     parameters = parameters_by_name(model, fakes.tied)
     numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
-    _share_buffers(model, world, own_device)
+    _share_buffers(model, grid.world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
     own_share = choices.leaf_share(num_stages, compiles=compiling is not None)
     share = own_share if given.max_leaf_share is None else given.max_leaf_share
@@ -197,8 +209,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     check_loss(graph)
     check_trainable(graph)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
-    _check_alike(cut, programs, world)
-    programs.training(len(items), cut.flow)  # a wrong schedule is refused here, and not at the first step
+    _check_alike(cut, programs, grid.world)
+    programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
@@ -217,7 +229,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     refuse_shared_hooks(accumulators.uses, accumulators.parameter)
     weigher = Weigher(recordings, reduction)
     described = weigher.describe(0, item)
-    if world.rank == 0:
+    if grid.world.is_first:
         _LOG.info("the step's loss: %s", described)
         _warn_of_differences(model, graph, weigher, items)
     updater = Updater(
@@ -227,14 +239,16 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         process_of_stage=lambda stage: placement.rank_of[stage] if world.size > 1 else 0,
         optimizer=optimizer,
         scheduler=scheduler,
+        data=_data_ranks(grid, owned, accumulators, shard),
     )
-    updater.spread()  # processes may have initialised them differently: the owner holds
+    updater.begin()
     return Pipeline(
         Parts(
             model=model,
             loss=program,
+            mesh=grid,
             world=world,
-            link=_joined(world, own_device, placement, link, cut.flow),
+            link=_joined(grid, own_device, placement, link, cut.flow),
             stages=stages_here,
             devices=devices,
             recordings=recordings,
@@ -244,7 +258,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             splitter=splitter,
             weigher=weigher,
             reduction=described,
-            buffers=_true_buffers(model, cut, world, placement),
+            buffers=_true_buffers(model, cut, grid, placement),
             summaries=_summaries(
                 cut,
                 placement,
@@ -258,11 +272,26 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     )
 
 
-def _joined(world: World, device: torch.device, placement: Placement, choice: str, flow: Flow) -> Link:
+def _joined(grid: Mesh, device: torch.device, placement: Placement, choice: str, flow: Flow) -> Link:
     """The link between the ranks, who from now on call the roll, where they can."""
-    link = link_for(world, device, placement, choice, flow=flow)
-    world.roll_call = roll_call_for(world, link)
+    link = link_for(grid.pipeline, device, placement, choice, flow=flow)
+    for world in (grid.pipeline, grid.world)[grid.is_whole :]:
+        world.roll_call = roll_call_for(world, link)
     return link
+
+
+def _data_ranks(
+    grid: Mesh,
+    owned: Mapping[int, Mapping[str, torch.nn.Parameter]],
+    accumulators: Accumulators,
+    shard: str | None,
+) -> DataRanks:
+    if grid.data.size == 1:
+        return OneDataRank()
+    named = {stage: tuple(parameters.items()) for stage, parameters in owned.items()}
+    return Replicated(
+        grid.data, named, shares_states=shard == "zero1", late=lambda name: name in accumulators.uses
+    )
 
 
 def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Programs) -> None:
@@ -327,9 +356,11 @@ def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
         )
 
 
-def _true_buffers(model: torch.nn.Module, cut: Cut, world: World, placement: Placement) -> frozenset[str]:
+def _true_buffers(model: torch.nn.Module, cut: Cut, grid: Mesh, placement: Placement) -> frozenset[str]:
     """Persistent buffers that this process speaks for: what its stages change; the first, the rest."""
-    rank_of = placement.rank_of
+    if not grid.is_first_of_replicas:
+        return frozenset()
+    rank_of, world = placement.rank_of, grid.pipeline
     homes = {
         name: rank_of[s.stage] for s in cut.sections for node in s.nodes for name in node.changed_buffers
     }

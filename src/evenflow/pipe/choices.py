@@ -22,6 +22,7 @@ from evenflow.pipe.agree import Prepared
 from evenflow.plan.partition import balanced_cuts
 from evenflow.runtime import microbatch as microbatches
 from evenflow.runtime.host_memory import keep_freed_memory
+from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 from evenflow.schedules import catalog
@@ -41,6 +42,7 @@ class Splitter:
     num_microbatches: int | None
     microbatch_size: int | None
     split_batch: Callable[[Any], Sequence[Any]] | None
+    num_replicas: int = 1  # of the pipeline, among which the microbatches are shared out
 
     def __call__(self, batch: Any) -> Prepared:
         if isinstance(batch, Microbatches) or self.split_batch is not None:
@@ -58,6 +60,7 @@ class Splitter:
             num_microbatches=self.num_microbatches,
             microbatch_size=self.microbatch_size,
             num_ranks=self.num_ranks,
+            num_replicas=self.num_replicas,
         )
         batch = microbatches.with_count_as_tensor(batch)
         rows = microbatches.bounds(size, num, microbatch_size=self.microbatch_size)
@@ -127,7 +130,7 @@ def stages_on_each(stages_per_rank: int | None, schedule: str | ScheduleFunction
 
 
 def stage_count(
-    stages: int | None, split: Sequence[str] | None, world: World, kind: str, *, stages_per_rank: int
+    stages: int | None, split: Sequence[str] | None, mesh: Mesh, kind: str, *, stages_per_rank: int
 ) -> int:
     """How many stages; `ConfigError` where arguments contradict each other or the number of processes."""
     if stages is not None and stages < 1:
@@ -145,26 +148,50 @@ def stage_count(
             f"{stages} stages cannot be dealt out {stages_per_rank} to each rank; the nearest that can: "
             f"{' and '.join(near)} (or give stages_per_rank=)"
         )
-    if world.size > 1:
-        if stages is not None and stages != world.size * stages_per_rank:
-            num_ranks = stages // stages_per_rank
-            each = f", {stages_per_rank} on each rank," if stages_per_rank > 1 else ""
-            raise ConfigError(
-                f"{stages} stages{each} need {num_ranks} processes, but {world.size} are running; start with "
-                f"torchrun --nproc-per-node {num_ranks}, or ask for stages={world.size * stages_per_rank}"
-            )
-        return world.size * stages_per_rank
-    num_ranks = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    if mesh.pipeline.size > 1:
+        fitting = mesh.pipeline.size * stages_per_rank
+        if stages is not None and stages != fitting:
+            raise ConfigError(_misfit(stages, stages_per_rank, mesh))
+        return fitting
+    num_ranks = max(1, torch.cuda.device_count()) if kind == "cuda" and mesh.world.size == 1 else 1
     return stages or num_ranks * stages_per_rank
 
 
+def _misfit(stages: int, stages_per_rank: int, mesh: Mesh) -> str:
+    """Why so many stages don't fit the processes, and what would."""
+    num_ranks, size, fitting = (
+        stages // stages_per_rank,
+        mesh.world.size,
+        mesh.pipeline.size * stages_per_rank,
+    )
+    each = f", {stages_per_rank} on each rank," if stages_per_rank > 1 else ""
+    if mesh.is_whole:
+        data = (
+            f', or let them be data ranks: mesh={{"dp": {size // num_ranks}}}'
+            if size % num_ranks == 0
+            else ""
+        )
+        return (
+            f"{stages} stages{each} need {num_ranks} processes, but {size} are running; start with "
+            f"torchrun --nproc-per-node {num_ranks}, or ask for stages={fitting}{data}"
+        )
+    return (
+        f"{stages} stages{each} need {num_ranks} pipeline ranks, and the mesh has {mesh.pipeline.size}: ask "
+        f'for stages={fitting}, or for mesh= with "pp": {num_ranks}'
+    )
+
+
 def devices_of(
-    kind: str, placement: Placement, places: Sequence[int] | None = None
+    kind: str, placement: Placement, mesh: Mesh, places: Sequence[int] | None = None
 ) -> tuple[torch.device, ...]:
     """The device of each stage: its rank's, `places[rank]` if given; they take turns over those there are."""
     if kind == "cpu":
         return (torch.device("cpu"),) * placement.num_stages
-    order = range(placement.num_ranks) if places is None else places
+    order: Sequence[int] = range(placement.num_ranks)
+    if mesh.world.size > 1:
+        order = mesh.pipeline.members if mesh.pipeline.size > 1 else [mesh.world.rank] * placement.num_ranks
+    if places is not None and mesh.is_whole:
+        order = places
     return tuple(torch.device("cuda", _cuda_index(order[rank])) for rank in placement.rank_of)
 
 

@@ -13,6 +13,7 @@ from evenflow.pipe.programs import Programs
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.links.link import Link
+from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.recordings import Program, Recordings
 from evenflow.runtime.stage import Stage
@@ -44,7 +45,8 @@ class Parts:
 
     model: torch.nn.Module
     loss: Program
-    world: World
+    mesh: Mesh
+    world: World  # the ranks of this process's pipeline: those of the mesh
     link: Link
     stages: Mapping[int, Stage]  # those of this process
     devices: Sequence[torch.device]  # of all stages

@@ -18,6 +18,7 @@ from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
+from evenflow.ir.op import ReduceGrads
 from evenflow.ir.timeline import Timeline
 from evenflow.pipe.accumulated import Accumulated
 from evenflow.pipe.agree import FED, Agreed, Prepared, agree
@@ -53,7 +54,7 @@ class Pipeline:
         self.cut = parts.summaries
         self.reduction = parts.reduction
         self.plan = parts.plan
-        self.is_main = parts.world.rank == 0
+        self.is_main = parts.mesh.world.is_first
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
         self._accumulated = Accumulated()
@@ -87,7 +88,10 @@ class Pipeline:
             self._updated = False
         share = self._accumulated.add(agreed.shares)
         try:
-            result, executors = self._run(agreed, self._parts.programs.training, read_loss, share=share)
+            programs = self._parts.programs
+            reduces = update and self._parts.mesh.data.size > 1
+            program = programs.reducing if reduces else programs.training
+            result, executors = self._run(agreed, program, read_loss, share=share)
             self._step += 1
             if update:
                 start = time.perf_counter()
@@ -122,7 +126,7 @@ class Pipeline:
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
-        world = self._parts.world
+        world = self._parts.mesh.world
         if world.size == 1:
             yield from loader
             return
@@ -155,12 +159,13 @@ class Pipeline:
 
         A collective call where stages share parameters. None where nothing reached the parameter.
         """
+        updater = self._parts.updater
         if not self._updated:
-            self._parts.updater.combine(None)
+            updater.gather_shared()
         scale = None if self._updated else self._accumulated.scale
-        for name, parameter in self._parts.updater.parameters:
+        for name, parameter in updater.parameters:
             if parameter.requires_grad:
-                gradient = parameter.grad
+                gradient = parameter.grad if self._updated else updater.data.summed(parameter)
                 yield name, gradient if gradient is None or scale is None else gradient * scale
 
     @torch.enable_grad()
@@ -183,9 +188,9 @@ class Pipeline:
         """
         parts = self._parts
         remedy = "run `evenflow check MODULE:FUNCTION`, which needs one process and the CPU alone"
-        if parts.world.size > 1:
+        if parts.mesh.world.size > 1:
             raise ConfigError(
-                f"check runs the whole model in one process; here are {parts.world.size}: {remedy}"
+                f"check runs the whole model in one process; here are {parts.mesh.world.size}: {remedy}"
             )
         if len(set(parts.devices)) > 1:
             raise ConfigError(f"check runs the whole model on one device; here are several: {remedy}")
@@ -203,7 +208,7 @@ class Pipeline:
             self._jobs(agreed),
             prepared.items,
             step=self._step,
-            run=lambda jobs: self._execute(jobs, parts.programs.training, read_loss)[1],
+            run=lambda jobs: self._execute(jobs, self._proven(agreed, parts.programs.training), read_loss)[1],
             progress=progress or (lambda _: None),
         )
 
@@ -241,7 +246,7 @@ class Pipeline:
         """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""
         save_checkpoint(
             Path(folder),
-            self._parts.world,
+            self._parts.mesh.world,
             tensors=self._own_tensors(),
             optimizers=self._parts.updater.optimizers,
             step=self._step,
@@ -262,16 +267,17 @@ class Pipeline:
         owned = self._own_tensors()
         if is_adapted(parts.model):
             export_adapter(
-                Path(folder), parts.world, parts.model, owned, loaded=parts.loaded, device=self._device
+                Path(folder), parts.mesh.world, parts.model, owned, loaded=parts.loaded, device=self._device
             )
         else:
-            export_model(Path(folder), parts.world, parts.model, owned, loaded=parts.loaded)
+            export_model(Path(folder), parts.mesh.world, parts.model, owned, loaded=parts.loaded)
 
     def _own_tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and persistent buffers that this process answers for, by the model's names."""
         buffers = self._parts.model.named_buffers()
+        updater = self._parts.updater
         return {
-            **dict(self._parts.updater.parameters),
+            **{name: parameter for name, parameter in updater.parameters if updater.data.answers(name)},
             **{name: buffer for name, buffer in buffers if name in self._parts.buffers},
         }
 
@@ -291,7 +297,7 @@ class Pipeline:
         parts = self._parts
         weigher = parts.weigher
         agreed = agree(
-            parts.world,
+            parts.mesh,
             parts.recordings,
             program,
             prepare=prepare,
@@ -300,6 +306,12 @@ class Pipeline:
             device=self._device,
             placement=parts.programs.placement,
         )
+        num, num_data = len(agreed.recordings), parts.mesh.data.size
+        if num < num_data:
+            raise ConfigError(
+                f"the batch makes {num} microbatches, and each of {num_data} data ranks needs one: pass more "
+                "rows, or make microbatches smaller (a loader's last batch: drop_last=True)"
+            )
         if agreed.shares.differs is not None and self.is_main:
             warnings.warn(f"{agreed.shares.differs}; reduction= says how to weigh them", stacklevel=4)
         return agreed
@@ -331,27 +343,44 @@ class Pipeline:
         share: float = 1.0,
     ) -> tuple[StepResult, list[Executor]]:
         jobs = self._jobs(agreed, share=share)
-        executors, results = self._execute(jobs, program, reading)
-        proven = executors[0].proven
+        proven = self._proven(agreed, program)
+        executors, results = self._execute(jobs, proven, reading)
         with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
-            return self._result(results, agreed, jobs[0].cut.graph, reading), executors
+            graph = self._parts.recordings.entries[agreed.recordings[0]].graph
+            return self._result(results, agreed, graph, reading), executors
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
-        entries = [self._parts.recordings.entries[number] for number in agreed.recordings]
+        """This process's microbatches."""
+        numbers = self._parts.mesh.share(len(agreed.recordings))
+        entries = [self._parts.recordings.entries[agreed.recordings[at]] for at in numbers]
         return [
-            Job(batch, number, entry.cut, entry.works, weight * share)
-            for batch, number, entry, weight in zip(
-                agreed.batches, agreed.recordings, entries, agreed.shares.losses, strict=True
+            Job(
+                agreed.batches[at],
+                agreed.recordings[at],
+                entry.cut,
+                entry.works,
+                agreed.shares.losses[at] * share,
+                at,
             )
+            for at, entry in zip(numbers, entries, strict=True)
         ]
 
+    def _proven(self, agreed: Agreed, program: Callable[[int, Flow], ProvenProgram]) -> ProvenProgram:
+        """The program of this process's microbatches, where all data ranks' reduce their stages alike."""
+        mesh, num = self._parts.mesh, len(agreed.recordings)
+        entries = self._parts.recordings.entries
+        flow = Flow.union(entries[number].cut.flow for number in set(agreed.recordings))
+        longest = program(mesh.longest_share(num), flow)
+        queue = longest.program.ranks[self._parts.world.rank]
+        self._parts.updater.data.expect([op.stage for op in queue if isinstance(op, ReduceGrads)])
+        return program(len(mesh.share(num)), flow)
+
     def _execute(
-        self, jobs: Sequence[Job], program: Callable[[int, Flow], ProvenProgram], reading: Reading
+        self, jobs: Sequence[Job], proven: ProvenProgram, reading: Reading
     ) -> tuple[list[Executor], list[Result] | None]:
         """Run a program on this process's ranks; its results, where the last stage lives here."""
         parts = self._parts
         placement = parts.programs.placement
-        proven = program(len(jobs), Flow.union(job.cut.flow for job in jobs))
         alone = parts.world.size == 1
         ranks = range(placement.num_ranks) if alone else (parts.world.rank,)
         scripts = self._scripts_of(proven, ranks)
@@ -374,6 +403,7 @@ class Pipeline:
                     reading=reading,
                     manifests=self._manifests,
                     narrowing=parts.narrowing,
+                    reduce=parts.updater.data.reduce,
                 )
             if alone:
                 for rank, _ in proven.order:
@@ -415,24 +445,46 @@ class Pipeline:
         self, results: Sequence[Result] | None, agreed: Agreed, graph: Graph, reading: Reading
     ) -> StepResult:
         """The outcome on every rank; `results` are there on the last stage's process."""
-        world = self._parts.world
+        world, mesh = self._parts.world, self._parts.mesh
         source = self._parts.programs.placement.rank_of[-1] if world.size > 1 else 0
-        rest = None if results is None else join([result.rest for result in results], agreed.shares.means)
-        if world.size > 1:  # pickled for the other ranks
-            rest = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rest)
+        metrics = None
+        if reading is read_prediction or has_metrics(graph):
+            rests = None if results is None else [result.rest for result in results]
+            if mesh.world.size > 1 and rests is not None:  # pickled for the other ranks
+                rests = pytree.tree_map(
+                    lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rests
+                )
+                rests = [rest for each in mesh.data.gather(rests) for rest in each]
+            metrics = world.share(None if rests is None else join(rests, agreed.shares.means), source)
         if reading is read_prediction:
-            return StepResult(None, world.share(rest, source))
-        if results is None:
-            ref = graph.output.leaves[0]
-            loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
-        else:
-            losses = [result.loss for result in results if result.loss is not None]
-            pairs = zip(losses, agreed.shares.losses, strict=True)
-            # A microbatch that weighs nothing is left out: the mean of nothing is no number.
-            loss = torch.stack([part * share for part, share in pairs if share]).sum()
+            return StepResult(None, metrics)
+        ref = graph.output.leaves[0]
+        loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
+        if mesh.data.size > 1:
+            return StepResult(loss, metrics, self._summed_loss(results, agreed, loss))
+        if results is not None:
+            loss = _weighted([result.loss for result in results], agreed.shares.losses)
         work = world.broadcast(loss, source)
-        metrics = world.share(rest, source) if has_metrics(graph) else None
         return StepResult(loss, metrics, None if work is None else work.wait)
+
+    def _summed_loss(
+        self, results: Sequence[Result] | None, agreed: Agreed, loss: torch.Tensor
+    ) -> Callable[[], object]:
+        """Begin to collect the microbatches' losses from all data ranks; what is returned fills in `loss`."""
+        mesh = self._parts.mesh
+        parts = loss.new_zeros(len(agreed.recordings))
+        if results is not None and mesh.tensor.rank == 0:
+            for at, result in zip(mesh.share(len(agreed.recordings)), results, strict=True):
+                assert result.loss is not None, "it was read as a loss"
+                parts[at] = result.loss
+        work = mesh.world.add_up(parts)
+
+        def fill() -> None:
+            if work is not None:
+                work.wait()
+            loss.copy_(_weighted(list(parts), agreed.shares.losses))
+
+        return fill
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -444,3 +496,9 @@ class Pipeline:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _weighted(losses: Sequence[torch.Tensor | None], shares: Sequence[float]) -> torch.Tensor:
+    """The step's loss. A microbatch that weighs nothing is left out: the mean of nothing is no number."""
+    pairs = [(loss, share) for loss, share in zip(losses, shares, strict=True) if loss is not None and share]
+    return torch.stack([loss * share for loss, share in pairs]).sum()

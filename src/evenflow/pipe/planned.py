@@ -1,6 +1,6 @@
 """What decides the cut and the order of work: `pipeline`'s arguments for it, or a plan in their place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules.catalog import ScheduleFunction
 
 DEFAULT_SCHEDULE = "1f1b"
+SHARDINGS = (None, "zero1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,32 @@ class Decided:
         return _planned_positions(self.plan, graph)
 
 
+def given_plan(
+    plan: Plan | str | Path | None, mesh: Mapping[str, int] | None, shard: str | None
+) -> tuple[Plan | str | Path | None, Mapping[str, int] | None, str | None]:
+    """The plan, read if it is a file, and the mesh and sharding that are given, or the plan's.
+
+    Raises `ConfigError` where they contradict each other, or for sharding that there is not.
+    """
+    if shard not in SHARDINGS:
+        raise ConfigError(f"shard={shard!r} is none of {', '.join(map(repr, SHARDINGS))}")
+    if plan is None or plan == "auto":
+        if shard is not None and (mesh or {}).get("dp", 1) == 1:
+            raise ConfigError(f'shard={shard!r} needs data ranks, and there is one: give mesh= with "dp"')
+        return plan, mesh, shard
+    made = plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
+    degrees = {"pp": made.degrees.pipeline, "dp": made.degrees.data, "tp": made.degrees.tensor}
+    for name, given in ("mesh", mesh), ("shard", shard):
+        if given is not None:
+            raise ConfigError(
+                f"{name}= and plan= are both given, and a plan decides that; change it in the plan, or leave "
+                "one of them out"
+            )
+    sharding = None if made.degrees.data == 1 or made.degrees.sharding == "none" else made.degrees.sharding
+    beside = made.degrees.num_devices > made.degrees.pipeline
+    return made, degrees if beside else None, sharding
+
+
 def decided(plan: Plan | str | Path | None, **given: Any) -> Decided:  # given: `pipeline`'s arguments
     """Check what was given, and put what a plan decides in its place; raises `ConfigError`."""
     if plan is not None:
@@ -76,10 +103,10 @@ def _plan_given(plan: Plan | str | Path, others: dict[str, Any]) -> Plan:
         )
     made = plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
     degrees = made.degrees
-    if degrees.num_devices > degrees.pipeline:
+    if degrees.context > 1 or degrees.expert > 1 or degrees.tensor > 1:
         raise ConfigError(
-            f"the plan takes {degrees.data} data, {degrees.tensor} tensor and {degrees.context} context "
-            "ranks beside the pipeline's, which pipeline() cannot run yet: plan for a pipeline alone"
+            f"the plan takes {degrees.tensor} tensor, {degrees.context} context and {degrees.expert} expert "
+            "ranks, which pipeline() cannot run yet: plan for pipeline and data ranks alone"
         )
     for number, stage in enumerate(made.stages):
         if stage.recompute:

@@ -45,7 +45,7 @@ class Programs:
     ) -> None:
         self._world, self._method = world, method
         self._num_ranks, self._stages_per_rank = num_ranks, stages_per_rank
-        self._proven: dict[tuple[bool, int, Flow], ProvenProgram] = {}
+        self._proven: dict[tuple[str, int, Flow], ProvenProgram] = {}
         self.example = self._made(num_microbatches)
         self._schedules = {num_microbatches: self.example}
 
@@ -60,14 +60,22 @@ class Programs:
         Raises `ScheduleError` listing all faults of a wrong schedule, `ConfigError` where ranks disagree, and
         `PeerError` where another rank has none.
         """
-        key = (True, num_microbatches, flow)
+        return self._training("training", num_microbatches, flow)
+
+    def reducing(self, num_microbatches: int, flow: Flow) -> ProvenProgram:
+        """Return the program of a step that ends with the gradients of all data ranks; as `training`."""
+        return self._training("reducing", num_microbatches, flow)
+
+    def _training(self, kind: str, num_microbatches: int, flow: Flow) -> ProvenProgram:
+        key = (kind, num_microbatches, flow)
         if key not in self._proven:
-            self._proven[key] = prove(lower(self._agreed(num_microbatches), flow))
+            schedule = self._agreed(num_microbatches)
+            self._proven[key] = prove(lower(schedule, flow, reduce_grads=kind == "reducing"))
         return self._proven[key]
 
     def evaluation(self, num_microbatches: int, flow: Flow) -> ProvenProgram:
         """Return the program of forwards alone."""
-        key = (False, num_microbatches, flow)
+        key = ("evaluation", num_microbatches, flow)
         if key not in self._proven:
             self._proven[key] = prove(lower(forward_only_on(self.placement, num_microbatches), flow))
         return self._proven[key]

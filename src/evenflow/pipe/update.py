@@ -7,6 +7,7 @@ import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
+from evenflow.runtime.data_ranks import DataRanks, OneDataRank
 from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.world import World
 
@@ -14,7 +15,10 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LR
 
 
 class Updater:
-    """The optimizers of this process's stages. `owned` maps a stage to its own parameters, by name."""
+    """The optimizers of this process's stages. `owned` maps a stage to its own parameters, by name.
+
+    `world` are the ranks of its pipeline, `data` what its replicas do together.
+    """
 
     def __init__(
         self,
@@ -25,16 +29,20 @@ class Updater:
         process_of_stage: Callable[[int], int],
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
+        data: DataRanks | None = None,
     ) -> None:
         if scheduler is not None and optimizer is None:
             raise ConfigError("scheduler= needs optimizer=: it is called with the optimizer that it steers")
         self.world, self.accumulators, self.owned = world, accumulators, owned
+        self.data = OneDataRank() if data is None else data
         self.process_of_stage = process_of_stage
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
         for stage, parameters in owned.items():
             trainable = [
-                (name, parameter) for name, parameter in parameters.items() if parameter.requires_grad
+                (name, parameter)
+                for name, parameter in parameters.items()
+                if parameter.requires_grad and self.data.updates(name)
             ]
             if optimizer is not None and trainable:
                 self.optimizers[stage] = _checked(optimizer(trainable))
@@ -45,6 +53,11 @@ class Updater:
     def parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, parameter) for stage in self.owned.values() for name, parameter in stage.items())
 
+    def begin(self) -> None:
+        """Let all processes have the numbers of the first that holds them; collective."""
+        self.data.begin()
+        self.spread()
+
     def clear(self) -> None:
         """Forget all gradients."""
         for _, parameter in self.parameters:
@@ -52,8 +65,9 @@ class Updater:
         self.accumulators.clear()
 
     def combine(self, scale: float | None) -> None:
-        """Add the accumulators of shared parameters to their owners' gradients, then scale all gradients."""
-        self._gather_shared()
+        """Add up the gradients of shared parameters, and of data ranks, then scale all gradients."""
+        self.gather_shared()
+        self.data.finish()
         if scale is not None:
             with torch.no_grad():
                 for _, parameter in self.parameters:
@@ -66,6 +80,7 @@ class Updater:
             optimizer.step()
         for scheduler in self.schedulers:
             scheduler.step()
+        self.data.spread()
         self.spread()
 
     def spread(self) -> None:
@@ -79,7 +94,8 @@ class Updater:
     def _owner(self, name: str) -> int:
         return self.process_of_stage(self.accumulators.owner[name])
 
-    def _gather_shared(self) -> None:
+    def gather_shared(self) -> None:
+        """Add the accumulators of shared parameters to their owners' gradients; collective."""
         held = {use: alias for name, _ in self._shared() for use, alias in self.accumulators.aliases(name)}
         elsewhere = [
             use

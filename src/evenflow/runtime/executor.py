@@ -44,7 +44,7 @@ from evenflow.validate import ProvenProgram
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One microbatch of a step.
+    """One microbatch of a step. `number` is its place in the whole batch, of all data ranks: it names draws.
 
     `batch` holds the tensor leaves that this rank needs, by place; `works` those of this rank's stages;
     `weight` is the gradient of the step's loss with respect to this microbatch's.
@@ -55,6 +55,7 @@ class Job:
     cut: Cut
     works: Mapping[int, Work]
     weight: float
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class Executor:
     """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs.
 
     `script` is that of the rank's ops, in the program or in the proof's order; `manifests` holds those of
-    earlier steps.
+    earlier steps; `reduce` is called when the last gradient of a stage is there.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Executor:
         reading: Reading,
         manifests: dict[tuple[Any, ...], Manifest],
         narrowing: Narrowing,
+        reduce: Callable[[int], None],
     ) -> None:
         self.proven, self.script = proven, script
         self.rank, self.step = rank, step
@@ -140,7 +142,7 @@ class Executor:
         self._lines = iter(script.lines)
         self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
-        self._manifests, self._narrowing = manifests, narrowing
+        self._manifests, self._narrowing, self._reduce = manifests, narrowing, reduce
         link.start([(op, self._manifest(op)) for op in script.receives])
 
     def run(self) -> None:
@@ -212,8 +214,8 @@ class Executor:
                 self.link.post(op)
             case Handoff():
                 self._arrive(op, self._outgoing(op))
-            case ReduceGrads():
-                raise AssertionError(f"{op}: there is one replica, so that no program is lowered with it")
+            case ReduceGrads(stage):
+                self._reduce(stage)
             case _:
                 assert_never(op)
 
@@ -239,7 +241,7 @@ class Executor:
                 flight,
                 job.batch,
                 step=self.step,
-                microbatch=microbatch,
+                microbatch=job.number,
                 splits=(stage, microbatch) in self.script.split,
             )
         except EvenflowError:

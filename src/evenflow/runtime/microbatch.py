@@ -55,11 +55,22 @@ def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
-def count(size: int, *, num_microbatches: int | None, microbatch_size: int | None, num_ranks: int) -> int:
-    """How many microbatches a batch of `size` rows makes.
+def count(
+    size: int,
+    *,
+    num_microbatches: int | None,
+    microbatch_size: int | None,
+    num_ranks: int,
+    num_replicas: int = 1,
+) -> int:
+    """How many microbatches a batch of `size` rows makes, for all replicas of a pipeline together.
 
-    By default the largest divisor of `size` up to four per rank: enough that the bubble is small. A batch of
-    fewer rows than `num_microbatches` makes one microbatch of each row.
+    By default the largest divisor of `size` up to four per rank: enough that the bubble is small; if there is
+    one, a multiple of the replicas. A batch of fewer rows than `num_microbatches` makes one microbatch of
+    each row.
+
+    >>> count(24, num_microbatches=None, microbatch_size=None, num_ranks=2, num_replicas=4)
+    24
     """
     if num_microbatches is not None and microbatch_size is not None:
         raise ConfigError("num_microbatches and microbatch_size say the same thing twice; give one of them")
@@ -69,7 +80,8 @@ def count(size: int, *, num_microbatches: int | None, microbatch_size: int | Non
     if microbatch_size is not None:
         return math.ceil(size / microbatch_size)
     if num_microbatches is None:
-        return max(n for n in range(1, 4 * num_ranks + 1) if size % n == 0)
+        fitting = [n for n in range(1, 4 * num_ranks * num_replicas + 1) if size % n == 0]
+        return max(fitting, key=lambda n: (n % num_replicas == 0, n))
     return min(num_microbatches, size)
 
 

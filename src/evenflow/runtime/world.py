@@ -1,11 +1,14 @@
 """The processes of a run and the few collective things that they do outside the pipeline's own transfers.
 
-`SingleProcess` holds every stage itself. `ProcessGroupWorld` is torch.distributed, one rank a process, on
-Gloo between CPUs and NCCL between GPUs. Everything here happens in the same order on every rank.
+`SingleProcess` has no peers. `ProcessGroupWorld` is torch.distributed, one rank a process, on Gloo between
+CPUs and NCCL between GPUs: all its ranks, or some of them (a pipeline's, say: see `mesh`). Everything here
+happens in the same order on every rank.
 """
 
+import copy
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -46,14 +49,23 @@ def _backend(device: torch.device) -> Any:  # torch types none
 class World(ABC):
     """Who is there. `rank` and `size` count processes; with a `roll_call` they gather numbers sooner.
 
-    `ways`: the groups from one rank to another that have been made.
+    `members`: what the ranks are called among all processes of the run. Where these are parted into worlds
+    like this one, `parts` has the members of each. `ways`: the groups from one rank to another that have been
+    made.
     """
 
     rank: int
     size: int
+    members: tuple[int, ...]
+    parts: Sequence[Sequence[int]]
     device = torch.device("cpu")  # carries what is sent
     roll_call: RollCall | None = None
     ways: dict[tuple[int, int], dist.ProcessGroup]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of all processes of the run."""
+        return self.members[self.rank] == 0
 
     @abstractmethod
     def share(self, thing: Any, source: int) -> Any:  # any picklable object
@@ -79,12 +91,21 @@ class World(ABC):
     def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
         """Fill `tensor` everywhere with the source's; what is returned, if anything, must be waited for."""
 
+    @abstractmethod
+    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "dist.Work | None":
+        """Fill `tensor` with the sum of all ranks', on the target alone where there is one; as `broadcast`.
+
+        Where there is a target, what others are left with is of no use.
+        """
+
 
 class SingleProcess(World):
     """No peers: every question is answered by this process."""
 
     rank = 0
     size = 1
+    members = (0,)
+    parts = (members,)
 
     def share(self, thing: Any, source: int) -> Any:
         return thing
@@ -104,6 +125,9 @@ class SingleProcess(World):
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         return None
 
+    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> None:
+        return None
+
 
 class ProcessGroupWorld(World):
     """The ranks of torch.distributed's default group, which must exist; collective.
@@ -113,9 +137,20 @@ class ProcessGroupWorld(World):
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.group: dist.ProcessGroup | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.members = tuple(range(self.size))
+        self.parts = (self.members,)
         self.device = torch.device("cpu") if self._is_for_host(device) else device
         self.ways = {}
+
+    def part(self, group: dist.ProcessGroup, parts: Sequence[Sequence[int]]) -> "ProcessGroupWorld":
+        """The ranks of a group, of which this one is one, as a world of their own."""
+        made = copy.copy(self)
+        made.group, made.parts, made.roll_call, made.ways = group, parts, None, {}
+        made.members = tuple(dist.get_process_group_ranks(group))
+        made.rank, made.size = made.members.index(self.members[self.rank]), len(made.members)
+        return made
 
     def _is_for_host(self, device: torch.device) -> bool:
         if device.type == "cpu" or backend_of(device) == "gloo":
@@ -131,45 +166,76 @@ class ProcessGroupWorld(World):
 
     def share(self, thing: Any, source: int) -> Any:
         box = [thing]
-        with reported(self.rank, f"waiting for what rank {source} shares"):
-            dist.broadcast_object_list(box, src=source, device=self.device)
+        with self._reported(f"waiting for what {self._named(source)} shares"):
+            dist.broadcast_object_list(box, self.members[source], group=self.group, device=self.device)
         return box[0]
 
     def gather(self, thing: Any) -> list[Any]:
         things: list[Any] = [None] * self.size
-        with reported(self.rank, "gathering from all ranks"):
-            dist.all_gather_object(things, thing)
+        with self._reported("gathering from all ranks"):
+            dist.all_gather_object(things, thing, group=self.group)
         return things
 
     def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
         if self.roll_call is not None and 0 < len(numbers) <= self.roll_call.most_numbers:
-            with reported(self.rank, "comparing batches with all ranks"):
+            with self._reported("comparing batches with all ranks"):
                 return self.roll_call.gather(numbers)
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         all_numbers = [torch.empty_like(mine) for _ in range(self.size)]
-        with reported(self.rank, "comparing batches with all ranks"):
-            dist.all_gather(all_numbers, mine)
+        with self._reported("comparing batches with all ranks"):
+            dist.all_gather(all_numbers, mine, group=self.group)
         return [list(map(int, row.tolist())) for row in all_numbers]
 
     def send(self, tensor: torch.Tensor, target: int) -> None:
-        with reported(self.rank, f"sending to rank {target}"):
-            dist.send(tensor.to(self.device).contiguous(), target)
+        with self._reported(f"sending to {self._named(target)}"):
+            dist.send(tensor.to(self.device).contiguous(), self.members[target], group=self.group)
 
     def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
         into = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        with reported(self.rank, f"receiving from rank {source}"):
-            dist.recv(into, source)
+        with self._reported(f"receiving from {self._named(source)}"):
+            dist.recv(into, self.members[source], group=self.group)
         return into.to(like.device)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
-        with reported(self.rank, f"waiting for rank {source}"):
-            if tensor.device.type == self.device.type:
-                work: dist.Work | None = dist.broadcast(tensor, source, async_op=True)
-                return work
-            carried = tensor.to(self.device)
-            dist.broadcast(carried, source)
+        def begin(carried: torch.Tensor) -> "dist.Work | None":
+            work: dist.Work | None = dist.broadcast(
+                carried, self.members[source], group=self.group, async_op=True
+            )
+            return work
+
+        with self._reported(f"waiting for {self._named(source)}"):
+            return self._carried(tensor, begin)
+
+    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "dist.Work | None":
+        def begin(carried: torch.Tensor) -> "dist.Work | None":
+            work: dist.Work | None
+            if target is None:
+                work = dist.all_reduce(carried, group=self.group, async_op=True)
+            else:
+                work = dist.reduce(carried, self.members[target], group=self.group, async_op=True)
+            return work
+
+        with self._reported("adding up with other ranks"):
+            return self._carried(tensor, begin)
+
+    def _carried(
+        self, tensor: torch.Tensor, begin: Callable[[torch.Tensor], "dist.Work | None"]
+    ) -> "dist.Work | None":
+        """Begin with the tensor itself where the ranks carry such; else bring a copy to the end."""
+        if tensor.device.type == self.device.type:
+            return begin(tensor)
+        carried = tensor.to(self.device)
+        work = begin(carried)
+        if work is not None:
+            work.wait()
         tensor.copy_(carried)
         return None
+
+    def _named(self, rank: int) -> str:
+        return f"rank {self.members[rank]}"
+
+    def _reported(self, doing: str) -> "reported":
+        return reported(self.members[self.rank], doing)
 
 
 class reported:  # noqa: N801 (a context manager, used like a function)

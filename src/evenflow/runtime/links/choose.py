@@ -45,28 +45,34 @@ def link_for(
             f"link='shared-memory' needs all ranks on the CPUs of one host that runs Linux; of {world.size}, "
             f"rank {world.rank} on {device.type} reaches {num_near} others so: leave link= out"
         )
-    if world.rank == 0:
+    if world.is_first:
         with_all = {0: "torch.distributed", world.size - 1: "shared memory"}
         kind = with_all.get(num_near, "shared memory on this host and torch.distributed to others")
         _LOG.info("tensors travel between ranks over %s", kind)
     if not sockets:
-        return ProcessGroupLink(device, placement, world.device, _own_ways(world, placement, flow))
+        own = _own_ways(world, placement, flow)
+        return ProcessGroupLink(device, placement, world.device, own, world.members)
     near = SharedMemoryLink(placement, world.rank, sockets, timeout_seconds=timeout_seconds(device))
     if num_near == world.size - 1:
         return near
-    return LinkByRank(placement, dict.fromkeys(sockets, near), ProcessGroupLink(device, placement))
+    far = ProcessGroupLink(device, placement, members=world.members)
+    return LinkByRank(placement, dict.fromkeys(sockets, near), far)
 
 
 def _own_ways(world: World, placement: Placement, flow: Flow | None) -> Mapping[Way, dist.ProcessGroup]:
     if backend_of(world.device) != "nccl":
         return {}
     used = flow or Flow.chain(placement.num_stages)
-    return ways(used, placement, timeout_seconds(world.device), world.ways)
+    return ways(used, placement, timeout_seconds(world.device), world.ways, world.parts)
 
 
 def roll_call_for(world: World, link: Link) -> RollCall | None:
-    """A roll call, where that link leads through shared memory to all ranks; collective."""
-    sockets = neighbours(world) if isinstance(link, SharedMemoryLink) else None
-    if not sockets:
+    """A roll call, where shared memory leads to all these ranks, as this rank's link may; collective."""
+    if not all(world.gather(isinstance(link, SharedMemoryLink))):
         return None
-    return RollCall(sockets, world.rank, timeout_seconds=timeout_seconds(torch.device("cpu")))
+    sockets = neighbours(world) or {}
+    if 0 < len(sockets) == world.size - 1:
+        return RollCall(sockets, world.rank, timeout_seconds=timeout_seconds(torch.device("cpu")))
+    for each in sockets.values():
+        each.close()
+    return None

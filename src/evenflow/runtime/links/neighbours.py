@@ -40,7 +40,7 @@ def neighbours(world: World) -> dict[int, socket.socket] | None:
     troubles = [each for each in world.gather(trouble) if each]
     if not troubles:
         return found
-    if world.rank == 0:
+    if world.is_first:
         _LOG.info("tensors of this host's ranks go over torch.distributed: %s", troubles[0])
     for each in (found or {}).values():
         each.close()

@@ -68,7 +68,7 @@ class _Arriving:
 
 
 class ProcessGroupLink(Link):
-    """One rank's end. Ranks are torch.distributed's; `placement` says which holds a stage.
+    """One rank's end. `placement` says which rank holds a stage, `members` what it is in torch.distributed.
 
     `carrier` is the device whose tensors travel, by default the rank's own. `ways` are the groups for
     transfers from one rank to another; all others use the group of all ranks.
@@ -80,8 +80,10 @@ class ProcessGroupLink(Link):
         placement: Placement,
         carrier: torch.device | None = None,
         ways: Mapping[Way, dist.ProcessGroup] | None = None,
+        members: Sequence[int] | None = None,
     ) -> None:
-        self._rank_of = placement.rank_of
+        ranks = range(placement.num_ranks) if members is None else members
+        self._rank_of = tuple(ranks[rank] for rank in placement.rank_of)
         self._rank = dist.get_rank()
         self._device, self._ways = device, ways or {}
         self._carrier = carrier or device

@@ -1,0 +1,232 @@
+"""Data ranks: replicas of a stage, which take other microbatches and must end a step with the same numbers.
+
+Gradients are summed by a reducer of our own. Those of torch are hooks that fire when a parameter gets its
+gradient, and here most of that is put off (`weight_grads`): a stage is summed when its last weight gradient
+is done, as the program says (`ReduceGrads`), while other stages go on. They travel in buckets, several at a
+time (Li et al., "PyTorch Distributed", 2020).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from evenflow.runtime.world import World
+
+BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has them
+
+Named = tuple[str, torch.nn.Parameter]
+
+
+class DataRanks(ABC):
+    """What the replicas of this process's stages do together, in each step."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Before the first step: let all ranks have the first one's numbers."""
+
+    @abstractmethod
+    def expect(self, order: Sequence[int]) -> None:
+        """A step begins, in which stages are to be summed in this order, alike on all ranks."""
+
+    @abstractmethod
+    def reduce(self, stage: int) -> None:
+        """The last gradient of a stage is there: begin to sum them."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Sum what has not been, and wait until every gradient is the sum of all ranks'."""
+
+    @abstractmethod
+    def summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """A parameter's gradient, of all ranks, while it is not reduced yet; nothing is changed."""
+
+    @abstractmethod
+    def updates(self, name: str) -> bool:
+        """Whether this rank updates a parameter, and holds what an optimizer keeps for it."""
+
+    @abstractmethod
+    def answers(self, name: str) -> bool:
+        """Whether of all replicas this one tells others of a parameter, or of its gradient."""
+
+    @abstractmethod
+    def spread(self) -> None:
+        """Parameters were updated, each where it is: let all ranks have the new numbers."""
+
+
+class OneDataRank(DataRanks):
+    """There are no replicas."""
+
+    def begin(self) -> None:
+        pass
+
+    def expect(self, order: Sequence[int]) -> None:
+        pass
+
+    def reduce(self, stage: int) -> None:
+        raise AssertionError(f"stage {stage}: there is one replica, so that no program is lowered so")
+
+    def finish(self) -> None:
+        pass
+
+    def summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return parameter.grad
+
+    def updates(self, name: str) -> bool:
+        return True
+
+    def answers(self, name: str) -> bool:
+        return True
+
+    def spread(self) -> None:
+        pass
+
+
+class Replicated(DataRanks):
+    """Every rank has all parameters of its stages.
+
+    With `shares_states` (ZeRO-1: Rajbhandari et al., 2020) each parameter is updated by one of them, which
+    alone gets its gradient and holds the optimizer's states, and then tells the others: whole parameters
+    are dealt out, so that any optimizer will do. `parameters` are those of each stage that may be trained,
+    `late` those whose gradients are whole only when the program has ended.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        parameters: Mapping[int, Sequence[Named]],
+        *,
+        shares_states: bool,
+        late: Callable[[str], bool],
+    ) -> None:
+        self._world, self._parameters, self._late = world, parameters, late
+        self._updater = _dealt(parameters, world.size) if shares_states else {}
+        self._order: Sequence[int] = ()  # of stages, alike on all ranks
+        self._ready: set[int] = set()
+        self._begun = 0  # how many of them
+        self._sums: list[_Sum] = []
+
+    def begin(self) -> None:
+        self._broadcast(lambda _: 0)
+
+    def expect(self, order: Sequence[int]) -> None:
+        self._order, self._begun = order, 0
+        self._ready.clear()
+
+    def reduce(self, stage: int) -> None:
+        self._ready.add(stage)
+        while self._begun < len(self._order) and self._order[self._begun] in self._ready:
+            at = self._order[self._begun]
+            self._begin(each for each in self._parameters[at] if not self._late(each[0]))
+            self._begun += 1
+
+    def finish(self) -> None:
+        for stage in self._order[self._begun :]:
+            self._begin(each for each in self._parameters[stage] if not self._late(each[0]))
+        self._begun = len(self._order)
+        self._begin(each for named in self._parameters.values() for each in named if self._late(each[0]))
+        while self._sums:
+            self._sums.pop(0).finish(self._world.rank)
+
+    def summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        kept = parameter.grad
+        parameter.grad = None if kept is None else kept.clone()
+        _Sum.begun(self._world, [parameter], None).finish(self._world.rank)
+        total, parameter.grad = parameter.grad, kept
+        return total
+
+    def updates(self, name: str) -> bool:
+        return self._updater.get(name, self._world.rank) == self._world.rank
+
+    def answers(self, name: str) -> bool:
+        return self._updater.get(name, 0) == self._world.rank
+
+    def spread(self) -> None:
+        if self._updater:
+            self._broadcast(self._updater.__getitem__)
+
+    def _broadcast(self, source: Callable[[str], int]) -> None:
+        """Give every rank the parameters of the ranks that `source` names."""
+        named = [each for stage in self._parameters.values() for each in stage]
+        works = [self._world.broadcast(parameter.data, source(name)) for name, parameter in named]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    def _begin(self, named: Iterable[Named]) -> None:
+        """Let the gradients of these parameters travel."""
+        by_target: dict[tuple[int | None, torch.dtype], list[torch.nn.Parameter]] = {}
+        for name, parameter in named:
+            if parameter.requires_grad:
+                by_target.setdefault((self._updater.get(name), parameter.dtype), []).append(parameter)
+        for (target, _), parameters in by_target.items():
+            for bucket in _buckets(parameters):
+                self._sums.append(_Sum.begun(self._world, bucket, target))
+
+
+@dataclass(slots=True)
+class _Sum:
+    """A bucket on its way. `exist` counts the ranks that have a gradient at all, of each parameter."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    flat: torch.Tensor
+    exist: torch.Tensor
+    misses: bool  # whether this rank has none of some parameter
+    works: Sequence[dist.Work]
+    target: int | None
+
+    @staticmethod
+    def begun(world: World, parameters: Sequence[torch.nn.Parameter], target: int | None) -> "_Sum":
+        """Sum the gradients of these parameters, of one type, into one memory."""
+        there = [parameter.grad is not None for parameter in parameters]
+        rows = [
+            (torch.zeros_like(each) if each.grad is None else each.grad).detach().reshape(-1)
+            for each in parameters
+        ]
+        flat = rows[0] if len(rows) == 1 else torch.cat(rows)  # one alone is summed where it is
+        exist = torch.tensor(there, dtype=torch.int32).to(flat.device)
+        for parameter in parameters:
+            parameter.grad = None
+        works = [world.add_up(each, target) for each in (flat, exist)]
+        begun = [work for work in works if work is not None]
+        return _Sum(parameters, flat, exist, not all(there), begun, target)
+
+    def finish(self, rank: int) -> None:
+        """Wait, and give the parameters their sums, where this rank has them."""
+        for work in self.works:
+            work.wait()
+        if self.target not in (None, rank):
+            return
+        parts = self.flat.split([parameter.numel() for parameter in self.parameters])
+        exist = self.exist.tolist() if self.misses else [1] * len(parts)
+        for parameter, part, number in zip(self.parameters, parts, exist, strict=True):
+            parameter.grad = part.view_as(parameter) if number else None
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """In turn, each of as many as fit, at least one."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    filled = BUCKET_BYTES
+    for parameter in parameters:
+        if filled + parameter.nbytes > BUCKET_BYTES:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(parameter)
+        filled += parameter.nbytes
+    return buckets
+
+
+def _dealt(parameters: Mapping[int, Sequence[Named]], num_ranks: int) -> dict[str, int]:
+    """Which rank updates which parameter: the largest first, each to whoever has the least yet."""
+    named = sorted(
+        (each for stage in parameters.values() for each in stage),
+        key=lambda each: (-each[1].numel(), each[0]),
+    )
+    loads, found = [0] * num_ranks, {}
+    for name, parameter in named:
+        rank = loads.index(min(loads))
+        found[name] = rank
+        loads[rank] += parameter.numel() * parameter.requires_grad
+    return found
