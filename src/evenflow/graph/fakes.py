@@ -1,7 +1,8 @@
 """Fake parameters: stand-ins with shape and type but no memory, on which a program is recorded."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,10 +15,16 @@ class FakeParameters:
     """One fake stand-in per distinct parameter: the same shape, dtype and strides, no memory.
 
     One parameter in two places (*tied*) goes by the first of its names. Made once per model,
-    so that it can be recorded again after a rank has let go of the stages that it does not own.
+    so that it can be recorded again after a rank has let go of the stages that it does not own. `dtype_of`
+    says which type a parameter will have, where that is another one.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        dtype_of: Callable[[torch.nn.Parameter], torch.dtype] = attrgetter("dtype"),
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         made: dict[Any, torch.nn.Parameter] = {}  # id(real), or its place in its storage -> fake
         memories: dict[int, str] = {}  # memory of a parameter -> its first name
@@ -51,7 +58,7 @@ class FakeParameters:
                     memories[memory] = name
                     with self.mode:
                         data = torch.empty_strided(
-                            parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device
+                            parameter.shape, parameter.stride(), dtype=dtype_of(parameter), device=device
                         )
                         fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
                     vars(fake).update(vars(parameter))  # what a program may ask of it
@@ -59,6 +66,12 @@ class FakeParameters:
                     self.names[id(fake)] = name
                 self.slots.append((module, key, fake))
                 self.tied[name] = self.names[id(fake)]
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """The first names of the parameters that require a gradient, in the model's order."""
+        trained = {self.names[id(fake)] for _, _, fake in self.slots if fake.requires_grad}
+        return [name for name in dict.fromkeys(self.tied.values()) if name in trained]
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

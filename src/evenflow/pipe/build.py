@@ -27,9 +27,11 @@ from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.parts import Parts, StageSummary
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided, given_plan
+from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_given, refuse_unfit
+from evenflow.pipe.rules import UpdateRules
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime import compiled
@@ -75,6 +77,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     link: str = "auto",
     boundary_dtype: torch.dtype | None = None,
     compile: bool | str = False,  # noqa: A002 (as torch calls it)
+    precision: str | None = None,
+    clip_norm: float | None = None,
     mesh: Mapping[str, int] | None = None,
     shard: str | None = None,
     seed: int = 0,
@@ -124,6 +128,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
       (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
       numbers stays as it is; the gradients of compiled weights are not put off. The log tells of each stage.
+    - `precision`: "fp32"; "bf16" or "fp16" (float32 parameters, products in 16 bits, as torch.autocast has
+      them; with "fp16" the loss is scaled, and a step that overflows anywhere is left out everywhere);
+      "bf16-pure" (parameters in bfloat16 too, of which the optimizer updates float32 copies). By default what
+      the model and the loss function say.
+    - `clip_norm`: the most that the norm of all gradients may be, over all ranks, before the update;
+      `StepResult.grad_norm` tells what it was. math.inf measures it alone.
     - `mesh`: how many pipeline ("pp"), data ("dp") and tensor ("tp") ranks there are: {"pp": 4, "dp": 2};
       together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
       a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
@@ -158,13 +168,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "split_batch": split_batch,
         "max_leaf_share": max_leaf_share,
     }
-    check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
-    compiling, narrowing = Compiling.of(compile), Narrowing(boundary_dtype)
+    check_given(seed, reduction, link, clip_norm, loss=loss, optimizer=optimizer, scheduler=scheduler)
+    compiling, narrowing, types = Compiling.of(compile), Narrowing(boundary_dtype), Precision.of(precision)
     choices.check_split(model, split or ())
     kind, (plan, degrees, shard) = choices.device_kind(device), given_plan(plan, mesh, shard)
     grid = mesh_of(choices.world_of(kind), degrees)
-    world = grid.pipeline
-    program = loss if loss is not None else model_loss
+    world, program = grid.pipeline, model_loss if loss is None else loss
     plan, levers = auto.planned(
         plan,
         levers,
@@ -193,21 +202,20 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
     own_device = devices[own[0]]
-    fakes = FakeParameters(model, own_device)
+    fakes = FakeParameters(model, own_device, types.dtype_of)
     parameters = parameters_by_name(model, fakes.tied)
     numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
     _share_buffers(model, grid.world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
-    own_share = choices.leaf_share(num_stages, compiles=compiling is not None)
-    share = own_share if given.max_leaf_share is None else given.max_leaf_share
+    share = given.max_leaf_share
+    if share is None:
+        share = choices.leaf_share(num_stages, compiles=compiling is not None)
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(
         model, fakes, device=own_device, leaves=leaves, accumulators=accumulators, compiling=compiling
     )
-    recordings.look(program)
-    graph = recordings.trace(program, item)
-    check_loss(graph)
-    check_trainable(graph)
+    with types.recording(kind):
+        graph = _recorded(recordings, program, item, types)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
     _check_alike(cut, programs, grid.world)
     programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
@@ -217,14 +225,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
-    numbers.fill(parameters, homes)
-    _put(fakes, parameters)
-    if world.size > 1:
-        _let_go(fakes, parameters, keep=keep, device=own_device)
+    _settle(parameters, numbers, fakes, types, homes)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
         stages_here[stage].own(held)
-    recordings.add(program, item, cut, stages_here)
+    with types.recording(kind):
+        recordings.add(program, item, cut, stages_here)
     _tell_compiled(model, recordings, programs)
     refuse_shared_hooks(accumulators.uses, accumulators.parameter)
     weigher = Weigher(recordings, reduction)
@@ -240,6 +246,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         optimizer=optimizer,
         scheduler=scheduler,
         data=_data_ranks(grid, owned, accumulators, shard),
+        rules=UpdateRules.of(types, clip_norm, grid.world, fakes.trainable_names),
     )
     updater.begin()
     return Pipeline(
@@ -265,11 +272,22 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
                 narrowing,
                 {name: (owner[name], parameters[name].numel()) for name in parameters},
             ),
+            precision=types,
             narrowing=narrowing,
             loaded=None if load is None else Path(load),
             plan=given.plan,
         )
     )
+
+
+def _recorded(recordings: Recordings, program: Program, item: Any, types: Precision) -> Graph:
+    """The program, if it can be trained."""
+    recordings.look(program)
+    graph = recordings.trace(program, item)
+    check_loss(graph)
+    check_trainable(graph)
+    types.check(graph, recordings.model.named_parameters())
+    return graph
 
 
 def _joined(grid: Mesh, device: torch.device, placement: Placement, choice: str, flow: Flow) -> Link:
@@ -375,13 +393,19 @@ def _used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[s
     return {name for name, home in owner.items() if not {home, *users.get(name, ())}.isdisjoint(stages)}
 
 
-def _let_go(
-    fakes: FakeParameters, parameters: dict[str, torch.nn.Parameter], *, keep: set[str], device: torch.device
+def _settle(
+    parameters: dict[str, torch.nn.Parameter],
+    numbers: Numbers,
+    fakes: FakeParameters,
+    types: Precision,
+    homes: Mapping[str, torch.device],
 ) -> None:
-    """Keep `keep` on this process's device; put empty parameters in the place of all others."""
+    """Give those that have a home here their numbers; put empty parameters in the place of all others."""
+    numbers.fill(parameters, homes)
+    types.convert(parameters[name] for name in homes)
     for name, parameter in list(parameters.items()):
-        if name in keep:
-            parameter.data = parameter.data.to(device)
+        if name in homes:
+            parameter.data = parameter.data.to(homes[name])
         else:
             empty = torch.empty_like(parameter, device="meta")
             parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)

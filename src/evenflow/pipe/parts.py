@@ -9,6 +9,7 @@ import torch
 
 from evenflow.pipe.agree import Prepared
 from evenflow.pipe.fixed import FixedParameters
+from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
@@ -59,6 +60,7 @@ class Parts:
     reduction: str  # how the step's loss is put together, for people
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
+    precision: Precision
     narrowing: Narrowing  # in which type tensors travel between stages
     loaded: Path | None  # the folder that the weights came from
     plan: Plan | None

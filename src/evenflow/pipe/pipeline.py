@@ -86,7 +86,7 @@ class Pipeline:
             self._parts.updater.clear()
             self._accumulated.clear()
             self._updated = False
-        share = self._accumulated.add(agreed.shares)
+        share = self._accumulated.add(agreed.shares) * self._parts.updater.rules.loss_factor
         try:
             programs = self._parts.programs
             reduces = update and self._parts.mesh.data.size > 1
@@ -95,7 +95,7 @@ class Pipeline:
             self._step += 1
             if update:
                 start = time.perf_counter()
-                self._update(executors)
+                result.grad_norm = self._update(executors)
                 marks.update_seconds = time.perf_counter() - start
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
@@ -162,7 +162,7 @@ class Pipeline:
         updater = self._parts.updater
         if not self._updated:
             updater.gather_shared()
-        scale = None if self._updated else self._accumulated.scale
+        scale = None if self._updated else updater.descaled(self._accumulated.scale)
         for name, parameter in updater.parameters:
             if parameter.requires_grad:
                 gradient = parameter.grad if self._updated else updater.data.summed(parameter)
@@ -296,16 +296,17 @@ class Pipeline:
     ) -> Agreed:
         parts = self._parts
         weigher = parts.weigher
-        agreed = agree(
-            parts.mesh,
-            parts.recordings,
-            program,
-            prepare=prepare,
-            learn=partial(self._learn, program, training),
-            weigh=weigher.of_loss if program is parts.loss else weigher.of_rows,
-            device=self._device,
-            placement=parts.programs.placement,
-        )
+        with parts.precision.recording(self._device.type):
+            agreed = agree(
+                parts.mesh,
+                parts.recordings,
+                program,
+                prepare=prepare,
+                learn=partial(self._learn, program, training),
+                weigh=weigher.of_loss if program is parts.loss else weigher.of_rows,
+                device=self._device,
+                placement=parts.programs.placement,
+            )
         num, num_data = len(agreed.recordings), parts.mesh.data.size
         if num < num_data:
             raise ConfigError(
@@ -329,6 +330,7 @@ class Pipeline:
             check_loss(graph)
             if training:
                 check_trainable(graph)
+                self._parts.precision.check(graph, ())
         number = recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
         accumulators = self._parts.updater.accumulators
         refuse_shared_hooks(accumulators.uses, accumulators.parameter)
@@ -416,14 +418,15 @@ class Pipeline:
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
         return list(executors.values()), results
 
-    def _update(self, executors: Sequence[Executor]) -> None:
-        """Let the optimizers step with the gradients that these executors' programs have left."""
+    def _update(self, executors: Sequence[Executor]) -> torch.Tensor | None:
+        """Let the optimizers step with the gradients that these executors' programs have left; their norm."""
         proven, jobs = executors[0].proven, executors[0].jobs
         what = "the optimizer's update"
         with Watch(self._parts, proven, jobs, {}, step=self._step - 1, what=what):
             self._parts.updater.combine(self._accumulated.scale)
-            self._parts.updater.step()
+            norm = self._parts.updater.step()
         self._updated = True
+        return norm
 
     def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:
         """The scripts of these ranks, made once for each program; alone, ranks take turns as in its proof."""

@@ -8,6 +8,7 @@ import torch
 from evenflow.errors import ConfigError
 from evenflow.graph.deferred import changed_since
 from evenflow.graph.recipes import memory_of
+from evenflow.pipe.norm import check_clip_norm
 from evenflow.runtime.links import choose
 from evenflow.runtime.weights import CHOICES
 
@@ -67,12 +68,13 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
 
 
-def check_given(seed: object, reduction: object, link: object, **functions: Any) -> None:
+def check_given(seed: object, reduction: object, link: object, clip_norm: object, **functions: Any) -> None:
     """Raise `ConfigError` naming the first of these arguments of `pipeline` that no model could work with."""
     check_whole(seed=seed)
     check_callable(**functions)
     _check_reduction(reduction)
     _check_link(link)
+    check_clip_norm(clip_norm)
 
 
 def check_whole(**arguments: Any) -> None:  # whatever the caller was given

@@ -11,7 +11,8 @@ class StepResult:
 
     `loss` is a 0-dimensional tensor: that of the whole batch (`Pipeline.reduction` says how microbatches are
     weighed). `metrics` is what the loss function returned beside the loss (None where it returned the loss
-    alone), joined over microbatches.
+    alone), joined over microbatches. `grad_norm` is a 0-dimensional tensor, that of all gradients before they
+    were clipped, where the step updated parameters and the pipeline clips, or computes in float16.
 
     >>> result = StepResult(torch.tensor(2.0), {"accuracy": 0.5})
     >>> float(result.loss), result.metrics
@@ -23,6 +24,7 @@ class StepResult:
     ) -> None:
         self._loss, self._wait = loss, wait
         self.metrics = metrics
+        self.grad_norm: torch.Tensor | None = None
 
     @property
     def loss(self) -> torch.Tensor:

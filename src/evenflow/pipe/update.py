@@ -1,4 +1,4 @@
-"""The end of a step: put shared gradients together, normalise what was accumulated, run the optimizers."""
+"""The end of a step: put gradients together, normalise and clip them, run the optimizers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
+from evenflow.pipe.norm import Piece, clip_factor
+from evenflow.pipe.rules import UpdateRules
 from evenflow.runtime.data_ranks import DataRanks, OneDataRank
 from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.world import World
@@ -30,11 +32,13 @@ class Updater:
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
         data: DataRanks | None = None,
+        rules: UpdateRules | None = None,
     ) -> None:
         if scheduler is not None and optimizer is None:
             raise ConfigError("scheduler= needs optimizer=: it is called with the optimizer that it steers")
         self.world, self.accumulators, self.owned = world, accumulators, owned
         self.data = OneDataRank() if data is None else data
+        self.rules = UpdateRules() if rules is None else rules
         self.process_of_stage = process_of_stage
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
@@ -45,7 +49,9 @@ class Updater:
                 if parameter.requires_grad and self.data.updates(name)
             ]
             if optimizer is not None and trainable:
-                self.optimizers[stage] = _checked(optimizer(trainable))
+                masters = self.rules.masters
+                named = trainable if masters is None else masters.of(trainable)
+                self.optimizers[stage] = _checked(optimizer(named))
                 if scheduler is not None:
                     self.schedulers.append(_checked_scheduler(scheduler(self.optimizers[stage])))
 
@@ -68,20 +74,58 @@ class Updater:
         """Add up the gradients of shared parameters, and of data ranks, then scale all gradients."""
         self.gather_shared()
         self.data.finish()
+        scale = self.descaled(scale)
         if scale is not None:
             with torch.no_grad():
                 for _, parameter in self.parameters:
                     if parameter.grad is not None:
                         parameter.grad.mul_(scale)
 
-    def step(self) -> None:
-        """Update the parameters and let every accumulator see the new numbers."""
+    def descaled(self, scale: float | None) -> float | None:
+        """A factor of gradients that also undoes that of the loss; None is 1."""
+        loss_scale = self.rules.loss_scale
+        return scale if loss_scale is None else (1.0 if scale is None else scale) / loss_scale.factor
+
+    def step(self) -> torch.Tensor | None:
+        """Update the parameters and let every accumulator see the new numbers; collective.
+
+        Returns the norm of all gradients, before they are clipped, where somebody wants it. Where they
+        overflowed in float16, nothing is updated, on any rank.
+        """
+        norm = self._norm()
+        if norm is not None and self.rules.overflowed(norm):
+            return norm
+        self._clip(norm)
+        masters = self.rules.masters
+        if masters is not None:
+            masters.take_gradients()
         for optimizer in self.optimizers.values():
             optimizer.step()
         for scheduler in self.schedulers:
             scheduler.step()
+        if masters is not None:
+            masters.publish()
         self.data.spread()
         self.spread()
+        return norm
+
+    def _norm(self) -> torch.Tensor | None:
+        if self.rules.norm is None:
+            return None
+        return self.rules.norm(
+            Piece(name, parameter.grad)
+            for name, parameter in self.parameters
+            if parameter.requires_grad and parameter.grad is not None and self.data.answers(name)
+        )
+
+    def _clip(self, norm: torch.Tensor | None) -> None:
+        if norm is None or self.rules.clip_norm is None:
+            return
+        with torch.no_grad():
+            factor = clip_factor(norm, self.rules.clip_norm)
+            for _, parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad.device))
 
     def spread(self) -> None:
         """Give the owner's numbers of every shared parameter to all that use it; collective."""
