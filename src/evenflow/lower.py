@@ -22,7 +22,7 @@ from typing import TypeAlias, assert_never
 
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
-from evenflow.ir.op import ComputeOp, Op, ReduceGrads, WeightGrad, parts
+from evenflow.ir.op import ComputeOp, Op, ReduceGrads, Unshard, WeightGrad, parts
 from evenflow.ir.program import Program
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
@@ -31,13 +31,19 @@ from evenflow.simulate import simulate
 
 
 def lower(
-    schedule: Schedule, flow: Flow, costs: Costs | None = None, *, reduce_grads: bool = False
+    schedule: Schedule,
+    flow: Flow,
+    costs: Costs | None = None,
+    *,
+    reduce_grads: bool = False,
+    unshard: bool = False,
 ) -> Program:
     """Return `schedule` as a program, with a transfer wherever `flow` lets a value leave its stage.
 
     `costs` decide where transfers stand (by default all stages are alike); give the ones that the machine is
     thought to have. With `reduce_grads`, each stage's gradients are summed over the replicas of data
-    parallelism as soon as the last is there. Raises `ScheduleError` for a schedule that can't be executed, as
+    parallelism as soon as the last is there; with `unshard`, its parameters are gathered from them before its
+    first op. Raises `ScheduleError` for a schedule that can't be executed, as
     `simulate` does, and `ConfigError` for costs of another number of stages. Each rank's compute ops keep
     their order.
 
@@ -52,6 +58,7 @@ def lower(
     merge = _Merge(schedule, flow, timeline)
     merge.run()
     queues = [_with_reductions(queue) for queue in merge.queues] if reduce_grads else merge.queues
+    queues = [_with_gathering(queue) for queue in queues] if unshard else queues
     return Program(schedule, flow, tuple(tuple(queue) for queue in queues))
 
 
@@ -165,6 +172,18 @@ def _consumers(flow: Flow, timeline: Timeline) -> dict[Result, list[tuple[float,
     for waiting in consumers.values():
         waiting.sort()
     return consumers
+
+
+def _with_gathering(queue: list[Op]) -> list[Op]:
+    """The queue with a gathering of each stage's parameters before the first op that computes in it."""
+    there: set[int] = set()
+    made: list[Op] = []
+    for op in queue:
+        if isinstance(op, ComputeOp):
+            made += [Unshard(part.stage) for part in parts(op) if part.stage not in there]
+            there.update(part.stage for part in parts(op))
+        made.append(op)
+    return made
 
 
 def _with_reductions(queue: list[Op]) -> list[Op]:

@@ -20,6 +20,7 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import (
     Backward,
+    CollectiveOp,
     ComputeOp,
     Exchange,
     Forward,
@@ -31,6 +32,7 @@ from evenflow.ir.op import (
     ReduceGrads,
     Send,
     TransferOp,
+    Unshard,
     WeightGrad,
     parts,
 )
@@ -123,14 +125,14 @@ class _Places:
 
     def __init__(self, ranks: Sequence[Sequence[Op]]) -> None:
         self.ranks = ranks
-        self.of: dict[tuple[int, Result | TransferOp | ReduceGrads], list[int]] = {}
+        self.of: dict[tuple[int, Result | TransferOp | CollectiveOp], list[int]] = {}
         for rank, queue in enumerate(ranks):
             for place, op in enumerate(queue):
                 for piece in _pieces(op):
                     self.of.setdefault((rank, piece), []).append(place)
 
     def wrong_order(
-        self, rank: int, place: int, needed: Result | TransferOp, name: str | None = None
+        self, rank: int, place: int, needed: Result | TransferOp | CollectiveOp, name: str | None = None
     ) -> Iterator[str]:
         """Yield a fault if an op stands before what it needs; what is missing or doubled is told elsewhere.
 
@@ -142,11 +144,11 @@ class _Places:
             yield f"{name or queue[place]} stands before {queue[other[0]]} on rank {rank}, and needs it"
 
 
-def _pieces(op: Op) -> tuple[Result | TransferOp | ReduceGrads, ...]:
+def _pieces(op: Op) -> tuple[Result | TransferOp | CollectiveOp, ...]:
     match op:
         case Exchange(transfers):
             return transfers
-        case Send() | Recv() | Handoff() | ReduceGrads():
+        case Send() | Recv() | Handoff() | ReduceGrads() | Unshard():
             return (op,)
         case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap():
             return results(op)
@@ -164,6 +166,7 @@ def _order_faults(program: Program) -> Iterator[str]:
                 for part in parts(op):
                     if not 0 <= part.stage < len(rank_of):
                         continue  # told elsewhere
+                    yield from places.wrong_order(rank, place, Unshard(part.stage))
                     for result in dependencies(part, program.flow):
                         # The last of what brings the result; it stands on the consumer's rank.
                         carrier = carriers(result, part.stage, schedule.placement)
@@ -214,19 +217,23 @@ def _miscounted(places: _Places, wanted: set[tuple[int, TransferOp]]) -> Iterato
 
 
 def _misreduced(places: _Places, schedule: Schedule) -> Iterator[str]:
-    """Reductions of gradients stand for every stage or for none, once, on the stage's rank."""
-    found = {(rank, op): at for (rank, op), at in places.of.items() if isinstance(op, ReduceGrads)}
+    """Of what data ranks do together each stands for every stage or for none, once, on the stage's rank."""
     rank_of = schedule.placement.rank_of
-    for (rank, op), at in found.items():
+    for (rank, op), at in places.of.items():
+        if not isinstance(op, CollectiveOp):
+            continue
         if not 0 <= op.stage < len(rank_of):
             yield f"{op} on rank {rank}: there are only stages 0..{len(rank_of) - 1}"
         elif rank_of[op.stage] != rank:
             yield f"{op} on rank {rank}: stage {op.stage} lives on rank {rank_of[op.stage]}"
         elif len(at) > 1:
             yield f"{op} stands {len(at)} times on rank {rank}: run it once"
-    for stage, rank in enumerate(rank_of):
-        if found and (rank, ReduceGrads(stage)) not in found:
-            yield f"{ReduceGrads(stage)} is missing: rank {rank} must run it, as other stages are reduced"
+    kinds = {type(op) for _, op in places.of if isinstance(op, CollectiveOp)}
+    for kind in sorted(kinds, key=lambda kind: kind.__name__):
+        for stage, rank in enumerate(rank_of):
+            if (rank, kind(stage)) not in places.of:
+                done = "reduced" if kind is ReduceGrads else "gathered"
+                yield f"{kind(stage)} is missing: rank {rank} must run it, as other stages are {done}"
 
 
 class _WeakestMachine:
@@ -257,9 +264,10 @@ class _WeakestMachine:
                 case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap() | Handoff() as op:
                     self.order.append((rank, op))
                     self.go_on(rank)
-                # The same rank of every replica takes part, and replicas run the same program: each comes to
-                # its reductions in the same order, so that one replica's run stands for all.
-                case ReduceGrads() as op:
+                # The same rank of every replica takes part, and all of them begin these in one order: as they
+                # stand here, or, where a replica has fewer microbatches, as in the longest one's program
+                # (see `data_ranks`). So one replica's run stands for all.
+                case ReduceGrads() | Unshard() as op:
                     self.order.append((rank, op))
                     self.go_on(rank)
                 case never:

@@ -8,6 +8,7 @@ from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import (
     Backward,
+    CollectiveOp,
     ComputeOp,
     Exchange,
     Forward,
@@ -21,6 +22,7 @@ from evenflow.ir.op import (
     Send,
     SimpleOp,
     TransferOp,
+    Unshard,
     WeightGrad,
     parse_op,
     parts,
@@ -32,6 +34,7 @@ from evenflow.ir.timeline import Span, Timeline
 
 __all__ = [
     "Backward",
+    "CollectiveOp",
     "ComputeOp",
     "Costs",
     "Exchange",
@@ -53,6 +56,7 @@ __all__ = [
     "Span",
     "Timeline",
     "TransferOp",
+    "Unshard",
     "WeightGrad",
     "parse_op",
     "parts",

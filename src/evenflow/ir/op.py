@@ -191,10 +191,25 @@ class ReduceGrads:
         return f"G{self.stage}"
 
 
+@dataclass(frozen=True, slots=True)
+class Unshard:
+    """Gather one stage's parameters, of which each data rank holds a part; text form `U2`: stage 2.
+
+    >>> str(Unshard(stage=2))
+    'U2'
+    """
+
+    stage: int
+
+    def __str__(self) -> str:
+        return f"U{self.stage}"
+
+
 SimpleOp: TypeAlias = Forward | Backward | InputGrad | WeightGrad
 ComputeOp: TypeAlias = SimpleOp | Overlap
 TransferOp: TypeAlias = Send | Recv | Handoff
-Op: TypeAlias = ComputeOp | TransferOp | Exchange | ReduceGrads
+CollectiveOp: TypeAlias = Unshard | ReduceGrads  # what the data ranks do together
+Op: TypeAlias = ComputeOp | TransferOp | Exchange | CollectiveOp
 
 
 def parts(op: ComputeOp) -> tuple[SimpleOp, ...]:
@@ -216,8 +231,9 @@ def parse_op(text: str) -> Op:
     >>> str(parse_op("S0>1F3"))
     'S0>1F3'
     """
-    if reduce := _REDUCE.fullmatch(text):
-        return ReduceGrads(int(reduce.group(1)))
+    if collective := _COLLECTIVE.fullmatch(text):
+        letter, stage = collective.groups()
+        return _COLLECTIVE_OF[letter](int(stage))
     found = [_parse_single(word) for word in text.split("&")]
     match found:
         case [Forward() | Backward() | InputGrad() | WeightGrad() | Send() | Recv() | Handoff() as op]:
@@ -234,7 +250,8 @@ def parse_op(text: str) -> Op:
         f"{text!r} is not an op: write a compute op as stage, one of F, B, I and W, microbatch ('2F0'), "
         "two fused ones with & ('2F3&5B1'), "
         "a transfer as S, R or H, source>target, F or B, microbatch ('S0>1F3'), "
-        "grouped ones with & ('S0>1F3&R1>0B1'), a reduction of gradients as G, stage ('G2')"
+        "grouped ones with & ('S0>1F3&R1>0B1'), a reduction of gradients as G, stage ('G2'), a gathering of "
+        "parameters as U, stage ('U2')"
     )
 
 
@@ -255,6 +272,7 @@ def _route(transfer: TransferOp) -> str:
 _NUMBER = "(0|[1-9][0-9]*)"
 _COMPUTE = re.compile(f"{_NUMBER}([FBIW]){_NUMBER}")
 _TRANSFER = re.compile(f"([SRH]){_NUMBER}>{_NUMBER}([FB]){_NUMBER}")
-_REDUCE = re.compile(f"G{_NUMBER}")
+_COLLECTIVE = re.compile(f"([GU]){_NUMBER}")
 _COMPUTE_OF: dict[str, type[SimpleOp]] = {"F": Forward, "B": Backward, "I": InputGrad, "W": WeightGrad}
+_COLLECTIVE_OF: dict[str, type[CollectiveOp]] = {"G": ReduceGrads, "U": Unshard}
 _TRANSFER_OF: dict[str, type[TransferOp]] = {"S": Send, "R": Recv, "H": Handoff}

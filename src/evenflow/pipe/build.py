@@ -31,12 +31,12 @@ from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_given, refuse_unfit
+from evenflow.pipe.replicas import data_ranks
 from evenflow.pipe.rules import UpdateRules
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime import compiled
 from evenflow.runtime.compiled import Compiling
-from evenflow.runtime.data_ranks import DataRanks, OneDataRank, Replicated
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
@@ -138,7 +138,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
       a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
       same batch without.
-    - `shard`: what data ranks share: "zero1", the optimizer's states. Each updates some of the parameters.
+    - `shard`: what data ranks share: "zero1", the optimizer's states, each updating some of the parameters;
+      "fsdp", parameters, gradients and states, with torch's `fully_shard`: a step gathers each stage once.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -195,7 +196,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     items = splitter(example).items
     item, num_items = items[0], grid.longest_share(len(items))
     programs = Programs(
-        world, method, num_ranks=num_ranks, stages_per_rank=on_each, num_microbatches=num_items
+        world,
+        method,
+        num_ranks=num_ranks,
+        stages_per_rank=on_each,
+        num_microbatches=num_items,
+        unshard=shard == "fsdp",
     )
     placement = programs.placement
     devices = choices.devices_of(kind, placement, grid, given.places)
@@ -225,10 +231,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
-    _settle(parameters, numbers, fakes, types, homes)
+    _settle(parameters, numbers, types, homes)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
     for stage, held in owned.items():
         stages_here[stage].own(held)
+    data, used = data_ranks(grid, stages_here, owned, accumulators, shard)
+    parameters |= used
+    _put(fakes, parameters)
     with types.recording(kind):
         recordings.add(program, item, cut, stages_here)
     _tell_compiled(model, recordings, programs)
@@ -245,10 +254,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         process_of_stage=lambda stage: placement.rank_of[stage] if world.size > 1 else 0,
         optimizer=optimizer,
         scheduler=scheduler,
-        data=_data_ranks(grid, owned, accumulators, shard),
+        data=data,
         rules=UpdateRules.of(types, clip_norm, grid.world, fakes.trainable_names),
     )
-    updater.begin()
+    updater.spread()  # processes may have initialised them differently: the owner holds
     return Pipeline(
         Parts(
             model=model,
@@ -296,20 +305,6 @@ def _joined(grid: Mesh, device: torch.device, placement: Placement, choice: str,
     for world in (grid.pipeline, grid.world)[grid.is_whole :]:
         world.roll_call = roll_call_for(world, link)
     return link
-
-
-def _data_ranks(
-    grid: Mesh,
-    owned: Mapping[int, Mapping[str, torch.nn.Parameter]],
-    accumulators: Accumulators,
-    shard: str | None,
-) -> DataRanks:
-    if grid.data.size == 1:
-        return OneDataRank()
-    named = {stage: tuple(parameters.items()) for stage, parameters in owned.items()}
-    return Replicated(
-        grid.data, named, shares_states=shard == "zero1", late=lambda name: name in accumulators.uses
-    )
 
 
 def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Programs) -> None:
@@ -396,7 +391,6 @@ def _used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[s
 def _settle(
     parameters: dict[str, torch.nn.Parameter],
     numbers: Numbers,
-    fakes: FakeParameters,
     types: Precision,
     homes: Mapping[str, torch.device],
 ) -> None:
@@ -409,7 +403,6 @@ def _settle(
         else:
             empty = torch.empty_like(parameter, device="meta")
             parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    _put(fakes, parameters)
 
 
 def _put(fakes: FakeParameters, parameters: Mapping[str, torch.nn.Parameter]) -> None:

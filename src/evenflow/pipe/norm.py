@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from evenflow.errors import ConfigError
+from evenflow.runtime.dtensors import is_dtensor
 from evenflow.runtime.world import World
 
 
@@ -53,6 +54,18 @@ class GradientNorm:
         whole, squares = table.chunk(2)
         total: torch.Tensor = torch.linalg.vector_norm((whole + squares.sqrt()).float())
         return total
+
+
+def piece_of(name: str, gradient: torch.Tensor) -> Piece | None:
+    """This process's piece of a gradient that may be a DTensor; None where another answers for it."""
+    if not is_dtensor(gradient):
+        return Piece(name, gradient)
+    coordinate = gradient.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process holds a part"
+    pairs = list(zip(gradient.placements, coordinate, strict=True))
+    if any(placement.is_replicate() and at for placement, at in pairs):
+        return None
+    return Piece(name, gradient.to_local(), any(placement.is_shard() for placement, _ in pairs))
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,7 @@ class Pipeline:
         scale = None if self._updated else updater.descaled(self._accumulated.scale)
         for name, parameter in updater.parameters:
             if parameter.requires_grad:
-                gradient = parameter.grad if self._updated else updater.data.summed(parameter)
+                gradient = parameter.grad if self._updated else updater.data.summed(name, parameter)
                 yield name, gradient if gradient is None or scale is None else gradient * scale
 
     @torch.enable_grad()
@@ -346,7 +346,10 @@ class Pipeline:
     ) -> tuple[StepResult, list[Executor]]:
         jobs = self._jobs(agreed, share=share)
         proven = self._proven(agreed, program)
-        executors, results = self._execute(jobs, proven, reading)
+        try:
+            executors, results = self._execute(jobs, proven, reading)
+        finally:
+            self._parts.updater.data.release()
         with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
             graph = self._parts.recordings.entries[agreed.recordings[0]].graph
             return self._result(results, agreed, graph, reading), executors
@@ -405,7 +408,7 @@ class Pipeline:
                     reading=reading,
                     manifests=self._manifests,
                     narrowing=parts.narrowing,
-                    reduce=parts.updater.data.reduce,
+                    data=parts.updater.data,
                 )
             if alone:
                 for rank, _ in proven.order:

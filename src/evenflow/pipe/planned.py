@@ -10,13 +10,13 @@ from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.pipe import choices
 from evenflow.pipe.refuse import check_callable, check_whole
+from evenflow.pipe.replicas import SHARDINGS
 from evenflow.plan.own_order import OwnOrder, own_schedule
 from evenflow.plan.plan import Plan, positions_in
 from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules.catalog import ScheduleFunction
 
 DEFAULT_SCHEDULE = "1f1b"
-SHARDINGS = (None, "zero1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from evenflow.errors import ConfigError, EvenflowError, PeerError
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
+from evenflow.ir.program import Program
 from evenflow.ir.schedule import Schedule
 from evenflow.lower import lower
 from evenflow.runtime.world import World
@@ -22,8 +23,9 @@ from evenflow.validate import ProvenProgram, prove
 class Programs:
     """The proven programs of one pipeline, made when they are first asked for.
 
-    `example` is the schedule of the first batch, which decides where the stages live; the builder compares it
-    between ranks. Raises `ConfigError` for a function that fails or returns no schedule of these sizes.
+    With `unshard` they gather the parameters of each stage from data ranks. `example` is the schedule of the
+    first batch, which decides where the stages live; the builder compares it between ranks. Raises
+    `ConfigError` for a function that fails or returns no schedule of these sizes.
 
     >>> from evenflow.runtime.world import SingleProcess
     >>> from evenflow.schedules.gpipe import gpipe
@@ -42,7 +44,9 @@ class Programs:
         num_ranks: int,
         stages_per_rank: int,
         num_microbatches: int,
+        unshard: bool = False,
     ) -> None:
+        self._unshard = unshard
         self._world, self._method = world, method
         self._num_ranks, self._stages_per_rank = num_ranks, stages_per_rank
         self._proven: dict[tuple[str, int, Flow], ProvenProgram] = {}
@@ -70,15 +74,19 @@ class Programs:
         key = (kind, num_microbatches, flow)
         if key not in self._proven:
             schedule = self._agreed(num_microbatches)
-            self._proven[key] = prove(lower(schedule, flow, reduce_grads=kind == "reducing"))
+            self._proven[key] = prove(self._lowered(schedule, flow, reduces=kind == "reducing"))
         return self._proven[key]
 
     def evaluation(self, num_microbatches: int, flow: Flow) -> ProvenProgram:
         """Return the program of forwards alone."""
         key = ("evaluation", num_microbatches, flow)
         if key not in self._proven:
-            self._proven[key] = prove(lower(forward_only_on(self.placement, num_microbatches), flow))
+            schedule = forward_only_on(self.placement, num_microbatches)
+            self._proven[key] = prove(self._lowered(schedule, flow, reduces=False))
         return self._proven[key]
+
+    def _lowered(self, schedule: Schedule, flow: Flow, *, reduces: bool) -> Program:
+        return lower(schedule, flow, reduce_grads=reduces, unshard=self._unshard)
 
     def _agreed(self, num_microbatches: int) -> Schedule:
         """The schedule that all ranks have made."""

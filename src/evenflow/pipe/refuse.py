@@ -9,6 +9,7 @@ from evenflow.errors import ConfigError
 from evenflow.graph.deferred import changed_since
 from evenflow.graph.recipes import memory_of
 from evenflow.pipe.norm import check_clip_norm
+from evenflow.runtime.dtensors import is_dtensor
 from evenflow.runtime.links import choose
 from evenflow.runtime.weights import CHOICES
 
@@ -25,7 +26,7 @@ def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
     if getattr(model, "hf_device_map", None) is not None:
         raise ConfigError("the model was spread by device_map=; remove that argument of from_pretrained")
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, _imported("torch.distributed.tensor", "DTensor")):
+        if is_dtensor(parameter):
             raise ConfigError(f"the parameter {name} is a DTensor; remove the line parallelize_module(…)")
         if parameter.is_meta and changed_since(parameter):
             raise ConfigError(

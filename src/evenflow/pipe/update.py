@@ -7,9 +7,10 @@ import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
-from evenflow.pipe.norm import Piece, clip_factor
+from evenflow.pipe.norm import clip_factor, piece_of
 from evenflow.pipe.rules import UpdateRules
 from evenflow.runtime.data_ranks import DataRanks, OneDataRank
+from evenflow.runtime.dtensors import local_part
 from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.world import World
 
@@ -59,15 +60,11 @@ class Updater:
     def parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, parameter) for stage in self.owned.values() for name, parameter in stage.items())
 
-    def begin(self) -> None:
-        """Let all processes have the numbers of the first that holds them; collective."""
-        self.data.begin()
-        self.spread()
-
     def clear(self) -> None:
         """Forget all gradients."""
         for _, parameter in self.parameters:
             parameter.grad = None
+        self.data.clear()
         self.accumulators.clear()
 
     def combine(self, scale: float | None) -> None:
@@ -112,11 +109,12 @@ class Updater:
     def _norm(self) -> torch.Tensor | None:
         if self.rules.norm is None:
             return None
-        return self.rules.norm(
-            Piece(name, parameter.grad)
+        pieces = (
+            piece_of(name, parameter.grad)
             for name, parameter in self.parameters
             if parameter.requires_grad and parameter.grad is not None and self.data.answers(name)
         )
+        return self.rules.norm(piece for piece in pieces if piece is not None)
 
     def _clip(self, norm: torch.Tensor | None) -> None:
         if norm is None or self.rules.clip_norm is None:
@@ -125,7 +123,7 @@ class Updater:
             factor = clip_factor(norm, self.rules.clip_norm)
             for _, parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(factor.to(parameter.grad.device))
+                    local_part(parameter.grad).mul_(factor.to(parameter.grad.device))
 
     def spread(self) -> None:
         """Give the owner's numbers of every shared parameter to all that use it; collective."""

@@ -7,7 +7,8 @@ time (Li et al., "PyTorch Distributed", 2020).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,24 +24,34 @@ Named = tuple[str, torch.nn.Parameter]
 class DataRanks(ABC):
     """What the replicas of this process's stages do together, in each step."""
 
-    @abstractmethod
-    def begin(self) -> None:
-        """Before the first step: let all ranks have the first one's numbers."""
+    gathers: bool = False  # whether a step begins with that
 
     @abstractmethod
     def expect(self, order: Sequence[int]) -> None:
         """A step begins, in which stages are to be summed in this order, alike on all ranks."""
 
     @abstractmethod
+    def gather(self, stage: int) -> None:
+        """A stage is about to compute: have all of its parameters."""
+
+    @abstractmethod
     def reduce(self, stage: int) -> None:
         """The last gradient of a stage is there: begin to sum them."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The program has ended: let go of the parameters that others hold."""
 
     @abstractmethod
     def finish(self) -> None:
         """Sum what has not been, and wait until every gradient is the sum of all ranks'."""
 
     @abstractmethod
-    def summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def clear(self) -> None:
+        """Forget gradients that are not summed yet."""
+
+    @abstractmethod
+    def summed(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """A parameter's gradient, of all ranks, while it is not reduced yet; nothing is changed."""
 
     @abstractmethod
@@ -49,7 +60,7 @@ class DataRanks(ABC):
 
     @abstractmethod
     def answers(self, name: str) -> bool:
-        """Whether of all replicas this one tells others of a parameter, or of its gradient."""
+        """Whether this rank tells others of a parameter and of its gradient: no other has what it has."""
 
     @abstractmethod
     def spread(self) -> None:
@@ -59,19 +70,25 @@ class DataRanks(ABC):
 class OneDataRank(DataRanks):
     """There are no replicas."""
 
-    def begin(self) -> None:
-        pass
-
     def expect(self, order: Sequence[int]) -> None:
         pass
+
+    def gather(self, stage: int) -> None:
+        raise AssertionError(f"stage {stage}: there is one replica, so that no program is lowered so")
 
     def reduce(self, stage: int) -> None:
         raise AssertionError(f"stage {stage}: there is one replica, so that no program is lowered so")
 
+    def release(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
-    def summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def clear(self) -> None:
+        pass
+
+    def summed(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         return parameter.grad
 
     def updates(self, name: str) -> bool:
@@ -82,6 +99,36 @@ class OneDataRank(DataRanks):
 
     def spread(self) -> None:
         pass
+
+
+class Turns:
+    """In which order stages are summed: the same on all ranks, whose programs may end them in another.
+
+    >>> turns = Turns()
+    >>> turns.expect([1, 0])
+    >>> list(turns.ready(0)), list(turns.ready(1)), list(turns.rest())
+    ([], [1, 0], [])
+    """
+
+    def __init__(self) -> None:
+        self._order: deque[int] = deque()
+        self._ready: set[int] = set()
+
+    def expect(self, order: Sequence[int]) -> None:
+        """Begin anew."""
+        self._order = deque(order)
+        self._ready.clear()
+
+    def ready(self, stage: int) -> Iterator[int]:
+        """A stage is ready: those whose turn has come."""
+        self._ready.add(stage)
+        while self._order and self._order[0] in self._ready:
+            yield self._order.popleft()
+
+    def rest(self) -> Iterator[int]:
+        """Those that have not had theirs."""
+        while self._order:
+            yield self._order.popleft()
 
 
 class Replicated(DataRanks):
@@ -103,37 +150,36 @@ class Replicated(DataRanks):
     ) -> None:
         self._world, self._parameters, self._late = world, parameters, late
         self._updater = _dealt(parameters, world.size) if shares_states else {}
-        self._order: Sequence[int] = ()  # of stages, alike on all ranks
-        self._ready: set[int] = set()
-        self._begun = 0  # how many of them
-        self._sums: list[_Sum] = []
-
-    def begin(self) -> None:
-        self._broadcast(lambda _: 0)
+        self._turns = Turns()
+        self._sums: list[Sum] = []
 
     def expect(self, order: Sequence[int]) -> None:
-        self._order, self._begun = order, 0
-        self._ready.clear()
+        self._turns.expect(order)
+
+    def gather(self, stage: int) -> None:
+        raise AssertionError(f"stage {stage}: every rank has all of it")
 
     def reduce(self, stage: int) -> None:
-        self._ready.add(stage)
-        while self._begun < len(self._order) and self._order[self._begun] in self._ready:
-            at = self._order[self._begun]
+        for at in self._turns.ready(stage):
             self._begin(each for each in self._parameters[at] if not self._late(each[0]))
-            self._begun += 1
+
+    def release(self) -> None:
+        pass
 
     def finish(self) -> None:
-        for stage in self._order[self._begun :]:
+        for stage in self._turns.rest():
             self._begin(each for each in self._parameters[stage] if not self._late(each[0]))
-        self._begun = len(self._order)
         self._begin(each for named in self._parameters.values() for each in named if self._late(each[0]))
         while self._sums:
             self._sums.pop(0).finish(self._world.rank)
 
-    def summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def summed(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         kept = parameter.grad
         parameter.grad = None if kept is None else kept.clone()
-        _Sum.begun(self._world, [parameter], None).finish(self._world.rank)
+        Sum.begun(self._world, [parameter], None).finish(self._world.rank)
         total, parameter.grad = parameter.grad, kept
         return total
 
@@ -145,15 +191,8 @@ class Replicated(DataRanks):
 
     def spread(self) -> None:
         if self._updater:
-            self._broadcast(self._updater.__getitem__)
-
-    def _broadcast(self, source: Callable[[str], int]) -> None:
-        """Give every rank the parameters of the ranks that `source` names."""
-        named = [each for stage in self._parameters.values() for each in stage]
-        works = [self._world.broadcast(parameter.data, source(name)) for name, parameter in named]
-        for work in works:
-            if work is not None:
-                work.wait()
+            named = [each for stage in self._parameters.values() for each in stage]
+            tell(self._world, named, self._updater.__getitem__)
 
     def _begin(self, named: Iterable[Named]) -> None:
         """Let the gradients of these parameters travel."""
@@ -163,11 +202,19 @@ class Replicated(DataRanks):
                 by_target.setdefault((self._updater.get(name), parameter.dtype), []).append(parameter)
         for (target, _), parameters in by_target.items():
             for bucket in _buckets(parameters):
-                self._sums.append(_Sum.begun(self._world, bucket, target))
+                self._sums.append(Sum.begun(self._world, bucket, target))
+
+
+def tell(world: World, named: Iterable[Named], source: Callable[[str], int]) -> None:
+    """Give every rank the numbers that parameters have on those that `source` names; collective."""
+    works = [world.broadcast(parameter.data, source(name)) for name, parameter in named]
+    for work in works:
+        if work is not None:
+            work.wait()
 
 
 @dataclass(slots=True)
-class _Sum:
+class Sum:
     """A bucket on its way. `exist` counts the ranks that have a gradient at all, of each parameter."""
 
     parameters: Sequence[torch.nn.Parameter]
@@ -178,7 +225,7 @@ class _Sum:
     target: int | None
 
     @staticmethod
-    def begun(world: World, parameters: Sequence[torch.nn.Parameter], target: int | None) -> "_Sum":
+    def begun(world: World, parameters: Sequence[torch.nn.Parameter], target: int | None) -> "Sum":
         """Sum the gradients of these parameters, of one type, into one memory."""
         there = [parameter.grad is not None for parameter in parameters]
         rows = [
@@ -191,7 +238,7 @@ class _Sum:
             parameter.grad = None
         works = [world.add_up(each, target) for each in (flat, exist)]
         begun = [work for work in works if work is not None]
-        return _Sum(parameters, flat, exist, not all(there), begun, target)
+        return Sum(parameters, flat, exist, not all(there), begun, target)
 
     def finish(self, rank: int) -> None:
         """Wait, and give the parameters their sums, where this rank has them."""

@@ -27,11 +27,13 @@ from evenflow.ir.op import (
     ReduceGrads,
     Send,
     SimpleOp,
+    Unshard,
     WeightGrad,
     parts,
 )
 from evenflow.ir.timeline import Span
 from evenflow.runtime.clocks import Clock, HostClock, clock_of
+from evenflow.runtime.data_ranks import DataRanks
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.narrowing import Narrowing
@@ -111,7 +113,7 @@ class Executor:
     """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs.
 
     `script` is that of the rank's ops, in the program or in the proof's order; `manifests` holds those of
-    earlier steps; `reduce` is called when the last gradient of a stage is there.
+    earlier steps; `data` is what the replicas of its stages do together.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Executor:
         reading: Reading,
         manifests: dict[tuple[Any, ...], Manifest],
         narrowing: Narrowing,
-        reduce: Callable[[int], None],
+        data: DataRanks,
     ) -> None:
         self.proven, self.script = proven, script
         self.rank, self.step = rank, step
@@ -142,7 +144,7 @@ class Executor:
         self._lines = iter(script.lines)
         self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
-        self._manifests, self._narrowing, self._reduce = manifests, narrowing, reduce
+        self._manifests, self._narrowing, self._data = manifests, narrowing, data
         link.start([(op, self._manifest(op)) for op in script.receives])
 
     def run(self) -> None:
@@ -215,7 +217,9 @@ class Executor:
             case Handoff():
                 self._arrive(op, self._outgoing(op))
             case ReduceGrads(stage):
-                self._reduce(stage)
+                self._data.reduce(stage)
+            case Unshard(stage):
+                self._data.gather(stage)
             case _:
                 assert_never(op)
 

@@ -17,6 +17,7 @@ from evenflow.ir.op import (
     Recv,
     ReduceGrads,
     Send,
+    Unshard,
     WeightGrad,
     parts,
 )
@@ -84,7 +85,7 @@ def _touched(op: Op) -> Iterator[Key]:
         case Exchange(transfers):
             for transfer in transfers:
                 yield from _touched(transfer)
-        case ReduceGrads():
+        case ReduceGrads() | Unshard():
             return
         case Send():
             yield op.source, op.microbatch

@@ -1,0 +1,50 @@
+"""What data ranks do together, as `pipeline` asks: they sum gradients, and may share what they hold."""
+
+from collections.abc import Mapping
+
+import torch
+
+from evenflow.runtime.data_ranks import DataRanks, Named, OneDataRank, Replicated, tell
+from evenflow.runtime.mesh import Mesh
+from evenflow.runtime.parameters import Accumulators
+from evenflow.runtime.stage import Stage
+
+SHARDINGS = (None, "zero1", "fsdp")
+
+
+def data_ranks(
+    mesh: Mesh,
+    stages: Mapping[int, Stage],
+    owned: Mapping[int, dict[str, torch.nn.Parameter]],
+    accumulators: Accumulators,
+    shard: str | None,
+) -> tuple[DataRanks, dict[str, torch.nn.Parameter]]:
+    """The data ranks of these stages, which have the first one's numbers from now on; collective.
+
+    `owned` are the stages' parameters, which with "fsdp" become their sharded forms there; what is returned
+    beside are then those that programs use in their place, by name.
+    """
+    if mesh.data.size == 1:
+        return OneDataRank(), {}
+    named: dict[int, list[Named]] = {stage: list(held.items()) for stage, held in owned.items()}
+    tell(mesh.data, (each for held in named.values() for each in held), lambda _: 0)
+    if shard != "fsdp":
+
+        def is_shared(name: str) -> bool:
+            return name in accumulators.uses
+
+        return Replicated(mesh.data, named, shares_states=shard == "zero1", late=is_shared), {}
+    from evenflow.runtime.fully_sharded import FullySharded, ShardedStage
+
+    assert mesh.devices is not None, "there are data ranks"
+    shared = {name for held in owned.values() for name in held if name in accumulators.uses}
+    sharded: dict[int, ShardedStage] = {}
+    used: dict[str, torch.nn.Parameter] = {}
+    for number, held in owned.items():
+        whole = {held[name] for name in held if name in shared}
+        sharded[number] = made = ShardedStage(stages[number], mesh.devices["dp"], whole)
+        used |= {key.replace("/", "."): parameter for key, parameter in made.gathered.items()}
+        held |= {key.replace("/", "."): parameter for key, parameter in made.sharded.items()}
+    kept = {stage: [each for each in each_named if each[0] in shared] for stage, each_named in named.items()}
+    late = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True)
+    return FullySharded(mesh.data, sharded, late), used

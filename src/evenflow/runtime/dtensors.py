@@ -1,0 +1,32 @@
+"""DTensors: tensors of which each of several processes holds a part, or a copy. torch's own.
+
+Importing them takes a second, so that nobody does who has none.
+"""
+
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is one.
+
+    >>> is_dtensor(torch.zeros(1))
+    False
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor, in the same memory: all of it, unless it is a DTensor."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor; collective among those that have a part of it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
