@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evenflow.errors import ConfigError
+from evenflow.graph.dtensors import is_dtensor, local_part, with_local
 
 
 class FakeParameters:
@@ -38,12 +39,12 @@ class FakeParameters:
                 name = f"{path}.{key}" if path else key
                 if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
                     raise ConfigError(f"{name} has no shape yet: run the lazy module once before")
-                if type(parameter) is not torch.nn.Parameter:
+                if type(parameter) is not torch.nn.Parameter and not is_dtensor(parameter):
                     raise ConfigError(
                         f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of "
                         "which only its own code knows how it computes; use plain parameters"
                     )
-                memory = storage_of(parameter)
+                memory = storage_of(local_part(parameter))
                 # Without memory, one storage is the only sign that is left of a tie that a library undid.
                 place = (memory, parameter.storage_offset(), parameter.shape, parameter.stride())
                 identity = place if parameter.is_meta else id(parameter)
@@ -56,11 +57,14 @@ class FakeParameters:
                             "(head.weight = embedding.weight)"
                         )
                     memories[memory] = name
+                    local = local_part(parameter)
                     with self.mode:
                         data = torch.empty_strided(
-                            parameter.shape, parameter.stride(), dtype=dtype_of(parameter), device=device
+                            local.shape, local.stride(), dtype=dtype_of(parameter), device=device
                         )
-                        fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    fake = torch.nn.Parameter(
+                        with_local(parameter, data), requires_grad=parameter.requires_grad
+                    )
                     vars(fake).update(vars(parameter))  # what a program may ask of it
                     made[identity] = fake
                     self.names[id(fake)] = name

@@ -13,7 +13,6 @@ import torch
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
-from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import InputGrad, parts
@@ -22,8 +21,8 @@ from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.default_programs import model_loss
-from evenflow.pipe.fill import Numbers
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
+from evenflow.pipe.model_parameters import ModelParameters
 from evenflow.pipe.parts import Parts, StageSummary
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided, given_plan
@@ -33,6 +32,7 @@ from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_given, refuse_unfit
 from evenflow.pipe.replicas import data_ranks
 from evenflow.pipe.rules import UpdateRules
+from evenflow.pipe.tensor_plan import TensorPlan
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime import compiled
@@ -42,7 +42,7 @@ from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.mesh import Mesh, mesh_of
 from evenflow.runtime.narrowing import Narrowing
-from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
+from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
@@ -80,6 +80,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     precision: str | None = None,
     clip_norm: float | None = None,
     mesh: Mapping[str, int] | None = None,
+    tensor_plan: TensorPlan | None = None,
     shard: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -138,6 +139,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
       a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
       same batch without.
+    - `tensor_plan`: how tensor ranks share modules, {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+      say, or with torch's `ParallelStyle`s. By default the plan that a Hugging Face model brings along.
     - `shard`: what data ranks share: "zero1", the optimizer's states, each updating some of the parameters;
       "fsdp", parameters, gradients and states, with torch's `fully_shard`: a step gathers each stage once.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
@@ -208,9 +211,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
 
     own_device = devices[own[0]]
-    fakes = FakeParameters(model, own_device, types.dtype_of)
-    parameters = parameters_by_name(model, fakes.tied)
-    numbers = Numbers(model, parameters, fakes.tied, load=load, seed=seed)
+    held = ModelParameters(model, grid, tensor_plan, types, own_device, load=load, seed=seed)
+    fakes, parameters = held.fakes, held.by_name
     _share_buffers(model, grid.world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
     share = given.max_leaf_share
@@ -231,13 +233,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
-    _settle(parameters, numbers, types, homes)
+    held.settle(homes)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
-    for stage, held in owned.items():
-        stages_here[stage].own(held)
-    data, used = data_ranks(grid, stages_here, owned, accumulators, shard)
+    for stage, each in owned.items():
+        stages_here[stage].own(each)
+    data, used = data_ranks(grid, stages_here, owned, accumulators, shard, held.tensor)
     parameters |= used
-    _put(fakes, parameters)
+    held.put()
     with types.recording(kind):
         recordings.add(program, item, cut, stages_here)
     _tell_compiled(model, recordings, programs)
@@ -255,6 +257,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         optimizer=optimizer,
         scheduler=scheduler,
         data=data,
+        tensor=held.tensor,
         rules=UpdateRules.of(types, clip_norm, grid.world, fakes.trainable_names),
     )
     updater.spread()  # processes may have initialised them differently: the owner holds
@@ -386,29 +389,6 @@ def _used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[s
     """Parameters that one of these stages owns or uses."""
     users = stages_of_parameters(cut)
     return {name for name, home in owner.items() if not {home, *users.get(name, ())}.isdisjoint(stages)}
-
-
-def _settle(
-    parameters: dict[str, torch.nn.Parameter],
-    numbers: Numbers,
-    types: Precision,
-    homes: Mapping[str, torch.device],
-) -> None:
-    """Give those that have a home here their numbers; put empty parameters in the place of all others."""
-    numbers.fill(parameters, homes)
-    types.convert(parameters[name] for name in homes)
-    for name, parameter in list(parameters.items()):
-        if name in homes:
-            parameter.data = parameter.data.to(homes[name])
-        else:
-            empty = torch.empty_like(parameter, device="meta")
-            parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-
-def _put(fakes: FakeParameters, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Let the model's modules hold these parameters."""
-    for module, key, fake in fakes.slots:
-        module._parameters[key] = parameters[fakes.names[id(fake)]]
 
 
 def _summaries(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.runtime.dtensors import is_dtensor
+from evenflow.graph.dtensors import is_dtensor
 from evenflow.runtime.world import World
 
 

@@ -277,7 +277,7 @@ class Pipeline:
         buffers = self._parts.model.named_buffers()
         updater = self._parts.updater
         return {
-            **{name: parameter for name, parameter in updater.parameters if updater.data.answers(name)},
+            **{name: parameter for name, parameter in updater.parameters if updater.answers(name, parameter)},
             **{name: buffer for name, buffer in buffers if name in self._parts.buffers},
         }
 

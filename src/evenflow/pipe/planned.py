@@ -103,10 +103,10 @@ def _plan_given(plan: Plan | str | Path, others: dict[str, Any]) -> Plan:
         )
     made = plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
     degrees = made.degrees
-    if degrees.context > 1 or degrees.expert > 1 or degrees.tensor > 1:
+    if degrees.context > 1 or degrees.expert > 1:
         raise ConfigError(
-            f"the plan takes {degrees.tensor} tensor, {degrees.context} context and {degrees.expert} expert "
-            "ranks, which pipeline() cannot run yet: plan for pipeline and data ranks alone"
+            f"the plan takes {degrees.context} context and {degrees.expert} expert ranks, which pipeline() "
+            "cannot run yet: plan for pipeline, data and tensor ranks alone"
         )
     for number, stage in enumerate(made.stages):
         if stage.recompute:

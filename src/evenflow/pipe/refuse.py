@@ -7,9 +7,9 @@ import torch
 
 from evenflow.errors import ConfigError
 from evenflow.graph.deferred import changed_since
+from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.recipes import memory_of
 from evenflow.pipe.norm import check_clip_norm
-from evenflow.runtime.dtensors import is_dtensor
 from evenflow.runtime.links import choose
 from evenflow.runtime.weights import CHOICES
 

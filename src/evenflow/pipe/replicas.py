@@ -8,6 +8,7 @@ from evenflow.runtime.data_ranks import DataRanks, Named, OneDataRank, Replicate
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.parameters import Accumulators
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.tensor_ranks import TensorRanks
 
 SHARDINGS = (None, "zero1", "fsdp")
 
@@ -18,22 +19,26 @@ def data_ranks(
     owned: Mapping[int, dict[str, torch.nn.Parameter]],
     accumulators: Accumulators,
     shard: str | None,
+    tensor: TensorRanks,
 ) -> tuple[DataRanks, dict[str, torch.nn.Parameter]]:
     """The data ranks of these stages, which have the first one's numbers from now on; collective.
 
     `owned` are the stages' parameters, which with "fsdp" become their sharded forms there; what is returned
     beside are then those that programs use in their place, by name.
     """
-    if mesh.data.size == 1:
-        return OneDataRank(), {}
     named: dict[int, list[Named]] = {stage: list(held.items()) for stage, held in owned.items()}
-    tell(mesh.data, (each for held in named.values() for each in held), lambda _: 0)
+    every = [each for held in named.values() for each in held]
+    tensor.begin(every)
+    if mesh.data.size == 1:
+        return OneDataRank(every, tensor.settle), {}
+    tell(mesh.data, every, lambda _: 0)
     if shard != "fsdp":
 
         def is_shared(name: str) -> bool:
             return name in accumulators.uses
 
-        return Replicated(mesh.data, named, shares_states=shard == "zero1", late=is_shared), {}
+        states = shard == "zero1"
+        return Replicated(mesh.data, named, shares_states=states, late=is_shared, settle=tensor.settle), {}
     from evenflow.runtime.fully_sharded import FullySharded, ShardedStage
 
     assert mesh.devices is not None, "there are data ranks"
@@ -46,5 +51,5 @@ def data_ranks(
         used |= {key.replace("/", "."): parameter for key, parameter in made.gathered.items()}
         held |= {key.replace("/", "."): parameter for key, parameter in made.sharded.items()}
     kept = {stage: [each for each in each_named if each[0] in shared] for stage, each_named in named.items()}
-    late = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True)
+    late = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True, settle=tensor.settle)
     return FullySharded(mesh.data, sharded, late), used

@@ -7,12 +7,13 @@ import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
+from evenflow.graph.dtensors import local_part, with_local
 from evenflow.pipe.norm import clip_factor, piece_of
 from evenflow.pipe.rules import UpdateRules
 from evenflow.runtime.data_ranks import DataRanks, OneDataRank
-from evenflow.runtime.dtensors import local_part
 from evenflow.runtime.parameters import Accumulators, Use
-from evenflow.runtime.world import World
+from evenflow.runtime.tensor_ranks import TensorRanks
+from evenflow.runtime.world import SingleProcess, World
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
@@ -33,12 +34,14 @@ class Updater:
         optimizer: OptimizerFactory | None,
         scheduler: SchedulerFactory | None,
         data: DataRanks | None = None,
+        tensor: TensorRanks | None = None,
         rules: UpdateRules | None = None,
     ) -> None:
         if scheduler is not None and optimizer is None:
             raise ConfigError("scheduler= needs optimizer=: it is called with the optimizer that it steers")
         self.world, self.accumulators, self.owned = world, accumulators, owned
         self.data = OneDataRank() if data is None else data
+        self._tensor = TensorRanks(SingleProcess(), ()) if tensor is None else tensor
         self.rules = UpdateRules() if rules is None else rules
         self.process_of_stage = process_of_stage
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
@@ -76,7 +79,7 @@ class Updater:
             with torch.no_grad():
                 for _, parameter in self.parameters:
                     if parameter.grad is not None:
-                        parameter.grad.mul_(scale)
+                        local_part(parameter.grad).mul_(scale)
 
     def descaled(self, scale: float | None) -> float | None:
         """A factor of gradients that also undoes that of the loss; None is 1."""
@@ -112,9 +115,13 @@ class Updater:
         pieces = (
             piece_of(name, parameter.grad)
             for name, parameter in self.parameters
-            if parameter.requires_grad and parameter.grad is not None and self.data.answers(name)
+            if parameter.requires_grad and parameter.grad is not None and self.answers(name, parameter)
         )
         return self.rules.norm(piece for piece in pieces if piece is not None)
+
+    def answers(self, name: str, parameter: torch.Tensor) -> bool:
+        """Whether this process tells others of a parameter and its gradient, or of its part of them."""
+        return self.data.answers(name) and self._tensor.answers(parameter)
 
     def _clip(self, norm: torch.Tensor | None) -> None:
         if norm is None or self.rules.clip_norm is None:
@@ -163,9 +170,10 @@ class Updater:
         if holder != owner and exists[use]:
             if self.world.rank == holder:
                 assert gradient is not None
-                self.world.send(gradient, owner)
+                self.world.send(local_part(gradient), owner)
             elif self.world.rank == owner:
-                gradient = self.world.receive(self.owned_parameter(name), holder)
+                parameter = self.owned_parameter(name)
+                gradient = with_local(parameter, self.world.receive(local_part(parameter), holder))
         if alias is not None:
             alias.grad = None
         if self.world.rank == owner and gradient is not None:
@@ -180,9 +188,9 @@ class Updater:
         owner = self._owner(name)
         for process in sorted({self.process_of_stage(use.stage) for use in uses} - {owner}):
             if self.world.rank == owner:
-                self.world.send(self.owned_parameter(name).data, process)
+                self.world.send(local_part(self.owned_parameter(name).data), process)
             elif self.world.rank == process:
-                kept = self.accumulators.parameter(name).data
+                kept = local_part(self.accumulators.parameter(name).data)
                 kept.copy_(self.world.receive(kept, owner))
         self.accumulators.publish(name)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from evenflow.graph.dtensors import local_part, with_local
 from evenflow.runtime.world import World
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has them
@@ -68,7 +69,12 @@ class DataRanks(ABC):
 
 
 class OneDataRank(DataRanks):
-    """There are no replicas."""
+    """There are no replicas. `settle` is called once for all parameters, at a step's end."""
+
+    def __init__(
+        self, named: Sequence[Named] = (), settle: Callable[[Sequence[Named]], None] = lambda _: None
+    ) -> None:
+        self._named, self._settle = named, settle
 
     def expect(self, order: Sequence[int]) -> None:
         pass
@@ -83,7 +89,7 @@ class OneDataRank(DataRanks):
         pass
 
     def finish(self) -> None:
-        pass
+        self._settle(self._named)
 
     def clear(self) -> None:
         pass
@@ -137,7 +143,8 @@ class Replicated(DataRanks):
     With `shares_states` (ZeRO-1: Rajbhandari et al., 2020) each parameter is updated by one of them, which
     alone gets its gradient and holds the optimizer's states, and then tells the others: whole parameters
     are dealt out, so that any optimizer will do. `parameters` are those of each stage that may be trained,
-    `late` those whose gradients are whole only when the program has ended.
+    `late` those whose gradients are whole only when the program has ended; `settle` is called once for each
+    before it is summed.
     """
 
     def __init__(
@@ -147,8 +154,9 @@ class Replicated(DataRanks):
         *,
         shares_states: bool,
         late: Callable[[str], bool],
+        settle: Callable[[Sequence[Named]], None],
     ) -> None:
-        self._world, self._parameters, self._late = world, parameters, late
+        self._world, self._parameters, self._late, self._settle = world, parameters, late, settle
         self._updater = _dealt(parameters, world.size) if shares_states else {}
         self._turns = Turns()
         self._sums: list[Sum] = []
@@ -197,7 +205,9 @@ class Replicated(DataRanks):
     def _begin(self, named: Iterable[Named]) -> None:
         """Let the gradients of these parameters travel."""
         by_target: dict[tuple[int | None, torch.dtype], list[torch.nn.Parameter]] = {}
-        for name, parameter in named:
+        ready = list(named)
+        self._settle(ready)
+        for name, parameter in ready:
             if parameter.requires_grad:
                 by_target.setdefault((self._updater.get(name), parameter.dtype), []).append(parameter)
         for (target, _), parameters in by_target.items():
@@ -207,7 +217,7 @@ class Replicated(DataRanks):
 
 def tell(world: World, named: Iterable[Named], source: Callable[[str], int]) -> None:
     """Give every rank the numbers that parameters have on those that `source` names; collective."""
-    works = [world.broadcast(parameter.data, source(name)) for name, parameter in named]
+    works = [world.broadcast(local_part(parameter.data), source(name)) for name, parameter in named]
     for work in works:
         if work is not None:
             work.wait()
@@ -229,7 +239,7 @@ class Sum:
         """Sum the gradients of these parameters, of one type, into one memory."""
         there = [parameter.grad is not None for parameter in parameters]
         rows = [
-            (torch.zeros_like(each) if each.grad is None else each.grad).detach().reshape(-1)
+            local_part(torch.zeros_like(each) if each.grad is None else each.grad).detach().reshape(-1)
             for each in parameters
         ]
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)  # one alone is summed where it is
@@ -246,10 +256,11 @@ class Sum:
             work.wait()
         if self.target not in (None, rank):
             return
-        parts = self.flat.split([parameter.numel() for parameter in self.parameters])
+        parts = self.flat.split([local_part(parameter).numel() for parameter in self.parameters])
         exist = self.exist.tolist() if self.misses else [1] * len(parts)
         for parameter, part, number in zip(self.parameters, parts, exist, strict=True):
-            parameter.grad = part.view_as(parameter) if number else None
+            summed = with_local(parameter, part.view_as(local_part(parameter)))
+            parameter.grad = summed if number else None
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from evenflow.graph.cut import Cut
+from evenflow.graph.dtensors import local_part
 from evenflow.graph.graph import Node
 
 
@@ -112,7 +113,7 @@ class Accumulators:
         """After an update, give the new numbers to accumulators that have a copy of their own."""
         parameter = self._parameters[name]
         for _, alias in self.aliases(name):
-            if alias.data_ptr() != parameter.data_ptr():
+            if local_part(alias).data_ptr() != local_part(parameter).data_ptr():
                 alias.data.copy_(parameter.data)
 
     def refresh(self) -> None:
@@ -120,7 +121,8 @@ class Accumulators:
         for use, alias in self._objects.items():
             parameter = self._parameters[use.name]
             alias.requires_grad_(parameter.requires_grad)
-            if alias.device == parameter.device and alias.data_ptr() != parameter.data_ptr():
+            is_other = local_part(alias).data_ptr() != local_part(parameter).data_ptr()
+            if alias.device == parameter.device and is_other:
                 alias.data = parameter.data
 
     def parameter(self, name: str) -> torch.nn.Parameter:

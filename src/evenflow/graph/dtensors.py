@@ -27,6 +27,17 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def with_local(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A tensor of which this process has `local`, parted as `like` is; or `local` itself."""
+    if not is_dtensor(like):
+        return local
+    shape, stride = like.shape, like.stride()
+    made: torch.Tensor = type(like).from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return made
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; collective among those that have a part of it."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor

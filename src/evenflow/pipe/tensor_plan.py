@@ -1,0 +1,185 @@
+"""Tensor parallelism inside of stages: which modules tensor ranks share, by torch's `parallelize_module`.
+
+The model is recorded as each tensor rank runs it: modules of the plan hold DTensors of which the rank has a
+part, and stay whole, since torch's hooks around them do the communication. All else works on the rank's own
+tensors. So the plan must fit together, as with torch: what a "colwise" module makes, a part of each row, only
+goes where parts may go, and into a "rowwise" one.
+
+Source: Shoeybi et al., "Megatron-LM", 2019.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evenflow.errors import ConfigError
+from evenflow.runtime.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+TensorPlan = Mapping[str, Any]  # of a module's name, or a pattern: a style's name, or a ParallelStyle
+
+# Hugging Face's names; a part that several use is named alike by all.
+_STYLES = (
+    *("colwise", "colwise_rep", "colwise_gather_output"),
+    *("rowwise", "rowwise_rep", "rowwise_split_input", "embedding_rowwise"),
+    *("sequence_parallel", "replicated_with_grad_allreduce", "replicate"),
+)
+_ROWS, _COLUMNS = 0, 1  # of a weight: outputs, inputs
+
+
+def share_modules(model: torch.nn.Module, mesh: Mesh, given: TensorPlan | None) -> frozenset[str]:
+    """Let the tensor ranks share the plan's modules, without numbers yet; the model is changed.
+
+    By default the plan is the model's own, as Hugging Face's have one. What is returned are the parameters
+    that every rank has whole, and of whose gradients each has a part. Raises `ConfigError` for a plan that
+    names no module of the model, or a style that is not known, or sizes that the ranks cannot share.
+    """
+    if mesh.tensor.size == 1:
+        if given is not None:
+            raise ConfigError('tensor_plan= needs tensor ranks, and there is one: give mesh= with "tp"')
+        return frozenset()
+    plan = _matched(model, _plan_of(model) if given is None else given)
+    _check_heads(model, mesh.tensor.size)
+    for name, style in plan.items():
+        _check_sizes(name, model.get_submodule(name), style, mesh.tensor.size)
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    assert mesh.devices is not None, "there are tensor ranks"
+    styles = {name: _style(style) for name, style in plan.items()}
+    made = {name: style for name, style in styles.items() if style is not None}
+    for name in made:
+        _empty(model.get_submodule(name))
+    parallelize_module(model, mesh.devices["tp"], made, src_data_rank=None)
+    parted = [name for name, style in plan.items() if style == "replicated_with_grad_allreduce"]
+    return frozenset(
+        f"{name}.{key}" for name in parted for key, _ in model.get_submodule(name).named_parameters()
+    )
+
+
+def _plan_of(model: torch.nn.Module) -> TensorPlan:
+    found: TensorPlan | None = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
+    if not found:
+        raise ConfigError(
+            f"mesh= has tensor ranks, and nothing says how they share the {type(model).__name__}: give "
+            'tensor_plan={"layers.*.up": "colwise", "layers.*.down": "rowwise"}, say, or leave "tp" out'
+        )
+    # Patterns of parameters (experts, say) are not followed; what they mean is said where it is refused.
+    return found
+
+
+def _matched(model: torch.nn.Module, plan: TensorPlan) -> dict[str, Any]:
+    """The plan with the names of modules in the place of patterns."""
+    names = [name for name, _ in model.named_modules() if name]
+    found: dict[str, Any] = {}
+    for pattern, style in plan.items():
+        if isinstance(style, str) and style not in _STYLES:
+            raise ConfigError(
+                f"the tensor plan shares {pattern} as {style!r}, which is none of {', '.join(_STYLES)}: give "
+                "tensor_plan= with these, or with torch's ParallelStyles"
+            )
+        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            near = ", ".join(name for name in names if name.rpartition(".")[2] == pattern.rpartition(".")[2])
+            hint = f"; there are {near}" if near else ""
+            raise ConfigError(
+                f"the tensor plan names {pattern!r}, and the {type(model).__name__} has no such module{hint}"
+            )
+        found |= dict.fromkeys(matching, style)
+    return found
+
+
+def _style(style: Any) -> "ParallelStyle | None":  # a name of `_STYLES`, or torch's own
+    """Torch's object of that name; None where nothing is to be done to the module."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        ParallelStyle,
+        RowwiseParallel,
+        SequenceParallel,
+    )
+
+    if isinstance(style, ParallelStyle):
+        return style
+    makers: dict[str, Callable[[], ParallelStyle]] = {
+        "colwise": ColwiseParallel,
+        "rowwise": RowwiseParallel,
+        "sequence_parallel": lambda: SequenceParallel(use_local_output=True),
+    }
+    makers |= dict.fromkeys(
+        ("colwise_rep", "colwise_gather_output"), lambda: ColwiseParallel(output_layouts=Replicate())
+    )
+    makers |= dict.fromkeys(
+        ("rowwise_rep", "rowwise_split_input", "embedding_rowwise"),
+        lambda: RowwiseParallel(input_layouts=Replicate()),
+    )
+    return makers[style]() if style in makers else None
+
+
+def _empty(module: torch.nn.Module) -> None:
+    """Let a module's parameters have no memory: each rank makes its own part later."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            empty = torch.nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+            )
+            vars(empty).update(vars(parameter))
+            module._parameters[key] = empty
+
+
+def _check_sizes(name: str, module: torch.nn.Module, style: Any, degree: int) -> None:
+    """Refuse a product that the ranks cannot share evenly: the model works with parts of equal sizes."""
+    if not isinstance(style, str) or "wise" not in style:
+        return
+    if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        raise ConfigError(
+            f"the tensor plan shares {name} as {style!r}, and it is a {type(module).__name__}; that is for "
+            "nn.Linear and nn.Embedding"
+        )
+    is_embedding = isinstance(module, torch.nn.Embedding)
+    dim = _ROWS if style.startswith("colwise") or style == "embedding_rowwise" else _COLUMNS
+    if is_embedding and style.startswith("colwise"):
+        dim = _COLUMNS
+    size = module.weight.shape[dim]
+    if size % degree:
+        raise ConfigError(
+            f"{degree} tensor ranks cannot share {name} as {style!r}: {size} is no multiple of {degree}; "
+            'change "tp" in mesh=, or leave that module out of tensor_plan='
+        )
+
+
+def _check_heads(model: torch.nn.Module, degree: int) -> None:
+    config = getattr(model, "config", None)
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None)
+        if isinstance(heads, int) and heads % degree:
+            raise ConfigError(
+                f'{degree} tensor ranks cannot share the model\'s {heads} heads ({field}): give a "tp" that '
+                f"divides {heads}"
+            )
+
+
+def part_of(numbers: torch.Tensor, like: torch.nn.Parameter) -> torch.nn.Parameter:
+    """This rank's part of a parameter's numbers, as a DTensor like one that has none."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(like, DTensor), "it was shared"
+    local = numbers.detach()
+    coordinate: Sequence[int] = like.device_mesh.get_coordinate() or ()
+    for placement, at, size in zip(like.placements, coordinate, like.device_mesh.shape, strict=True):
+        if isinstance(placement, Shard):
+            local = local.chunk(size, placement.dim)[at]
+    made = DTensor.from_local(
+        local.clone(memory_format=torch.contiguous_format),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    parameter = torch.nn.Parameter(made, requires_grad=like.requires_grad)
+    vars(parameter).update(vars(like))
+    return parameter
