@@ -17,16 +17,16 @@ def save_checkpoint(
     world: World,
     *,
     tensors: Mapping[str, torch.Tensor],
-    optimizers: Mapping[int, Any],
+    optimizers: Mapping[str, Any],
     step: int,
 ) -> None:
-    """Write `folder`: tensors under the model's own names, optimizer state by stage; collective.
+    """Write `folder`: tensors under the model's own names, optimizer states under theirs; collective.
 
     Every rank gives what it owns. An existing folder is replaced once the new one is complete.
     """
     state = {
         "model": {name: tensor.detach() for name, tensor in tensors.items()},
-        "optimizer": {f"stage{stage}": optimizer.state_dict() for stage, optimizer in optimizers.items()},
+        "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "step": step,
     }
     with appearing(folder, world) as partial, warnings.catch_warnings():

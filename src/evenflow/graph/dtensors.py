@@ -38,6 +38,11 @@ def with_local(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def is_first_holder(tensor: torch.Tensor) -> bool:
+    """Whether of those that hold a part or a copy of a tensor this process is the first."""
+    return not is_dtensor(tensor) or not any(tensor.device_mesh.get_coordinate() or ())
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; collective among those that have a part of it."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor

@@ -39,7 +39,8 @@ class FakeParameters:
                 name = f"{path}.{key}" if path else key
                 if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
                     raise ConfigError(f"{name} has no shape yet: run the lazy module once before")
-                if type(parameter) is not torch.nn.Parameter and not is_dtensor(parameter):
+                is_plain = type(parameter) is torch.nn.Parameter
+                if not is_plain and not is_dtensor(parameter):
                     raise ConfigError(
                         f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of "
                         "which only its own code knows how it computes; use plain parameters"

@@ -30,7 +30,7 @@ from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import check_given, refuse_unfit
-from evenflow.pipe.replicas import data_ranks
+from evenflow.pipe.replicas import SharedBuffers, data_ranks
 from evenflow.pipe.rules import UpdateRules
 from evenflow.pipe.tensor_plan import TensorPlan
 from evenflow.pipe.update import SchedulerFactory, Updater
@@ -277,6 +277,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             splitter=splitter,
             weigher=weigher,
             reduction=described,
+            shared_buffers=SharedBuffers(grid, recordings, own),
             buffers=_true_buffers(model, cut, grid, placement),
             summaries=_summaries(
                 cut,

@@ -11,6 +11,7 @@ from evenflow.pipe.agree import Prepared
 from evenflow.pipe.fixed import FixedParameters
 from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs
+from evenflow.pipe.replicas import SharedBuffers
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.links.link import Link
@@ -58,6 +59,7 @@ class Parts:
     splitter: Callable[[Any], Prepared]
     weigher: Weigher
     reduction: str  # how the step's loss is put together, for people
+    shared_buffers: SharedBuffers
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]
     precision: Precision

@@ -16,6 +16,7 @@ from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.save import save_checkpoint
 from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
+from evenflow.graph.dtensors import is_first_holder, whole
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import ReduceGrads
@@ -93,6 +94,7 @@ class Pipeline:
             program = programs.reducing if reduces else programs.training
             result, executors = self._run(agreed, program, read_loss, share=share)
             self._step += 1
+            self._parts.shared_buffers.spread()
             if update:
                 start = time.perf_counter()
                 result.grad_norm = self._update(executors)
@@ -248,7 +250,7 @@ class Pipeline:
             Path(folder),
             self._parts.mesh.world,
             tensors=self._own_tensors(),
-            optimizers=self._parts.updater.optimizers,
+            optimizers=self._parts.updater.labelled(),
             step=self._step,
         )
 
@@ -264,7 +266,9 @@ class Pipeline:
         for a folder that holds anything else, before anything is written.
         """
         parts = self._parts
-        owned = self._own_tensors()
+        tensors = self._own_tensors()
+        made = {name: whole(tensor) for name, tensor in tensors.items()}
+        owned = {name: tensor for name, tensor in made.items() if is_first_holder(tensors[name])}
         if is_adapted(parts.model):
             export_adapter(
                 Path(folder), parts.mesh.world, parts.model, owned, loaded=parts.loaded, device=self._device

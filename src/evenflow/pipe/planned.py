@@ -57,6 +57,10 @@ def given_plan(
     """
     if shard not in SHARDINGS:
         raise ConfigError(f"shard={shard!r} is none of {', '.join(map(repr, SHARDINGS))}")
+    if shard == "fsdp" and (mesh or {}).get("tp", 1) > 1:
+        raise ConfigError(
+            'shard="fsdp" beside tensor ranks is not built: take shard="zero1", or leave "tp" out of mesh='
+        )
     if plan is None or plan == "auto":
         if shard is not None and (mesh or {}).get("dp", 1) == 1:
             raise ConfigError(f'shard={shard!r} needs data ranks, and there is one: give mesh= with "dp"')

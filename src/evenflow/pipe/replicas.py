@@ -1,14 +1,40 @@
 """What data ranks do together, as `pipeline` asks: they sum gradients, and may share what they hold."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from evenflow.runtime.data_ranks import DataRanks, Named, OneDataRank, Replicated, tell
+from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.parameters import Accumulators
+from evenflow.runtime.recordings import Recordings
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.tensor_ranks import TensorRanks
+
+
+class SharedBuffers:
+    """Buffers that forwards change: all data ranks go on with the first one's, as torch's replicas do."""
+
+    def __init__(self, mesh: Mesh, recordings: Recordings, stages: Collection[int]) -> None:
+        self._data, self._recordings, self._stages = mesh.data, recordings, stages
+        self._names: set[str] = set()
+        self._num_seen = 0  # of recordings
+
+    def spread(self) -> None:
+        """Let all have the first one's; collective."""
+        if self._data.size == 1:
+            return
+        for entry in self._recordings.entries[self._num_seen :]:
+            for section in entry.cut.sections:
+                if section.stage in self._stages:
+                    self._names.update(name for node in section.nodes for name in node.changed_buffers)
+        self._num_seen = len(self._recordings.entries)
+        buffers = buffers_at(self._recordings.model, sorted(self._names))
+        for work in [self._data.broadcast(buffer, 0) for buffer in buffers]:
+            if work is not None:
+                work.wait()
+
 
 SHARDINGS = (None, "zero1", "fsdp")
 

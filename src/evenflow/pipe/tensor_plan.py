@@ -9,7 +9,7 @@ Source: Shoeybi et al., "Megatron-LM", 2019.
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,10 @@ _STYLES = (
     *("colwise", "colwise_rep", "colwise_gather_output"),
     *("rowwise", "rowwise_rep", "rowwise_split_input", "embedding_rowwise"),
     *("sequence_parallel", "replicated_with_grad_allreduce", "replicate"),
+)
+_TIED = (
+    "the tensor plan shares {}, whose weight is tied to {}: share both alike, or neither (tensor_plan=), or "
+    "build the model untied (tie_word_embeddings=False in its configuration)"
 )
 _ROWS, _COLUMNS = 0, 1  # of a weight: outputs, inputs
 
@@ -51,9 +55,11 @@ def share_modules(model: torch.nn.Module, mesh: Mesh, given: TensorPlan | None) 
     assert mesh.devices is not None, "there are tensor ranks"
     styles = {name: _style(style) for name, style in plan.items()}
     made = {name: style for name, style in styles.items() if style is not None}
+    ties = _ties(model, made)
     for name in made:
         _empty(model.get_submodule(name))
     parallelize_module(model, mesh.devices["tp"], made, src_data_rank=None)
+    _tie(model, ties)
     parted = [name for name, style in plan.items() if style == "replicated_with_grad_allreduce"]
     return frozenset(
         f"{name}.{key}" for name in parted for key, _ in model.get_submodule(name).named_parameters()
@@ -117,6 +123,33 @@ def _style(style: Any) -> "ParallelStyle | None":  # a name of `_STYLES`, or tor
         lambda: RowwiseParallel(input_layouts=Replicate()),
     )
     return makers[style]() if style in makers else None
+
+
+def _ties(model: torch.nn.Module, shared: Collection[str]) -> list[list[str]]:
+    """The names that go together of parameters that the model ties and the ranks share."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = []
+    for group in names.values():
+        inside = [name for name in group if name.rpartition(".")[0] in shared]
+        if inside and len(inside) < len(group):
+            other = next(name for name in group if name not in inside)
+            raise ConfigError(_TIED.format(inside[0].rpartition(".")[0], other))
+        if len(inside) > 1:
+            found.append(inside)
+    return found
+
+
+def _tie(model: torch.nn.Module, ties: Iterable[Sequence[str]]) -> None:
+    """Let the names of each group be one parameter again."""
+    for first, *others in ties:
+        shared = model.get_parameter(first)
+        for name in others:
+            path, _, key = name.rpartition(".")
+            if getattr(model.get_parameter(name), "placements", None) != getattr(shared, "placements", None):
+                raise ConfigError(_TIED.format(path, f"{first}, which is shared in another way"))
+            model.get_submodule(path)._parameters[key] = shared
 
 
 def _empty(module: torch.nn.Module) -> None:

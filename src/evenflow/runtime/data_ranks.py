@@ -25,7 +25,8 @@ Named = tuple[str, torch.nn.Parameter]
 class DataRanks(ABC):
     """What the replicas of this process's stages do together, in each step."""
 
-    gathers: bool = False  # whether a step begins with that
+    rank = 0
+    shares_states = False  # whether each rank's optimizers are others
 
     @abstractmethod
     def expect(self, order: Sequence[int]) -> None:
@@ -157,6 +158,7 @@ class Replicated(DataRanks):
         settle: Callable[[Sequence[Named]], None],
     ) -> None:
         self._world, self._parameters, self._late, self._settle = world, parameters, late, settle
+        self.rank, self.shares_states = world.rank, shares_states
         self._updater = _dealt(parameters, world.size) if shares_states else {}
         self._turns = Turns()
         self._sums: list[Sum] = []

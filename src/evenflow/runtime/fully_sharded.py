@@ -90,12 +90,7 @@ def _check_types(named: Sequence[Named]) -> None:
 
 
 class FullySharded(DataRanks):
-    """See the module. `stages` are this process's, `shared` sums what stages share and each rank has whole.
-
-    `name_of` turns a name of a stage's module into the model's.
-    """
-
-    gathers = True
+    """See the module. `stages` are this process's, `shared` sums what each rank has whole."""
 
     def __init__(self, world: World, stages: Mapping[int, ShardedStage], shared: Replicated) -> None:
         self._world, self._stages, self._shared = world, stages, shared
