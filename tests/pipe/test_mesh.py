@@ -72,9 +72,8 @@ def table(names):
 
 
 @cache
-def on_ranks(name: str):
+def on_ranks(size: int):
     """What every rank returned, of all meshes of so many processes."""
-    size = math.prod(MESHES[name]["mesh"].values())
     names = [each for each in MESHES if math.prod(MESHES[each]["mesh"].values()) == size]
     return evenflow.launch(table, names, nproc=size)
 
@@ -92,7 +91,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_trains_as_one_process(name, schedule):
-    ranks = [rank[name, schedule] for rank in on_ranks(name)]
+    ranks = [rank[name, schedule] for rank in on_ranks(math.prod(MESHES[name]["mesh"].values()))]
     losses, norms, weights = alone(schedule, MESHES[name]["mesh"]["pp"])
     assert len({tuple(found) for found, _, _ in ranks}) == 1, "the same on every rank"
     assert ranks[0][0] == pytest.approx(losses, rel=1e-5)

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evenflow.graph.dtensors import local_part
 from evenflow.graph.fakes import storage_of
 
 
@@ -77,7 +78,8 @@ class Made(TorchDispatchMode):
         self._memories = {number: memory for number, memory in self._memories.items() if memory.alive}
         return list(self._memories.values())
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _note(self, given: torch.Tensor) -> None:
+        tensor = local_part(given)
         number = storage_of(tensor)
         if number < 0:  # a sparse tensor, which has no one memory
             return

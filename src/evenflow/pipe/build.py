@@ -220,7 +220,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         share = choices.leaf_share(num_stages, compiles=compiling is not None)
     leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(
-        model, fakes, device=own_device, leaves=leaves, accumulators=accumulators, compiling=compiling
+        model,
+        fakes,
+        device=own_device,
+        leaves=leaves,
+        accumulators=accumulators,
+        compiling=compiling,
+        vocabulary=held.vocabulary,
     )
     with types.recording(kind):
         graph = _recorded(recordings, program, item, types)

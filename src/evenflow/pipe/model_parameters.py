@@ -13,6 +13,7 @@ from evenflow.pipe.tensor_plan import TensorPlan, part_of, share_modules
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.parameters import parameters_by_name
 from evenflow.runtime.tensor_ranks import TensorRanks
+from evenflow.runtime.vocabulary_loss import Vocabulary
 
 _HOST = torch.device("cpu")
 
@@ -20,7 +21,8 @@ _HOST = torch.device("cpu")
 class ModelParameters:
     """See the module. `by_name` has the distinct ones under their first names, as they are by now.
 
-    `tensor` are the ranks that share some of them, from now on; the model is changed accordingly.
+    `tensor` are the ranks that share some of them, from now on, `vocabulary` the heads among these; the model
+    is changed accordingly.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class ModelParameters:
         seed: int,
     ) -> None:
         given = dict(model.named_parameters(remove_duplicate=False))
-        self.tensor = TensorRanks(mesh.tensor, share_modules(model, mesh, tensor_plan))
+        shared = share_modules(model, mesh, tensor_plan)
+        self.tensor = TensorRanks(mesh.tensor, shared.partial)
+        self.vocabulary = Vocabulary(mesh.tensor, shared.heads)
         self.fakes = FakeParameters(model, device, types.dtype_of)
         self.by_name = parameters_by_name(model, self.fakes.tied)
         self._types = types

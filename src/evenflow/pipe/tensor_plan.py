@@ -10,6 +10,7 @@ Source: Shoeybi et al., "Megatron-LM", 2019.
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ _STYLES = (
     *("rowwise", "rowwise_rep", "rowwise_split_input", "embedding_rowwise"),
     *("sequence_parallel", "replicated_with_grad_allreduce", "replicate"),
 )
+_GATHERED = ("colwise_rep", "colwise_gather_output")
 _TIED = (
     "the tensor plan shares {}, whose weight is tied to {}: share both alike, or neither (tensor_plan=), or "
     "build the model untied (tie_word_embeddings=False in its configuration)"
@@ -35,17 +37,28 @@ _TIED = (
 _ROWS, _COLUMNS = 0, 1  # of a weight: outputs, inputs
 
 
-def share_modules(model: torch.nn.Module, mesh: Mesh, given: TensorPlan | None) -> frozenset[str]:
+@dataclass(frozen=True, slots=True)
+class SharedModules:
+    """What tensor ranks share beside parameters.
+
+    `partial` are parameters that every rank has whole, and of whose gradients each has a part; `heads` maps
+    the paths of products, of which a rank makes some columns and gathers the rest, to how many there are.
+    """
+
+    partial: frozenset[str] = frozenset()
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+
+def share_modules(model: torch.nn.Module, mesh: Mesh, given: TensorPlan | None) -> SharedModules:
     """Let the tensor ranks share the plan's modules, without numbers yet; the model is changed.
 
-    By default the plan is the model's own, as Hugging Face's have one. What is returned are the parameters
-    that every rank has whole, and of whose gradients each has a part. Raises `ConfigError` for a plan that
+    By default the plan is the model's own, as Hugging Face's have one. Raises `ConfigError` for a plan that
     names no module of the model, or a style that is not known, or sizes that the ranks cannot share.
     """
     if mesh.tensor.size == 1:
         if given is not None:
             raise ConfigError('tensor_plan= needs tensor ranks, and there is one: give mesh= with "tp"')
-        return frozenset()
+        return SharedModules()
     plan = _matched(model, _plan_of(model) if given is None else given)
     _check_heads(model, mesh.tensor.size)
     for name, style in plan.items():
@@ -61,8 +74,16 @@ def share_modules(model: torch.nn.Module, mesh: Mesh, given: TensorPlan | None) 
     parallelize_module(model, mesh.devices["tp"], made, src_data_rank=None)
     _tie(model, ties)
     parted = [name for name, style in plan.items() if style == "replicated_with_grad_allreduce"]
-    return frozenset(
-        f"{name}.{key}" for name in parted for key, _ in model.get_submodule(name).named_parameters()
+    linear = {
+        name: module
+        for name, style in plan.items()
+        if isinstance(module := model.get_submodule(name), torch.nn.Linear) and style in _GATHERED
+    }
+    return SharedModules(
+        frozenset(
+            f"{name}.{key}" for name in parted for key, _ in model.get_submodule(name).named_parameters()
+        ),
+        {name: module.out_features for name, module in linear.items()},
     )
 
 
@@ -115,9 +136,7 @@ def _style(style: Any) -> "ParallelStyle | None":  # a name of `_STYLES`, or tor
         "rowwise": RowwiseParallel,
         "sequence_parallel": lambda: SequenceParallel(use_local_output=True),
     }
-    makers |= dict.fromkeys(
-        ("colwise_rep", "colwise_gather_output"), lambda: ColwiseParallel(output_layouts=Replicate())
-    )
+    makers |= dict.fromkeys(_GATHERED, lambda: ColwiseParallel(output_layouts=Replicate()))
     makers |= dict.fromkeys(
         ("rowwise_rep", "rowwise_split_input", "embedding_rowwise"),
         lambda: RowwiseParallel(input_layouts=Replicate()),
@@ -186,11 +205,11 @@ def _check_sizes(name: str, module: torch.nn.Module, style: Any, degree: int) ->
 
 def _check_heads(model: torch.nn.Module, degree: int) -> None:
     config = getattr(model, "config", None)
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, field, None)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % degree:
             raise ConfigError(
-                f'{degree} tensor ranks cannot share the model\'s {heads} heads ({field}): give a "tp" that '
+                f'{degree} tensor ranks cannot share the model\'s {heads} heads ({name}): give a "tp" that '
                 f"divides {heads}"
             )
 

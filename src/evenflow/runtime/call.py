@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ ParameterOf = Callable[[str, Node], torch.nn.Parameter]
 # Finds (module, attribute) places of a parameter by its first name.
 PlacesOf = Callable[[str], list[tuple[torch.nn.Module, str]]]
 
+# By a node's index: the function (None: its own) and the arguments that it is called with on this rank.
+StandIns = Mapping[int, tuple[Callable[..., Any] | None, Template]]
 Around = Callable[[], contextlib.AbstractContextManager[object]]
 _Swaps = tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]  # (module, attribute, stand-in)
 
@@ -122,9 +124,12 @@ class Prepare:
     parameter_of: ParameterOf
     places_of: PlacesOf
     compiling: Compiling | None = None
+    stand_ins: StandIns = field(default_factory=dict)
 
     def call(self, node: Node) -> Call:
         """The node with its parameters, buffers and constants in place."""
+        if node.index in self.stand_ins:
+            return self._stood_in(node, *self.stand_ins[node.index])
         args, values = self.template(node.args, node), self.graph.values
         match node.target:
             case ModuleTarget(draws=draws) as target:
@@ -145,6 +150,14 @@ class Prepare:
                     return Call(node, function, args, (partial(self.streams.function, draws),), None, values)
                 seed = partial(self.streams.seed, draws.path, draws.call, draws.first)
                 return Call(node, function, args, (), seed, values)
+
+    def _stood_in(self, node: Node, function: Callable[..., Any] | None, given: Template) -> Call:
+        """The node with other arguments, and perhaps another function; neither draws."""
+        if function is None:
+            assert isinstance(node.target, FunctionTarget), "a module has a function in its place"
+            function = node.target.function
+        known = replace(node, opaque=False)  # what it returns here is not what was recorded
+        return Call(known, function, self.template(given, node), (), None, self.graph.values)
 
     def template(self, template: Template, node: Node | None) -> Template:
         """A template with its parameters, buffers and constants in place; no node is for a result."""

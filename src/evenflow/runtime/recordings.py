@@ -44,6 +44,7 @@ from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.vocabulary_loss import Vocabulary
 from evenflow.runtime.work import Work
 
 Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's function returns
@@ -80,12 +81,13 @@ class Recordings:
         leaves: Leaves,
         accumulators: Accumulators,
         compiling: Compiling | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.entries: list[Recording] = []
         self.stage_of_parameter: dict[str, int] = {}
         self.model = model
         self._fakes, self._device, self._leaves = fakes, device, leaves
-        self._accumulators, self._compiling = accumulators, compiling
+        self._accumulators, self._compiling, self._vocabulary = accumulators, compiling, vocabulary
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
@@ -344,6 +346,7 @@ class Recordings:
             places_of=self._places.__getitem__,
             deferral=stage.deferral,
             compiling=self._compiling,
+            vocabulary=self._vocabulary,
         )
 
     def glue_work(self, graph: Graph, wanted: Template, device: torch.device) -> Work:

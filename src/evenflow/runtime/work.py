@@ -24,6 +24,7 @@ from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.straight import Straight, Tell, filling, straight
+from evenflow.runtime.vocabulary_loss import Vocabulary
 
 _KINDS = ("cpu", "cuda")  # devices that autocast may be on for
 _Modes = tuple[bool, tuple[tuple[str, Any], ...]]  # gradients on or off; a node's `autocast`
@@ -50,6 +51,7 @@ class Work:
         extra: Template = NOTHING,
         deferral: Deferral | None = None,
         compiling: Compiling | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.section = section
         self.graph = graph
@@ -62,7 +64,8 @@ class Work:
         )
         kept = {*extra.refs, *(value for values in section.sends.values() for value in values)}
         kept |= set(graph.output.refs) if section.needs_output else set()
-        prepare = Prepare(graph, model, device, streams, parameter_of, places_of, compiling)
+        stand_ins = {} if vocabulary is None else vocabulary.stand_ins(graph, section.nodes, model)
+        prepare = Prepare(graph, model, device, streams, parameter_of, places_of, compiling, stand_ins)
         calls = [prepare.call(node) for node in section.nodes]
         self.compiled = frozenset(call.node.index for call in calls if call.is_compiled)
         nodes = [replace(n, opaque=True) if n.index in self.compiled else n for n in section.nodes]

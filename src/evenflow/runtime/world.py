@@ -98,6 +98,10 @@ class World(ABC):
         Where there is a target, what others are left with is of no use.
         """
 
+    @abstractmethod
+    def highest(self, tensor: torch.Tensor) -> "dist.Work | None":
+        """Fill `tensor` with the highest numbers of all ranks'; as `broadcast`."""
+
 
 class SingleProcess(World):
     """No peers: every question is answered by this process."""
@@ -126,6 +130,9 @@ class SingleProcess(World):
         return None
 
     def add_up(self, tensor: torch.Tensor, target: int | None = None) -> None:
+        return None
+
+    def highest(self, tensor: torch.Tensor) -> None:
         return None
 
 
@@ -216,6 +223,16 @@ class ProcessGroupWorld(World):
             return work
 
         with self._reported("adding up with other ranks"):
+            return self._carried(tensor, begin)
+
+    def highest(self, tensor: torch.Tensor) -> "dist.Work | None":
+        def begin(carried: torch.Tensor) -> "dist.Work | None":
+            work: dist.Work | None = dist.all_reduce(
+                carried, dist.ReduceOp.MAX, group=self.group, async_op=True
+            )
+            return work
+
+        with self._reported("comparing with other ranks"):
             return self._carried(tensor, begin)
 
     def _carried(
