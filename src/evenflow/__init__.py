@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
     from evenflow.graph.deferred import deferred_init
+    from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
     from evenflow.pipe.pipeline import Pipeline
@@ -24,6 +25,8 @@ __all__ = [
     "StepResult",
     "deferred_init",
     "launch",
+    "log_to_tensorboard",
+    "log_to_wandb",
     "pipeline",
 ]
 
@@ -37,6 +40,7 @@ _HOMES = {
     "StepResult": "evenflow.pipe.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
+    **dict.fromkeys(("log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
     "pipeline": "evenflow.pipe.build",
 }
 

@@ -34,6 +34,7 @@ from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime import compiled
 from evenflow.runtime.compiled import Compiling
+from evenflow.runtime.joining import Joining, MetricsChoice
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
@@ -65,6 +66,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     split: Sequence[str] | None = None,
     split_batch: Callable[[Any], Sequence[Any]] | None = None,
     reduction: ReductionChoice = None,
+    metrics: MetricsChoice = None,
     atomic: Sequence[type[torch.nn.Module]] = (),
     max_leaf_share: float | None = None,
     exact: bool = False,
@@ -84,7 +86,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar,
       metrics); by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
     - `example`: one full batch, from which shapes are read: any tree of tensors and plain values.
-    - `optimizer` receives a list of (name, parameter), a stage's trainable ones; `scheduler` the optimizer.
+    - `optimizer` receives a list of (name, parameter), a stage's trainable ones, and returns an optimizer, or
+      a list of several, which are stepped as one; `scheduler` receives the optimizer.
     - `stages`: how many in all; by default `stages_per_rank` for each process, or CUDA device, or just those.
     - `stages_per_rank`: how many each rank holds; by default what suits the schedule: 2 for those that
       interleave and those in the shape of a V, else 1. Where each stage lives, the schedule says.
@@ -101,6 +104,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       tells what it said; with `num_items_in_batch` in the batch, Hugging Face's losses are sums. Where the
       recording does not say: over those whole-number `labels` that are not -100, if the batch has labels,
       else over rows.
+    - `metrics`: how the microbatches' metrics become the batch's: "mean" (weighted as the loss is), "sum",
+      "max", "min", "cat" or a function of the list of their values, for all of them, or by the names that
+      they have: metrics={"correct": "sum"}. What is not named: tensors with dimensions are concatenated along
+      dim 0, real scalars averaged, whole numbers added up, equal values kept, anything else listed.
     - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs
       that one unsplit module may hold (default 1 / (4 * stages)).
     - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
@@ -150,7 +157,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "max_leaf_share": max_leaf_share,
     }
     check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
-    compiling, narrowing = Compiling.of(compile), Narrowing(boundary_dtype)
+    compiling, narrowing, joining = Compiling.of(compile), Narrowing(boundary_dtype), Joining.of(metrics)
     choices.check_split(model, split or ())
     kind = choices.device_kind(device)
     world = choices.world_of(kind)
@@ -243,6 +250,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             programs=programs,
             splitter=splitter,
             weigher=weigher,
+            joining=joining,
             reduction=described,
             buffers=_true_buffers(model, cut, world, placement),
             summaries=_summaries(

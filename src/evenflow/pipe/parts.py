@@ -12,6 +12,7 @@ from evenflow.pipe.fixed import FixedParameters
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
+from evenflow.runtime.joining import Joining
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.recordings import Program, Recordings
@@ -54,6 +55,7 @@ class Parts:
     programs: Programs
     splitter: Callable[[Any], Prepared]
     weigher: Weigher
+    joining: Joining  # of metrics
     reduction: str  # how the step's loss is put together, for people
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers
     summaries: tuple[StageSummary, ...]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from evenflow.bill import Bill
 from evenflow.checkpoint.adapters import is_adapted
@@ -24,16 +23,21 @@ from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
+from evenflow.pipe.delivered import Gather, check_gather, delivered, on_host
 from evenflow.pipe.exhausted import Watch
 from evenflow.pipe.fixed import refuse_shared_hooks
+from evenflow.pipe.logs import LogHook, Logs
 from evenflow.pipe.meter import Meter
+from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
 from evenflow.pipe.result import StepResult
+from evenflow.pipe.state import put_back, state_of
+from evenflow.pipe.swapped import swapped
 from evenflow.pipe.times import Marks, Times
 from evenflow.runtime.executor import Executor, Job, Reading, Result
+from evenflow.runtime.joining import join
 from evenflow.runtime.links.link import Manifest
-from evenflow.runtime.microbatch import join
 from evenflow.runtime.recordings import Program
 from evenflow.runtime.rng import generators_restored
 from evenflow.runtime.script import Script, script
@@ -56,6 +60,9 @@ class Pipeline:
         self.is_main = parts.world.rank == 0
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
+        self._num_updates = 0
+        self._logs = Logs()
+        self._is_swapped = False
         self._accumulated = Accumulated()
         self._updated = False
         self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
@@ -79,7 +86,10 @@ class Pipeline:
         """
         if torch.is_inference_mode_enabled():
             raise ConfigError("step() was called in inference mode, in which nothing can be trained")
+        if self._is_swapped:
+            raise ConfigError("step() was called inside swapped(): the numbers that it trained would be lost")
         marks = Marks(time.perf_counter())
+        self._logs.begin()
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
@@ -89,13 +99,17 @@ class Pipeline:
         try:
             result, executors = self._run(agreed, self._parts.programs.training, read_loss, share=share)
             self._step += 1
+            self._logs.note(result, agreed.shares)
             if update:
+                self._num_updates += 1
+                self._logs.updated(self._num_updates, self.optimizers.values())
                 start = time.perf_counter()
                 self._update(executors)
                 marks.update_seconds = time.perf_counter() - start
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._accumulated.clear()
+            self._logs.drop()
             raise
         marks.end_seconds = time.perf_counter()
         self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
@@ -110,15 +124,50 @@ class Pipeline:
             agreed = self._agree(self._parts.loss, batch, training=False)
             return self._run(agreed, self._parts.programs.evaluation, read_loss)[0]
 
-    def predict(self, batch: Any, function: Program | None = None) -> Any:
+    def evaluate_all(self, loader: Iterable[Any]) -> StepResult:
+        """Loss and metrics of all of a loader's batches in evaluation mode, as if they were one batch.
+
+        The loss is the mean over all rows, or tokens (see `reduction`), and not over batches; metrics are put
+        together over all microbatches as `pipeline(metrics=…)` says. Only the first rank reads, as with
+        `feed`; the result is the same on every rank. Raises `ConfigError` for a loader without a batch.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batches, model = [torch.ones(8, 4), torch.zeros(2, 4)], torch.nn.Linear(4, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 0.25)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batches[0], stages=1)
+        >>> round(float(pipe.evaluate_all(batches).loss), 6)
+        0.8
+        """
+        together, graph = OverBatches(), None
+        with self._evaluating():
+            for batch in self.feed(loader):
+                agreed = self._agree(self._parts.loss, batch, training=False)
+                jobs = self._jobs(agreed)
+                together.add(agreed, self._execute(jobs, self._parts.programs.evaluation, read_loss)[1])
+                graph = jobs[0].cut.graph
+            agreed = together.agreed()
+            assert graph is not None, "there was a batch"
+            return self._result(together.results, agreed, graph, read_loss)
+
+    def predict(self, batch: Any, function: Program | None = None, *, gather: Gather = True) -> Any:
         """What `function(model, microbatch)` returns in evaluation mode, joined over a batch's microbatches.
 
-        By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). The same on
-        every rank. Tensors are concatenated along dim 0.
+        By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). Tensors are
+        concatenated along dim 0. With `gather=True` it comes to every rank; large ones, such as logits,
+        travel less with "main", to the first rank alone, and not at all with False: they stay on the device
+        of the rank that has the last stage. Where it does not come to, None is returned. Every rank calls.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> pipe.predict(batch, gather="main").shape
+        torch.Size([8, 1])
         """
+        check_gather(gather)
         with self._evaluating():
             agreed = self._agree(function or call_model, batch, training=False)
-            return self._run(agreed, self._parts.programs.evaluation, read_prediction)[0].metrics
+            evaluation = self._parts.programs.evaluation
+            return self._run(agreed, evaluation, read_prediction, gather=gather)[0].metrics
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
@@ -144,7 +193,30 @@ class Pipeline:
                 raise PeerError(f"rank 0's loader failed: {state}")
             yield batch
 
+    def log_to(self, hook: LogHook, *, every: int = 1) -> None:
+        """Call `hook(step, numbers)` on the main rank for each `every`th update, which `step` counts.
+
+        Numbers are floats by name: `loss` (of all batches since the last update), `learning_rate` (of the
+        main rank's first stage; `learning_rate/0`, … where groups differ), `rows_per_second` and, where the
+        loss is a mean over them, `tokens_per_second` (since the hook was last called), and `metrics/…`.
+        Every rank may call this. Raises `ConfigError` for a hook that is no function.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> pipe.log_to(lambda step, numbers: print(step, *numbers))
+        >>> _ = pipe.step(batch)
+        1 loss rows_per_second
+        """
+        if self.is_main:
+            self._logs.add(hook, every)
+
     # -- looking inside
+
+    @property
+    def optimizers(self) -> Mapping[int, torch.optim.Optimizer]:
+        """The optimizers of this process, by the stage whose parameters they train."""
+        return self._parts.updater.optimizers
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name, parameter) of this process's stages, under the model's names; shared ones at their owner."""
@@ -162,6 +234,29 @@ class Pipeline:
             if parameter.requires_grad:
                 gradient = parameter.grad
                 yield name, gradient if gradient is None or scale is None else gradient * scale
+
+    @contextmanager
+    def swapped(self, numbers: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, parameters have other numbers, by name: averaged ones, say; afterwards their own again.
+
+        Each process takes those of its own parameters (`named_parameters`); what it is not given stays as it
+        is. A collective call. Evaluate, predict, save or export inside; `step` is refused. Raises
+        `ConfigError` for a name or a shape that the model does not have.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> with pipe.swapped({name: torch.zeros_like(p) for name, p in pipe.named_parameters()}):
+        ...     float(pipe.evaluate(batch).loss)
+        0.0
+        """
+        names = frozenset(name for name, _ in self._parts.model.named_parameters(remove_duplicate=False))
+        was, self._is_swapped = self._is_swapped, True
+        try:
+            with swapped(self._parts.updater, names, numbers):
+                yield
+        finally:
+            self._is_swapped = was
 
     @torch.enable_grad()
     def check(self, batch: Any, *, progress: Callable[[str], None] | None = None) -> CheckReport:
@@ -247,6 +342,37 @@ class Pipeline:
             step=self._step,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this process knows of the run: its parameters, buffers, optimizers, schedulers and the step.
+
+        All by the model's own names, so that `evenflow.pipe.state.merged` of all processes' states suits any
+        cut. Tensors are the pipeline's own. Raises `ConfigError` between a `step(update=False)` and the
+        update, for gradients are no part of it.
+        """
+        if self._accumulated.is_begun and not self._updated:
+            raise ConfigError(
+                "state_dict() was called while gradients accumulate, which it does not hold: call it after "
+                "the update"
+            )
+        return state_of(
+            self._parts.updater, self._own_tensors(), step=self._step, num_updates=self._num_updates
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any], *, optimizer: bool = True) -> None:
+        """Go on where `state` was taken; with `optimizer=False` take parameters and buffers alone.
+
+        `state` is what `state_dict` returned here, or those of all processes, merged. The next steps are then
+        those that the run would have made. A collective call. Raises `ConfigError` for a state that lacks a
+        parameter.
+        """
+        buffers = dict(self._parts.model.named_buffers())
+        put_back(self._parts.updater, buffers, state, optimizer=optimizer)
+        self._parts.updater.clear()
+        self._accumulated.clear()
+        self._logs.drop()
+        if optimizer:
+            self._step, self._num_updates = state["step"], state["num_updates"]
+
     def export(self, folder: str | Path) -> None:
         """Write a folder that others load: each rank the tensors that it owns; a collective call.
 
@@ -329,12 +455,13 @@ class Pipeline:
         reading: Reading,
         *,
         share: float = 1.0,
+        gather: Gather = True,
     ) -> tuple[StepResult, list[Executor]]:
         jobs = self._jobs(agreed, share=share)
         executors, results = self._execute(jobs, program, reading)
         proven = executors[0].proven
         with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
-            return self._result(results, agreed, jobs[0].cut.graph, reading), executors
+            return self._result(results, agreed, jobs[0].cut.graph, reading, gather=gather), executors
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
         entries = [self._parts.recordings.entries[number] for number in agreed.recordings]
@@ -412,16 +539,23 @@ class Pipeline:
         return next(iter(self._parts.stages.values())).device
 
     def _result(
-        self, results: Sequence[Result] | None, agreed: Agreed, graph: Graph, reading: Reading
+        self,
+        results: Sequence[Result] | None,
+        agreed: Agreed,
+        graph: Graph,
+        reading: Reading,
+        *,
+        gather: Gather = True,
     ) -> StepResult:
         """The outcome on every rank; `results` are there on the last stage's process."""
         world = self._parts.world
         source = self._parts.programs.placement.rank_of[-1] if world.size > 1 else 0
-        rest = None if results is None else join([result.rest for result in results], agreed.shares.means)
-        if world.size > 1:  # pickled for the other ranks
-            rest = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rest)
+        joining = join if reading is read_prediction else self._parts.joining
+        rest = None if results is None else joining([result.rest for result in results], agreed.shares.means)
         if reading is read_prediction:
-            return StepResult(None, world.share(rest, source))
+            return StepResult(None, delivered(world, rest, source, gather))
+        if world.size > 1:  # pickled for the other ranks
+            rest = on_host(rest)
         if results is None:
             ref = graph.output.leaves[0]
             loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
