@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
     from evenflow.graph.deferred import deferred_init
     from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
+    from evenflow.interop.trainer import PipelineTrainer
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
     from evenflow.pipe.pipeline import Pipeline
@@ -20,6 +21,7 @@ __all__ = [
     "Microbatches",
     "PeerError",
     "Pipeline",
+    "PipelineTrainer",
     "RecordError",
     "ScheduleError",
     "StepResult",
@@ -37,6 +39,7 @@ _HOMES = {
     ),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
+    "PipelineTrainer": "evenflow.interop.trainer",
     "StepResult": "evenflow.pipe.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
