@@ -123,9 +123,10 @@ def test_data_set_without_a_batch(run):
 def test_metrics_that_the_loss_does_not_return():
     with refused("metrics='average', which is none of"):
         cases.make(metrics="average")
-    pipe = cases.make(loss=cases.with_metrics, metrics={"acc": "sum"})
     with refused("metrics= names 'acc', which the loss function's metrics do not have; they have 'close', "):
-        pipe.step(regression())
+        cases.make(loss=cases.with_metrics, metrics={"acc": "sum"})
+    with refused("metrics= is given, and the loss function returns the loss alone; return (loss, metrics)"):
+        cases.make(metrics={"acc": "sum"})
 
 
 # -- predictions

@@ -70,12 +70,14 @@ def test_a_way_that_there_is_not():
 def test_a_name_that_the_metrics_do_not_have():
     text = "metrics= names 'acc', which the loss function's metrics do not have; they have 'correct', 'n'"
     with refused(text):
-        Joining.of({"acc": "sum"})([{"correct": 1, "n": 2}], [1.0])
+        Joining.of({"acc": "sum"}).check({"correct": 1, "n": 2}, lambda _: False)
 
 
 def test_a_leaf_that_has_no_sum():
     with refused("metrics= says 'sum' for ['kind'], which is a str; give 'cat', or a function"):
-        Joining.of("sum")([{"kind": "a"}, {"kind": "a"}], HALVES)
+        Joining.of("sum").check({"kind": "a"}, lambda _: False)
+    Joining.of("sum").check({"kind": "stands for a tensor", "none": None}, lambda leaf: leaf is not None)
+    Joining.of({"kind": "cat"}).check({"kind": "a"}, lambda _: False)
 
 
 def test_shapes_that_differ():

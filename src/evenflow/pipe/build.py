@@ -28,7 +28,7 @@ from evenflow.pipe.parts import Parts, StageSummary
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
-from evenflow.pipe.reading import check_loss, check_trainable
+from evenflow.pipe.reading import check_training
 from evenflow.pipe.refuse import check_given, refuse_unfit
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
@@ -201,8 +201,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     )
     recordings.look(program)
     graph = recordings.trace(program, item)
-    check_loss(graph)
-    check_trainable(graph)
+    check_training(graph, joining)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
     _check_alike(cut, programs, world)
     programs.training(len(items), cut.flow)  # a wrong schedule is refused here, and not at the first step

@@ -30,7 +30,14 @@ from evenflow.pipe.logs import LogHook, Logs
 from evenflow.pipe.meter import Meter
 from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
-from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
+from evenflow.pipe.reading import (
+    check_loss,
+    check_metrics,
+    check_trainable,
+    has_metrics,
+    read_loss,
+    read_prediction,
+)
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.state import put_back, state_of
 from evenflow.pipe.swapped import swapped
@@ -441,6 +448,7 @@ class Pipeline:
         graph = recordings.trace(program, microbatch)
         if program is self._parts.loss:
             check_loss(graph)
+            check_metrics(graph, self._parts.joining)
             if training:
                 check_trainable(graph)
         number = recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)

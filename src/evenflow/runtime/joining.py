@@ -45,7 +45,7 @@ class Joining:
         averaged (one that weighs nothing is left out: a mean of nothing is no number), whole numbers added
         up, equal values kept, and anything else listed. A single tree of which nothing is said stays itself.
 
-        Raises `ConfigError` for a name that the metrics do not have, or a way that does not suit a leaf.
+        Raises `ConfigError` for trees, or tensors under a name, of different forms, which no way suits.
 
         >>> join = Joining.of({"worst": "max", "all": "cat"})
         >>> first, second = {"worst": 3.0, "all": 1, "mean": 4.0}, {"worst": 5.0, "all": 2, "mean": 8.0}
@@ -56,7 +56,6 @@ class Joining:
             return trees[0]
         flat = [pytree.tree_flatten_with_path(tree) for tree in trees]
         paths = [path for path, _ in flat[0][0]]
-        self._check_names(paths)
         spec = flat[0][1]
         if any(other != spec for _, other in flat):
             if self.all is not None or self.ways:
@@ -70,37 +69,53 @@ class Joining:
         joined = [self._joined(path, leaves, parts) for path, leaves in zip(paths, columns, strict=True)]
         return pytree.tree_unflatten(joined, spec)
 
-    def _joined(self, path: pytree.KeyPath, leaves: Sequence[Any], parts: Sequence[float]) -> Any:
-        way = self.all if self.all is not None else self.ways.get(_name(path))
-        if way is None or all(leaf is None for leaf in leaves):
-            return leaves[0] if len(leaves) == 1 else _as_usual(leaves, parts)
-        if callable(way):
-            return way(leaves)
-        place = pytree.keystr(path) or "the metrics"
-        for leaf in leaves:
-            if way != "cat" and not isinstance(leaf, torch.Tensor | int | float):
-                raise ConfigError(
-                    f"metrics= says {way!r} for {place}, which is a {type(leaf).__name__}; "
-                    "give 'cat', or a function of the microbatches' values"
-                )
-        if way != "cat" and isinstance(leaves[0], torch.Tensor):
-            shapes = [tuple(leaf.shape) for leaf in leaves]
-            if len(set(shapes)) > 1:
-                raise ConfigError(
-                    f"metrics= says {way!r} for {place}, whose shapes differ between microbatches "
-                    f"({', '.join(map(str, dict.fromkeys(shapes)))}); give 'cat', or reduce it in the loss "
-                    "function"
-                )
-        return _in_one_way(way, leaves, parts)
+    def check(self, metrics: Any, is_tensor: Callable[[Any], bool]) -> None:
+        """Raise `ConfigError` where these ways do not suit what the loss function was seen to return.
 
-    def _check_names(self, paths: Sequence[pytree.KeyPath]) -> None:
-        there = dict.fromkeys(_name(path) for path in paths)
+        `metrics` is any tree; `is_tensor` says of a leaf whether a tensor stands there in a step.
+        """
+        if self.all is None and not self.ways:
+            return
+        if metrics is None:
+            raise ConfigError(
+                "metrics= is given, and the loss function returns the loss alone; return (loss, metrics)"
+            )
+        leaves = pytree.tree_flatten_with_path(metrics)[0]
+        there = dict.fromkeys(_name(path) for path, _ in leaves)
         for name in self.ways:
             if name not in there:
                 raise ConfigError(
                     f"metrics= names {name!r}, which the loss function's metrics do not have; they have "
                     f"{', '.join(map(repr, there))}"
                 )
+        for path, leaf in leaves:
+            way = self._way(path)
+            if way is None or callable(way) or way == "cat" or leaf is None:
+                continue
+            if not is_tensor(leaf) and not isinstance(leaf, int | float):
+                raise ConfigError(
+                    f"metrics= says {way!r} for {_place(path)}, which is a {type(leaf).__name__}; give "
+                    "'cat', or a function of the microbatches' values"
+                )
+
+    def _way(self, path: pytree.KeyPath) -> Way | None:
+        return self.all if self.all is not None else self.ways.get(_name(path))
+
+    def _joined(self, path: pytree.KeyPath, leaves: Sequence[Any], parts: Sequence[float]) -> Any:
+        way = self._way(path)
+        if way is None or all(leaf is None for leaf in leaves):
+            return leaves[0] if len(leaves) == 1 else _as_usual(leaves, parts)
+        if callable(way):
+            return way(leaves)
+        if way != "cat" and isinstance(leaves[0], torch.Tensor):
+            shapes = [tuple(leaf.shape) for leaf in leaves]
+            if len(set(shapes)) > 1:
+                raise ConfigError(
+                    f"metrics= says {way!r} for {_place(path)}, whose shapes differ between microbatches "
+                    f"({', '.join(map(str, dict.fromkeys(shapes)))}); give 'cat', or reduce it in the loss "
+                    "function"
+                )
+        return _in_one_way(way, leaves, parts)
 
 
 def _check_way(way: object, said: str) -> None:
@@ -120,6 +135,10 @@ def _name(path: pytree.KeyPath) -> Any:  # a mapping's key, or a place
             return name
         case _:
             return None
+
+
+def _place(path: pytree.KeyPath) -> str:
+    return pytree.keystr(path) or "the metrics"
 
 
 def _in_one_way(way: str, leaves: Sequence[Any], parts: Sequence[float]) -> Any:
