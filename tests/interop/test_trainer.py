@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 import evenflow
 from evenflow.errors import ConfigError
+from evenflow.interop.trainer_refusals import check_version
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own, of torch
@@ -121,6 +122,18 @@ def test_it_trains_as_the_trainer_does(tmp_path, bf16):
         assert runs.curve(ours, "eval_accuracy") == pytest.approx(
             runs.curve(plain, "eval_accuracy"), abs=2e-3
         )
+
+
+def test_the_devices_of_one_process_share_a_batch(tmp_path):
+    """As where one process sees two GPUs, for each of which the Trainer would read rows."""
+    args = runs.arguments(tmp_path)
+    args._n_gpu = 2
+    made = evenflow.PipelineTrainer(
+        model=runs.model(), args=args, train_dataset=runs.rows(), pipeline={"stages": 2}
+    )
+    batch = next(iter(made.get_train_dataloader()))
+    assert len(batch["input_ids"]) == args.per_device_train_batch_size
+    assert made.get_total_train_batch_size(args) == 2 * args.per_device_train_batch_size  # accumulated
 
 
 def test_a_loss_of_ones_own_and_other_optimizers(tmp_path):
@@ -286,6 +299,15 @@ def test_an_optimizer_that_wants_the_whole_model(tmp_path):
     made.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1, "model": made.model})
     with refused("the optimizer SGD is made from the whole model (model=), and here each stage has its own"):
         made.train()
+
+
+def test_a_transformers_that_is_too_old():
+    with refused(
+        "PipelineTrainer needs transformers 5.3 or newer, and 5.2.0 is installed: pip install 'tran"
+    ):
+        check_version("5.2.0")
+    check_version("5.24.0.dev0")
+    check_version("6.0.0")
 
 
 def test_evenflow_does_not_import_transformers():

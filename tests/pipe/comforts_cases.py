@@ -134,6 +134,26 @@ def averaged(model=None):
     return (before, inside, after, refusal), average
 
 
+def refused_on_one_rank():
+    """The kinds and texts of what ranks say to numbers that do not fit the first one's, and it goes on."""
+    pipe = make(tied())
+    misfit = {"0.weight": torch.ones(1)}
+    errors = []
+
+    def inside():
+        with pipe.swapped(misfit):
+            raise AssertionError("never here")
+
+    state = pipe.state_dict()
+    for act in (inside, lambda: pipe.load_state_dict(state | {"model": state["model"] | misfit})):
+        try:
+            act()
+        except evenflow.EvenflowError as error:
+            errors.append((type(error).__name__, str(error)))
+    pipe.step(regression())
+    return errors
+
+
 # -- state
 
 

@@ -24,6 +24,7 @@ CASES = (
     cases.predictions,
     cases.told,
     cases.averaged,
+    cases.refused_on_one_rank,
     cases.interrupted,
     cases.groups_by_name,
     cases.several_optimizers,
@@ -217,6 +218,27 @@ def test_averaged_parameters_for_a_while(run):
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_averages_that_torch_keeps():
+    model = cases.build()
+    pipe = cases.make(model, optimizer=cases.adamw)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        pipe.step(regression())
+        average.update_parameters(model)
+    with pipe.swapped(dict(average.module.named_parameters())):
+        found = pipe.evaluate(regression()).loss
+    with torch.no_grad():
+        torch.testing.assert_close(found, mean_square(average, regression()))
+    pipe.step(regression())
+
+
+def test_numbers_that_fit_on_one_rank_alone(run):
+    for errors in run(cases.refused_on_one_rank):
+        names = {kind for kind, _ in errors}
+        assert names <= {"ConfigError", "PeerError"}
+        assert len(errors) == 2
+
+
 def test_after_an_error_inside_the_parameters_are_the_trained_ones():
     model = cases.build()
     pipe, before = cases.make(model), {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -279,9 +301,9 @@ def test_weights_alone():
 def test_states_that_do_not_fit():
     pipe = cases.make()
     state = pipe.state_dict()
-    with refused("the state has no parameter 0.weight: merge the states of all processes"):
+    with refused("load_state_dict(): there is no parameter 0.weight; merge the states of all processes"):
         pipe.load_state_dict(state | {"model": {}})
-    with refused("the state's parameter 0.weight has shape [1], and the model's [8, 4]"):
+    with refused("load_state_dict(): the parameter 0.weight has shape [1], and the model's [8, 4]"):
         pipe.load_state_dict(state | {"model": state["model"] | {"0.weight": torch.ones(1)}})
     pipe.step(regression(), update=False)
     with refused("state_dict() was called while gradients accumulate, which it does not hold"):

@@ -21,6 +21,7 @@ from evenflow.interop.trainer_refusals import (
     check_pipeline_arguments,
     check_trainer_arguments,
     check_training_arguments,
+    check_version,
     clipping,
 )
 from evenflow.pipe.default_programs import model_loss
@@ -30,12 +31,15 @@ from evenflow.runtime.microbatch import GIVEN_COUNT
 
 try:
     from transformers import Trainer
+    from transformers import __version__ as installed
 
     from evenflow.interop.alone import Alone
 except ImportError as error:
     raise ConfigError(
         f"PipelineTrainer needs transformers and accelerate ({error}): pip install 'evenflow[hf]'"
     ) from error
+
+check_version(installed)
 
 # In a checkpoint's folder, one for each process.
 _STATE = "evenflow_state_{rank}_of_{size}.pt"
@@ -86,6 +90,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         self._clips = clipping(self.args)
         if self.args.n_gpu > 1:
             self.args._n_gpu = 1  # noqa: SLF001 (as the Trainer itself says that nothing is replicated)
+            self._train_batch_size = self.args.train_batch_size
 
     @property
     def pipe(self) -> Pipeline:

@@ -5,6 +5,8 @@ from typing import Any
 
 from evenflow.errors import ConfigError
 
+# The first whose training loop calls `_prepare_for_training` (huggingface/transformers#44041).
+_OLDEST = (5, 3)
 # Arguments of `pipeline` that the trainer gives itself, and from what.
 _OWN = {
     "model": "model=",
@@ -25,6 +27,19 @@ _UNUSED: Mapping[str, tuple[Any, str]] = {
     "deepspeed": (None, "the pipeline takes its place"),
     "parallelism_config": (None, "the pipeline takes its place"),
 }
+
+
+def check_version(installed: str) -> None:
+    """Raise `ConfigError` for a transformers whose training loop is still in one piece.
+
+    >>> check_version("5.3.0")
+    """
+    if tuple(int(part) for part in installed.split(".")[:2]) < _OLDEST:
+        needed = ".".join(map(str, _OLDEST))
+        raise ConfigError(
+            f"PipelineTrainer needs transformers {needed} or newer, and {installed} is installed: "
+            f"pip install 'transformers>={needed}'"
+        )
 
 
 def check_pipeline_arguments(given: Mapping[str, Any]) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.deferred import changed_since
 from evenflow.graph.recipes import memory_of
 from evenflow.runtime.links import choose
 from evenflow.runtime.weights import CHOICES
+from evenflow.runtime.world import World
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -93,6 +94,16 @@ def check_given(seed: object, reduction: object, link: object, **functions: Any)
     check_callable(**functions)
     _check_reduction(reduction)
     _check_link(link)
+
+
+def refuse_together(world: World, what: str, problem: str | None) -> None:
+    """Raise `ConfigError` where there is a `problem`, and on the other ranks `PeerError`; collective."""
+    told = world.gather(problem)
+    if problem is not None:
+        raise ConfigError(f"{what}: {problem}")
+    for rank, theirs in enumerate(told):
+        if theirs is not None:
+            raise PeerError(f"rank {rank} refused what {what} was given: {theirs}")
 
 
 def check_whole(**arguments: Any) -> None:  # whatever the caller was given

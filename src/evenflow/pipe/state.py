@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evenflow.errors import ConfigError
+from evenflow.pipe.refuse import refuse_together
 from evenflow.pipe.update import Updater
 from evenflow.runtime.together import Together
 
@@ -71,19 +71,11 @@ def put_back(
 
     Raises:
         ConfigError: The state lacks a parameter of this process, or has another shape; nothing was changed.
+        PeerError: So it is on another rank.
     """
     own = dict(updater.parameters)
     tensors = state["model"]
-    for name, parameter in own.items():
-        if name not in tensors:
-            raise ConfigError(
-                f"the state has no parameter {name}: merge the states of all processes, of the same model"
-            )
-        if tensors[name].shape != parameter.shape:
-            raise ConfigError(
-                f"the state's parameter {name} has shape {list(tensors[name].shape)}, and the model's "
-                f"{list(parameter.shape)}"
-            )
+    refuse_together(updater.world, "load_state_dict()", _problem(own, tensors))
     with torch.no_grad():
         for name, tensor in [*own.items(), *buffers.items()]:
             if name in tensors:
@@ -99,6 +91,18 @@ def put_back(
             if saved:  # all have made the same steps: where the cut was another, any of them will do
                 scheduler.load_state_dict(saved.get(stage, next(iter(saved.values()))))
     updater.spread()
+
+
+def _problem(own: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> str | None:
+    for name, parameter in own.items():
+        if name not in tensors:
+            return f"there is no parameter {name}; merge the states of all processes, of the same model"
+        if tensors[name].shape != parameter.shape:
+            return (
+                f"the parameter {name} has shape {list(tensors[name].shape)}, and the model's "
+                f"{list(parameter.shape)}"
+            )
+    return None
 
 
 def _fill(

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from evenflow.errors import ConfigError, PeerError
+from evenflow.pipe.refuse import refuse_together
 from evenflow.pipe.update import Updater
 
 
@@ -17,13 +17,7 @@ def swapped(updater: Updater, names: frozenset[str], given: Mapping[str, torch.T
     use of it.
     """
     own = dict(updater.parameters)
-    problem = _problem(own, names, given)
-    told = updater.world.gather(problem)
-    if problem is not None:
-        raise ConfigError(f"swapped(): {problem}")
-    for rank, what in enumerate(told):
-        if what is not None:
-            raise PeerError(f"rank {rank} refused the numbers of swapped(): {what}")
+    refuse_together(updater.world, "swapped()", _problem(own, names, given))
     kept = {name: own[name].detach().clone() for name in given if name in own}
     try:
         _put(updater, own, {name: given[name] for name in kept})
