@@ -126,7 +126,7 @@ def test_it_trains_as_the_trainer_does(tmp_path, bf16):
 
 def test_the_devices_of_one_process_share_a_batch(tmp_path):
     """As where one process sees two GPUs, for each of which the Trainer would read rows."""
-    args = runs.arguments(tmp_path)
+    args = runs.arguments(tmp_path, eval_strategy="no")
     args._n_gpu = 2
     made = evenflow.PipelineTrainer(
         model=runs.model(), args=args, train_dataset=runs.rows(), pipeline={"stages": 2}
@@ -195,6 +195,13 @@ def test_a_run_goes_on_with_another_cut(folder, tmp_path):
     made.train(resume_from_checkpoint=str(folder / "alone" / f"checkpoint-{runs.RESUMED_AT}"))
     resumed = runs.curve(made)
     assert resumed == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_run_of_two_ranks_goes_on_in_one_process(folder, tmp_path):
+    losses = on_two_ranks(folder)[0]["losses"]
+    made = runs.trainer(tmp_path, dropout=0.1, save_strategy="no")
+    made.train(resume_from_checkpoint=str(folder / "ranks" / f"checkpoint-{runs.RESUMED_AT}"))
+    assert runs.curve(made) == losses
 
 
 SCRIPT = """
