@@ -48,14 +48,21 @@ class Logs:
         for told in self._hooks:
             told.count(shares)
 
-    def updated(self, number: int, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """The parameters are about to be updated, for the `number`th time, from the batches noted so far."""
-        due = [told for told in self._hooks if number % told.every == 0]
+    def rates(self, number: int, optimizers: Mapping[int, torch.optim.Optimizer]) -> dict[str, float]:
+        """The learning rates of the `number`th update; none where no hook is to hear of it."""
+        return rates_of(optimizers.values()) if self._due(number) else {}
+
+    def updated(self, number: int, rates: Mapping[str, float]) -> None:
+        """The batches noted so far made the `number`th update, with these learning rates."""
+        due = self._due(number)
         if due:
-            numbers = {**_of_batches(self._batches), **rates_of(optimizers)}
+            numbers = {**_of_batches(self._batches), **rates}
             for told in due:
                 told.tell(number, numbers)
         self._batches.clear()
+
+    def _due(self, number: int) -> list["_Told"]:
+        return [told for told in self._hooks if number % told.every == 0]
 
     def drop(self) -> None:
         """The batches since the last update are given up."""

@@ -106,9 +106,8 @@ class Pipeline(Restorable):
             result, executors = self._run(agreed, self._parts.programs.training, read_loss, share=share)
             self._step += 1
             self._logs.note(result, agreed.shares)
+            rates = self._logs.rates(self._num_updates + 1, self.optimizers)  # the update changes them
             if update:
-                self._num_updates += 1
-                self._logs.updated(self._num_updates, self.optimizers.values())
                 start = time.perf_counter()
                 self._update(executors)
                 marks.update_seconds = time.perf_counter() - start
@@ -119,6 +118,9 @@ class Pipeline(Restorable):
             raise
         marks.end_seconds = time.perf_counter()
         self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
+        if update:
+            self._num_updates += 1
+            self._logs.updated(self._num_updates, rates)
         return result
 
     def evaluate(self, batch: Any) -> StepResult:
