@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
     from evenflow.graph.deferred import deferred_init
+    from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
+    from evenflow.interop.trainer import PipelineTrainer
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
     from evenflow.pipe.pipeline import Pipeline
@@ -19,11 +21,14 @@ __all__ = [
     "Microbatches",
     "PeerError",
     "Pipeline",
+    "PipelineTrainer",
     "RecordError",
     "ScheduleError",
     "StepResult",
     "deferred_init",
     "launch",
+    "log_to_tensorboard",
+    "log_to_wandb",
     "pipeline",
 ]
 
@@ -34,9 +39,11 @@ _HOMES = {
     ),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
+    "PipelineTrainer": "evenflow.interop.trainer",
     "StepResult": "evenflow.pipe.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
+    **dict.fromkeys(("log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
     "pipeline": "evenflow.pipe.build",
 }
 

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
-from evenflow.runtime.microbatch import Microbatches, batch_size, count, join, split
+from evenflow.runtime.joining import join
+from evenflow.runtime.microbatch import Microbatches, batch_size, count, split
 from evenflow.runtime.weights import Weight, shares_of
 from unsplit import mlp, regression
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 import evenflow
-from evenflow.runtime.microbatch import Microbatches, join, split
+from evenflow.runtime.joining import join
+from evenflow.runtime.microbatch import Microbatches, split
 from unsplit import Loss, Step, buffers_of, copied, plain_step
 
 CACHES = ("past_key_values", "cache_params")

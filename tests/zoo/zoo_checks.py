@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import evenflow
 from evenflow.graph.template import flatten_tree
-from evenflow.runtime.microbatch import join
+from evenflow.runtime.joining import join
 from unsplit import (
     Loss,
     Step,

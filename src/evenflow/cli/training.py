@@ -209,8 +209,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
 
 def _validate(pipe: "evenflow.Pipeline", feed: Feed) -> float:
     """The mean loss over the held-out batches, in the units of `feed`."""
-    losses = [pipe.evaluate(batch).loss for batch in pipe.feed(feed.validation)]
-    return feed.loss_scale * math.fsum(float(loss) for loss in losses) / len(losses)
+    return feed.loss_scale * float(pipe.evaluate_all(feed.validation).loss)
 
 
 def make_feed(data: DataChoice, source: ModelSource, training: Training) -> Feed:

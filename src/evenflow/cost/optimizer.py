@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,11 @@ import torch
 from evenflow.cost.clock import timed
 from evenflow.cost.storages import Made
 from evenflow.plan.rank_memory import TrainingState
+from evenflow.runtime.together import as_one
 
-OptimizerFactory = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
+OptimizerFactory = Callable[
+    [list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+]
 
 _MOST_BYTES = 2**26  # of parameters that are made for it
 _REPEATS = 5
@@ -46,7 +49,7 @@ def optimizer_cost(
         (name, torch.nn.Parameter(torch.full_like(each, 0.01, device=device, requires_grad=False)))
         for name, each in chosen.items()
     ]
-    optimizer = factory(own)
+    optimizer = as_one(factory(own))
     for _, parameter in own:
         parameter.grad = torch.full_like(parameter, 0.01)
     optimizer.step()  # makes the states

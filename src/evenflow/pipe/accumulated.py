@@ -30,6 +30,11 @@ class Accumulated:
         self._shares.append(shares)
         return shares.size / self._unit
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there was a batch since it was last cleared."""
+        return bool(self._shares)
+
     def clear(self) -> None:
         """Begin anew, after an update."""
         self._shares.clear()

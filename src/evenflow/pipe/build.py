@@ -28,7 +28,7 @@ from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided, given_plan
 from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs, fingerprint
-from evenflow.pipe.reading import check_loss, check_trainable
+from evenflow.pipe.reading import check_training
 from evenflow.pipe.refuse import check_given, refuse_unfit
 from evenflow.pipe.replicas import SharedBuffers, data_ranks
 from evenflow.pipe.rules import UpdateRules
@@ -37,6 +37,7 @@ from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime import compiled
 from evenflow.runtime.compiled import Compiling
+from evenflow.runtime.joining import Joining, MetricsChoice
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
@@ -69,6 +70,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     split: Sequence[str] | None = None,
     split_batch: Callable[[Any], Sequence[Any]] | None = None,
     reduction: ReductionChoice = None,
+    metrics: MetricsChoice = None,
     atomic: Sequence[type[torch.nn.Module]] = (),
     max_leaf_share: float | None = None,
     exact: bool = False,
@@ -93,7 +95,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar,
       metrics); by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
     - `example`: one full batch, from which shapes are read: any tree of tensors and plain values.
-    - `optimizer` receives a list of (name, parameter), a stage's trainable ones; `scheduler` the optimizer.
+    - `optimizer` receives a list of (name, parameter), a stage's trainable ones, and returns an optimizer, or
+      a list of several, which are stepped as one; `scheduler` receives the optimizer.
     - `stages`: how many in all; by default `stages_per_rank` for each process, or CUDA device, or just those.
     - `stages_per_rank`: how many each rank holds; by default what suits the schedule: 2 for those that
       interleave and those in the shape of a V, else 1. Where each stage lives, the schedule says.
@@ -110,6 +113,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       tells what it said; with `num_items_in_batch` in the batch, Hugging Face's losses are sums. Where the
       recording does not say: over those whole-number `labels` that are not -100, if the batch has labels,
       else over rows.
+    - `metrics`: how the microbatches' metrics become the batch's: "mean" (weighted as the loss is), "sum",
+      "max", "min", "cat" or a function of the list of their values, for all of them, or by the names that
+      they have: metrics={"correct": "sum"}. What is not named: tensors with dimensions are concatenated along
+      dim 0, real scalars averaged, whole numbers added up, equal values kept, anything else listed.
     - `atomic`: module classes that are never taken apart; `max_leaf_share`: the largest share of all FLOPs
       that one unsplit module may hold (default 1 / (4 * stages)).
     - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
@@ -174,6 +181,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     }
     check_given(seed, reduction, link, clip_norm, loss=loss, optimizer=optimizer, scheduler=scheduler)
     compiling, narrowing, types = Compiling.of(compile), Narrowing(boundary_dtype), Precision.of(precision)
+    joining = Joining.of(metrics)
     choices.check_split(model, split or ())
     kind, (plan, degrees, shard) = choices.device_kind(device), given_plan(plan, mesh, shard)
     grid = mesh_of(choices.world_of(kind), degrees)
@@ -229,7 +237,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         vocabulary=held.vocabulary,
     )
     with types.recording(kind):
-        graph = _recorded(recordings, program, item, types)
+        graph = _recorded(recordings, program, item, types, joining)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
     _check_alike(cut, programs, grid.world)
     programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
@@ -282,6 +290,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             programs=programs,
             splitter=splitter,
             weigher=weigher,
+            joining=joining,
             reduction=described,
             shared_buffers=SharedBuffers(grid, recordings, own),
             buffers=_true_buffers(model, cut, grid, placement),
@@ -299,12 +308,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     )
 
 
-def _recorded(recordings: Recordings, program: Program, item: Any, types: Precision) -> Graph:
+def _recorded(
+    recordings: Recordings, program: Program, item: Any, types: Precision, joining: Joining
+) -> Graph:
     """The program, if it can be trained."""
     recordings.look(program)
     graph = recordings.trace(program, item)
-    check_loss(graph)
-    check_trainable(graph)
+    check_training(graph, joining)
     types.check(graph, recordings.model.named_parameters())
     return graph
 

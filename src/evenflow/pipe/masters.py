@@ -22,23 +22,31 @@ class Masters:
     """
 
     def __init__(self) -> None:
+        self.by_name: dict[str, torch.nn.Parameter] = {}
         self._pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
 
     def of(self, named: list[Named]) -> list[Named]:
         """The same parameters, with masters in the place of those that need one."""
-        return [(name, self._master(parameter)) for name, parameter in named]
+        return [(name, self._master(name, parameter)) for name, parameter in named]
 
-    def _master(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    def _master(self, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         if not parameter.is_floating_point() or parameter.dtype.itemsize >= 4:
             return parameter
         master = torch.nn.Parameter(parameter.detach().float())
         self._pairs.append((parameter, master))
+        self.by_name[name] = master
         return master
 
     def take_gradients(self) -> None:
         """Give every master its parameter's gradient."""
         for parameter, master in self._pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
+
+    def follow(self) -> None:
+        """Take the parameters' numbers, which somebody else has changed."""
+        with torch.no_grad():
+            for parameter, master in self._pairs:
+                master.copy_(parameter)
 
     def publish(self) -> None:
         """Round the masters' new numbers for the parameters."""

@@ -29,7 +29,7 @@ class Meter:
 
     def gather(self, thing: Any) -> list[Any]:
         """Every process's thing (whatever pickle takes), in the order of ranks, on every rank."""
-        return self._parts.world.gather(thing)
+        return self._parts.mesh.world.gather(thing)
 
     def times(self, num_steps: int) -> Measured:
         """What the last steps took, at most so many, of those that are still known.

@@ -14,6 +14,7 @@ from evenflow.pipe.programs import Programs
 from evenflow.pipe.replicas import SharedBuffers
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
+from evenflow.runtime.joining import Joining
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.narrowing import Narrowing
@@ -58,6 +59,7 @@ class Parts:
     programs: Programs
     splitter: Callable[[Any], Prepared]
     weigher: Weigher
+    joining: Joining  # of metrics
     reduction: str  # how the step's loss is put together, for people
     shared_buffers: SharedBuffers
     buffers: frozenset[str]  # persistent ones, of which this process has the true numbers

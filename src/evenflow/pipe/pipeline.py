@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from evenflow.bill import Bill
 from evenflow.checkpoint.adapters import is_adapted
@@ -26,23 +26,34 @@ from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
+from evenflow.pipe.delivered import Gather, check_gather, delivered, on_host
 from evenflow.pipe.exhausted import Watch
 from evenflow.pipe.fixed import refuse_shared_hooks
+from evenflow.pipe.logs import LogHook, Logs
 from evenflow.pipe.meter import Meter
+from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
-from evenflow.pipe.reading import check_loss, check_trainable, has_metrics, read_loss, read_prediction
+from evenflow.pipe.reading import (
+    check_loss,
+    check_metrics,
+    check_trainable,
+    has_metrics,
+    read_loss,
+    read_prediction,
+)
+from evenflow.pipe.restorable import Restorable
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.times import Marks, Times
 from evenflow.runtime.executor import Executor, Job, Reading, Result
+from evenflow.runtime.joining import join
 from evenflow.runtime.links.link import Manifest
-from evenflow.runtime.microbatch import join
 from evenflow.runtime.recordings import Program
 from evenflow.runtime.rng import generators_restored
 from evenflow.runtime.script import Script, script
 from evenflow.validate import ProvenProgram
 
 
-class Pipeline:
+class Pipeline(Restorable):
     """Trains a model cut into stages; see `evenflow.pipeline` for an example.
 
     `cut` tells what each stage holds, `reduction` how the step's loss is put together from the microbatches',
@@ -58,6 +69,9 @@ class Pipeline:
         self.is_main = parts.mesh.world.is_first
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
+        self._num_updates = 0
+        self._logs = Logs()
+        self._is_swapped = False
         self._accumulated = Accumulated()
         self._updated = False
         self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
@@ -81,7 +95,10 @@ class Pipeline:
         """
         if torch.is_inference_mode_enabled():
             raise ConfigError("step() was called in inference mode, in which nothing can be trained")
+        if self._is_swapped:
+            raise ConfigError("step() was called inside swapped(): the numbers that it trained would be lost")
         marks = Marks(time.perf_counter())
+        self._logs.begin()
         agreed = self._agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
@@ -95,6 +112,8 @@ class Pipeline:
             result, executors = self._run(agreed, program, read_loss, share=share)
             self._step += 1
             self._parts.shared_buffers.spread()
+            self._logs.note(result, agreed.shares)
+            rates = self._logs.rates(self._num_updates + 1, self.optimizers)  # the update changes them
             if update:
                 start = time.perf_counter()
                 result.grad_norm = self._update(executors)
@@ -102,9 +121,13 @@ class Pipeline:
         except Exception:
             self._parts.updater.clear()  # part of a step's gradients is no gradient
             self._accumulated.clear()
+            self._logs.drop()
             raise
         marks.end_seconds = time.perf_counter()
         self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
+        if update:
+            self._num_updates += 1
+            self._logs.updated(self._num_updates, rates)
         return result
 
     def evaluate(self, batch: Any) -> StepResult:
@@ -116,15 +139,50 @@ class Pipeline:
             agreed = self._agree(self._parts.loss, batch, training=False)
             return self._run(agreed, self._parts.programs.evaluation, read_loss)[0]
 
-    def predict(self, batch: Any, function: Program | None = None) -> Any:
+    def evaluate_all(self, loader: Iterable[Any]) -> StepResult:
+        """Loss and metrics of all of a loader's batches in evaluation mode, as if they were one batch.
+
+        The loss is the mean over all rows, or tokens (see `reduction`), and not over batches; metrics are put
+        together over all microbatches as `pipeline(metrics=…)` says. Only the first rank reads, as with
+        `feed`; the result is the same on every rank. Raises `ConfigError` for a loader without a batch.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batches, model = [torch.ones(8, 4), torch.zeros(2, 4)], torch.nn.Linear(4, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 0.25)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batches[0], stages=1)
+        >>> round(float(pipe.evaluate_all(batches).loss), 6)
+        0.8
+        """
+        together, graph = OverBatches(), None
+        with self._evaluating():
+            for batch in self.feed(loader):
+                agreed = self._agree(self._parts.loss, batch, training=False)
+                results = self._ran(agreed, self._parts.programs.evaluation, read_loss)[1]
+                together.add(agreed, results)
+                graph = self._graph(agreed)
+            agreed = together.agreed()
+            assert graph is not None, "there was a batch"
+            return self._result(together.results, agreed, graph, read_loss)
+
+    def predict(self, batch: Any, function: Program | None = None, *, gather: Gather = True) -> Any:
         """What `function(model, microbatch)` returns in evaluation mode, joined over a batch's microbatches.
 
-        By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). The same on
-        every rank. Tensors are concatenated along dim 0.
+        By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). Tensors are
+        concatenated along dim 0. With `gather=True` it comes to every rank; large ones, such as logits,
+        travel less with "main", to the first rank alone, and not at all with False: they stay on the device
+        of the rank that has the last stage. Where it does not come to, None is returned. Every rank calls.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> pipe.predict(batch, gather="main").shape
+        torch.Size([8, 1])
         """
+        check_gather(gather)
         with self._evaluating():
             agreed = self._agree(function or call_model, batch, training=False)
-            return self._run(agreed, self._parts.programs.evaluation, read_prediction)[0].metrics
+            evaluation = self._parts.programs.evaluation
+            return self._run(agreed, evaluation, read_prediction, gather=gather)[0].metrics
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
@@ -150,7 +208,30 @@ class Pipeline:
                 raise PeerError(f"rank 0's loader failed: {state}")
             yield batch
 
+    def log_to(self, hook: LogHook, *, every: int = 1) -> None:
+        """Call `hook(step, numbers)` on the main rank for each `every`th update, which `step` counts.
+
+        Numbers are floats by name: `loss` (of all batches since the last update), `learning_rate` (of the
+        main rank's first stage; `learning_rate/0`, … where groups differ), `rows_per_second` and, where the
+        loss is a mean over them, `tokens_per_second` (since the hook was last called), and `metrics/…`.
+        Every rank may call this. Raises `ConfigError` for a hook that is no function.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> pipe.log_to(lambda step, numbers: print(step, *numbers))
+        >>> _ = pipe.step(batch)
+        1 loss rows_per_second
+        """
+        if self.is_main:
+            self._logs.add(hook, every)
+
     # -- looking inside
+
+    @property
+    def optimizers(self) -> Mapping[int, torch.optim.Optimizer]:
+        """The optimizers of this process, by the stage whose parameters they train."""
+        return self._parts.updater.optimizers
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name, parameter) of this process's stages, under the model's names; shared ones at their owner."""
@@ -332,6 +413,7 @@ class Pipeline:
         graph = recordings.trace(program, microbatch)
         if program is self._parts.loss:
             check_loss(graph)
+            check_metrics(graph, self._parts.joining)
             if training:
                 check_trainable(graph)
                 self._parts.precision.check(graph, ())
@@ -347,16 +429,30 @@ class Pipeline:
         reading: Reading,
         *,
         share: float = 1.0,
+        gather: Gather = True,
     ) -> tuple[StepResult, list[Executor]]:
-        jobs = self._jobs(agreed, share=share)
-        proven = self._proven(agreed, program)
+        executors, results = self._ran(agreed, program, reading, share=share)
+        proven, jobs = executors[0].proven, executors[0].jobs
+        with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
+            return self._result(results, agreed, self._graph(agreed), reading, gather=gather), executors
+
+    def _ran(
+        self,
+        agreed: Agreed,
+        program: Callable[[int, Flow], ProvenProgram],
+        reading: Reading,
+        *,
+        share: float = 1.0,
+    ) -> tuple[list[Executor], list[Result] | None]:
+        jobs, proven = self._jobs(agreed, share=share), self._proven(agreed, program)
         try:
-            executors, results = self._execute(jobs, proven, reading)
+            return self._execute(jobs, proven, reading)
         finally:
             self._parts.updater.data.release()
-        with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
-            graph = self._parts.recordings.entries[agreed.recordings[0]].graph
-            return self._result(results, agreed, graph, reading), executors
+
+    def _graph(self, agreed: Agreed) -> Graph:
+        """The recording of the batch's first microbatch, the same on every rank."""
+        return self._parts.recordings.entries[agreed.recordings[0]].graph
 
     def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
         """This process's microbatches."""
@@ -452,22 +548,23 @@ class Pipeline:
         return next(iter(self._parts.stages.values())).device
 
     def _result(
-        self, results: Sequence[Result] | None, agreed: Agreed, graph: Graph, reading: Reading
+        self,
+        results: Sequence[Result] | None,
+        agreed: Agreed,
+        graph: Graph,
+        reading: Reading,
+        *,
+        gather: Gather = True,
     ) -> StepResult:
         """The outcome on every rank; `results` are there on the last stage's process."""
         world, mesh = self._parts.world, self._parts.mesh
         source = self._parts.programs.placement.rank_of[-1] if world.size > 1 else 0
-        metrics = None
-        if reading is read_prediction or has_metrics(graph):
-            rests = None if results is None else [result.rest for result in results]
-            if mesh.world.size > 1 and rests is not None:  # pickled for the other ranks
-                rests = pytree.tree_map(
-                    lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rests
-                )
-                rests = [rest for each in mesh.data.gather(rests) for rest in each]
-            metrics = world.share(None if rests is None else join(rests, agreed.shares.means), source)
         if reading is read_prediction:
-            return StepResult(None, metrics)
+            found = delivered(world, self._joined(results, agreed, join), source, gather)
+            return StepResult(None, found if gather != "main" or self.is_main else None)
+        metrics = None
+        if has_metrics(graph):
+            metrics = world.share(on_host(self._joined(results, agreed, self._parts.joining)), source)
         ref = graph.output.leaves[0]
         loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
         if mesh.data.size > 1:
@@ -477,16 +574,30 @@ class Pipeline:
         work = world.broadcast(loss, source)
         return StepResult(loss, metrics, None if work is None else work.wait)
 
+    def _joined(
+        self,
+        results: Sequence[Result] | None,
+        agreed: Agreed,
+        joining: Callable[[Sequence[Any], Sequence[float]], Any],
+    ) -> Any:
+        """One tree of what all microbatches returned, on the last stage's processes."""
+        if results is None:
+            return None
+        data, found = self._parts.mesh.data, [(result.number, result.rest) for result in results]
+        if data.size > 1:
+            found = [each for theirs in data.gather(on_host(found)) for each in theirs]
+        return joining([rest for _, rest in sorted(found, key=itemgetter(0))], agreed.shares.means)
+
     def _summed_loss(
         self, results: Sequence[Result] | None, agreed: Agreed, loss: torch.Tensor
     ) -> Callable[[], object]:
         """Begin to collect the microbatches' losses from all data ranks; what is returned fills in `loss`."""
         mesh = self._parts.mesh
-        parts = loss.new_zeros(len(agreed.recordings))
+        parts = loss.new_zeros(len(agreed.shares.losses))
         if results is not None and mesh.tensor.rank == 0:
-            for at, result in zip(mesh.share(len(agreed.recordings)), results, strict=True):
+            for result in results:
                 assert result.loss is not None, "it was read as a loss"
-                parts[at] = result.loss
+                parts[result.number] = result.loss
         work = mesh.world.add_up(parts)
 
         def fill() -> None:

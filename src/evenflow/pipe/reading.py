@@ -8,6 +8,7 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import ConfigError
 from evenflow.graph.graph import Graph
 from evenflow.graph.template import Ref
+from evenflow.runtime.joining import Joining
 
 
 def read_loss(output: Any) -> tuple[torch.Tensor | None, Any]:
@@ -25,10 +26,22 @@ def has_metrics(graph: Graph) -> bool:
     return len(graph.output.leaves) > 1
 
 
+def check_training(graph: Graph, joining: Joining) -> None:
+    """Refuse a loss function that cannot be trained with; raises `ConfigError` saying why."""
+    check_loss(graph)
+    check_trainable(graph)
+    check_metrics(graph, joining)
+
+
+def check_metrics(graph: Graph, joining: Joining) -> None:
+    """Refuse metrics that `joining` does not suit; raises `ConfigError` naming them."""
+    joining.check(read_loss(_returned(graph))[1], lambda leaf: isinstance(leaf, Ref))
+
+
 def check_loss(graph: Graph) -> None:
     """Refuse a loss function whose result is no loss; raises `ConfigError` saying what it returned."""
-    output = pytree.tree_unflatten(list(graph.output.leaves), graph.output.spec)
-    loss: Any = read_loss(output)[0]  # a template's leaf stands where the tensor will
+    output = _returned(graph)
+    loss: Any = read_loss(output)[0]
     if not isinstance(loss, Ref):
         raise ConfigError(
             f"the loss function returned {_named(output)}; "
@@ -53,6 +66,11 @@ def check_trainable(graph: Graph) -> None:
         raise ConfigError(
             "the loss does not depend on any trainable parameter (computed under no_grad, or detached?)"
         )
+
+
+def _returned(graph: Graph) -> Any:  # any tree
+    """What the program returned, with a `Ref` wherever a tensor will stand."""
+    return pytree.tree_unflatten(list(graph.output.leaves), graph.output.spec)
 
 
 def _named(output: Any) -> str:

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.deferred import changed_since
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.recipes import memory_of
 from evenflow.pipe.norm import check_clip_norm
 from evenflow.runtime.links import choose
 from evenflow.runtime.weights import CHOICES
+from evenflow.runtime.world import World
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -21,6 +22,7 @@ def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
 
     Parameters may be without memory where `loading` gives them numbers.
     """
+    refuse_no_module(model)
     for path, module in model.named_modules():
         _refuse_wrapped(f"the model's module {path}" if path else "the model", module)
     if getattr(model, "hf_device_map", None) is not None:
@@ -69,13 +71,42 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
 
 
+def refuse_no_module(model: object) -> None:
+    """Raise `ConfigError` for a model that is no module; several are one `ModuleDict`."""
+    if isinstance(model, torch.nn.Module):
+        return
+    kind = type(model).__name__
+    if isinstance(model, dict | list | tuple):
+        raise ConfigError(
+            f"the model is a {kind}; several models (a student and its teacher) are handed over as one: "
+            'torch.nn.ModuleDict({"student": …, "teacher": …}), and the loss function calls model["student"]'
+        )
+    raise ConfigError(f"the model is a {kind}; it must be a torch.nn.Module")
+
+
 def check_given(seed: object, reduction: object, link: object, clip_norm: object, **functions: Any) -> None:
     """Raise `ConfigError` naming the first of these arguments of `pipeline` that no model could work with."""
     check_whole(seed=seed)
+    if isinstance(functions.get("loss"), dict | list | tuple):
+        raise ConfigError(
+            f"loss= must be a function, not a {type(functions['loss']).__name__}; where losses take turns (a "
+            "GAN's), give one function that looks at a plain value of the batch to know whose turn it is "
+            "(docs/training.md)"
+        )
     check_callable(**functions)
     _check_reduction(reduction)
     _check_link(link)
     check_clip_norm(clip_norm)
+
+
+def refuse_together(world: World, what: str, problem: str | None) -> None:
+    """Raise `ConfigError` where there is a `problem`, and on the other ranks `PeerError`; collective."""
+    told = world.gather(problem)
+    if problem is not None:
+        raise ConfigError(f"{what}: {problem}")
+    for rank, theirs in enumerate(told):
+        if theirs is not None:
+            raise PeerError(f"rank {rank} refused what {what} was given: {theirs}")
 
 
 def check_whole(**arguments: Any) -> None:  # whatever the caller was given

@@ -13,6 +13,7 @@ from evenflow.pipe.rules import UpdateRules
 from evenflow.runtime.data_ranks import DataRanks, OneDataRank
 from evenflow.runtime.parameters import Accumulators, Use
 from evenflow.runtime.tensor_ranks import TensorRanks
+from evenflow.runtime.together import Together, as_one
 from evenflow.runtime.world import SingleProcess, World
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -201,10 +202,13 @@ class Updater:
 
 
 def _checked(made: Any) -> torch.optim.Optimizer:  # whatever the user's function returned
+    made = as_one(made)
     kind = type(made).__name__
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(f"optimizer= returned a {kind}; it must return a torch.optim.Optimizer")
-    if isinstance(made, torch.optim.LBFGS):
+    members = made.members if isinstance(made, Together) else (made,)
+    if any(isinstance(member, torch.optim.LBFGS) for member in members):
+        kind = "LBFGS"
         raise ConfigError(f"optimizer= returned {kind}, which runs the model itself; use one that does not")
     return made
 

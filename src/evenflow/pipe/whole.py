@@ -68,7 +68,7 @@ class PlainLoop:
                 )
             if loss.requires_grad:
                 loss.backward(torch.full_like(loss, weight))
-            results.append(Result(loss.detach(), pytree.tree_map(_copied, without_graph(rest))))
+            results.append(Result(loss.detach(), pytree.tree_map(_copied, without_graph(rest)), number))
         return results
 
     def _entered(self, leaf: Any) -> Any:

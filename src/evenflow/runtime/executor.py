@@ -62,10 +62,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the program returned for one microbatch, on the last stage; the loss without its graph."""
+    """What the program returned for one microbatch, on the last stage; the loss without its graph.
+
+    `number` is the microbatch's place in the whole batch, of all data ranks.
+    """
 
     loss: torch.Tensor | None
     rest: Any  # metrics, or what `predict` computes: any tree
+    number: int
 
 
 # Splits what the program returned into (loss or None, the rest).
@@ -256,7 +260,9 @@ class Executor:
             raise
         if flight.work.section.needs_output:
             loss, rest = self.reading(flight.output)
-            self.results[microbatch] = Result(None if loss is None else loss.detach(), without_graph(rest))
+            self.results[microbatch] = Result(
+                None if loss is None else loss.detach(), without_graph(rest), job.number
+            )
             self._losses[microbatch] = loss
             flight.output = None
 

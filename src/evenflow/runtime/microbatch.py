@@ -1,4 +1,4 @@
-"""Microbatches: splitting a batch, and putting what the microbatches returned together again."""
+"""Microbatches: splitting a batch into them."""
 
 import itertools
 import math
@@ -145,43 +145,3 @@ def place_of_given_count(microbatch: Any) -> int | None:
 
 def _is_given_count(path: pytree.KeyPath) -> bool:
     return len(path) == 1 and isinstance(path[0], pytree.MappingKey) and path[0].key == GIVEN_COUNT
-
-
-def join(trees: Sequence[Any], parts: Sequence[float]) -> Any:
-    """One tree out of those that the microbatches returned; a single one comes back as it is.
-
-    Leaf by leaf: tensors with dimensions are concatenated along dim 0, real scalars averaged with the loss's
-    weights (one that weighs nothing is left out: a mean of nothing is no number), whole numbers added up,
-    equal values kept, and anything else listed.
-    """
-    if len(trees) == 1:
-        return trees[0]
-    flat = [pytree.tree_flatten(tree) for tree in trees]
-    spec = flat[0][1]
-    if any(other != spec for _, other in flat):
-        return list(trees)
-    return pytree.tree_unflatten(
-        [_join_leaf(leaves, parts) for leaves in zip(*(f for f, _ in flat), strict=True)], spec
-    )
-
-
-def _join_leaf(leaves: Sequence[Any], parts: Sequence[float]) -> Any:
-    first = leaves[0]
-    if isinstance(first, torch.Tensor):
-        if first.dim() > 0:
-            return torch.cat(list(leaves))
-        if first.is_floating_point() or first.is_complex():
-            return weighted_sum(leaves, parts)
-        return (
-            torch.stack(list(leaves)).any() if first.dtype == torch.bool else torch.stack(list(leaves)).sum()
-        )
-    if isinstance(first, float):
-        return weighted_sum(leaves, parts)
-    if isinstance(first, int) and not isinstance(first, bool):
-        return sum(leaves)
-    return first if all(leaf == first for leaf in leaves) else list(leaves)
-
-
-def weighted_sum(numbers: Sequence[Any], weights: Sequence[float]) -> Any:  # tensors, or plain numbers
-    """The sum of weighted numbers, in order, without those that weigh nothing."""
-    return sum(number * weight for number, weight in zip(numbers, weights, strict=True) if weight)

@@ -48,7 +48,8 @@ class Weight:
 class Shares:
     """The microbatches' factors in the step's loss; in `means` they add up to 1, for metrics.
 
-    `size` is what the batch counts for among accumulated ones, in `unit`. `differs` says why the step's loss
+    `size` is what the batch counts for among accumulated ones, in `unit`, and `num_rows` are its rows, or
+    microbatches where those are unknown. `differs` says why the step's loss
     is not the unsplit one, where it is not.
     """
 
@@ -57,6 +58,7 @@ class Shares:
     size: float
     unit: Unit
     differs: str | None = None
+    num_rows: int = 1
 
 
 def shares_of(weights: Sequence[Weight]) -> Shares:
@@ -77,15 +79,16 @@ def shares_of(weights: Sequence[Weight]) -> Shares:
             "items",
             "the loss function reduces this step's microbatches in different ways "
             f"({' and '.join(sorted(units))}): they are weighted by rows",
+            num_rows=num_rows,
         )
     if unit == "sums":
-        return Shares((1.0,) * len(weights), by_rows, 1, unit)
+        return Shares((1.0,) * len(weights), by_rows, 1, unit, num_rows=num_rows)
     terms = list(zip(*(weight.amounts for weight in weights), strict=True))
     found = _shares(terms[0])
     if all(term == terms[0] for term in terms):
-        return Shares(found, found, sum(terms[0]), unit)
+        return Shares(found, found, sum(terms[0]), unit, num_rows=num_rows)
     same = all(math.isclose(*pair) for t in terms for pair in zip(_shares(t), by_rows, strict=True))
-    return Shares(by_rows, by_rows, num_rows, "items", None if same else _TWO_MEANS)
+    return Shares(by_rows, by_rows, num_rows, "items", None if same else _TWO_MEANS, num_rows)
 
 
 def _shares(amounts: Sequence[float | None]) -> tuple[float, ...]:

@@ -1,0 +1,148 @@
+"""Logging hooks: each is told a step's numbers, on the main rank alone.
+
+The whole protocol is one call, `hook(step, numbers)`; `evenflow.interop.loggers` has those for TensorBoard
+and Weights & Biases. Reading a loss waits for the device, so that nothing is read for a step that no hook
+wants to hear of.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils import _pytree as pytree
+
+from evenflow.errors import ConfigError
+from evenflow.pipe.refuse import check_callable, check_whole
+from evenflow.pipe.result import StepResult
+from evenflow.runtime.weights import Shares
+
+# Called with the number of updates so far and the numbers by name.
+LogHook: TypeAlias = Callable[[int, Mapping[str, float]], None]
+
+
+class Logs:
+    """The hooks of a pipeline, and what they have not been told yet."""
+
+    def __init__(self) -> None:
+        self._hooks: list[_Told] = []
+        self._batches: list[tuple[StepResult, Shares]] = []  # since the last update
+
+    def add(self, hook: LogHook, every: int) -> None:
+        """Tell `hook` of every so many updates; raises `ConfigError` for what cannot be called."""
+        check_callable(needed=True, hook=hook)
+        check_whole(every=every)
+        if every < 1:
+            raise ConfigError(f"every={every} must be at least 1")
+        self._hooks.append(_Told(hook, every))
+
+    def begin(self) -> None:
+        """A step begins: the first one starts the clocks."""
+        for told in self._hooks:
+            told.start()
+
+    def note(self, result: StepResult, shares: Shares) -> None:
+        """A batch went through."""
+        if self._hooks:
+            self._batches.append((result, shares))
+        for told in self._hooks:
+            told.count(shares)
+
+    def rates(self, number: int, optimizers: Mapping[int, torch.optim.Optimizer]) -> dict[str, float]:
+        """The learning rates of the `number`th update; none where no hook is to hear of it."""
+        return rates_of(optimizers.values()) if self._due(number) else {}
+
+    def updated(self, number: int, rates: Mapping[str, float]) -> None:
+        """The batches noted so far made the `number`th update, with these learning rates."""
+        due = self._due(number)
+        if due:
+            numbers = {**_of_batches(self._batches), **rates}
+            for told in due:
+                told.tell(number, numbers)
+        self._batches.clear()
+
+    def _due(self, number: int) -> list["_Told"]:
+        return [told for told in self._hooks if number % told.every == 0]
+
+    def drop(self) -> None:
+        """The batches since the last update are given up."""
+        self._batches.clear()
+
+
+class _Told:
+    """One hook, and how much went through since it was last told."""
+
+    def __init__(self, hook: LogHook, every: int) -> None:
+        self.every = every
+        self._hook = hook
+        self._since: float | None = None
+        self._amounts: dict[str, float] = {}
+
+    def start(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def count(self, shares: Shares) -> None:
+        amounts = {"rows": float(shares.num_rows)}
+        if shares.unit == "tokens":
+            amounts["tokens"] = shares.size
+        for name, amount in amounts.items():
+            self._amounts[name] = self._amounts.get(name, 0.0) + amount
+
+    def tell(self, number: int, numbers: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        seconds = now - (self._since if self._since is not None else now)
+        speeds = {f"{name}_per_second": amount / seconds for name, amount in self._amounts.items() if seconds}
+        self._since = now
+        self._amounts.clear()
+        self._hook(number, {**numbers, **speeds})
+
+
+def rates_of(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
+    """The learning rates of the first optimizer: one number, or one for each group where they differ.
+
+    >>> one, two = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    >>> rates_of([torch.optim.SGD([{"params": [one]}, {"params": [two], "lr": 0.5}], lr=0.25)])
+    {'learning_rate/0': 0.25, 'learning_rate/1': 0.5}
+    """
+    first = next(iter(optimizers), None)
+    if first is None:
+        return {}
+    rates = [float(group["lr"]) for group in first.param_groups if group["params"] and "lr" in group]
+    if len(set(rates)) == 1:
+        return {"learning_rate": rates[0]}
+    return {f"learning_rate/{at}": rate for at, rate in enumerate(rates)}
+
+
+def _of_batches(batches: list[tuple[StepResult, Shares]]) -> dict[str, float]:
+    """The loss of these batches together, and the last one's metrics that are one number each."""
+    losses = [float(result.loss) for result, _ in batches]
+    sizes = [shares.size for _, shares in batches]
+    if batches[0][1].unit == "sums":
+        loss = sum(losses)
+    else:
+        total = sum(sizes) or 1.0
+        loss = sum(part * size / total for part, size in zip(losses, sizes, strict=True) if size)
+    last = batches[-1][0]
+    norm = {} if last.grad_norm is None else {"grad_norm": float(last.grad_norm)}
+    return {"loss": loss, **norm, **_flat(last.metrics)}
+
+
+def _flat(metrics: Any) -> dict[str, float]:  # any tree
+    """The single numbers of a tree: `metrics/head/accuracy` for `{"head": {"accuracy": …}}`."""
+    if metrics is None:
+        return {}
+    return {
+        "/".join(["metrics", *(str(_step(key)) for key in path)]): float(leaf)
+        for path, leaf in pytree.tree_flatten_with_path(metrics)[0]
+        if isinstance(leaf, int | float)
+        or (isinstance(leaf, torch.Tensor) and leaf.dim() == 0 and not leaf.is_complex())
+    }
+
+
+def _step(key: Any) -> Any:  # torch gives each kind of path its own class
+    match key:
+        case pytree.MappingKey(name) | pytree.SequenceKey(name) | pytree.GetAttrKey(name):
+            return name
+        case _:
+            return key
