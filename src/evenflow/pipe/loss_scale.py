@@ -23,6 +23,10 @@ class LossScale:
     factor: float = 65536.0
     num_good: int = 0
 
+    def go_on(self, factor: float, num_good: int) -> None:
+        """Go on where another one was."""
+        self.factor, self.num_good = factor, num_good
+
     def update(self, *, overflowed: bool) -> None:
         """Learn how a step went."""
         if overflowed:

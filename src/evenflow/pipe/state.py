@@ -5,6 +5,7 @@ states go by the parameter's name, because stages are a matter of the cut.
 """
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,14 @@ def state_of(
     """What this process knows of the run. `tensors`: its parameters and buffers."""
     _refuse_parted(updater, "state_dict()")
     masters = {} if updater.rules.masters is None else updater.rules.masters.by_name
+    scale = updater.rules.loss_scale
     named = {id(parameter): name for name, parameter in [*updater.parameters, *masters.items()]}
     return {
         "step": step,
         "num_updates": num_updates,
         "model": {name: tensor.detach() for name, tensor in tensors.items()},
         "masters": {name: master.detach() for name, master in masters.items()},
+        "loss_scale": {} if scale is None else dataclasses.asdict(scale),
         "optimizer": {
             named[id(parameter)]: dict(state)
             for optimizer in updater.optimizers.values()
@@ -92,6 +95,8 @@ def put_back(
                 if optimizer and name in state["masters"]:
                     master.copy_(state["masters"][name])
     if optimizer:
+        if updater.rules.loss_scale is not None and state["loss_scale"]:
+            updater.rules.loss_scale.go_on(**state["loss_scale"])
         held = [*own.items(), *(masters.by_name.items() if masters is not None else ())]
         names = {id(parameter): name for name, parameter in held}
         settings = {name: settings for named, settings in state["groups"] for name in named}
