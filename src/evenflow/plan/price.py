@@ -105,7 +105,7 @@ def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fi
         fit.stages,
         fit.memory,
         fit.load_seconds,
-        idle=tuple(1 - each / makespan for each in work),
+        idle=tuple(max(0.0, 1 - each / makespan) for each in work),
         pipeline_seconds=makespan,
         reduce_seconds=fit.shared_seconds + _reduce_seconds(request, choice.degrees, schedule, fit.stages),
         update_seconds=request.overheads.step_seconds + _update_seconds(request, schedule, fit),
