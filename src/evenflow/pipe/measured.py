@@ -4,7 +4,6 @@ All ranks of a run measure at the same time, because they share what a host has 
 so meet the conditions of the run itself.
 """
 
-import socket
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_t
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
+from evenflow.runtime.hosts import this_host
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.narrowing import Narrowing
@@ -86,8 +86,8 @@ def measured_request(
     rows = rows_of(run.example) or 1
     given = run.levers.microbatch_size
     sizes = (given,) if given is not None else _sizes(rows, world.size)
-    names: list[str] = world.gather(socket.gethostname())
-    mine = local_device(device, device_name(device), num_sharing=names.count(names[world.rank]))
+    hosts: list[str] = world.gather(this_host())
+    mine = local_device(device, device_name(device), num_sharing=hosts.count(hosts[world.rank]))
     measured = {size: _profiled(run, world, device, size, share, cache, tell) for size in sizes}
     room_bytes = mine.memory_bytes * _ROOM
     chains = _rehearsed(measured, world, room_bytes, Cache(cache, Place.of(device)), tell)
@@ -106,7 +106,7 @@ def measured_request(
     return Request(
         chains.__getitem__,
         sizes,
-        _cluster(world, names, mine, links),
+        _cluster(world, hosts, mine, links),
         batch_rows=rows,
         row_tokens=row_tokens(run.example),
         max_leaf_share=share,
@@ -278,20 +278,20 @@ def _overheads(link: Link, links: Sequence[Probed], op_seconds: float) -> Overhe
 
 
 def _cluster(
-    world: World, names: Sequence[str], mine: Device, links: Mapping[tuple[int, int], Probed]
+    world: World, host_of: Sequence[str], mine: Device, links: Mapping[tuple[int, int], Probed]
 ) -> Cluster:
     """The ranks' devices, and the links between neighbours; others are as those of the same sort.
 
-    `names` are those of the ranks' hosts.
+    `host_of` says which ranks share a host.
     """
     devices: list[Device] = world.gather(mine)
     kinds = {each.name: each for each in reversed(devices)}
     ranks = range(world.size)
     known = {pair: each.link for (a, b), each in links.items() for pair in ((a, b), (b, a))}
-    inside = [link for (a, b), link in known.items() if names[a] == names[b]]
-    outside = [link for (a, b), link in known.items() if names[a] != names[b]]
+    inside = [link for (a, b), link in known.items() if host_of[a] == host_of[b]]
+    outside = [link for (a, b), link in known.items() if host_of[a] != host_of[b]]
     hosts = []
-    for _, group in groupby(ranks, key=lambda rank: names[rank]):
+    for _, group in groupby(ranks, key=lambda rank: host_of[rank]):
         own = tuple(replace(kinds[devices[r].name], memory_bytes=devices[r].memory_bytes) for r in group)
         hosts.append(Host(own, _slowest(inside)))
     return Cluster(tuple(hosts), _slowest(outside), known)
