@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from evenflow.errors import ConfigError, EvenflowError, PeerError
+from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
@@ -22,8 +23,9 @@ from evenflow.validate import ProvenProgram, prove
 class Programs:
     """The proven programs of one pipeline, made when they are first asked for.
 
-    `example` is the schedule of the first batch, which decides where the stages live; the builder compares it
-    between ranks. Raises `ConfigError` for a function that fails or returns no schedule of these sizes.
+    `example` is the schedule of the first batch, which decides where the stages live; by `costs`, where they
+    are known, transfers are placed. The builder compares both between ranks. Raises `ConfigError` for a
+    function that fails or returns no schedule of these sizes.
 
     >>> from evenflow.runtime.world import SingleProcess
     >>> from evenflow.schedules.gpipe import gpipe
@@ -42,8 +44,9 @@ class Programs:
         num_ranks: int,
         stages_per_rank: int,
         num_microbatches: int,
+        costs: Costs | None = None,
     ) -> None:
-        self._world, self._method = world, method
+        self._world, self._method, self.costs = world, method, costs
         self._num_ranks, self._stages_per_rank = num_ranks, stages_per_rank
         self._proven: dict[tuple[bool, int, Flow], ProvenProgram] = {}
         self.example = self._made(num_microbatches)
@@ -62,14 +65,15 @@ class Programs:
         """
         key = (True, num_microbatches, flow)
         if key not in self._proven:
-            self._proven[key] = prove(lower(self._agreed(num_microbatches), flow))
+            self._proven[key] = prove(lower(self._agreed(num_microbatches), flow, self.costs))
         return self._proven[key]
 
     def evaluation(self, num_microbatches: int, flow: Flow) -> ProvenProgram:
         """Return the program of forwards alone."""
         key = (False, num_microbatches, flow)
         if key not in self._proven:
-            self._proven[key] = prove(lower(forward_only_on(self.placement, num_microbatches), flow))
+            forwards = forward_only_on(self.placement, num_microbatches)
+            self._proven[key] = prove(lower(forwards, flow, self.costs))
         return self._proven[key]
 
     def _agreed(self, num_microbatches: int) -> Schedule:
