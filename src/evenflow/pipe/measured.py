@@ -5,6 +5,7 @@ so meet the conditions of the run itself.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,8 +41,10 @@ from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
 
 _NUM_SIZES = 6  # of a microbatch, that are tried
-# Agreeing on the batch and the result: 1 to 3 ms on two CPU cores of one host (measured 2026-11-23).
+# Agreeing on the batch and the result: 1 to 3 ms on two CPU cores of one host (measured 2026-11-23). Between
+# hosts it is measured.
 _STEP_SECONDS = 2e-3
+_STEPS = 9
 _SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
 _BUDGET_SECONDS = 0.05  # to measure each distinct node
 _ROUNDS, _PASSES = 4, 2  # of rehearsals
@@ -113,7 +116,9 @@ def measured_request(
         state=costs[0][1].state,
         dtype=str(next(run.model.parameters()).dtype).removeprefix("torch."),
         levers=run.levers,
-        overheads=_overheads(link, list(links.values()), op_seconds),
+        overheads=_overheads(
+            link, list(links.values()), op_seconds, step_seconds=_agreeing_seconds(world, hosts)
+        ),
         update_seconds_per_byte={kind: cost.seconds_per_byte for kind, cost in costs},
     )
 
@@ -263,7 +268,23 @@ def _mean(found: Sequence[Seconds]) -> Seconds:
     return Seconds(over("forward"), over("input_grad"), over("weight_grad"))
 
 
-def _overheads(link: Link, links: Sequence[Probed], op_seconds: float) -> Overheads:
+def _agreeing_seconds(world: World, host_of: Sequence[str]) -> float:
+    """What comparing batches, and hearing of the loss, takes of a step."""
+    if len(set(host_of)) == 1:
+        return _STEP_SECONDS
+    took = []
+    for _ in range(_STEPS):
+        start = time.perf_counter()
+        world.gather_numbers([0] * 4)
+        heard = world.broadcast(torch.zeros((), device=world.device), world.size - 1)
+        if heard is not None:
+            heard.wait()
+        took.append(time.perf_counter() - start)
+    slowest: float = max(world.gather(statistics.median(took)))
+    return _STEP_SECONDS + slowest
+
+
+def _overheads(link: Link, links: Sequence[Probed], op_seconds: float, *, step_seconds: float) -> Overheads:
     def median(numbers: list[float]) -> float:
         return statistics.median(numbers) if numbers else 0.0
 
@@ -271,7 +292,7 @@ def _overheads(link: Link, links: Sequence[Probed], op_seconds: float) -> Overhe
         op_seconds,
         median([each.parcel_seconds for each in links]),
         median([each.seconds_per_byte for each in links]),
-        _STEP_SECONDS,
+        step_seconds,
         receives_ahead=link.receives_ahead,
         sends_ahead=link.sends_ahead,
     )

@@ -146,10 +146,15 @@ class ProcessGroupWorld(World):
             with reported(self.rank, "comparing batches with all ranks"):
                 return self.roll_call.gather(numbers)
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        all_numbers = [torch.empty_like(mine) for _ in range(self.size)]
+        table = mine.new_empty(self.size, len(numbers))
         with reported(self.rank, "comparing batches with all ranks"):
-            dist.all_gather(all_numbers, mine)
-        return [list(map(int, row.tolist())) for row in all_numbers]
+            if backend_of(self.device) == "gloo":
+                # Each tells each at once. Gloo's all_gather goes around a ring: 14 ms in place of 5 for four
+                # ranks on two hosts that are 2 ms apart (measured 2026-11-23).
+                dist.all_to_all_single(table, mine.expand_as(table).contiguous())
+            else:
+                dist.all_gather(list(table), mine)
+        return [list(map(int, row)) for row in table.tolist()]
 
     def send(self, tensor: torch.Tensor, target: int) -> None:
         with reported(self.rank, f"sending to rank {target}"):
