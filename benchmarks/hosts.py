@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ import emulated
 import namespaces
 import torch
 import workloads
+from quiet import Quiet
 
 import evenflow
 from evenflow.cluster.cluster import Cluster, Host
@@ -101,29 +102,32 @@ class Way:
 def when_needed_seconds(schedule: Schedule, flow: Flow, costs: Costs) -> float:
     """What `simulate` says, where a transfer begins when its value is there and its receiver asks for it.
 
-    The sender learns one latency later that it is asked.
+    The sender learns one latency later that it is asked, or later: the word waits behind a parcel that goes
+    the same way.
     """
     rank_of = schedule.placement.rank_of
     ends: dict[Result, float] = {}
     free = [0.0] * len(schedule.ranks)
-    lines: dict[tuple[int, int], float] = {}  # when each is free
+    busy: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)  # lines: from, until
     queues = [deque(queue) for queue in schedule.ranks]
     while any(queues):
-        for rank, queue in enumerate(queues):
-            while queue and all(each in ends for each in dependencies(queue[0], flow)):
-                op = queue.popleft()
-                assert isinstance(op, SimpleOp), "1F1B overlaps nothing"
-                start = free[rank]
-                for each in dependencies(op, flow):
-                    line = rank_of[each.stage], rank
-                    if line[0] == rank:
-                        continue
-                    link, size = costs.link_between(*line), costs.sent_bytes[each.stage, op.stage]
-                    begins = max(ends[each], free[rank] + link.latency_seconds, lines.get(line, 0.0))
-                    lines[line] = begins + link.occupied_seconds(size)
-                    start = max(start, begins + link.transfer_seconds(size))
-                free[rank] = start + costs.seconds(op)
-                ends.update(dict.fromkeys(results(op), free[rank]))
+        able = (r for r, q in enumerate(queues) if q and all(n in ends for n in dependencies(q[0], flow)))
+        rank = min(able, key=free.__getitem__)  # so that words and parcels come in the order of time
+        op = queues[rank].popleft()
+        assert isinstance(op, SimpleOp), "1F1B overlaps nothing"
+        start = free[rank]
+        for each in dependencies(op, flow):
+            line = rank_of[each.stage], rank
+            if line[0] == rank:
+                continue
+            link, size = costs.link_between(*line), costs.sent_bytes[each.stage, op.stage]
+            asks = max([free[rank], *(end for begin, end in busy[line[::-1]] if begin <= free[rank])])
+            last = busy[line][-1][1] if busy[line] else 0.0
+            begins = max(ends[each], asks + link.latency_seconds, last)
+            busy[line].append((begins, begins + link.occupied_seconds(size)))
+            start = max(start, begins + link.transfer_seconds(size))
+        free[rank] = start + costs.seconds(op)
+        ends.update(dict.fromkeys(results(op), free[rank]))
     return max(free)
 
 
@@ -238,7 +242,10 @@ def on_rank(rounds: int) -> None:
         atomic=(emulated.Stage,),
         levers=Levers(pipeline=RANKS, microbatch_size=1).pipeline_only(),
     )
-    request = as_emulated(measured_request(run, world, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    quiet = Quiet(world)  # what is measured only once must not be measured while others compute
+    measured = quiet.during(lambda often: measured_request(run, world, cpu, progress=often))
+    request = as_emulated(measured)
     ways = ways_of(request, work, world)
     taken_in_turn(ways, work, world, rounds)
     if world.rank == 0:
