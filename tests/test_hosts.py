@@ -18,7 +18,11 @@ BYTES_PER_SECOND, DELAY_SECONDS = 1e9 / 8, 2e-3
 SCRIPT = str(Path(__file__).with_name("train_on_hosts.py"))
 SOURCES = str(Path(__file__).parents[1] / "src")
 
-pytestmark = pytest.mark.skipif(namespaces.why_not() is not None, reason=str(namespaces.why_not()))
+
+@pytest.fixture(autouse=True, scope="module")
+def _where_they_can_be_made():
+    if (reason := namespaces.why_not()) is not None:
+        pytest.skip(reason)
 
 
 def torchrun_on(hosts, meeting, ranks_on_each, *command):
