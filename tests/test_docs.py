@@ -1,9 +1,16 @@
-"""The documentation: every file that a page links to is there."""
+"""The documentation: every file that a page links to is there, and what is to be typed can be read."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
+from torch.distributed.run import get_args_parser
+
+from evenflow.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,3 +43,40 @@ def test_the_map_of_the_design_names_every_file():
         if path.stem not in named.get("" if path.parent == source else path.parent.name, set())
     ]
     assert not missing
+
+
+LAUNCHING = (ROOT / "docs" / "launching.md").read_text()
+
+
+def blocks(kind):
+    """What stands in the page's blocks of a kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", LAUNCHING, re.DOTALL)
+
+
+def torchruns():
+    """Each torchrun that the page names, as the words after it; what the shell fills in is a 2."""
+    job = next(each for each in yaml.safe_load_all(blocks("yaml")[0]) if each["kind"] == "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    text = "\n".join([*blocks("sh"), *blocks("bash"), *container["args"]]).replace("\\\n", " ")
+    lines = (line.partition(" #")[0].strip() for line in text.splitlines())
+    found = [line.removeprefix("exec ") for line in lines if line.startswith(("torchrun", "exec torchrun"))]
+    assert len(found) == 7
+    return [shlex.split(re.sub(r"\$\w+", "2", line))[1:] for line in found]
+
+
+@pytest.mark.parametrize("script", [*blocks("sh"), *blocks("bash")])
+def test_a_shell_reads_what_is_to_be_typed(script):
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
+
+
+@pytest.mark.parametrize("words", torchruns(), ids=" ".join)
+def test_torchrun_and_evenflow_know_the_flags(words):
+    given = get_args_parser().parse_args(words)
+    assert given.nproc_per_node in ("2", "8")
+    assert given.standalone or (given.master_addr and given.nnodes == "2")
+    if given.module:
+        assert given.training_script == "evenflow"
+        command, *arguments = given.training_script_args
+        typer.main.get_command(app).commands[command].make_context(command, arguments)
+    else:
+        assert given.training_script == "train.py"

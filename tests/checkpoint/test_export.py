@@ -12,9 +12,10 @@ from torch import nn
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import evenflow
+from evenflow.checkpoint import whole as whole_folders
 from evenflow.checkpoint.whole import appearing
 from evenflow.errors import ConfigError
-from evenflow.runtime.world import SingleProcess
+from evenflow.runtime.world import ProcessGroupWorld, SingleProcess
 from folders import (
     assert_loads_as,
     assert_same_numbers,
@@ -243,6 +244,21 @@ def export_what_lies_on_both(folder: Path) -> str:
     return "exported"
 
 
+def write_where_only_one_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As on two hosts whose disks are their own."""
+    monkeypatch.setattr(whole_folders, "_SEEN_SECONDS", 0.1)
+    world = ProcessGroupWorld(torch.device("cpu"))
+    own = folder / f"disk{world.rank}"
+    with appearing(own / "alone", world, all_write=False) as partial:
+        if world.rank == 0:
+            (partial / "file").touch()
+    try:
+        with appearing(own / "all", world):
+            return "written"
+    except ConfigError as error:
+        return str(error).replace(str(own), "DISK")
+
+
 def load_train_and_export(folder: Path):
     """On each of two ranks: what it read, what it predicts, and its parameters after a step."""
     dist.init_process_group("gloo")
@@ -257,6 +273,8 @@ def load_train_and_export(folder: Path):
         pipe.export(folder)
     except ConfigError as error:
         refusal = str(error)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        apart = write_where_only_one_looks(folder, monkeypatch)
     return {
         "read": noted,
         "logits": logits,
@@ -264,6 +282,7 @@ def load_train_and_export(folder: Path):
         "meta": [name for name, p in model.named_parameters() if p.is_meta],
         "refusal": refusal,
         "on both": export_what_lies_on_both(folder),
+        "apart": apart,
     }
 
 
@@ -310,3 +329,8 @@ def test_two_ranks_read_their_own_tensors_and_write_their_own_files(tmp_path):
         "on several ranks (fused); cut between whole layers (split=)"
     )
     assert not (tmp_path / "stored").exists()
+
+    assert first["apart"] == second["apart"]
+    assert first["apart"].startswith("DISK/all is not one folder for all ranks: what rank 0 writes there")
+    assert files(tmp_path / "disk0") == {"alone"}
+    assert files(tmp_path / "disk0" / "alone") == {"file"}

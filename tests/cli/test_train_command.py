@@ -11,6 +11,7 @@ from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, TextDat
 from evenflow.cli.main import main
 from evenflow.cli.train import Flags, make_job
 from evenflow.errors import PeerError
+from evenflow.launcher import RankEnvironment
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "examples" / "train_gpt.toml")
@@ -302,6 +303,11 @@ def test_more_stages_than_gpus_are_refused(capsys, started, with_two_gpus):
         "3 stages on CUDA, 1 on each device, need 3 devices, and this machine has 2: lower --stages" in error
     )
     assert started == []
+
+
+def test_on_several_hosts_there_may_be_more_ranks_than_gpus_here(with_two_gpus, monkeypatch):
+    monkeypatch.setattr(train_module, "rank_environment", lambda: RankEnvironment(3, 1, 4))
+    assert make_job(Flags(source=CONFIG)).num_ranks == 4
 
 
 def test_an_empty_file_is_refused(capsys, started, in_an_empty_folder):

@@ -1,6 +1,5 @@
 """The bill of a step that was run: it adds up to what a watch says."""
 
-import socket
 import time
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.launcher import rank_environment
+from evenflow.pipe import clock_offsets
 from evenflow.pipe.clock_offsets import clock_offset
 from unsplit import mean_square, regression
 
@@ -101,12 +101,12 @@ def test_a_step_that_failed_has_no_bill():
 
 
 def on_hosts_whose_clocks_differ():
-    """The second rank calls its host by another name, and its clock is ahead."""
+    """The second rank is on another host, and its clock is ahead."""
     rank = rank_environment().rank
     ahead, real, name = 1000.0 * rank, time.perf_counter, f"host{rank}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: real() + ahead)
-        patch.setattr(socket, "gethostname", lambda: name)
+        patch.setattr(clock_offsets, "this_host", lambda: name)
         pipe = evenflow.pipeline(
             slow(), loss=mean_square, example=regression(), optimizer=sgd, stages=2, num_microbatches=4
         )

@@ -10,10 +10,13 @@ import evenflow
 from evenflow.cluster.short import parse_cluster
 from evenflow.cost.estimate import estimate
 from evenflow.errors import ConfigError
+from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
+from evenflow.lower import lower
 from evenflow.pipe import choices
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
+from evenflow.plan.known_costs import known_costs
 from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers, Request
@@ -81,6 +84,21 @@ def test_an_order_of_the_plan_s_own_runs_for_any_number_of_microbatches():
         pipe.close()
     assert losses[0] == losses[1]
     assert [",".join(str(span.op) for span in measured.compute_on(rank)) for rank in (0, 1)] == [*order]
+
+
+def test_transfers_stand_where_the_plan_s_links_want_them():
+    made = planned(dataclasses.replace(TWO_RANKS, schedule="1f1b"))
+    far = tuple(dataclasses.replace(link, latency_seconds=1.0) for link in made.links)
+    assert {(link.source, link.target) for link in far} == {(0, 1), (1, 0)}
+    programs = []
+    for given in (dataclasses.replace(made, links=()), dataclasses.replace(made, links=far)):
+        pipe = make(plan=given)
+        own, flow = pipe._parts.programs, Flow.chain(2)
+        program = own.training(4, flow).program
+        assert program == lower(own.example, flow, known_costs(given))
+        programs.append(program.ranks)
+        pipe.close()
+    assert programs[0] != programs[1]
 
 
 def test_the_cut_is_the_plan_s():

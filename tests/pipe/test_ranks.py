@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from torch import nn
 
 import evenflow
 from evenflow.errors import ConfigError, PeerError
+from evenflow.plan.plan import PlannedLink
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.stage import Stage
 from evenflow.schedules.gpipe import gpipe
 from evenflow.schedules.one_f_one_b import one_f_one_b
+from small_runs import PLAN
 from unsplit import load_checkpoint, mean_square, mlp, plain_step, regression, sgd
 
 # -- what two ranks do, all in one pair of processes: each function returns what the tests look at
@@ -110,6 +113,14 @@ def schedules_that_differ_later(folder):
     pipe = make(schedule=own, num_microbatches=None, microbatch_size=4)
     errors = [error_of(lambda size=size: pipe.step(regression(size))) for size in (12, 16)]
     return errors, float(pipe.step(regression()).loss)
+
+
+def plans_that_differ_in_what_links_cost(folder):
+    """The cuts and the order are the same, and only where transfers stand could differ."""
+    links = (PlannedLink(0, 1, 1e-3 if is_first() else 2e-3, 0.0),)
+    stages = tuple(replace(stage, first=first) for stage, first in zip(PLAN.stages, "04", strict=True))
+    plan = replace(PLAN, stages=stages, links=links, max_leaf_share=0.0)
+    return error_of(lambda: make(plan=plan, num_microbatches=None))
 
 
 def fed(folder):
@@ -305,6 +316,7 @@ SCENARIOS = [
     a_batch_only_elsewhere,
     a_refused_batch,
     schedules_that_differ_later,
+    plans_that_differ_in_what_links_cost,
     fed,
     fed_from_a_failing_loader,
     fed_with_branches,
@@ -392,6 +404,13 @@ def test_a_refused_batch(found):
     assert own == ("ConfigError", text)
     assert theirs == ("PeerError", f"rank 1 refused its batch: {text}")
     assert first == second == plain_loss(regression())
+
+
+def test_plans_that_differ_in_what_links_cost(found):
+    for kind, text in found:
+        assert kind == "ConfigError"
+        assert text.startswith("ranks 0 and 1 recorded different programs")
+        assert text.endswith("name the same schedule, or the same plan, on every rank")
 
 
 def test_schedules_that_differ_later(found):

@@ -1,4 +1,4 @@
-"""Layers, and activations of a layer, that are more than a device holds: planned, and trained under the cap."""
+"""Layers, and activations of layers, that no device holds: planned, and trained under the cap."""
 
 from pathlib import Path
 

@@ -360,7 +360,7 @@ def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         if rank == elsewhere:
-            patch.setattr(neighbours, "_host", lambda: "elsewhere")
+            patch.setattr(neighbours, "this_host", lambda: "elsewhere")
         if rank == lacking:
             patch.setattr(os, "memfd_create", refuse)
         link = link_for(ProcessGroupWorld(CPU), CPU, Placement((0, 1, 2, 0)))
@@ -395,7 +395,7 @@ def chosen(choice: str, elsewhere: int | None) -> tuple[str, str]:
     noted = []
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == elsewhere:
-            patch.setattr(neighbours, "_host", lambda: "elsewhere")
+            patch.setattr(neighbours, "this_host", lambda: "elsewhere")
         patch.setattr(choose._LOG, "info", lambda text, *args: noted.append(text % args))
         try:
             found = type(link_for(ProcessGroupWorld(CPU), CPU, Placement.linear(2), choice)).__name__

@@ -110,7 +110,7 @@ def export_adapter(
     base = loaded
     if loaded is not None and adapters.is_adapter_folder(loaded):
         base = adapters.base_folder(loaded)
-    with appearing(folder, world) as partial:
+    with appearing(folder, world, all_write=False) as partial:
         if world.rank == 0:
             adapters.save_adapter(model, gathered, partial, base=base)
 

@@ -1,27 +1,32 @@
 """A folder that is written under another name and appears when it is whole."""
 
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evenflow.errors import PeerError
+from evenflow.errors import ConfigError, PeerError
 from evenflow.runtime.world import World
+
+_SEEN_SECONDS = 10.0  # by then a network's file system shows on one host what another has made
 
 
 @contextmanager
-def appearing(folder: Path, world: World) -> Iterator[Path]:
+def appearing(folder: Path, world: World, *, all_write: bool = True) -> Iterator[Path]:
     """Yield an empty folder for every rank to write into, which then takes the place of `folder`; collective.
 
     Where a rank fails, nothing appears: it raises its own error, and the others `PeerError`. There must be no
-    collective call in between that a failing rank would leave out.
+    collective call in between that a failing rank would leave out. Raises `ConfigError` where it is another
+    folder for some ranks than for the first, unless that writes alone.
     """
     folder = folder.resolve()  # what a link points to is replaced, and not the link
     partial = folder.with_name(folder.name + ".partial")
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    world.gather(None)  # nobody writes before the old remains are gone
+    _check_shared(folder, partial, world, all_write=all_write)  # behind which the old remains are gone
     failure: Exception | None = None
     try:
         yield partial
@@ -40,3 +45,32 @@ def appearing(folder: Path, world: World) -> Iterator[Path]:
         raise failure
     if failed:
         raise PeerError(failed[0])
+
+
+def _check_shared(folder: Path, partial: Path, world: World, *, all_write: bool) -> None:
+    """Refuse a folder that ranks on other hosts would look for in vain."""
+    mark = partial / f".{world.share(uuid.uuid4().hex, 0)}"
+    if world.rank == 0:
+        mark.touch()
+    world.gather(None)
+    seen = world.gather(not all_write or _comes(mark))
+    if world.rank == 0:
+        mark.unlink()
+    if all(seen):
+        return
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    ranks = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+    raise ConfigError(
+        f"{folder} is not one folder for all ranks: what rank 0 writes there does not appear on the hosts of "
+        f"ranks {ranks}; name a folder on a file system that all hosts share"
+    )
+
+
+def _comes(path: Path) -> bool:
+    end = time.monotonic() + _SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

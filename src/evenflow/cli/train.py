@@ -88,7 +88,8 @@ def make_job(flags: Flags) -> Job:
     on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
     num_stages = _num_stages(config.pipeline, device, on_each)
     num_ranks = max(1, num_stages // on_each)
-    if device == "cuda" and num_ranks > torch.cuda.device_count():
+    # Under torchrun there may be more hosts than this.
+    if device == "cuda" and rank_environment() is None and num_ranks > torch.cuda.device_count():
         raise ConfigError(
             f"{num_stages} stages on CUDA, {on_each} on each device, need {num_ranks} devices, and this "
             f"machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"

@@ -5,17 +5,18 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch hands it on
 
 from evenflow.cost.local_device import flops_per_second_of, memory_bytes_of
 from evenflow.doctor.exchange import Exchange
 from evenflow.doctor.worker import Fault, Meeting, Worker
+from evenflow.runtime import network
+from evenflow.runtime.hosts import this_host
 from evenflow.runtime.world import ProcessGroupWorld, World
 
 _MAX_PAIRS = 28  # of 8 ranks: a second or two each on GPUs
@@ -53,13 +54,25 @@ def examine(kind: str, local_rank: int, settings: Mapping[str, str], timeout_sec
     """
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
     # The ranks talk about their work over Gloo: on GPUs that works where NCCL does not.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    address = network.join("gloo", timedelta(seconds=600))
     world = ProcessGroupWorld(torch.device("cpu"))
-    places: tuple[Place, ...] = tuple(world.gather(_place(device, settings)))
-    one_host = len({place.host for place in places}) == 1
+    places = told_apart(world.gather((this_host(), _place(device, settings))))
+    first: str = world.share(address, 0)
     with Worker(str(device), "gloo" if kind == "cpu" else "nccl") as worker:
-        host = "127.0.0.1" if one_host else places[0].host
-        return Examination(places, measure_links(world, worker, host, timeout_seconds=timeout_seconds))
+        return Examination(places, measure_links(world, worker, first, timeout_seconds=timeout_seconds))
+
+
+def told_apart(places: Sequence[tuple[str, Place]]) -> tuple[Place, ...]:
+    """Each rank's place, with its host (see `this_host`); the second host of one name is called NAME#2."""
+    of_name: dict[str, list[str]] = {}
+    named = []
+    for host, place in places:
+        hosts = of_name.setdefault(place.host, [])
+        if host not in hosts:
+            hosts.append(host)
+        number = hosts.index(host)
+        named.append(replace(place, host=f"{place.host}#{number + 1}") if number else place)
+    return tuple(named)
 
 
 def measure_links(

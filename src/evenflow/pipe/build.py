@@ -213,6 +213,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         stages_per_rank=on_each,
         num_microbatches=num_items,
         unshard=shard == "fsdp",
+        costs=given.costs,
     )
     placement = programs.placement
     devices = choices.devices_of(kind, placement, grid, given.places)
@@ -378,14 +379,15 @@ def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -
 def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
     """Refuse examples under which the processes recorded different programs: their stages would not fit."""
     nodes, batches = [node.name for node in cut.graph.chain], [section.batch for section in cut.sections]
-    mine = fingerprint(nodes, cut.positions, batches, programs.placement, programs.example.ranks)
+    orders = programs.placement, programs.example.ranks, programs.costs
+    mine = fingerprint(nodes, cut.positions, batches, *orders)
     found = [row[0] for row in world.gather_numbers([mine])]
     if len(set(found)) > 1:
         other = next(rank for rank, number in enumerate(found) if number != found[0])
         raise ConfigError(
             f"ranks 0 and {other} recorded different programs (here {len(cut.graph.chain)} nodes, cut at "
             f"{cut.positions}): build the same model, pass an example of the same shapes, and name the same "
-            "schedule on every rank"
+            "schedule, or the same plan, on every rank"
         )
 
 

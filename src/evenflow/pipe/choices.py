@@ -21,6 +21,7 @@ from evenflow.ir.placement import Placement
 from evenflow.pipe.agree import Prepared
 from evenflow.plan.partition import balanced_cuts
 from evenflow.runtime import microbatch as microbatches
+from evenflow.runtime import network
 from evenflow.runtime.host_memory import keep_freed_memory
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.microbatch import Microbatches
@@ -93,7 +94,7 @@ def world_of(kind: str) -> World:
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+        network.join("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", TIMEOUT)
         atexit.register(_leave)  # a group that nobody closes can abort the interpreter as it ends
     if dist.is_initialized() and kind == "cuda":
         torch.cuda.set_device(_cuda_index(dist.get_rank()))

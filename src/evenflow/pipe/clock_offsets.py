@@ -5,11 +5,11 @@ answer, in the middle if both took as long. Of several rounds the quickest count
 Source: Cristian, "Probabilistic clock synchronization", Distributed Computing 3, 1989.
 """
 
-import socket
 import time
 
 import torch
 
+from evenflow.runtime.hosts import this_host
 from evenflow.runtime.world import World
 
 _ROUNDS = 16
@@ -22,7 +22,7 @@ def clock_offset(world: World) -> float:
     >>> clock_offset(SingleProcess())
     0.0
     """
-    if len(set(world.gather(socket.gethostname()))) == 1:
+    if len(set(world.gather(this_host()))) == 1:
         return 0.0
     offsets = [0.0] * world.size
     for other in range(1, world.size):

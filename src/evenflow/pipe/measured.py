@@ -4,8 +4,8 @@ All ranks of a run measure at the same time, because they share what a host has 
 so meet the conditions of the run itself.
 """
 
-import socket
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_t
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
+from evenflow.runtime.hosts import this_host
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.narrowing import Narrowing
@@ -40,8 +41,10 @@ from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
 
 _NUM_SIZES = 6  # of a microbatch, that are tried
-# Agreeing on the batch and the result: 1 to 3 ms on two CPU cores of one host (measured 2026-11-23).
+# Agreeing on the batch and the result: 1 to 3 ms on two CPU cores of one host (measured 2026-11-23). Between
+# hosts it is measured.
 _STEP_SECONDS = 2e-3
+_STEPS = 9
 _SECONDS = ("forward_seconds", "backward_seconds", "input_grad_seconds", "entry_seconds")
 _BUDGET_SECONDS = 0.05  # to measure each distinct node
 _ROUNDS, _PASSES = 4, 2  # of rehearsals
@@ -86,8 +89,8 @@ def measured_request(
     rows = rows_of(run.example) or 1
     given = run.levers.microbatch_size
     sizes = (given,) if given is not None else _sizes(rows, world.size)
-    names: list[str] = world.gather(socket.gethostname())
-    mine = local_device(device, device_name(device), num_sharing=names.count(names[world.rank]))
+    hosts: list[str] = world.gather(this_host())
+    mine = local_device(device, device_name(device), num_sharing=hosts.count(hosts[world.rank]))
     measured = {size: _profiled(run, world, device, size, share, cache, tell) for size in sizes}
     room_bytes = mine.memory_bytes * _ROOM
     chains = _rehearsed(measured, world, room_bytes, Cache(cache, Place.of(device)), tell)
@@ -106,14 +109,16 @@ def measured_request(
     return Request(
         chains.__getitem__,
         sizes,
-        _cluster(world, names, mine, links),
+        _cluster(world, hosts, mine, links),
         batch_rows=rows,
         row_tokens=row_tokens(run.example),
         max_leaf_share=share,
         state=costs[0][1].state,
         dtype=str(next(run.model.parameters()).dtype).removeprefix("torch."),
         levers=run.levers,
-        overheads=_overheads(link, list(links.values()), op_seconds),
+        overheads=_overheads(
+            link, list(links.values()), op_seconds, step_seconds=_agreeing_seconds(world, hosts)
+        ),
         update_seconds_per_byte={kind: cost.seconds_per_byte for kind, cost in costs},
     )
 
@@ -263,7 +268,23 @@ def _mean(found: Sequence[Seconds]) -> Seconds:
     return Seconds(over("forward"), over("input_grad"), over("weight_grad"))
 
 
-def _overheads(link: Link, links: Sequence[Probed], op_seconds: float) -> Overheads:
+def _agreeing_seconds(world: World, host_of: Sequence[str]) -> float:
+    """What comparing batches, and hearing of the loss, takes of a step."""
+    if len(set(host_of)) == 1:
+        return _STEP_SECONDS
+    took = []
+    for _ in range(_STEPS):
+        start = time.perf_counter()
+        world.gather_numbers([0] * 4)
+        heard = world.broadcast(torch.zeros((), device=world.device), world.size - 1)
+        if heard is not None:
+            heard.wait()
+        took.append(time.perf_counter() - start)
+    slowest: float = max(world.gather(statistics.median(took)))
+    return _STEP_SECONDS + slowest
+
+
+def _overheads(link: Link, links: Sequence[Probed], op_seconds: float, *, step_seconds: float) -> Overheads:
     def median(numbers: list[float]) -> float:
         return statistics.median(numbers) if numbers else 0.0
 
@@ -271,27 +292,27 @@ def _overheads(link: Link, links: Sequence[Probed], op_seconds: float) -> Overhe
         op_seconds,
         median([each.parcel_seconds for each in links]),
         median([each.seconds_per_byte for each in links]),
-        _STEP_SECONDS,
+        step_seconds,
         receives_ahead=link.receives_ahead,
         sends_ahead=link.sends_ahead,
     )
 
 
 def _cluster(
-    world: World, names: Sequence[str], mine: Device, links: Mapping[tuple[int, int], Probed]
+    world: World, host_of: Sequence[str], mine: Device, links: Mapping[tuple[int, int], Probed]
 ) -> Cluster:
     """The ranks' devices, and the links between neighbours; others are as those of the same sort.
 
-    `names` are those of the ranks' hosts.
+    `host_of` says which ranks share a host.
     """
     devices: list[Device] = world.gather(mine)
     kinds = {each.name: each for each in reversed(devices)}
     ranks = range(world.size)
     known = {pair: each.link for (a, b), each in links.items() for pair in ((a, b), (b, a))}
-    inside = [link for (a, b), link in known.items() if names[a] == names[b]]
-    outside = [link for (a, b), link in known.items() if names[a] != names[b]]
+    inside = [link for (a, b), link in known.items() if host_of[a] == host_of[b]]
+    outside = [link for (a, b), link in known.items() if host_of[a] != host_of[b]]
     hosts = []
-    for _, group in groupby(ranks, key=lambda rank: names[rank]):
+    for _, group in groupby(ranks, key=lambda rank: host_of[rank]):
         own = tuple(replace(kinds[devices[r].name], memory_bytes=devices[r].memory_bytes) for r in group)
         hosts.append(Host(own, _slowest(inside)))
     return Cluster(tuple(hosts), _slowest(outside), known)

@@ -8,9 +8,11 @@ from typing import Any
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
+from evenflow.ir.costs import Costs
 from evenflow.pipe import choices
 from evenflow.pipe.refuse import check_callable, check_whole
 from evenflow.pipe.replicas import SHARDINGS
+from evenflow.plan.known_costs import known_costs
 from evenflow.plan.own_order import OwnOrder, own_schedule
 from evenflow.plan.plan import Plan, positions_in
 from evenflow.plan.plan_file import read_plan_file
@@ -37,6 +39,11 @@ class Decided:
     def places(self) -> Sequence[int] | None:
         """Which device of the machine each pipeline rank takes, where a plan says it."""
         return None if self.plan is None else [rank.place for rank in self.plan.ranks]
+
+    @property
+    def costs(self) -> Costs | None:
+        """What stages and links cost, where a plan says it."""
+        return None if self.plan is None else known_costs(self.plan)
 
     def positions(self, graph: Graph, num_stages: int) -> tuple[int, ...]:
         """Where to cut a recorded program.

@@ -5,6 +5,7 @@ is in a step: both ranks compute, and hand each other a parcel whenever they are
 a link's threads (Gloo's) take turns with theirs, and what comes is read from another core's caches.
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from evenflow.runtime.world import World
 _SMALL, _LARGE = 2**12, 2**23  # bytes; the large one is in no cache
 _PARCELS = 2**18, 2**21  # bytes
 _WARM_UPS, _TRIPS, _OPS = 3, 15, 40
+_UNDER_WAY = 1.5  # of a parcel's time on its way an op takes at least
 _IN_FLIGHT = 8  # parcels, as a step has them: large ones are then in no cache
 
 
@@ -72,20 +74,27 @@ def _probed(link: Link, rank: int, pair: tuple[int, int], device: torch.device) 
     )
     per_byte = max(large - small, 0.0) / (_LARGE - _SMALL)
     latency = max(small - per_byte * _SMALL, 0.0)
+    found = LinkCost(latency, 1 / per_byte if per_byte else float("inf"))
     if device.type == "cpu":
-        (few, many), (small_busy, large_busy) = _PARCELS, (_beside_ops(link, rank, pair, n) for n in _PARCELS)
+        few, many = _PARCELS
+        small_busy, large_busy = (
+            _beside_ops(link, rank, pair, n, _UNDER_WAY * found.transfer_seconds(n)) for n in _PARCELS
+        )
     else:
         few, many = _SMALL, _LARGE
     busy_per_byte = max(large_busy - small_busy, 0.0) / (many - few)
     return Probed(
-        LinkCost(latency, 1 / per_byte if per_byte else float("inf")),
+        found,
         max(small_busy - busy_per_byte * few, 0.0),
         busy_per_byte,
     )
 
 
-def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int) -> float:
-    """By how much one end of a transfer makes an op longer, where both ranks send one after each op."""
+def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int, least_seconds: float) -> float:
+    """By how much one end of a transfer makes an op longer, where both ranks send one after each op.
+
+    An op takes `least_seconds` or more: on a slow link the wait for the link would count, which is no rank's.
+    """
     other = sum(pair) - rank
     cpu = torch.device("cpu")
     info = TensorInfo((num_bytes // 4,), (1,), torch.float32, False)
@@ -97,10 +106,13 @@ def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int) ->
     parcels = [(torch.zeros(num_bytes // 4),) for _ in range(_IN_FLIGHT)]
     held: deque[Parcel] = deque([parcels[0]], maxlen=_IN_FLIGHT)
     matrix = torch.ones(512, 512)
+    # Both ends of a link take it for equally fast, so that they compute about as long.
+    times = math.ceil(least_seconds / min(_product_seconds(matrix) for _ in range(_OPS)))
 
     def op() -> float:
         start = time.perf_counter()
-        torch.mm(matrix, matrix)
+        for _ in range(max(1, times)):
+            torch.mm(matrix, matrix)
         for tensor in held[-1]:  # who receives one reads what another processor wrote
             assert tensor is not None
             tensor.sum()
@@ -120,6 +132,12 @@ def _beside_ops(link: Link, rank: int, pair: tuple[int, int], num_bytes: int) ->
     link.take(receives[-1])
     link.finish()
     return max(statistics.median(took[_IN_FLIGHT + _WARM_UPS :]) - alone, 0.0) / 2
+
+
+def _product_seconds(matrix: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return time.perf_counter() - start
 
 
 def _trips(

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from evenflow.errors import ConfigError, EvenflowError, PeerError
+from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.ir.program import Program
@@ -24,8 +25,9 @@ class Programs:
     """The proven programs of one pipeline, made when they are first asked for.
 
     With `unshard` they gather the parameters of each stage from data ranks. `example` is the schedule of the
-    first batch, which decides where the stages live; the builder compares it between ranks. Raises
-    `ConfigError` for a function that fails or returns no schedule of these sizes.
+    first batch, which decides where the stages live; by `costs`, where they are known, transfers are placed.
+    The builder compares both between ranks. Raises `ConfigError` for a function that fails or returns no
+    schedule of these sizes.
 
     >>> from evenflow.runtime.world import SingleProcess
     >>> from evenflow.schedules.gpipe import gpipe
@@ -45,9 +47,9 @@ class Programs:
         stages_per_rank: int,
         num_microbatches: int,
         unshard: bool = False,
+        costs: Costs | None = None,
     ) -> None:
-        self._unshard = unshard
-        self._world, self._method = world, method
+        self._world, self._method, self._unshard, self.costs = world, method, unshard, costs
         self._num_ranks, self._stages_per_rank = num_ranks, stages_per_rank
         self._proven: dict[tuple[str, int, Flow], ProvenProgram] = {}
         self.example = self._made(num_microbatches)
@@ -86,7 +88,7 @@ class Programs:
         return self._proven[key]
 
     def _lowered(self, schedule: Schedule, flow: Flow, *, reduces: bool) -> Program:
-        return lower(schedule, flow, reduce_grads=reduces, unshard=self._unshard)
+        return lower(schedule, flow, self.costs, reduce_grads=reduces, unshard=self._unshard)
 
     def _agreed(self, num_microbatches: int) -> Schedule:
         """The schedule that all ranks have made."""

@@ -71,6 +71,16 @@ class PlannedRank:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedLink:
+    """The way from one pipeline rank to another, as the plan took it to be."""
+
+    source: int
+    target: int
+    latency_seconds: float
+    seconds_per_byte: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerUp:
     """Another choice that was priced."""
 
@@ -109,7 +119,8 @@ class Plan:
     """See the module. Its nodes are of a recording whose leaves hold at most `max_leaf_share` of all work.
 
     `order` has each rank's ops, as in a row of a schedule file, where the schedule was searched ("auto"); it
-    is empty where `schedule` names one of the catalog.
+    is empty where `schedule` names one of the catalog. `links` are those between ranks on which a transfer
+    takes any time.
     """
 
     degrees: Degrees
@@ -121,6 +132,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     ranks: tuple[PlannedRank, ...]
     prediction: Prediction
+    links: tuple[PlannedLink, ...] = ()
     runners_up: tuple[RunnerUp, ...] = ()
     order: tuple[str, ...] = ()
 

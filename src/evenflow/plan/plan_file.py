@@ -95,4 +95,4 @@ def read_plan_file(path: Path) -> Plan:
 
 
 def _least(kind: type[int] | type[float], place: str) -> float:
-    return 1 if kind is int and not place.endswith((".rank", ".place")) else 0
+    return 1 if kind is int and not place.endswith((".rank", ".place", ".source", ".target")) else 0

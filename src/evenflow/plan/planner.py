@@ -27,6 +27,7 @@ from evenflow.plan.chain import Chain
 from evenflow.plan.contradictions import contradiction
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
+from evenflow.plan.known_costs import planned_links
 from evenflow.plan.plan import (
     Degrees,
     Plan,
@@ -373,6 +374,7 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         stages,
         ranks,
         _prediction(request, best, chain, bound_seconds),
+        planned_links(best.links),
         tuple(_runner_up(priced) for priced in found[1:]),
         tuple(format_rows(best.schedule)) if choice.schedule == catalog.AUTO else (),
     )

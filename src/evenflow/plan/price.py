@@ -1,6 +1,6 @@
 """What one choice would take and need: cut, scheduled, simulated, and held against the devices' memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -29,6 +29,7 @@ class Priced:
     groups: tuple[Group, ...]
     schedule: Schedule
     stages: tuple[StageCost, ...]
+    links: Mapping[tuple[int, int], Link]  # between pipeline ranks
     memory: tuple[RankMemory, ...]
     load_seconds: tuple[float, ...]  # of each rank, for one microbatch
     idle: tuple[float, ...]
@@ -103,6 +104,7 @@ def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fi
         fit.groups,
         schedule,
         fit.stages,
+        fit.costs.links,
         fit.memory,
         fit.load_seconds,
         idle=tuple(max(0.0, 1 - each / makespan) for each in work),

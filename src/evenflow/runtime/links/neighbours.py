@@ -7,8 +7,8 @@ import socket
 import struct
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
+from evenflow.runtime.hosts import this_host
 from evenflow.runtime.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -25,13 +25,12 @@ def neighbours(world: World) -> dict[int, socket.socket] | None:
     """
     found: dict[int, socket.socket] | None = None
     with contextlib.ExitStack() as stack:
-        trouble, host, address, listener = "", "", "", None
+        trouble, address, listener = "", "", None
         try:
-            host = _host()
             listener, address = _listener(stack)
         except (OSError, AttributeError) as error:  # Python lacks names for what the system does not have
             trouble = str(error)
-        told: list[tuple[str, str]] = world.gather((host, address))
+        told: list[tuple[str, str]] = world.gather((this_host(), address))
         if listener is not None and all(address for _, address in told):
             try:
                 found = _connected(listener, world.rank, told)
@@ -45,12 +44,6 @@ def neighbours(world: World) -> dict[int, socket.socket] | None:
     for each in (found or {}).values():
         each.close()
     return None
-
-
-def _host() -> str:
-    """What ranks that can reach each other's sockets have in common: the running system, and its network."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def _listener(stack: contextlib.ExitStack) -> tuple[socket.socket, str]:
