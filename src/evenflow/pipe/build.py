@@ -29,6 +29,7 @@ from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_loss, check_trainable
+from evenflow.pipe.recompute import Recompute, RecomputeChoice, check_recompute
 from evenflow.pipe.refuse import check_given, refuse_unfit
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
@@ -73,6 +74,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     link: str = "auto",
     boundary_dtype: torch.dtype | None = None,
     compile: bool | str = False,  # noqa: A002 (as torch calls it)
+    recompute: RecomputeChoice = None,
+    offload: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -120,6 +123,13 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
       (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
       numbers stays as it is; the gradients of compiled weights are not put off. The log tells of each stage.
+    - `recompute`: what computes its forward again in the backward, and holds only what it was given until
+      then. "full": all that holds less for it, block by block (a block is an element of a list of modules);
+      "selective": in each stage what frees most memory for each second, by estimate, until half of what
+      "full" frees is; "none"; or names and patterns of modules (["layers.*.mlp"]). Numbers stay the same.
+      What changes state, or reads what the program changes, is left out, and refused where it is named.
+    - `offload`: with "activations", what a stage saves of a microbatch for the backward waits for it in the
+      host's memory. Numbers stay the same.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -148,7 +158,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "split": split,
         "split_batch": split_batch,
         "max_leaf_share": max_leaf_share,
+        "recompute": recompute,
     }
+    again = check_recompute(model, recompute)
     check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
     compiling, narrowing = Compiling.of(compile), Narrowing(boundary_dtype)
     choices.check_split(model, split or ())
@@ -188,9 +200,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     accumulators = Accumulators(parameters, devices, exact=exact)
     own_share = choices.leaf_share(num_stages, compiles=compiling is not None)
     share = own_share if given.max_leaf_share is None else given.max_leaf_share
-    leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(
-        model, fakes, device=own_device, leaves=leaves, accumulators=accumulators, compiling=compiling
+        model,
+        fakes,
+        device=own_device,
+        leaves=Leaves(share, exact, (*(split or ()), *again), tuple(atomic)),
+        accumulators=accumulators,
+        compiling=compiling,
+        recompute=Recompute(model, given.recompute, given.plan, tells=world.rank == 0),
     )
     recordings.look(program)
     graph = recordings.trace(program, item)

@@ -9,6 +9,7 @@ from evenflow.errors import ConfigError
 from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.pipe import choices
+from evenflow.pipe.recompute import RecomputeChoice
 from evenflow.pipe.refuse import check_callable, check_whole
 from evenflow.plan.own_order import OwnOrder, own_schedule
 from evenflow.plan.plan import Plan, positions_in
@@ -31,6 +32,7 @@ class Decided:
     split: Sequence[str] | None
     split_batch: Callable[[Any], Sequence[Any]] | None  # of any batch
     max_leaf_share: float | None
+    recompute: RecomputeChoice  # of the plan's stages, where there is one
 
     @property
     def places(self) -> Sequence[int] | None:
@@ -81,12 +83,6 @@ def _plan_given(plan: Plan | str | Path, others: dict[str, Any]) -> Plan:
             f"the plan takes {degrees.data} data, {degrees.tensor} tensor and {degrees.context} context "
             "ranks beside the pipeline's, which pipeline() cannot run yet: plan for a pipeline alone"
         )
-    for number, stage in enumerate(made.stages):
-        if stage.recompute:
-            raise ConfigError(
-                f"the plan's stage {number} recomputes {stage.recompute[0]}, which pipeline() cannot do "
-                "yet: plan without, or switch on the model's own gradient checkpointing and plan again"
-            )
     return made
 
 

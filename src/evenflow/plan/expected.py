@@ -13,7 +13,7 @@ import numpy.typing as npt
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import groups_of, static_bytes
 from evenflow.plan.price import least_load, sum_seconds
-from evenflow.plan.recompute import by_worth, private_bytes, recomputed
+from evenflow.plan.recompute import all_worthwhile, curve, recomputed
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, stretch_of
 
@@ -38,7 +38,7 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     Raises `ConfigError` for a schedule that cannot serve the choice's sizes.
     """
     if choice.recompute == "full":
-        chain = recomputed(chain, range(chain.num_nodes))
+        chain = recomputed(chain, all_worthwhile(chain))
     groups = groups_of(request.cluster, choice.degrees)
     placement = in_flight(choice, request.overheads).placement
     flying = microbatches_in_flight(choice, chain, request.overheads)
@@ -80,11 +80,8 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
 
 
 def _curve(chain: Chain, kind: str) -> tuple[Floats, Floats]:
-    """Bytes that can be freed, and the least seconds that this takes, both ascending from 0."""
-    worth = by_worth(chain, kind)
-    private, forward = private_bytes(chain), chain.seconds[kind].forward
-    freed = np.cumsum([0.0, *(private[node] - chain.cut_bytes[node] for node in worth)])
-    return freed, np.cumsum([0.0, *(forward[node] for node in worth)])
+    freed, took = curve(chain, kind)
+    return np.array(freed), np.array(took)
 
 
 def _filled(wish: Floats, room: Floats) -> Floats:

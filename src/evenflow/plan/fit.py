@@ -274,7 +274,7 @@ def _memory(
 def _stage_bytes(stage: StageCost, parcels: Parcels, gradient_bytes: float) -> StageBytes:
     return StageBytes(
         saved=stage.saved_bytes,
-        kept=min(stage.kept_bytes, stage.saved_bytes),
+        kept=stage.kept_bytes,
         forward_transient=stage.forward_transient_bytes,
         backward_transient=stage.backward_transient_bytes,
         received=sum(parcels.received),

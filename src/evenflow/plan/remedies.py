@@ -8,7 +8,7 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.errors import EvenflowError
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts, fitted
-from evenflow.plan.recompute import recomputed
+from evenflow.plan.recompute import all_worthwhile, recomputed
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scale import in_proportion
 from evenflow.plan.scheduled import schedule_of
@@ -118,9 +118,9 @@ def _other_cuts(request: Request, choice: Choice, chain: Chain, now: Fit) -> Ite
 
 
 def _checkpoints(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
-    again = recomputed(chain, range(chain.num_nodes))
+    again = recomputed(chain, all_worthwhile(chain))
     fit = at_cuts(request, choice, again, now.positions, now.groups, schedule=now.schedule)
-    yield "gradient checkpointing of every layer, in the model (torch.utils.checkpoint)", fit
+    yield 'recompute="full"', fit
 
 
 def _one_more_rank(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:

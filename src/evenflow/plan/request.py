@@ -36,12 +36,12 @@ class Levers:
     max_expert: int = 64
 
     def pipeline_only(self) -> "Levers":
-        """The same, with no other parallelism than a pipeline's, and nothing recomputed.
+        """The same, with no other parallelism than a pipeline's.
 
-        >>> Levers(pipeline=2).pipeline_only() == Levers(2, data=1, tensor=1, context=1, recompute="none")
+        >>> Levers(pipeline=2).pipeline_only() == Levers(2, data=1, tensor=1, context=1)
         True
         """
-        return replace(self, data=1, tensor=1, context=1, recompute="none")
+        return replace(self, data=1, tensor=1, context=1)
 
 
 @dataclass(frozen=True, slots=True)

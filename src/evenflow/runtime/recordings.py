@@ -35,6 +35,7 @@ from evenflow.graph.outside import (
     seen_by_function,
 )
 from evenflow.graph.reach import Reach
+from evenflow.graph.recomputable import Again
 from evenflow.graph.record import record
 from evenflow.graph.seen_modules import SeenModules
 from evenflow.graph.template import Template, is_plain
@@ -80,12 +81,13 @@ class Recordings:
         leaves: Leaves,
         accumulators: Accumulators,
         compiling: Compiling | None = None,
+        recompute: Callable[..., Again] | None = None,  # of (cut, first=): what its stages recompute
     ) -> None:
         self.entries: list[Recording] = []
         self.stage_of_parameter: dict[str, int] = {}
         self.model = model
         self._fakes, self._device, self._leaves = fakes, device, leaves
-        self._accumulators, self._compiling = accumulators, compiling
+        self._accumulators, self._compiling, self._recompute = accumulators, compiling, recompute
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
@@ -301,8 +303,11 @@ class Recordings:
     def add(self, program: Program, microbatch: Any, made: Cut, stages: Mapping[int, Stage]) -> int:
         """Keep a cut recording and make its works for these stages; returns its number."""
         serving = self._accumulators.learn(made)
+        again = Again(frozenset())
+        if self._recompute is not None:
+            again = self._recompute(made, first=not self.entries)
         works = {
-            stage.index: self._work(made, stage, partial(self._accumulators.parameter_of, serving))
+            stage.index: self._work(made, stage, partial(self._accumulators.parameter_of, serving), again)
             for stage in stages.values()
         }
         self._outside.append(self._seen)
@@ -316,7 +321,8 @@ class Recordings:
     def uncut(self, number: int, stage: Stage, accumulators: Accumulators) -> Work:
         """A recording as the only section, for a stage of its own, with accumulators of its own."""
         made = cut(self.entries[number].graph, ())
-        return self._work(made, stage, partial(accumulators.parameter_of, accumulators.learn(made)))
+        parameter_of = partial(accumulators.parameter_of, accumulators.learn(made))
+        return self._work(made, stage, parameter_of, Again(frozenset()))
 
     @property
     def compiles(self) -> bool:
@@ -333,9 +339,9 @@ class Recordings:
         """Every name of a parameter, and the first of its names."""
         return self._fakes.tied
 
-    def _work(self, made: Cut, stage: Stage, parameter_of: ParameterOf) -> Work:
+    def _work(self, made: Cut, stage: Stage, parameter_of: ParameterOf, again: Again) -> Work:
         return Work(
-            made.sections[stage.index],
+            again.section(made.sections[stage.index], made.graph),
             made.graph,
             self.model,
             device=stage.device,
