@@ -14,7 +14,7 @@ from evenflow.plan.price import chain_for, price
 from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.request import Levers, Request
 
-PIPELINE_ONLY = Levers().pipeline_only()
+PIPELINE_ONLY = replace(Levers().pipeline_only(), recompute="none")
 
 
 def advice(asked: Request) -> NothingFitsError:

@@ -280,4 +280,5 @@ def _stage_bytes(stage: StageCost, parcels: Parcels, gradient_bytes: float) -> S
         received=sum(parcels.received),
         sent=sum(parcels.sent),
         gradients=stage.trained_bytes * gradient_bytes,
+        weight_transient=stage.weight_transient_bytes,
     )

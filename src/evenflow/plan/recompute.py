@@ -171,16 +171,23 @@ class _Holding:
                 self._near[node].append(place)
 
     def saved(self, regions: Sequence[Sequence[int]]) -> tuple[Held, ...]:
-        """`Chain.saved` where these regions are recomputed."""
-        chosen = {node: number for number, region in enumerate(regions) for node in region}
+        """`Chain.saved` where these regions are recomputed. One that saves nothing keeps nothing either."""
+        saving = [region for region in regions if self._saves(region)]
+        chosen = {node: number for number, region in enumerate(saving) for node in region}
         found = [Held(size, (node,)) for node, size in self._own.items() if node not in chosen]
         found += self._others
         for place, handed in enumerate(self._chain.handed):
             if holders := self._holders(place, handed, chosen):
                 found.append(Held(handed.num_bytes, tuple(sorted(holders)), place))
         if not self._chain.handed:
-            found += [Held(size, (r[0],)) for r in regions if (size := self._chain.cut_bytes[r[0]])]
+            found += [Held(size, (r[0],)) for r in saving if (size := self._chain.cut_bytes[r[0]])]
         return tuple(found)
+
+    def _saves(self, region: Iterable[int]) -> bool:
+        return any(
+            self._own[node] or any(node in self._keepers[place] for place in self._near[node])
+            for node in region
+        )
 
     def _holders(self, place: int, handed: Handed, chosen: dict[int, int]) -> set[int]:
         """The nodes for which memory is held: those that keep it, those of regions that are given it."""
