@@ -39,6 +39,7 @@ from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.narrowing import Narrowing
+from evenflow.runtime.offload import Offload
 from evenflow.runtime.parameters import Accumulators, parameters_by_name, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
@@ -161,7 +162,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "recompute": recompute,
     }
     again = check_recompute(model, recompute)
-    check_given(seed, reduction, link, loss=loss, optimizer=optimizer, scheduler=scheduler)
+    check_given(seed, reduction, link, offload=offload, loss=loss, optimizer=optimizer, scheduler=scheduler)
     compiling, narrowing = Compiling.of(compile), Narrowing(boundary_dtype)
     choices.check_split(model, split or ())
     kind = choices.device_kind(device)
@@ -219,7 +220,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
-    stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
+    stages_here = {stage: _stage(stage, devices[stage], seed, model, offload) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
     numbers.fill(parameters, homes)
@@ -292,8 +293,11 @@ def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Pro
         _LOG.log(logging.INFO if work.compiled else logging.WARNING, "stage %d %s", stage, said)
 
 
-def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:
-    return Stage(index, device, Streams(seed, device), partial(buffers_at, model))
+def _stage(
+    index: int, device: torch.device, seed: int, model: torch.nn.Module, offload: str | None
+) -> Stage:
+    away = None if offload is None else Offload(device)
+    return Stage(index, device, Streams(seed, device), partial(buffers_at, model), away)
 
 
 def _warn_of_differences(

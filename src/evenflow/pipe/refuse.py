@@ -67,12 +67,15 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
 
 
-def check_given(seed: object, reduction: object, link: object, **functions: Any) -> None:
+def check_given(
+    seed: object, reduction: object, link: object, *, offload: object = None, **functions: Any
+) -> None:
     """Raise `ConfigError` naming the first of these arguments of `pipeline` that no model could work with."""
     check_whole(seed=seed)
     check_callable(**functions)
     _check_reduction(reduction)
     _check_link(link)
+    _check_offload(offload)
 
 
 def check_whole(**arguments: Any) -> None:  # whatever the caller was given
@@ -93,6 +96,15 @@ def _check_link(link: object) -> None:
     """Raise `ConfigError` for a `link=` that is none of those known."""
     if link not in choose.CHOICES:
         raise ConfigError(f"link={link!r} is none of {', '.join(map(repr, choose.CHOICES))}")
+
+
+def _check_offload(offload: object) -> None:
+    """Raise `ConfigError` for an `offload=` that is none of those known."""
+    if offload not in (None, "activations"):
+        hint = ": of optimizers torch offloads those of fully_shard alone" if offload == "optimizer" else ""
+        raise ConfigError(
+            f"offload={offload!r} is not 'activations'{hint}; give that, or leave offload= out"
+        )
 
 
 def _check_reduction(reduction: object) -> None:

@@ -14,6 +14,7 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
 from evenflow.plan.in_flight import InFlight, StageBytes
+from evenflow.plan.offload import offloaded
 from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
 from evenflow.plan.plan import Degrees
@@ -127,10 +128,11 @@ def at_cuts(
     groups: Sequence[Group],
     *,
     schedule: Schedule | None = None,
+    offloads: bool = False,
 ) -> Fit:
     """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices.
 
-    `schedule` is the choice's, unless another is given.
+    `schedule` is the choice's, unless another is given; `offloads`: activations wait on the host.
     """
     if schedule is None:
         schedule, held = schedule_of(choice), in_flight(choice, request.overheads)
@@ -139,6 +141,7 @@ def at_cuts(
     rank_of = schedule.placement.rank_of
     in_two = splits(schedule)
     stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of], splits=in_two)
+    stages = offloaded(stages, chain) if offloads else stages
     traffic = traffic_of(chain, positions)
     parcels = traffic.parcels(rank_of)
     stages = as_run(stages, parcels, request.overheads, splits=in_two)

@@ -155,7 +155,9 @@ class _Holding:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._own: defaultdict[int, float] = defaultdict(float)  # what a node alone keeps, and nobody is given
+        self._own: defaultdict[int, float] = defaultdict(
+            float
+        )  # what a node alone keeps, and nobody is given
         self._others: list[Held] = []  # what several keep that no node is said to be given
         self._keepers: defaultdict[int, set[int]] = defaultdict(set)  # by place among `handed`
         for held in chain.saved:

@@ -52,10 +52,11 @@ Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's fu
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A graph, its cut, and the works of this process's stages."""
+    """A graph, its cut, what its stages recompute, and the works of this process's stages."""
 
     graph: Graph
     cut: Cut
+    again: Again
     works: Mapping[int, Work]
 
 
@@ -315,7 +316,7 @@ class Recordings:
         self._guards.append(
             [(guard, self.glue_work(made.graph, guard.args, self._device)) for guard in made.graph.guards]
         )
-        self.entries.append(Recording(made.graph, made, works))
+        self.entries.append(Recording(made.graph, made, again, works))
         return len(self.entries) - 1
 
     def uncut(self, number: int, stage: Stage, accumulators: Accumulators) -> Work:

@@ -53,6 +53,9 @@ class Work:
     ) -> None:
         self.section = section
         self.graph = graph
+        self.parameters = tuple(
+            dict.fromkeys(parameter_of(name, node) for node in section.nodes for name in node.parameters)
+        )
         self.draws = any(node.target.draws for node in section.nodes)
         self.gives = any(section.gradient_sends.values())  # whether other stages wait for gradients of it
         self.awaited = tuple(value for group in section.gradient_receives.values() for value in group)
