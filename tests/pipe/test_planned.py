@@ -92,7 +92,8 @@ def test_the_cut_is_the_plan_s():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("stages", 2), ("schedule", "gpipe"), ("split", ["2"]), ("num_microbatches", 2)]
+    ("option", "value"),
+    [("stages", 2), ("schedule", "gpipe"), ("split", ["2"]), ("num_microbatches", 2), ("recompute", "full")],
 )
 def test_what_a_plan_decides_is_not_given_besides(option, value):
     with refused(f"{option}= and plan= are both given"):
@@ -104,8 +105,8 @@ def test_what_a_pipeline_cannot_do_is_refused():
     data = dataclasses.replace(made, degrees=dataclasses.replace(made.degrees, data=2))
     with refused("the plan takes 2 data, 1 tensor and 1 context ranks"):
         make(plan=data)
-    again = dataclasses.replace(made.stages[1], recompute=("2",))
-    with refused("the plan's stage 1 recomputes 2, which pipeline() cannot do"):
+    again = dataclasses.replace(made.stages[1], recompute=("head",))
+    with refused("the plan's stage 1 recomputes 'head', which the recorded program does not have"):
         make(plan=dataclasses.replace(made, stages=(made.stages[0], again)))
     other = dataclasses.replace(made.stages[1], first="head")
     with refused("the plan's stage 1 begins with 'head', which the recorded program does not have"):

@@ -1,4 +1,4 @@
-"""What nodes hand to each other, by the memory that it lies in: recomputation keeps what a region is given."""
+"""What nodes hand to each other, by the memory that it lies in: a region that is recomputed keeps it."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,7 +27,8 @@ def handed_over(graph: Graph, sizes: Mapping[int, float]) -> tuple[tuple[Handed,
             storage = graph.values[value].storage
             if storage not in batch and storage not in made_by_glue:
                 makers.setdefault(storage, place)
-    found, places = [], {}
+    found: list[Handed] = []
+    places: dict[int, int] = {}
     for storage in dict.fromkeys((*makers, *users)):
         if storage in skipped:
             continue

@@ -31,7 +31,7 @@ class Recomputable:
     >>> tree = record(lambda m, x: m(x).sum(), model, torch.ones(2, 4), device=cpu, fakes=fakes)
     >>> graph = flatten(tree, max_share=0.0)
     >>> [Recomputable(graph).refusal(node) for node in graph.chain]
-    [None, 'it changes the buffer 1.running_mean', None]
+    [None, 'it changes the buffer 1.num_batches_tracked', None]
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -293,9 +293,7 @@ def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Pro
         _LOG.log(logging.INFO if work.compiled else logging.WARNING, "stage %d %s", stage, said)
 
 
-def _stage(
-    index: int, device: torch.device, seed: int, model: torch.nn.Module, offload: str | None
-) -> Stage:
+def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module, offload: str | None) -> Stage:
     away = None if offload is None else Offload(device)
     return Stage(index, device, Streams(seed, device), partial(buffers_at, model), away)
 

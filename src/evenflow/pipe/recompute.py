@@ -41,8 +41,8 @@ def check_recompute(model: torch.nn.Module, recompute: RecomputeChoice) -> tuple
         return ()
     if isinstance(recompute, str) or not all(isinstance(each, str) for each in recompute):
         raise ConfigError(
-            f"recompute={recompute!r} is none of {', '.join(map(repr, NAMES))}, and no list of module names or "
-            f"patterns{f': recompute=[{recompute!r}]' if isinstance(recompute, str) else ''}"
+            f"recompute={recompute!r} is none of {', '.join(map(repr, NAMES))}, and no list of names or "
+            f"patterns of modules{f': recompute=[{recompute!r}]' if isinstance(recompute, str) else ''}"
         )
     names = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
@@ -76,14 +76,17 @@ class Recompute:
         graph = made.graph
         wanted = self._wanted(made, first=first)
         again, refused = without_refused(graph, set(wanted))
-        named = self.plan is not None or self.choice not in NAMES
+        named = self.choice not in (None, *NAMES) or (self.choice is None and self.plan is not None)
         for node, why in refused if first else ():
             if named and node.region is None:
                 raise ConfigError(
-                    f"{wanted[node.index]} {node.name}, which cannot be computed again in the backward: {why}; "
-                    "leave it out"
+                    f"{wanted[node.index]} {node.name}, which cannot be computed again in the backward: "
+                    f"{why}; leave it out"
                 )
-        if first and self.tells and wanted:
+        chooses = self.choice in ("selective", "full")
+        if first and self.tells and (wanted or chooses):
+            if chooses:  # what cannot be was never chosen
+                _, refused = without_refused(graph, {node.index for node in graph.chain})
             _LOG.info("%s", "; ".join(_told(made, again, refused)))
         return again
 

@@ -102,9 +102,7 @@ def _check_offload(offload: object) -> None:
     """Raise `ConfigError` for an `offload=` that is none of those known."""
     if offload not in (None, "activations"):
         hint = ": of optimizers torch offloads those of fully_shard alone" if offload == "optimizer" else ""
-        raise ConfigError(
-            f"offload={offload!r} is not 'activations'{hint}; give that, or leave offload= out"
-        )
+        raise ConfigError(f"offload={offload!r} is not 'activations'{hint}; give that, or leave offload= out")
 
 
 def _check_reduction(reduction: object) -> None:

@@ -21,11 +21,9 @@ def offloaded(
     What a node keeps for itself is taken to be in one piece. Times stay: copies run beside the computing.
 
     >>> from evenflow.plan.chain import Held, Seconds
-    >>> zero = (0.0,)
-    >>> chain = Chain(
-    ...     *(("a",), 1, zero, {"cpu": Seconds(zero, zero, zero)}, (Held(8.0, (0,)), Held(2.0, (0,))), (), ()),
-    ...     *(zero, zero, zero, (True,)),
-    ... )
+    >>> zero, saved = (0.0,), (Held(8.0, (0,)), Held(2.0, (0,)))
+    >>> seconds = {"cpu": Seconds(zero, zero, zero)}
+    >>> chain = Chain(("a",), 1, zero, seconds, saved, (), (), zero, zero, zero, (True,))
     >>> stage = StageCost(0, 1, 1.0, 1.0, 1.0, 10.0, 0.0, 1.0, 3.0, 0.0, 0.0, 0.0, 0)
     >>> (found,) = offloaded([stage], chain, least_bytes=4.0)
     >>> found.saved_bytes, found.forward_transient_bytes, found.backward_transient_bytes

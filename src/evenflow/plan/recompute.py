@@ -1,8 +1,8 @@
 """Recomputation: which nodes compute their forward again in the backward instead of keeping what it made.
 
-Of such nodes those that stand in a row in one block make a *region* (`blocks`): it keeps what it is given, and
-all that it saves is there again while its own backward runs. Gradients of weights are put off as otherwise,
-and keep what they take until then.
+Of such nodes those that stand in a row in one block make a *region* (`blocks`): it keeps what it is given,
+and all that it saves is there again while its own backward runs. Gradients of weights are put off as
+otherwise, and keep what they take until then.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; Korthikanti et al., "Reducing
 Activation Recomputation in Large Transformer Models", 2022 (selective: what is large and quick to make).
@@ -155,9 +155,7 @@ class _Holding:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._own: defaultdict[int, float] = defaultdict(
-            float
-        )  # what a node alone keeps, and nobody is given
+        self._own: defaultdict[int, float] = defaultdict(float)  # kept by one node, given to none
         self._others: list[Held] = []  # what several keep that no node is said to be given
         self._keepers: defaultdict[int, set[int]] = defaultdict(set)  # by place among `handed`
         for held in chain.saved:

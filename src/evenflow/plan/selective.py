@@ -21,8 +21,9 @@ _SETTLED = 1e-3  # a rank whose slowness changes by less is cut for
 def fitted_selectively(request: Request, choice: Choice, chain: Chain) -> tuple[tuple[int, ...], Fit]:
     """The nodes to recompute, ascending, and the cut that fits with them.
 
-    Nodes and regions of a stage are chosen in the order of what each frees in a second. Of all rounds that one counts
-    whose most loaded rank does least. Raises `DoesNotFitError` where no cut fits even if all is recomputed.
+    Nodes and regions of a stage are chosen in the order of what each frees in a second. Of all rounds that
+    one counts whose most loaded rank does least. Raises `DoesNotFitError` where no cut fits even if all is
+    recomputed.
     """
     worth = by_worth(chain, groups_of(request.cluster, choice.degrees)[0].kind)
     least = cheapest_to_hold(chain, {node for unit in worth for node in unit.nodes})

@@ -18,11 +18,12 @@ _Used = TypeVar("_Used", Held, Parameter)
 class StageCost:
     """One stage: nodes `start` to `end` of the chain, without the last. All for one microbatch.
 
-    `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
-    `forward_transient_bytes` and `backward_transient_bytes` are the most that is there besides, while one of
-    them runs, `weight_transient_bytes` while a weight gradient of its own does; `received_bytes` cross the cut before it. Of its parameters, `trained_bytes` get gradients, and
-    `owned_elements` are updated here: a parameter of several stages is its first one's. What of these three
-    belongs to experts stands beside them.
+    `saved_bytes` are held from its forward on, `kept_bytes` from its input gradient until its weight gradient
+    has ended; `forward_transient_bytes` and `backward_transient_bytes` are the most that is there besides,
+    while one of them runs, `weight_transient_bytes` while a weight gradient of its own does; `received_bytes`
+    cross the cut before it. Of its parameters, `trained_bytes` get gradients, and `owned_elements` are
+    updated here: a parameter of several stages is its first one's. What of these three belongs to experts
+    stands beside them.
     """
 
     start: int
@@ -100,6 +101,8 @@ def _stage_cost(
     start, end = run
     seconds = chain.seconds[kind]
     trained = [parameter for parameter in own if parameter.trains]
+    late = {node for held in kept for node in held.nodes}
+    put_off = [parameter for parameter in trained if not late.isdisjoint(parameter.nodes)]
     owned = [parameter for parameter in trained if parameter.nodes[0] >= start]
     forward, backward = (
         transients[start:end]
@@ -127,7 +130,7 @@ def _stage_cost(
         expert_parameter_bytes=sum(parameter.num_bytes for parameter in own if parameter.is_expert),
         expert_trained_bytes=sum(parameter.num_bytes for parameter in trained if parameter.is_expert),
         expert_owned_elements=sum(parameter.num_elements for parameter in owned if parameter.is_expert),
-        weight_transient_bytes=max((float(parameter.num_bytes) for parameter in trained), default=0.0),
+        weight_transient_bytes=max((float(each.num_bytes) for each in put_off), default=0.0),
     )
 
 

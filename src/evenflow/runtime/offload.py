@@ -5,9 +5,9 @@ the host and let go of; they are brought back when the backward is next. So a st
 one microbatch saves, and not what all do that are on their way. Numbers are copied and never computed, so
 every bit stays.
 
-On CUDA the host's memory is pinned, copies run on a stream of their own beside the computing, and the backward
-waits for each memory by its event. On the CPU the "host" is memory that no tensor has: nothing is gained by
-that, but what the rank's tensors take can be measured as on a GPU.
+On CUDA the host's memory is pinned, copies run on a stream of their own beside the computing, and the
+backward waits for each memory by its event. On the CPU the "host" is memory that no tensor has: nothing is
+gained by that, but what the rank's tensors take can be measured as on a GPU.
 
 What is there anyway (parameters, buffers, the batch) is not moved. Rejected: to copy each tensor as it is
 saved, which would part one memory into its views, and miss what the forward changes of it afterwards.
@@ -55,7 +55,7 @@ class _OnCpu:
 
 @final
 class _OnHost:
-    """Pinned memory beside a GPU. All copies of the stage are on one stream, so that buffers can be reused."""
+    """Pinned memory beside a GPU. A stage's copies are all on one stream, so that buffers can be reused."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -83,10 +83,12 @@ class Offload:
     def __init__(self, device: torch.device, *, least_bytes: float = LEAST_BYTES) -> None:
         self.device, self.least_bytes = device, least_bytes
         self.host: _Host = _OnHost(device) if device.type == "cuda" else _OnCpu()
+        self.num_moved = 0  # memories, so far
         self._free: defaultdict[int, list[_Buffer]] = defaultdict(list)  # by size; made once, used each step
 
     def buffer(self, num_bytes: int) -> _Buffer:
-        """A buffer on the host."""
+        """A buffer on the host, for one memory."""
+        self.num_moved += 1
         free = self._free[num_bytes]
         return free.pop() if free else self.host.buffer(num_bytes)
 
@@ -128,7 +130,7 @@ class _Kept:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._version = tensor._version  # noqa: SLF001 (torch counts changes in place there)
+        self._version = tensor._version  # (torch counts changes in place there)
         self._changed = False
         self._memory: _Memory | None = None
         self._form = tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -142,7 +144,7 @@ class _Kept:
         if number not in memories:
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
             memories[number] = _Memory(flat, offload)
-        self._changed = tensor._version != self._version  # noqa: SLF001 (as above)
+        self._changed = tensor._version != self._version
         self._memory, self._tensor = memories[number], None
         return self._memory
 
@@ -158,7 +160,7 @@ class _Kept:
         assert self._memory is not None, "it has left"
         dtype, *place = self._form
         empty = torch.empty(0, dtype=dtype, device=self._memory.bring().device)
-        tensor = empty.set_(self._memory.there(), *place)  # type: ignore[call-overload]  # (storage, offset, shape, stride)
+        tensor = empty.set_(self._memory.there(), *place)
         conj, neg = self._signs
         tensor = tensor.conj() if conj else tensor
         return torch._neg_view(tensor) if neg else tensor  # noqa: SLF001 (torch's only way)
@@ -219,8 +221,8 @@ class Away:
             if "support saved tensor hooks" not in str(error):
                 raise
             raise RecordError(
-                "a stage calls torch.func.grad or one of its kin, which allow no hooks on what autograd keeps, "
-                "and offload= needs them: leave offload= out"
+                "a stage calls torch.func.grad or one of its kin, which allow no hooks on what is kept; "
+                "offload= needs them: leave offload= out"
             ) from error
         memories: dict[int, _Memory] = {}
         for kept in self._found:
