@@ -103,10 +103,13 @@ def test_peaks_are_those_of_the_plan(schedule, how):
     if how == "selective":  # is cut elsewhere, for less room
         assert max(held) < 0.9 * max(plain[2])
         return
-    drops = [[before - now for before, now in zip(plain[n], own, strict=True)] for n, own in ((1, promised), (2, held))]
+    drops = [
+        [before - now for before, now in zip(plain[n], own, strict=True)]
+        for n, own in ((1, promised), (2, held))
+    ]
     largest = max(drops[1])
     assert largest > 0.3 * max(plain[2])
-    assert drops[0] == pytest.approx(drops[1], rel=WITHIN, abs=0.02 * largest)
+    assert drops[0] == pytest.approx(drops[1], rel=WITHIN, abs=0.05 * largest)
 
 
 # -- offload

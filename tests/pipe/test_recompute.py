@@ -100,9 +100,7 @@ class UnderAutocast(nn.Module):
 @pytest.mark.parametrize("recompute", ["full", ["blocks.*"], ["blocks.0"], ["between"]])
 def test_casts_of_weights_add_up_as_without(recompute, schedule):
     options = {"stages": 1, "schedule": schedule, "exact": False}
-    assert_same_step(
-        step(UnderAutocast, recompute=recompute, **options), step(UnderAutocast, **options)
-    )
+    assert_same_step(step(UnderAutocast, recompute=recompute, **options), step(UnderAutocast, **options))
 
 
 class Routed(nn.Module):
@@ -182,7 +180,9 @@ def test_what_is_named_runs_twice_and_nothing_else(recompute, counts, share):
         return hook
 
     for name in ran:
-        model.get_submodule(name).register_forward_pre_hook(counting(name))  # (a hook behind it would not see a run that has made what is needed)
+        model.get_submodule(name).register_forward_pre_hook(
+            counting(name)
+        )  # (a hook behind it would not see a run that has made what is needed)
     pipe = make(model, recompute=recompute, max_leaf_share=share)
     before = dict(ran)
     pipe.step(regression())

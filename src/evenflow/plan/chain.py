@@ -120,6 +120,8 @@ class Chain:
       its maker, then its users.
     - `handed`: all that nodes hand to each other; empty where nobody knows. `recomputable[n]`: whether node n
       may compute its forward again in the backward; by default each may.
+    - `again_bytes`: of each node that is recomputed what its region saves when it runs again, at the node whose
+      backward needs it last; None of the others.
     - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
       token goes to; by default there are no experts.
 
@@ -141,10 +143,13 @@ class Chain:
     skips: tuple[Held, ...] = ()
     handed: tuple[Handed, ...] = ()
     recomputable: tuple[bool, ...] = ()
+    again_bytes: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.recomputable:
             object.__setattr__(self, "recomputable", (True,) * self.num_nodes)
+        if not self.again_bytes:
+            object.__setattr__(self, "again_bytes", (None,) * self.num_nodes)
         if not self.expert_bytes:
             object.__setattr__(self, "expert_bytes", (0.0,) * self.num_nodes)
         per_node = {
@@ -155,6 +160,7 @@ class Chain:
             "legal": self.legal,
             "expert_bytes": self.expert_bytes,
             "recomputable": self.recomputable,
+            "again_bytes": self.again_bytes,
             **{f"seconds on {kind}": seconds.forward for kind, seconds in self.seconds.items()},
         }
         for what, given in per_node.items():

@@ -13,7 +13,13 @@ import numpy.typing as npt
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import groups_of, static_bytes
 from evenflow.plan.price import least_load, sum_seconds
-from evenflow.plan.recompute import all_worthwhile, curve, recomputed
+from evenflow.plan.recompute import (
+    all_worthwhile,
+    backward_transients,
+    curve,
+    forward_transients,
+    recomputed,
+)
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, stretch_of
 
@@ -45,7 +51,8 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     held = np.array([np.mean([flying[s] for s in placement.stages_on(r)]) for r in range(len(groups))])
     totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}
     alone = np.array([totals[group.kind] for group in groups])
-    transient = max(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes))
+    every = (chain, 0, chain.num_nodes)
+    transient = max(map(max, forward_transients(*every), backward_transients(*every)))
     caps = np.maximum(np.array([group.cap_bytes for group in groups]) - transient, 0.0)
     saved = sum(each.num_bytes for each in chain.saved)
     static = sum(each.num_bytes for each in static_bytes(request, choice.degrees, chain))

@@ -20,6 +20,7 @@ from evenflow.plan.partition import partition
 from evenflow.plan.plan import Degrees
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.rank_memory import RankMemory, rank_memory
+from evenflow.plan.recompute import backward_transients, forward_transients
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, in_flight_of, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.shared import shared_seconds
@@ -190,6 +191,8 @@ def _cut(
     ring = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups))]
     links = _links(request.cluster, groups, (*ring, *(pair[::-1] for pair in ring))).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
+    every = (chain, 0, chain.num_nodes)
+    transients = forward_transients(*every), backward_transients(*every)
     problem = PartitionProblem(
         schedule_of(choice).placement,
         tuple(kinds),
@@ -198,7 +201,7 @@ def _cut(
         cut_seconds=tuple(size / rate for size in chain.cut_bytes),
         static=static_bytes(request, choice.degrees, chain),
         held=chain.saved,
-        transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
+        transient_bytes=tuple(map(max, *transients)),
         in_flight=microbatches_in_flight(choice, chain, request.overheads),
         any_order=any_order
         and len({(group.kind, group.cap_bytes) for group in groups}) > 1

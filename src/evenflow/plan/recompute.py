@@ -22,7 +22,7 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
 
     A region whose chain does not say what nodes hand to each other is given all that crosses the cut before
     it. The input gradient of a node then takes its forward's time besides; what a region saves counts among
-    what its backward allocates, until it is used.
+    what its backward allocates, until it is used (`backward_transients`).
 
     >>> chain = Chain(
     ...     names=("a", "b"),
@@ -41,7 +41,7 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
     >>> again = recomputed(chain, [1])
     >>> [(each.num_bytes, each.nodes) for each in again.saved]
     [(8.0, (0, 1))]
-    >>> again.seconds["cpu"].input_grad, again.backward_transient_bytes
+    >>> again.seconds["cpu"].input_grad, backward_transients(again, 0, 2)
     ((1.0, 4.0), (2.0, 54.0))
     """
     chosen = frozenset(node for node in nodes if chain.recomputable[node])
@@ -60,32 +60,57 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
         )
         for kind, each in chain.seconds.items()
     }
-    forward, backward = list(chain.forward_transient_bytes), list(chain.backward_transient_bytes)
-    for region in regions:
-        _make_again(region, chain, holding, forward, backward)
+    again = {
+        node: size
+        for region in regions
+        for node, size in zip(region, holding.made_again(region), strict=True)
+    }
     return replace(
         chain,
         seconds=seconds,
         saved=holding.saved(regions),
-        forward_transient_bytes=tuple(forward),
-        backward_transient_bytes=tuple(backward),
+        again_bytes=tuple(again.get(node) for node in range(chain.num_nodes)),
     )
 
 
-def _make_again(
-    region: Sequence[int], chain: Chain, holding: "_Holding", forward: list[float], backward: list[float]
-) -> None:
-    """Count among the transients of a region's nodes what the region has while it runs, and runs again."""
-    again = holding.made_again(region)
-    there = list(accumulate(again))  # at each node's backward: what later ones saved is freed by then
-    alone = [chain.forward_transient_bytes[node] for node in region]
-    running = max(had + own for had, own in zip(there, alone, strict=True))
-    for node, had, own in zip(region, there, again, strict=True):
-        forward[node] += own
-        backward[node] += had
-    after = region[-1] + 1
-    waiting = chain.cut_bytes[after] if after < chain.num_nodes else 0.0  # the gradient that has come
-    backward[region[-1]] = max(backward[region[-1]], running + waiting)
+def forward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]:
+    """The most that each node of a stage allocates in its forward; what it does not save is among it."""
+    pairs = zip(chain.forward_transient_bytes[start:end], chain.again_bytes[start:end], strict=True)
+    return tuple(own + (again or 0.0) for own, again in pairs)
+
+
+def backward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]:
+    """The most that each node of a stage allocates in its backward; what its region saves again is among it.
+
+    A region that the stage has a part of is what it has of it.
+    """
+    found = list(chain.backward_transient_bytes[start:end])
+    chosen = [node for node in range(start, end) if chain.again_bytes[node] is not None]
+    for region in regions_of(chain.names, chosen):
+        # At each node's backward what later ones saved is freed.
+        there = list(accumulate(chain.again_bytes[node] or 0.0 for node in region))
+        alone = [chain.forward_transient_bytes[node] for node in region]
+        running = max(had + own for had, own in zip(there, alone, strict=True))
+        for node, had in zip(region, there, strict=True):
+            found[node - start] += had
+        last, after = region[-1] - start, region[-1] + 1
+        waiting = chain.cut_bytes[after] if after < chain.num_nodes else 0.0  # the gradient that has come
+        found[last] = max(found[last], running + waiting)
+    return tuple(found)
+
+
+def parted_bytes(chain: Chain, start: int, end: int) -> float:
+    """What a stage's first region is given by its own first part, which a cut leaves to the stage before."""
+    if start == 0 or None in (chain.again_bytes[start - 1], chain.again_bytes[start]):
+        return 0.0
+    parts = regions_of(chain.names, [n for n, size in enumerate(chain.again_bytes) if size is not None])
+    region = next(part for part in parts if start in part)
+    inside = {node for node in region if start <= node < end}
+    return sum(
+        each.num_bytes
+        for each in chain.handed
+        if each.maker in region and each.maker < start and not inside.isdisjoint(each.users)
+    )
 
 
 def cheapest_to_hold(chain: Chain, nodes: Collection[int]) -> Chain:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from evenflow.ir.costs import Costs, Link
 from evenflow.plan.chain import Chain, Held, Parameter
+from evenflow.plan.recompute import backward_transients, forward_transients, parted_bytes
 from evenflow.plan.traffic import Traffic
 
 _Used = TypeVar("_Used", Held, Parameter)
@@ -104,10 +105,7 @@ def _stage_cost(
     late = {node for held in kept for node in held.nodes}
     put_off = [parameter for parameter in trained if not late.isdisjoint(parameter.nodes)]
     owned = [parameter for parameter in trained if parameter.nodes[0] >= start]
-    forward, backward = (
-        transients[start:end]
-        for transients in (chain.forward_transient_bytes, chain.backward_transient_bytes)
-    )
+    forward, backward = forward_transients(chain, start, end), backward_transients(chain, start, end)
     # Of the first stage, which nobody waits for, a backward in two is whole, and late.
     put_aside = kept if splits and start else ()
     backward = tuple(
@@ -119,7 +117,7 @@ def _stage_cost(
         sum(seconds.forward[start:end]),
         sum(seconds.input_grad[start:end]),
         sum(seconds.weight_grad[start:end]),
-        saved_bytes=_bytes(saved),
+        saved_bytes=_bytes(saved) + parted_bytes(chain, start, end),
         kept_bytes=_bytes(kept),
         forward_transient_bytes=max(0.0, *_beside_saved(forward, saved, start)),
         backward_transient_bytes=max(0.0, *backward),
