@@ -69,7 +69,7 @@ def on_two_ranks(schedule):
     for how in ("none", "full", "selective"):
         within = dataclasses.replace(asked, levers=dataclasses.replace(asked.levers, recompute=how))
         if how == "selective":
-            room = 0.8 * max(found["none"][1]) + asked.cluster.devices[0].reserved_bytes
+            room = 0.7 * max(found["none"][1]) + asked.cluster.devices[0].reserved_bytes
             within = within.with_memory(room)
         made = world.share(plan(within, search_seconds=0.0), 0)
         found[how] = *run(made, world), [rank.memory.allocated for rank in made.ranks], made

@@ -180,9 +180,8 @@ def test_what_is_named_runs_twice_and_nothing_else(recompute, counts, share):
         return hook
 
     for name in ran:
-        model.get_submodule(name).register_forward_pre_hook(
-            counting(name)
-        )  # (a hook behind it would not see a run that has made what is needed)
+        # (A hook behind it would not see a run that ends once it has made what is needed.)
+        model.get_submodule(name).register_forward_pre_hook(counting(name))
     pipe = make(model, recompute=recompute, max_leaf_share=share)
     before = dict(ran)
     pipe.step(regression())

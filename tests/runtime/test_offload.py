@@ -77,7 +77,7 @@ def test_complex_views_keep_their_sign():
 def test_what_is_small_or_there_anyway_stays():
     weight = torch.randn(64, 64, requires_grad=True)
     waiting = away(weight)
-    kept(waiting, lambda: (torch.ones(1, 64) @ weight.t()).sum())
+    kept(waiting, lambda: torch.mm(torch.ones(1, 64), weight.t()).sum())
     assert waiting.num_bytes == SIZE  # the row; not the weight, which is a view here
     small = away(least_bytes=2 * SIZE)
     kept(small, lambda: torch.ones(64, requires_grad=True).sin().sum())

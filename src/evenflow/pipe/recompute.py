@@ -23,11 +23,11 @@ from evenflow.graph.recomputable import Again, without_refused
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan, node_labels
 from evenflow.plan.recompute import all_worthwhile, by_worth, curve
+from evenflow.plan.request import RECOMPUTE_NAMES as NAMES
 
 _LOG = logging.getLogger("evenflow")
 
 RecomputeChoice: TypeAlias = str | Sequence[str] | None
-NAMES = ("none", "selective", "full")
 _DEVICE = "A100"  # whose rates decide what is cheap
 _SHARE = 0.5  # of what "full" frees: what "selective" frees at least
 

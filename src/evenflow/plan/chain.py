@@ -120,8 +120,8 @@ class Chain:
       its maker, then its users.
     - `handed`: all that nodes hand to each other; empty where nobody knows. `recomputable[n]`: whether node n
       may compute its forward again in the backward; by default each may.
-    - `again_bytes`: of each node that is recomputed what its region saves when it runs again, at the node whose
-      backward needs it last; None of the others.
+    - `again_bytes`: of each node that is recomputed what its region saves when it runs again, at the node
+      whose backward needs it last; None of the others.
     - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
       token goes to; by default there are no experts.
 

@@ -11,6 +11,8 @@ from evenflow.plan.overheads import Overheads
 from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.rank_memory import Sharding, TrainingState
 
+RECOMPUTE_NAMES = ("none", "selective", "full")
+
 
 @dataclass(frozen=True, slots=True)
 class Levers:
