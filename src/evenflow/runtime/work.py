@@ -70,10 +70,7 @@ class Work:
         self.compiled = frozenset(call.node.index for call in calls if call.is_compiled)
         nodes = [replace(n, opaque=True) if n.index in self.compiled else n for n in section.nodes]
         put_off = _learnt(nodes, graph, parameter_of, deferral)
-        self.stretches = [
-            (nested, tuple(_runs(stretch, calls, kept, streams, put_off)))
-            for nested, stretch in itertools.groupby(range(len(calls)), lambda at: _nested(calls[at].node))
-        ]
+        self.runs = [*_runs(calls, kept, streams, put_off)]
         self._output = filling(prepare.template(graph.output, None)) if section.needs_output else None
         self.extra = prepare.template(extra, None)
 
@@ -83,7 +80,7 @@ class Work:
         With `put_off` the gradients of weights are put off as far as can be.
         """
         shared: dict[int, Any] = {}
-        for nested, runs in self.stretches:
+        for nested, runs in itertools.groupby(self.runs, lambda run: run.nested):
             if nested:
                 torch.autocast_increment_nesting()  # casts of weights are kept until the stretch's end
             try:
@@ -96,9 +93,7 @@ class Work:
     def watched(self, tell: Tell) -> "Work":
         """The same work, which tells of every node what it made."""
         told = copy.copy(self)
-        told.stretches = [
-            (nested, tuple(run.watched(tell) for run in runs)) for nested, runs in self.stretches
-        ]
+        told.runs = [run.watched(tell) for run in self.runs]
         return told
 
     def output(self, values: dict[int, Any]) -> Any:
@@ -117,7 +112,7 @@ class _Run:
         self, calls: tuple[Call, ...], later: set[int], streams: Streams, put_off: Mapping[int, Deferral]
     ) -> None:
         self.calls, self.streams, self.put_off = calls, streams, put_off
-        self.recomputed = calls[0].node.region is not None
+        self.nested, self.recomputed = _nested(calls[0].node), calls[0].node.region is not None
         made = {value for call in calls for value in call.node.makes}
         self.takes = tuple(dict.fromkeys(v for call in calls for v in call.takes if v not in made))
         self.gives = tuple(value for value in made if value in later)
@@ -182,14 +177,14 @@ class _Run:
 
 
 def _runs(
-    places: Iterable[int],
-    calls: Sequence[Call],
-    kept: set[int],
-    streams: Streams,
-    put_off: Mapping[int, Deferral],
+    calls: Sequence[Call], kept: set[int], streams: Streams, put_off: Mapping[int, Deferral]
 ) -> Iterator[_Run]:
-    """The runs of a stretch of calls: one for each checkpoint region, and for what is between them."""
-    for _, part in itertools.groupby(places, lambda at: calls[at].node.region):
+    """The runs of a section: one for each checkpoint region, and for what is between them."""
+
+    def kind(at: int) -> tuple[bool, int | None]:
+        return _nested(calls[at].node), calls[at].node.region
+
+    for _, part in itertools.groupby(range(len(calls)), kind):
         own = list(part)
         later = kept.union(*(call.node.inputs for call in calls[own[-1] + 1 :]))
         yield _Run(tuple(calls[at] for at in own), later, streams, put_off)
