@@ -124,14 +124,23 @@ def test_a_leaf_that_was_not_seen_runs_again(schedule):
     assert_same_step(again, step(build, schedule=schedule))
 
 
+class Masked(Block):
+    def forward(self, x, mask):
+        h = self.up(x)
+        kept = (mask * 2).cos()
+        return x + self.dropout(self.down(torch.tanh(h))) * kept
+
+
 class WithMask(Blocks):
     """What depends on the batch alone is needed in the middle of a block, and before it."""
 
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(2))
+
     def forward(self, x, mask):
         for block in self.blocks:
-            h = block.up(x)
-            kept = (mask * 2).cos()
-            x = x + block.dropout(block.down(torch.tanh(h))) * kept
+            x = block(x, mask)
         return self.last(x * mask)
 
 
@@ -141,6 +150,10 @@ def test_what_depends_on_the_batch_alone_is_there():
 
     again = step(WithMask, loss=loss, recompute="full")
     assert_same_step(again, step(WithMask, loss=loss))
+    pipe = make(seeded(WithMask)(), loss=loss, recompute="full", stages=1)
+    (work,) = pipe._parts.recordings.entries[0].works.values()
+    pipe.close()
+    assert sum(run.recomputed for run in work.runs) == 2, "each block is one region"
 
 
 def test_other_kinds_of_microbatches_and_evaluation_work():
