@@ -124,13 +124,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       then taken apart only where they hold more than a stage's share of all FLOPs. A string names its backend
       (by default "inductor"). Numbers are the compiler's, the same for every schedule. What draws random
       numbers stays as it is; the gradients of compiled weights are not put off. The log tells of each stage.
-    - `recompute`: what computes its forward again in the backward, and holds only what it was given until
-      then. "full": all that holds less for it, block by block (a block is an element of a list of modules);
-      "selective": in each stage what frees most memory for each second, by estimate, until half of what
-      "full" frees is; "none"; or names and patterns of modules (["layers.*.mlp"]). Numbers stay the same.
-      What changes state, or reads what the program changes, is left out, and refused where it is named.
-    - `offload`: with "activations", what a stage saves of a microbatch for the backward waits for it in the
-      host's memory. Numbers stay the same.
+    - `recompute`: what runs its forward again in the backward: "full", all that holds less for it, block by
+      block (elements of lists of modules); "selective", in each stage what frees most for each second, until
+      half of what "full" frees is; "none"; or names and patterns of modules. What changes state stays out.
+    - `offload`: with "activations" what is saved for the backward waits in the host's memory.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
