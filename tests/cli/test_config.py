@@ -60,6 +60,8 @@ def test_every_key_is_read(read, tmp_path):
         microbatch_size = 1
         split = ["layers.1"]
         exact = true
+        recompute = ["layers.*.mlp"]
+        offload = "activations"
         """
     )
     assert config.name == "mine"
@@ -69,8 +71,15 @@ def test_every_key_is_read(read, tmp_path):
         steps=7, learning_rate=1.0, warmup_steps=2, weight_decay=0.5, seed=9, validate_every=4
     )
     assert config.pipeline == Pipelining(
-        stages=3, schedule="gpipe", microbatch_size=1, split=("layers.1",), exact=True
+        stages=3,
+        schedule="gpipe",
+        microbatch_size=1,
+        split=("layers.1",),
+        exact=True,
+        recompute=("layers.*.mlp",),
+        offload="activations",
     )
+    assert read(MODEL + '[pipeline]\nrecompute = "full"').pipeline == Pipelining(recompute="full")
 
 
 def test_a_folder_counts_from_the_file(read, tmp_path):
@@ -112,6 +121,12 @@ def test_the_config_of_make_train_can_be_read():
             MODEL + "[pipeline]\nnum_microbatches = 4\nmicrobatch_size = 2",
             "pipeline.num_microbatches = 4 and pipeline.microbatch_size = 2 are both given",
         ),
+        (
+            MODEL + "[pipeline]\nrecompute = 'all'",
+            "pipeline.recompute = 'all' must be 'none' or 'selective' or 'full'; modules are named in a list",
+        ),
+        (MODEL + "[pipeline]\nrecompute = 3", "pipeline.recompute = 3 must be a string"),
+        (MODEL + "[pipeline]\noffload = 'all'", "pipeline.offload = 'all' must be 'activations'"),
         ("training = 3\n" + MODEL, "training = 3 must be a table: write [training] on a line of its own"),
         ("name = 'a/b'\n" + MODEL, "name = 'a/b' names a folder under runs/"),
         ("name = ''\n" + MODEL, "name = '' names a folder under runs/"),

@@ -47,7 +47,7 @@ def test_it_is_read_as_it_was_written(tmp_path, model, data):
         model,
         data,
         Training(steps=3, learning_rate=1e-7, seed=5),
-        Pipelining(stages=3, schedule="zb-v", microbatch_size=2, split=("a.b", "c"), exact=True),
+        Pipelining(stages=3, schedule="zb-v", microbatch_size=2, split=("a.b", "c"), recompute="full"),
     )
     assert read_back(config, tmp_path) == config
 

@@ -357,7 +357,7 @@ def test_refused(found):
         "mixed feed": "ranks 0, 1, 2 passed a batch and ranks 3 none: pass the same batch on every rank",
         "own shards": "your loaders differ per rank: rank 0 has 4 microbatches of",
         "too few rows": "the batch makes 1 microbatches, and each of 2 data ranks needs one",
-        "degrees": "mesh= needs 6 processes (pp 2 x dp 3 x tp 1), but 4 are running; start with torchrun",
+        "degrees": "6 processes are needed (pp 2 x dp 3 x tp 1), but 4 are running; start with torchrun",
         "stages": "3 stages need 3 pipeline ranks, and the mesh has 2: ask for stages=2, or for",
         "stages for data ranks": "2 stages need 2 processes, but 4 are running",
         "no module": "the tensor plan names '7', and the Sequential has no such module",
@@ -382,7 +382,7 @@ def test_refused(found):
 @pytest.mark.parametrize(
     ("options", "start"),
     [
-        ({"mesh": {"pp": 2, "dp": 2}}, "mesh= needs 4 processes (pp 2 x dp 2 x tp 1), but 1 is running"),
+        ({"mesh": {"pp": 2, "dp": 2}}, "4 processes are needed (pp 2 x dp 2 x tp 1), but 1 is running"),
         ({"mesh": {"cp": 2}}, "mesh= names 'cp'; the axes are 'pp', 'dp', 'tp'"),
         ({"mesh": {"dp": 0}}, "mesh= has 'dp': 0; a degree is a whole number from 1 on"),
         ({"mesh": {"dp": True}}, "mesh= has 'dp': True"),

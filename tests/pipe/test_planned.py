@@ -21,6 +21,7 @@ from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers, Request
 from evenflow.plan.scale import scaled
+from evenflow.runtime.mesh import Mesh
 from unsplit import mean_square, mlp, regression, sgd
 
 SHARE = 0.0
@@ -110,7 +111,8 @@ def test_the_cut_is_the_plan_s():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("stages", 2), ("schedule", "gpipe"), ("split", ["2"]), ("num_microbatches", 2)]
+    ("option", "value"),
+    [("stages", 2), ("schedule", "gpipe"), ("split", ["2"]), ("num_microbatches", 2), ("recompute", "full")],
 )
 def test_what_a_plan_decides_is_not_given_besides(option, value):
     with refused(f"{option}= and plan= are both given"):
@@ -120,10 +122,10 @@ def test_what_a_plan_decides_is_not_given_besides(option, value):
 def test_what_a_pipeline_cannot_do_is_refused():
     made = planned()
     data = dataclasses.replace(made, degrees=dataclasses.replace(made.degrees, data=2))
-    with refused("the plan takes 2 data, 1 tensor and 1 context ranks"):
+    with refused("4 processes are needed (pp 2 x dp 2 x tp 1), but 1 is running"):
         make(plan=data)
-    again = dataclasses.replace(made.stages[1], recompute=("2",))
-    with refused("the plan's stage 1 recomputes 2, which pipeline() cannot do"):
+    again = dataclasses.replace(made.stages[1], recompute=("head",))
+    with refused("the plan's stage 1 recomputes 'head', which the recorded program does not have"):
         make(plan=dataclasses.replace(made, stages=(made.stages[0], again)))
     other = dataclasses.replace(made.stages[1], first="head")
     with refused("the plan's stage 1 begins with 'head', which the recorded program does not have"):
@@ -134,5 +136,5 @@ def test_what_a_pipeline_cannot_do_is_refused():
 
 def test_ranks_take_the_devices_that_the_plan_gives_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = choices.devices_of("cuda", Placement.v_shape(2), [1, 0])
+    devices = choices.devices_of("cuda", Placement.v_shape(2), Mesh.of_one(), [1, 0])
     assert [device.index for device in devices] == [1, 0, 0, 1]

@@ -15,7 +15,7 @@ from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import Peak, TrainingState, rank_memory
-from evenflow.plan.recompute import by_worth, recomputed
+from evenflow.plan.recompute import backward_transients, by_worth, recomputed
 from evenflow.plan.request import Choice
 from evenflow.plan.scale import scaled
 from evenflow.plan.scheduled import _REPEATS, _sizes
@@ -141,9 +141,10 @@ def test_recomputing_a_block_frees_its_own_and_costs_its_forward(chain):
     before, after = chain.seconds[KIND], again.seconds[KIND]
     assert after.input_grad[1] == before.input_grad[1] + before.forward[1]
     assert after.input_grad[3] == before.input_grad[3]
-    assert again.backward_transient_bytes[1] == chain.backward_transient_bytes[1] + 10 * act
+    backward = backward_transients(again, 0, chain.num_nodes)
+    assert backward[1] == chain.backward_transient_bytes[1] + 10 * act
     assert recomputed(chain, []) is chain
-    assert set(by_worth(chain, KIND)) == {1, 2, 3, 4}
+    assert {unit.nodes for unit in by_worth(chain, KIND)} == {(1,), (2,), (3,), (4,)}
 
 
 def test_what_is_held_by_two_stages_counts_in_both(chain):
@@ -252,8 +253,32 @@ def test_a_backward_frees_what_later_nodes_saved(chain):
     later = 8.0 * (chain.num_nodes - 1)
     (whole,) = stage_costs(heavy, (), (KIND,))
     assert whole.backward_transient_bytes == max(5.0, 20.0 - later)
-    (split,) = stage_costs(heavy, (), (KIND,), splits=True)
-    assert split.backward_transient_bytes == 20.0
+    (late,) = stage_costs(heavy, (), (KIND,), splits=True)
+    assert late == whole, "of the first stage a backward in two is whole"
+
+
+def test_an_input_gradient_keeps_what_weight_gradients_take(chain):
+    heavy = replace(
+        chain,
+        saved=tuple(Held(8.0, (node,)) for node in range(chain.num_nodes)),
+        kept=tuple(Held(3.0, (node,)) for node in range(chain.num_nodes)),
+        backward_transient_bytes=(0.0, 40.0, *[0.0] * (chain.num_nodes - 2)),
+    )
+    split = stage_costs(heavy, (1,), (KIND, KIND), splits=True)[1]
+    later = chain.num_nodes - 2
+    assert split.backward_transient_bytes == 40.0 - later * (8.0 - 3.0)
+    assert split.weight_transient_bytes == max(p.num_bytes for p in chain.parameters if p.nodes[0])
+
+
+def test_a_forward_has_not_saved_what_later_nodes_will(chain):
+    """The first node's forward is over when later ones fill the memory."""
+    light = replace(
+        chain,
+        saved=tuple(Held(8.0, (node,)) for node in range(chain.num_nodes)),
+        forward_transient_bytes=(20.0, *[0.0] * (chain.num_nodes - 2), 5.0),
+    )
+    (whole,) = stage_costs(light, (), (KIND,))
+    assert whole.forward_transient_bytes == max(5.0, 20.0 - 8.0 * (chain.num_nodes - 1))
 
 
 def test_sizes_between_and_beyond_two_lie_on_their_line():

@@ -265,8 +265,9 @@ def fewest_over_all_stages(asked, choice, chain):
     """The fewest nodes, those first that free most bytes a second anywhere, with which some cut fits."""
     worth = by_worth(chain, "H100")
     for number in range(len(worth) + 1):
+        nodes = {node for unit in worth[:number] for node in unit.nodes}
         try:
-            return worth[:number], fitted(asked, choice, recomputed(chain, worth[:number]))
+            return nodes, fitted(asked, choice, recomputed(chain, nodes))
         except DoesNotFitError:
             continue
     raise AssertionError("all of them suffice")

@@ -64,9 +64,8 @@ def test_a_plan_obeys_each_rule(name, case):
     degrees, made = found.plan.degrees, found.plan
     firsts = [stage.first for stage in made.stages[1:]]
     assert all(first.endswith(".attention") or first == "norm" for first in firsts)
-    assert all(stage.recompute == () for stage in made.stages) or all(
-        len(stage.recompute) == stage.num_nodes for stage in made.stages
-    )
+    again = {label for stage in made.stages for label in stage.recompute}
+    assert again in (set(), {*NAMES[1:-1]}), "each layer that keeps anything of its own, or none"
     assert sum(found.blocks) == NUM_BLOCKS
     number = made.num_microbatches
     match name:

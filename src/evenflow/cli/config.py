@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_args, get_origin
 
 from evenflow.errors import ConfigError
+from evenflow.plan.request import RECOMPUTE_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Pipelining:
     `stages_per_rank=None`: what suits the schedule, 2 for those that interleave or make a V, else 1.
     `schedule=None`: 1f1b. Where all are left out, several ranks measure the model and plan it. `link` is how
     tensors travel between ranks: auto, shared-memory or torch. `compile` lets torch.compile have the blocks.
+    `recompute`: none, selective, full, or a list of modules' names; `offload`: activations, or left out.
     """
 
     stages: int | None = None
@@ -100,12 +102,23 @@ class Pipelining:
     exact: bool = False
     link: str = "auto"
     compile: bool = False
+    recompute: str | tuple[str, ...] | None = None
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("stages", "stages_per_rank", "num_microbatches", "microbatch_size"):
             value = getattr(self, name)
             if value is not None:
                 _at_least(f"pipeline.{name}", value, 1)
+        for name, value, known in (
+            ("recompute", self.recompute, RECOMPUTE_NAMES),
+            ("offload", self.offload, ("activations",)),
+        ):
+            if isinstance(value, str) and value not in known:
+                listed = "; modules are named in a list" if name == "recompute" else ""
+                raise ConfigError(
+                    f"pipeline.{name} = {value!r} must be {' or '.join(map(repr, known))}{listed}"
+                )
         if self.num_microbatches is not None and self.microbatch_size is not None:
             raise ConfigError(
                 f"pipeline.num_microbatches = {self.num_microbatches} and pipeline.microbatch_size = "
@@ -266,7 +279,9 @@ def _section(kind: type[S], table: object, place: str) -> S:
 def _convert(value: object, hint: Any, place: str) -> object:
     """The TOML value as the field's type; the reason where it cannot be."""
     if isinstance(hint, types.UnionType):
-        hint = next(option for option in get_args(hint) if option is not types.NoneType)
+        options = [option for option in get_args(hint) if option is not types.NoneType]
+        lists = [option for option in options if (get_origin(option) is tuple) == isinstance(value, list)]
+        hint = (lists or options)[0]
     if get_origin(hint) is tuple:
         element = get_args(hint)[0]
         if not isinstance(value, list):

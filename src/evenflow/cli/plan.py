@@ -169,6 +169,7 @@ def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
         stages_per_rank=given.stages_per_rank,
         schedule=None if given.schedule == catalog.AUTO else given.schedule,
         microbatch_size=given.microbatch_size,
+        recompute=given.recompute if isinstance(given.recompute, str) else None,
     )
     return levers.pipeline_only() if pipeline_only else levers
 

@@ -126,6 +126,7 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
         exact=config.pipeline.exact,
         link=config.pipeline.link,
         compile=config.pipeline.compile,
+        offload=config.pipeline.offload,
     )
     return dataclasses.replace(config, pipeline=pipeline)
 

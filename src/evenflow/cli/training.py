@@ -132,6 +132,7 @@ def _prepare(
         exact=config.pipeline.exact,
         link=config.pipeline.link,
         compile=compiles,
+        offload=config.pipeline.offload,
         seed=config.training.seed,
         device=device,
     )
@@ -161,6 +162,7 @@ def _levers(job: Job) -> dict[str, Any]:
         "microbatch_size": given.microbatch_size,
         "num_microbatches": given.num_microbatches,
         "split": given.split or None,
+        "recompute": given.recompute,
     }
 
 

@@ -13,9 +13,11 @@ from typing import TypeAlias
 
 import torch
 
+from evenflow.cost.handing import Places, handed_over
 from evenflow.cost.measured import Measured
 from evenflow.graph.cut import crossing_bytes, legal_positions, lifetimes, num_bytes, skips
 from evenflow.graph.graph import Graph
+from evenflow.graph.recomputable import may_be_recomputed
 from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
 
@@ -43,19 +45,22 @@ def chain_of(
         0 if n.region is not None else m.private_kept_bytes for n, m in zip(nodes, costs, strict=True)
     ]
     forward_transient = _forward_transients(graph, costs, saved, sizes)
+    handed, places = handed_over(graph, sizes)
     return Chain(
         names=tuple(node.name for node in nodes),
         num_rows=num_rows,
         flops=tuple(float(node.flops) for node in nodes),
         seconds={kind: _seconds(graph, measured)},
-        saved=_held(saved, sizes, private),
-        kept=_held(kept, sizes, private_kept),
+        saved=_held(saved, sizes, private, places),
+        kept=_held(kept, sizes, private_kept, places),
         parameters=parameters_used(graph, model),
         forward_transient_bytes=forward_transient,
         backward_transient_bytes=_backward_transients(graph, costs),
         cut_bytes=tuple(map(float, crossing_bytes(graph)[: len(nodes)])),
         legal=tuple(legal_positions(graph)[: len(nodes)]),
         skips=values_past_nodes(graph),
+        handed=handed,
+        recomputable=may_be_recomputed(graph),
     )
 
 
@@ -137,8 +142,13 @@ def _by_storage(graph: Graph, costs: Sequence[Measured], which: str) -> _Users:
     return {storage: frozenset(places) for storage, places in users.items() if storage not in skipped}
 
 
-def _held(users: _Users, sizes: Mapping[_Storage, int], private: Sequence[int]) -> tuple[Held, ...]:
-    shared = [Held(float(sizes[storage]), tuple(sorted(places))) for storage, places in users.items()]
+def _held(
+    users: _Users, sizes: Mapping[_Storage, int], private: Sequence[int], places: Places
+) -> tuple[Held, ...]:
+    shared = [
+        Held(float(sizes[storage]), tuple(sorted(nodes)), places.get(storage))
+        for storage, nodes in users.items()
+    ]
     own = [Held(float(size), (place,)) for place, size in enumerate(private) if size]
     return tuple(sorted((one for one in (*shared, *own) if one.num_bytes), key=lambda one: one.nodes))
 

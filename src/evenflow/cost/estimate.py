@@ -16,9 +16,11 @@ from evenflow.cluster.device import Device
 from evenflow.cost.assemble import parameters_used, values_past_nodes
 from evenflow.cost.experts import Experts
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
+from evenflow.cost.handing import Places, handed_over
 from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.module_calls import RUN_FOR_REAL
+from evenflow.graph.recomputable import may_be_recomputed
 from evenflow.plan.chain import Chain, Held, Seconds
 
 # No kernel reads and writes at the memory's full rate: assumed.
@@ -53,8 +55,9 @@ def estimate(
         for node in graph.nodes
     }
     of_chain = [costs[node.index] for node in graph.chain]
-    saved = _held(graph, of_chain, functions, lambda cost: (cost.kept, cost.kept_bytes))
-    kept = _held(graph, of_chain, functions, lambda cost: (cost.put_off, cost.put_off_bytes))
+    handed, places = handed_over(graph, functions.bytes_of)
+    saved = _held(graph, of_chain, functions, places, lambda cost: (cost.kept, cost.kept_bytes))
+    kept = _held(graph, of_chain, functions, places, lambda cost: (cost.put_off, cost.put_off_bytes))
     kinds = {device.name: device for device in devices}
     num_nodes = len(graph.chain)
     experts = Experts(graph)
@@ -79,6 +82,8 @@ def estimate(
         legal=tuple(legal_positions(graph)[:num_nodes]),
         expert_bytes=experts.handed_bytes,
         skips=values_past_nodes(graph),
+        handed=handed,
+        recomputable=may_be_recomputed(graph),
     )
 
 
@@ -110,6 +115,7 @@ def _held(
     graph: Graph,
     costs: Iterable[list[FunctionCost]],
     functions: FunctionCosts,
+    places: Places,
     what: Callable[[FunctionCost], tuple[frozenset[int], float]],
 ) -> tuple[Held, ...]:
     """What functions keep: each storage once, under all the nodes that keep it."""
@@ -126,5 +132,5 @@ def _held(
                 keepers[storage][at] = None
         if alone := sum(what(cost)[1] for cost in of_node):
             held.append(Held(alone, (at,)))
-    held += [Held(float(functions.bytes_of[s]), tuple(nodes)) for s, nodes in keepers.items()]
+    held += [Held(float(functions.bytes_of[s]), tuple(nodes), places.get(s)) for s, nodes in keepers.items()]
     return tuple(sorted(held, key=lambda each: each.nodes))

@@ -21,7 +21,7 @@ from evenflow.schedules import catalog
 _LOG = logging.getLogger("evenflow")
 
 _AUTO = "auto"
-_LEVERS = ("stages_per_rank", "schedule", "microbatch_size")  # what the planner takes as given
+_LEVERS = ("stages_per_rank", "schedule", "microbatch_size", "recompute")  # what the planner takes as given
 
 
 def planned(

@@ -29,6 +29,7 @@ from evenflow.pipe.planned import decided, given_plan
 from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs, fingerprint
 from evenflow.pipe.reading import check_training
+from evenflow.pipe.recompute import Recompute, RecomputeChoice, check_recompute
 from evenflow.pipe.refuse import check_given, refuse_unfit
 from evenflow.pipe.replicas import SharedBuffers, data_ranks
 from evenflow.pipe.rules import UpdateRules
@@ -43,6 +44,7 @@ from evenflow.runtime.links.choose import link_for, roll_call_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.mesh import Mesh, mesh_of
 from evenflow.runtime.narrowing import Narrowing
+from evenflow.runtime.offload import Offload
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
@@ -84,6 +86,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     mesh: Mapping[str, int] | None = None,
     tensor_plan: TensorPlan | None = None,
     shard: str | None = None,
+    recompute: RecomputeChoice = None,
+    offload: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Pipeline:
@@ -150,6 +154,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       say, or with torch's `ParallelStyle`s. By default the plan that a Hugging Face model brings along.
     - `shard`: what data ranks share: "zero1", the optimizer's states, each updating some of the parameters;
       "fsdp", parameters, gradients and states, with torch's `fully_shard`: a step gathers each stage once.
+    - `recompute`: what runs its forward again in the backward: "full", all that holds less for it, block by
+      block (elements of lists of modules); "selective", in each stage what frees most for each second, until
+      half of what "full" frees is; "none"; or names and patterns of modules. What changes state stays out.
+    - `offload`: with "activations" what is saved for the backward waits in the host's memory.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
@@ -178,8 +186,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "split": split,
         "split_batch": split_batch,
         "max_leaf_share": max_leaf_share,
+        "recompute": recompute,
     }
-    check_given(seed, reduction, link, clip_norm, loss=loss, optimizer=optimizer, scheduler=scheduler)
+    again = check_recompute(model, recompute)
+    check_given(
+        seed, reduction, link, clip_norm, offload, loss=loss, optimizer=optimizer, scheduler=scheduler
+    )
     compiling, narrowing, types = Compiling.of(compile), Narrowing(boundary_dtype), Precision.of(precision)
     joining = Joining.of(metrics)
     choices.check_split(model, split or ())
@@ -227,15 +239,15 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     share = given.max_leaf_share
     if share is None:
         share = choices.leaf_share(num_stages, compiles=compiling is not None)
-    leaves = Leaves(share, exact, tuple(split or ()), tuple(atomic))
     recordings = Recordings(
         model,
         fakes,
         device=own_device,
-        leaves=leaves,
+        leaves=Leaves(share, exact, (*(split or ()), *again), tuple(atomic)),
         accumulators=accumulators,
         compiling=compiling,
         vocabulary=held.vocabulary,
+        recompute=Recompute(model, given.recompute, given.plan, tells=grid.world.is_first),
     )
     with types.recording(kind):
         graph = _recorded(recordings, program, item, types, joining)
@@ -245,7 +257,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
-    stages_here = {stage: _stage(stage, devices[stage], seed, model) for stage in own}
+    stages_here = {stage: _stage(stage, devices[stage], seed, model, offload) for stage in own}
     keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
     held.settle(homes)
@@ -338,8 +350,9 @@ def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Pro
         _LOG.log(logging.INFO if work.compiled else logging.WARNING, "stage %d %s", stage, said)
 
 
-def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module) -> Stage:
-    return Stage(index, device, Streams(seed, device), partial(buffers_at, model))
+def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module, offload: str | None) -> Stage:
+    away = None if offload is None else Offload(device)
+    return Stage(index, device, Streams(seed, device), partial(buffers_at, model), away)
 
 
 def _warn_of_differences(

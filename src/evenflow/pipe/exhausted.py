@@ -28,6 +28,7 @@ from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts, groups_of
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory, TrainingState
+from evenflow.plan.recompute import recomputed
 from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
 from evenflow.plan.request import Choice, Request
 from evenflow.runtime.executor import Executor, Job
@@ -172,7 +173,13 @@ class _Estimate:
         if parts.world.device.type == "cpu":  # as a single process's is: nothing travels over NCCL
             kind = replace(kind, communicator_bytes=0.0)
         rate = next(iter(kind.flops_per_second))  # times are told as shares alone
-        self.chain: Chain = estimate(cut.graph, parts.model, [kind], num_rows=rows, dtype=rate)
+        chain = estimate(cut.graph, parts.model, [kind], num_rows=rows, dtype=rate)
+        again = parts.recordings.entries[jobs[0].recording].again.nodes
+        if again:  # nothing more is to be gained there
+            chain = recomputed(chain, [at for at, n in enumerate(cut.graph.chain) if n.index in again])
+            chain = replace(chain, recomputable=(False,) * chain.num_nodes)
+        self.chain: Chain = chain
+        self._offloads = any(stage.offload is not None for stage in parts.stages.values())
         num_ranks = schedule.placement.num_ranks
         self.request = Request(
             lambda _: self.chain,
@@ -187,7 +194,9 @@ class _Estimate:
         self.choice = Choice(Degrees(num_ranks), on_each, schedule.name, rows, len(jobs), "none")
         groups = groups_of(self.request.cluster, self.choice.degrees)
         self.now: Fit = at_cuts(
-            self.request, self.choice, self.chain, cut.positions, groups, schedule=schedule
+            *(self.request, self.choice, self.chain, cut.positions, groups),
+            schedule=schedule,
+            offloads=self._offloads,
         )
 
     def planned(self, rank: int) -> RankMemory:
@@ -201,7 +210,10 @@ class _Estimate:
         alone = self._is_shared
         most, seconds = peak_bytes(self.now, alone=alone), step_seconds(self.now, alone=alone)
         room = _SAFE * min(_limit_bytes(self._device), most)
-        found = remedies(self.request, self.choice, self.chain, self.now, room, alone=alone)
+        beside = self._device.type == "cuda" and not self._offloads
+        found = remedies(
+            *(self.request, self.choice, self.chain, self.now, room), alone=alone, offloads=beside
+        )
         if found:
             who = "all ranks together need" if alone else "the fullest rank needs"
             yield f"what would help, estimated; now {who} {told_bytes(most)}:"

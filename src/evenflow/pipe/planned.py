@@ -10,6 +10,7 @@ from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.ir.costs import Costs
 from evenflow.pipe import choices
+from evenflow.pipe.recompute import RecomputeChoice
 from evenflow.pipe.refuse import check_callable, check_whole
 from evenflow.pipe.replicas import SHARDINGS
 from evenflow.plan.known_costs import known_costs
@@ -34,6 +35,7 @@ class Decided:
     split: Sequence[str] | None
     split_batch: Callable[[Any], Sequence[Any]] | None  # of any batch
     max_leaf_share: float | None
+    recompute: RecomputeChoice  # of the plan's stages, where there is one
 
     @property
     def places(self) -> Sequence[int] | None:
@@ -73,6 +75,11 @@ def given_plan(
             raise ConfigError(f'shard={shard!r} needs data ranks, and there is one: give mesh= with "dp"')
         return plan, mesh, shard
     made = plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
+    if made.degrees.context > 1 or made.degrees.expert > 1:
+        raise ConfigError(
+            f"the plan takes {made.degrees.context} context and {made.degrees.expert} expert ranks, which "
+            "pipeline() cannot run yet: plan for pipeline, data and tensor ranks alone"
+        )
     degrees = {"pp": made.degrees.pipeline, "dp": made.degrees.data, "tp": made.degrees.tensor}
     for name, given in ("mesh", mesh), ("shard", shard):
         if given is not None:
@@ -112,20 +119,7 @@ def _plan_given(plan: Plan | str | Path, others: dict[str, Any]) -> Plan:
             f"{contradicting[0]}= and plan= are both given, and a plan decides that; change it in the plan, "
             "or leave one of them out"
         )
-    made = plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
-    degrees = made.degrees
-    if degrees.context > 1 or degrees.expert > 1:
-        raise ConfigError(
-            f"the plan takes {degrees.context} context and {degrees.expert} expert ranks, which pipeline() "
-            "cannot run yet: plan for pipeline, data and tensor ranks alone"
-        )
-    for number, stage in enumerate(made.stages):
-        if stage.recompute:
-            raise ConfigError(
-                f"the plan's stage {number} recomputes {stage.recompute[0]}, which pipeline() cannot do "
-                "yet: plan without, or switch on the model's own gradient checkpointing and plan again"
-            )
-    return made
+    return plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
 
 
 def _planned_positions(plan: Plan, graph: Graph) -> tuple[int, ...]:

@@ -84,7 +84,9 @@ def refuse_no_module(model: object) -> None:
     raise ConfigError(f"the model is a {kind}; it must be a torch.nn.Module")
 
 
-def check_given(seed: object, reduction: object, link: object, clip_norm: object, **functions: Any) -> None:
+def check_given(
+    seed: object, reduction: object, link: object, clip_norm: object, offload: object, **functions: Any
+) -> None:
     """Raise `ConfigError` naming the first of these arguments of `pipeline` that no model could work with."""
     check_whole(seed=seed)
     if isinstance(functions.get("loss"), dict | list | tuple):
@@ -97,6 +99,7 @@ def check_given(seed: object, reduction: object, link: object, clip_norm: object
     _check_reduction(reduction)
     _check_link(link)
     check_clip_norm(clip_norm)
+    _check_offload(offload)
 
 
 def refuse_together(world: World, what: str, problem: str | None) -> None:
@@ -127,6 +130,13 @@ def _check_link(link: object) -> None:
     """Raise `ConfigError` for a `link=` that is none of those known."""
     if link not in choose.CHOICES:
         raise ConfigError(f"link={link!r} is none of {', '.join(map(repr, choose.CHOICES))}")
+
+
+def _check_offload(offload: object) -> None:
+    """Raise `ConfigError` for an `offload=` that is none of those known."""
+    if offload not in (None, "activations"):
+        hint = ": of optimizers torch offloads those of fully_shard alone" if offload == "optimizer" else ""
+        raise ConfigError(f"offload={offload!r} is not 'activations'{hint}; give that, or leave offload= out")
 
 
 def _check_reduction(reduction: object) -> None:

@@ -18,7 +18,7 @@ from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.planner import NoPlanError, choices, describe
 from evenflow.plan.price import Priced, chain_for, price
 from evenflow.plan.rank_memory import RankMemory, Sharding, TrainingState
-from evenflow.plan.recompute import recomputed
+from evenflow.plan.recompute import all_worthwhile, recomputed
 from evenflow.plan.request import Choice, Levers, Request
 from evenflow.plan.stages import stage_costs
 
@@ -261,7 +261,7 @@ def too_large(request: Request) -> str | None:
 
 def _needs_alone(chain: Chain, state: TrainingState) -> list[float]:
     """What each node needs if it is a stage alone and recomputes, with one microbatch in flight."""
-    again = recomputed(chain, range(chain.num_nodes))
+    again = recomputed(chain, all_worthwhile(chain))
     kind = next(iter(chain.seconds))
     stages = stage_costs(again, range(1, chain.num_nodes), [kind] * chain.num_nodes)
     return [

@@ -15,11 +15,25 @@ class Held:
     """Memory that a stage holds once if it has any of these nodes (ascending indexes of the chain).
 
     What a single node keeps for itself names that node alone; a tensor that several nodes keep, or a
-    parameter that several use, names them all.
+    parameter that several use, names them all. `handed`: the place among `Chain.handed` of what nodes hand to
+    each other.
     """
 
     num_bytes: float
     nodes: tuple[int, ...]
+    handed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """Memory that a node makes and other nodes are given: by places in the chain.
+
+    `maker` is None where it is made of the batch alone, on each stage that needs it.
+    """
+
+    num_bytes: float
+    maker: int | None
+    users: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,10 @@ class Chain:
       is not used. `legal[c]`: whether a cut may stand there.
     - `skips`: what may cross several cuts: values that more than the node after their maker needs. Each names
       its maker, then its users.
+    - `handed`: all that nodes hand to each other; empty where nobody knows. `recomputable[n]`: whether node n
+      may compute its forward again in the backward; by default each may.
+    - `again_bytes`: of each node that is recomputed what its region saves when it runs again, at the node
+      whose backward needs it last; None of the others.
     - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
       token goes to; by default there are no experts.
 
@@ -123,8 +141,15 @@ class Chain:
     legal: tuple[bool, ...]
     expert_bytes: tuple[float, ...] = ()
     skips: tuple[Held, ...] = ()
+    handed: tuple[Handed, ...] = ()
+    recomputable: tuple[bool, ...] = ()
+    again_bytes: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.recomputable:
+            object.__setattr__(self, "recomputable", (True,) * self.num_nodes)
+        if not self.again_bytes:
+            object.__setattr__(self, "again_bytes", (None,) * self.num_nodes)
         if not self.expert_bytes:
             object.__setattr__(self, "expert_bytes", (0.0,) * self.num_nodes)
         per_node = {
@@ -134,6 +159,8 @@ class Chain:
             "cut_bytes": self.cut_bytes,
             "legal": self.legal,
             "expert_bytes": self.expert_bytes,
+            "recomputable": self.recomputable,
+            "again_bytes": self.again_bytes,
             **{f"seconds on {kind}": seconds.forward for kind, seconds in self.seconds.items()},
         }
         for what, given in per_node.items():

@@ -13,7 +13,13 @@ import numpy.typing as npt
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import groups_of, static_bytes
 from evenflow.plan.price import least_load, sum_seconds
-from evenflow.plan.recompute import by_worth, private_bytes, recomputed
+from evenflow.plan.recompute import (
+    all_worthwhile,
+    backward_transients,
+    curve,
+    forward_transients,
+    recomputed,
+)
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, stretch_of
 
@@ -38,14 +44,15 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     Raises `ConfigError` for a schedule that cannot serve the choice's sizes.
     """
     if choice.recompute == "full":
-        chain = recomputed(chain, range(chain.num_nodes))
+        chain = recomputed(chain, all_worthwhile(chain))
     groups = groups_of(request.cluster, choice.degrees)
     placement = in_flight(choice, request.overheads).placement
     flying = microbatches_in_flight(choice, chain, request.overheads)
     held = np.array([np.mean([flying[s] for s in placement.stages_on(r)]) for r in range(len(groups))])
     totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}
     alone = np.array([totals[group.kind] for group in groups])
-    transient = max(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes))
+    every = (chain, 0, chain.num_nodes)
+    transient = max(map(max, forward_transients(*every), backward_transients(*every)))
     caps = np.maximum(np.array([group.cap_bytes for group in groups]) - transient, 0.0)
     saved = sum(each.num_bytes for each in chain.saved)
     static = sum(each.num_bytes for each in static_bytes(request, choice.degrees, chain))
@@ -80,11 +87,8 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
 
 
 def _curve(chain: Chain, kind: str) -> tuple[Floats, Floats]:
-    """Bytes that can be freed, and the least seconds that this takes, both ascending from 0."""
-    worth = by_worth(chain, kind)
-    private, forward = private_bytes(chain), chain.seconds[kind].forward
-    freed = np.cumsum([0.0, *(private[node] - chain.cut_bytes[node] for node in worth)])
-    return freed, np.cumsum([0.0, *(forward[node] for node in worth)])
+    freed, took = curve(chain, kind)
+    return np.array(freed), np.array(took)
 
 
 def _filled(wish: Floats, room: Floats) -> Floats:

@@ -14,11 +14,13 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
 from evenflow.plan.in_flight import InFlight, StageBytes
+from evenflow.plan.offload import offloaded
 from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
 from evenflow.plan.plan import Degrees
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.rank_memory import RankMemory, rank_memory
+from evenflow.plan.recompute import backward_transients, forward_transients
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import in_flight, in_flight_of, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.shared import shared_seconds
@@ -127,10 +129,11 @@ def at_cuts(
     groups: Sequence[Group],
     *,
     schedule: Schedule | None = None,
+    offloads: bool = False,
 ) -> Fit:
     """What comes of these cuts, whether it fits or not; `groups[rank]` has a rank's devices.
 
-    `schedule` is the choice's, unless another is given.
+    `schedule` is the choice's, unless another is given; `offloads`: activations wait on the host.
     """
     if schedule is None:
         schedule, held = schedule_of(choice), in_flight(choice, request.overheads)
@@ -139,6 +142,7 @@ def at_cuts(
     rank_of = schedule.placement.rank_of
     in_two = splits(schedule)
     stages = stage_costs(chain, positions, [groups[rank].kind for rank in rank_of], splits=in_two)
+    stages = offloaded(stages, chain) if offloads else stages
     traffic = traffic_of(chain, positions)
     parcels = traffic.parcels(rank_of)
     stages = as_run(stages, parcels, request.overheads, splits=in_two)
@@ -187,6 +191,8 @@ def _cut(
     ring = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups))]
     links = _links(request.cluster, groups, (*ring, *(pair[::-1] for pair in ring))).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
+    every = (chain, 0, chain.num_nodes)
+    transients = forward_transients(*every), backward_transients(*every)
     problem = PartitionProblem(
         schedule_of(choice).placement,
         tuple(kinds),
@@ -195,7 +201,7 @@ def _cut(
         cut_seconds=tuple(size / rate for size in chain.cut_bytes),
         static=static_bytes(request, choice.degrees, chain),
         held=chain.saved,
-        transient_bytes=tuple(map(max, chain.forward_transient_bytes, chain.backward_transient_bytes)),
+        transient_bytes=tuple(map(max, *transients)),
         in_flight=microbatches_in_flight(choice, chain, request.overheads),
         any_order=any_order
         and len({(group.kind, group.cap_bytes) for group in groups}) > 1
@@ -274,10 +280,11 @@ def _memory(
 def _stage_bytes(stage: StageCost, parcels: Parcels, gradient_bytes: float) -> StageBytes:
     return StageBytes(
         saved=stage.saved_bytes,
-        kept=min(stage.kept_bytes, stage.saved_bytes),
+        kept=stage.kept_bytes,
         forward_transient=stage.forward_transient_bytes,
         backward_transient=stage.backward_transient_bytes,
         received=sum(parcels.received),
         sent=sum(parcels.sent),
         gradients=stage.trained_bytes * gradient_bytes,
+        weight_transient=stage.weight_transient_bytes,
     )

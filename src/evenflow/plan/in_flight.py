@@ -20,6 +20,7 @@ class StageBytes:
     - `forward_transient` and `backward_transient`: beside that, while its forward or its backward runs.
     - `received` and `sent`: of a parcel between it and the stage before, and the stage behind.
     - `gradients`: of its weights, from the end of the first backward on.
+    - `weight_transient`: beside what was kept, while its weight gradient runs.
     """
 
     saved: float
@@ -29,6 +30,7 @@ class StageBytes:
     received: float = 0.0
     sent: float = 0.0
     gradients: float = 0.0
+    weight_transient: float = 0.0
 
 
 class InFlight:
@@ -61,8 +63,8 @@ class InFlight:
         sizes = np.array([astuple(stages[stage]) for stage in self.placement.stages_on(rank)])
         held = (self._moments[rank] * sizes).sum(axis=1)  # [moment, what]
         most = held[held.sum(axis=1).argmax()]
-        saved, kept, forward, backward, received, sent, gradients = map(float, most)
-        return Peak(saved + kept, forward + backward, received + sent, gradients)
+        saved, kept, forward, backward, received, sent, gradients, late = map(float, most)
+        return Peak(saved + kept, forward + backward + late, received + sent, gradients)
 
     def microbatches(self, *, kept_share: float = 1.0) -> tuple[float, ...]:
         """For each stage, what it holds at its rank's peak, in microbatches.
@@ -86,7 +88,7 @@ class InFlight:
 
 _Moment = tuple[tuple[int, ...], ...]  # [stage of the rank][field of `StageBytes`]: how many of it are there
 _FIELDS = tuple(StageBytes.__dataclass_fields__)
-_SAVED, _KEPT, _FORWARD, _BACKWARD, _RECEIVED, _SENT, _GRADIENTS = range(len(_FIELDS))
+_SAVED, _KEPT, _FORWARD, _BACKWARD, _RECEIVED, _SENT, _GRADIENTS, _LATE = range(len(_FIELDS))
 
 
 class _Walk:
@@ -121,7 +123,14 @@ class _Walk:
 
     def _during(self, op: SimpleOp) -> _Moment:
         found = [list(each) for each in self._held]
-        found[self._place[op.stage]][_FORWARD if isinstance(op, Forward) else _BACKWARD] = 1
+        own = found[self._place[op.stage]]
+        match op:
+            case Forward():
+                own[_FORWARD] = 1
+            case WeightGrad():
+                own[_LATE] = 1
+            case _:
+                own[_BACKWARD] = 1
         for place, side in (*islice(self._coming, self._ahead), *self._leaving):
             found[place][side] += 1
         return tuple(map(tuple, found))

@@ -62,7 +62,8 @@ def _as_run(stage: StageCost, number: int, parcels: Parcels, overheads: Overhead
         return overheads.op_seconds + sum(map(overheads.handling_seconds, sizes))
 
     first, rest = stage.input_grad_seconds, stage.weight_grad_seconds
-    if splits and number == 0:
+    late = splits and number == 0
+    if late:
         first, rest = 0.0, first + rest
     backward = own(*parcels.gradients_received, *parcels.gradients_sent)
     return replace(
@@ -70,5 +71,7 @@ def _as_run(stage: StageCost, number: int, parcels: Parcels, overheads: Overhead
         forward_seconds=stage.forward_seconds + own(*parcels.received, *parcels.sent),
         input_grad_seconds=first + (backward if first or not splits else 0.0),
         weight_grad_seconds=rest + (overheads.op_seconds if splits and rest else 0.0),
-        kept_bytes=stage.saved_bytes if splits and number == 0 else stage.kept_bytes,
+        kept_bytes=stage.saved_bytes if late else stage.kept_bytes,
+        backward_transient_bytes=0.0 if late else stage.backward_transient_bytes,
+        weight_transient_bytes=stage.backward_transient_bytes if late else stage.weight_transient_bytes,
     )

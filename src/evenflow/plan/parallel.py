@@ -242,6 +242,7 @@ def _shared(chain: Chain, degree: int, extra: Sequence[float]) -> Chain:
         seconds=_slower(chain.seconds, degree, extra),
         saved=_less(chain.saved, degree),
         kept=_less(chain.kept, degree),
+        handed=tuple(replace(each, num_bytes=each.num_bytes / degree) for each in chain.handed),
         expert_bytes=tuple(size / degree for size in chain.expert_bytes),
         forward_transient_bytes=tuple(size / degree for size in chain.forward_transient_bytes),
         backward_transient_bytes=tuple(size / degree for size in chain.backward_transient_bytes),

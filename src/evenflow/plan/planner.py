@@ -40,7 +40,7 @@ from evenflow.plan.plan import (
 from evenflow.plan.price import Priced, chain_for, lower_bound, price
 from evenflow.plan.problem import DoesNotFitError, check_places
 from evenflow.plan.rank_memory import Sharding
-from evenflow.plan.recompute import cheapest_to_hold
+from evenflow.plan.recompute import all_worthwhile, cheapest_to_hold
 from evenflow.plan.refine import refined
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scheduled import stretch_of
@@ -187,7 +187,7 @@ class _Search:
             if not self._request.allows(choice):
                 continue
             chain = chain_for(self._request, choice) if degrees.gathers_nodes else candidate.chain
-            all_again = cheapest_to_hold(chain, range(chain.num_nodes))
+            all_again = cheapest_to_hold(chain, all_worthwhile(chain))
             try:
                 refuse_at_once(self._request, choice, chain if recompute == "none" else all_again)
                 told = expected(self._request, choice, chain)

@@ -12,7 +12,7 @@ from evenflow.plan.fit import Fit, Group, fitted, groups_of
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory
-from evenflow.plan.recompute import recomputed
+from evenflow.plan.recompute import all_worthwhile, recomputed
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.selective import fitted_selectively
 from evenflow.plan.stages import StageCost
@@ -85,7 +85,7 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
             nodes: tuple[int, ...] = ()
             fit = fitted(request, choice, chain)
         case "full":
-            nodes = tuple(range(chain.num_nodes))
+            nodes = all_worthwhile(chain)
             fit = fitted(request, choice, recomputed(chain, nodes))
         case _:
             nodes, fit = fitted_selectively(request, choice, chain)

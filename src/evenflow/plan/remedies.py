@@ -8,7 +8,7 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.errors import EvenflowError
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts, fitted
-from evenflow.plan.recompute import recomputed
+from evenflow.plan.recompute import all_worthwhile, recomputed
 from evenflow.plan.request import Choice, Request
 from evenflow.plan.scale import in_proportion
 from evenflow.plan.scheduled import schedule_of
@@ -50,12 +50,14 @@ def remedies(
     room_bytes: float,
     *,
     alone: bool = False,
+    offloads: bool = False,
     number: int = 3,
 ) -> list[Remedy]:
     """The cheapest changes that lower the peak, of each kind one; those that fit into `room_bytes` first.
 
     `now` is what runs: the choice's schedule, or one of the user's own, at its cuts; `alone` says that one
-    process has all ranks, in one memory.
+    process has all ranks, in one memory; `offloads`, that devices have a host whose memory is another, to
+    which nothing is offloaded yet.
     """
 
     def cost(remedy: Remedy) -> tuple[bool, float]:
@@ -66,7 +68,8 @@ def remedies(
     found = []
     # What moves work to other ranks moves nothing where they share their memory.
     moving = () if alone else (_other_cuts, _one_more_rank)
-    for changes in (_smaller_microbatches, _other_schedules, _checkpoints, *moving):
+    away = (_offload,) if offloads else ()
+    for changes in (_smaller_microbatches, _other_schedules, _again, *away, *moving):
         of_kind = []
         with contextlib.suppress(EvenflowError):  # no more such changes can be made
             for what, fit in changes(request, choice, chain, now):
@@ -117,10 +120,15 @@ def _other_cuts(request: Request, choice: Choice, chain: Chain, now: Fit) -> Ite
         yield f"other cuts, before {labels}", best
 
 
-def _checkpoints(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
-    again = recomputed(chain, range(chain.num_nodes))
+def _again(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
+    again = recomputed(chain, all_worthwhile(chain))
     fit = at_cuts(request, choice, again, now.positions, now.groups, schedule=now.schedule)
-    yield "gradient checkpointing of every layer, in the model (torch.utils.checkpoint)", fit
+    yield 'recompute="full"', fit
+
+
+def _offload(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
+    fit = at_cuts(request, choice, chain, now.positions, now.groups, schedule=now.schedule, offloads=True)
+    yield 'offload="activations"', fit
 
 
 def _one_more_rank(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:

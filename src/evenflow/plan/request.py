@@ -11,6 +11,8 @@ from evenflow.plan.overheads import Overheads
 from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.rank_memory import Sharding, TrainingState
 
+RECOMPUTE_NAMES = ("none", "selective", "full")
+
 
 @dataclass(frozen=True, slots=True)
 class Levers:
@@ -36,12 +38,12 @@ class Levers:
     max_expert: int = 64
 
     def pipeline_only(self) -> "Levers":
-        """The same, with no other parallelism than a pipeline's, and nothing recomputed.
+        """The same, with no other parallelism than a pipeline's.
 
-        >>> Levers(pipeline=2).pipeline_only() == Levers(2, data=1, tensor=1, context=1, recompute="none")
+        >>> Levers(pipeline=2).pipeline_only() == Levers(2, data=1, tensor=1, context=1)
         True
         """
-        return replace(self, data=1, tensor=1, context=1, recompute="none")
+        return replace(self, data=1, tensor=1, context=1)
 
 
 @dataclass(frozen=True, slots=True)

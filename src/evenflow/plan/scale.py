@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from evenflow.errors import ConfigError
-from evenflow.plan.chain import Chain, Held, Seconds
+from evenflow.plan.chain import Chain, Handed, Held, Seconds
 
 
 def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
@@ -31,7 +31,7 @@ def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
     ... )
     >>> four = scaled(one, two, 4)
     >>> four.seconds["cpu"].forward, four.saved
-    ((5.0,), (Held(num_bytes=32.0, nodes=(0,)),))
+    ((5.0,), (Held(num_bytes=32.0, nodes=(0,), handed=None),))
     """
     if small.names != large.names or small.num_rows == large.num_rows:
         raise ConfigError(
@@ -62,6 +62,7 @@ def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
         cut_bytes=between(small.cut_bytes, large.cut_bytes),
         expert_bytes=between(small.expert_bytes, large.expert_bytes),
         skips=_between(small.skips, large.skips, between),
+        handed=_handed_between(small.handed, large.handed, between),
     )
 
 
@@ -84,6 +85,7 @@ def in_proportion(chain: Chain, num_rows: int) -> Chain:
         cut_bytes=zeros,
         expert_bytes=(0.0,) * len(chain.expert_bytes),
         skips=nothing(chain.skips),
+        handed=tuple(replace(each, num_bytes=0.0) for each in chain.handed),
     )
     return scaled(none, chain, num_rows)
 
@@ -94,9 +96,22 @@ def _between(
     between: Callable[[Sequence[float], Sequence[float]], tuple[float, ...]],
 ) -> tuple[Held, ...]:
     """What is held under the same nodes, added up: in another size it may stand in another order."""
-    sums: dict[tuple[int, ...], list[float]] = {}
+    sums: dict[tuple[tuple[int, ...], int | None], list[float]] = {}
     for at, held in enumerate((small, large)):
         for each in held:
-            sums.setdefault(each.nodes, [0.0, 0.0])[at] += each.num_bytes
+            sums.setdefault((each.nodes, each.handed), [0.0, 0.0])[at] += each.num_bytes
     sizes = between([first for first, _ in sums.values()], [second for _, second in sums.values()])
-    return tuple(Held(size, nodes) for size, nodes in zip(sizes, sums, strict=True))
+    return tuple(Held(size, *key) for size, key in zip(sizes, sums, strict=True))
+
+
+def _handed_between(
+    small: Sequence[Handed],
+    large: Sequence[Handed],
+    between: Callable[[Sequence[float], Sequence[float]], tuple[float, ...]],
+) -> tuple[Handed, ...]:
+    """What nodes hand to each other; unknown where the two do not hand over the same."""
+    ways = [[(each.maker, each.users) for each in handed] for handed in (small, large)]
+    if ways[0] != ways[1]:
+        return ()
+    sizes = between([each.num_bytes for each in small], [each.num_bytes for each in large])
+    return tuple(replace(each, num_bytes=size) for each, size in zip(small, sizes, strict=True))

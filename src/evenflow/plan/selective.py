@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from evenflow.ir.costs import ROUNDING
 from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts, fitted, groups_of
-from evenflow.plan.recompute import by_worth, cheapest_to_hold, recomputed
+from evenflow.plan.recompute import Unit, by_worth, cheapest_to_hold, recomputed
 from evenflow.plan.request import Choice, Request
 
 _ROUNDS = 3  # of cutting; more hardly change anything
@@ -21,11 +21,12 @@ _SETTLED = 1e-3  # a rank whose slowness changes by less is cut for
 def fitted_selectively(request: Request, choice: Choice, chain: Chain) -> tuple[tuple[int, ...], Fit]:
     """The nodes to recompute, ascending, and the cut that fits with them.
 
-    Nodes of a stage are chosen in the order of what each frees in a second. Of all rounds that one counts
-    whose most loaded rank does least. Raises `DoesNotFitError` where no cut fits even if all is recomputed.
+    Nodes and regions of a stage are chosen in the order of what each frees in a second. Of all rounds that
+    one counts whose most loaded rank does least. Raises `DoesNotFitError` where no cut fits even if all is
+    recomputed.
     """
     worth = by_worth(chain, groups_of(request.cluster, choice.degrees)[0].kind)
-    least = cheapest_to_hold(chain, worth)
+    least = cheapest_to_hold(chain, {node for unit in worth for node in unit.nodes})
     cut = fitted(request, choice, least)
     slower = (1.0,) * len(cut.groups)
     best: tuple[tuple[int, ...], Fit] | None = None
@@ -46,21 +47,21 @@ def fitted_selectively(request: Request, choice: Choice, chain: Chain) -> tuple[
 
 
 def _fewest(
-    request: Request, choice: Choice, chain: Chain, worth: Sequence[int], cut: Fit
+    request: Request, choice: Choice, chain: Chain, worth: Sequence[Unit], cut: Fit
 ) -> tuple[int, ...]:
     """As few nodes of each rank as make it fit, those first that are worth most: all ranks at once."""
     rank_of = cut.schedule.placement.rank_of
-    candidates: list[list[int]] = [[] for _ in cut.groups]
+    candidates: list[list[tuple[int, ...]]] = [[] for _ in cut.groups]
     rank_of_node = [
         rank_of[stage] for stage, each in enumerate(cut.stages) for _ in range(each.start, each.end)
     ]
-    for node in worth:
-        candidates[rank_of_node[node]].append(node)
+    for unit in worth:
+        for rank in {rank_of_node[node] for node in unit.nodes}:
+            candidates[rank].append(tuple(node for node in unit.nodes if rank_of_node[node] == rank))
 
     def chosen(counts: Sequence[int]) -> tuple[int, ...]:
-        return tuple(
-            sorted(node for own, count in zip(candidates, counts, strict=True) for node in own[:count])
-        )
+        taken = (nodes for own, count in zip(candidates, counts, strict=True) for nodes in own[:count])
+        return tuple(sorted({node for nodes in taken for node in nodes}))
 
     def over_bytes(counts: Sequence[int]) -> tuple[float, ...]:
         again = recomputed(chain, chosen(counts))

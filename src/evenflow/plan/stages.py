@@ -4,11 +4,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from operator import sub
+from operator import add, sub
 from typing import TypeVar
 
 from evenflow.ir.costs import Costs, Link
 from evenflow.plan.chain import Chain, Held, Parameter
+from evenflow.plan.recompute import backward_transients, forward_transients, parted_bytes
 from evenflow.plan.traffic import Traffic
 
 _Used = TypeVar("_Used", Held, Parameter)
@@ -18,11 +19,12 @@ _Used = TypeVar("_Used", Held, Parameter)
 class StageCost:
     """One stage: nodes `start` to `end` of the chain, without the last. All for one microbatch.
 
-    `saved_bytes` are held from its forward on, `kept_bytes` of them until its weight gradient has ended;
-    `forward_transient_bytes` and `backward_transient_bytes` are the most that is there besides, while one of
-    them runs; `received_bytes` cross the cut before it. Of its parameters, `trained_bytes` get gradients, and
-    `owned_elements` are updated here: a parameter of several stages is its first one's. What of these three
-    belongs to experts stands beside them.
+    `saved_bytes` are held from its forward on, `kept_bytes` from its input gradient until its weight gradient
+    has ended; `forward_transient_bytes` and `backward_transient_bytes` are the most that is there besides,
+    while one of them runs, `weight_transient_bytes` while a weight gradient of its own does; `received_bytes`
+    cross the cut before it. Of its parameters, `trained_bytes` get gradients, and `owned_elements` are
+    updated here: a parameter of several stages is its first one's. What of these three belongs to experts
+    stands beside them.
     """
 
     start: int
@@ -41,6 +43,7 @@ class StageCost:
     expert_parameter_bytes: float = 0.0
     expert_trained_bytes: float = 0.0
     expert_owned_elements: int = 0
+    weight_transient_bytes: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -54,7 +57,8 @@ def stage_costs(
     """What the stages between cuts cost, each on a device of its kind.
 
     `positions` are the nodes before which it is cut, `kinds` names each stage's kind of device. A backward
-    frees what each node saved as it goes, unless the schedule `splits` it in two.
+    frees what each node saved as it goes, and puts aside what weight gradients take where the schedule
+    `splits` it in two.
 
     >>> from evenflow.plan.chain import Seconds
     >>> chain = Chain(
@@ -98,19 +102,24 @@ def _stage_cost(
     start, end = run
     seconds = chain.seconds[kind]
     trained = [parameter for parameter in own if parameter.trains]
+    late = {node for held in kept for node in held.nodes}
+    put_off = [parameter for parameter in trained if not late.isdisjoint(parameter.nodes)]
     owned = [parameter for parameter in trained if parameter.nodes[0] >= start]
-    backward = chain.backward_transient_bytes[start:end]
-    if not splits:
-        backward = _beside_what_is_left(backward, saved, start)
+    forward, backward = forward_transients(chain, start, end), backward_transients(chain, start, end)
+    # Of the first stage, which nobody waits for, a backward in two is whole, and late.
+    put_aside = kept if splits and start else ()
+    backward = tuple(
+        map(add, _beside_saved(backward, saved, start), _of_later_nodes(end - start, put_aside, start))
+    )
     return StageCost(
         start,
         end,
         sum(seconds.forward[start:end]),
         sum(seconds.input_grad[start:end]),
         sum(seconds.weight_grad[start:end]),
-        saved_bytes=_bytes(saved),
+        saved_bytes=_bytes(saved) + parted_bytes(chain, start, end),
         kept_bytes=_bytes(kept),
-        forward_transient_bytes=max(chain.forward_transient_bytes[start:end]),
+        forward_transient_bytes=max(0.0, *_beside_saved(forward, saved, start)),
         backward_transient_bytes=max(0.0, *backward),
         received_bytes=chain.cut_bytes[start] if start else 0.0,
         parameter_bytes=sum(parameter.num_bytes for parameter in own),
@@ -119,16 +128,24 @@ def _stage_cost(
         expert_parameter_bytes=sum(parameter.num_bytes for parameter in own if parameter.is_expert),
         expert_trained_bytes=sum(parameter.num_bytes for parameter in trained if parameter.is_expert),
         expert_owned_elements=sum(parameter.num_elements for parameter in owned if parameter.is_expert),
+        weight_transient_bytes=max((float(each.num_bytes) for each in put_off), default=0.0),
     )
 
 
-def _beside_what_is_left(transients: Sequence[float], saved: Sequence[Held], start: int) -> tuple[float, ...]:
-    """What the nodes' backwards have beyond all that was saved: what later nodes alone saved is freed."""
-    freed = [0.0] * (len(transients) + 1)
+def _beside_saved(transients: Sequence[float], saved: Sequence[Held], start: int) -> tuple[float, ...]:
+    """What nodes have beyond all that a stage saves for one microbatch.
+
+    What later nodes alone save is not there yet in the forward, and freed by then in a backward.
+    """
+    return tuple(map(sub, transients, _of_later_nodes(len(transients), saved, start)))
+
+
+def _of_later_nodes(num_nodes: int, saved: Sequence[Held], start: int) -> Iterable[float]:
+    """For each node of a stage what only later ones have saved."""
+    first = [0.0] * (num_nodes + 1)
     for held in saved:
-        freed[next(node for node in held.nodes if node >= start) - start] += held.num_bytes
-    later = reversed(list(accumulate(reversed(freed[1:]))))
-    return tuple(map(sub, transients, later))
+        first[next(node for node in held.nodes if node >= start) - start] += held.num_bytes
+    return reversed(list(accumulate(reversed(first[1:]))))
 
 
 def _bytes(held: Iterable[Held]) -> float:

@@ -16,6 +16,7 @@ from evenflow.graph.cut import Cut
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import (
     Backward,
+    ComputeOp,
     Exchange,
     Forward,
     Handoff,
@@ -149,6 +150,7 @@ class Executor:
         self._flights: dict[Key, InFlight] = {}
         self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
         self._manifests, self._narrowing, self._data = manifests, narrowing, data
+        self._fetches = any(stage.offload is not None for stage in stages.values())
         link.start([(op, self._manifest(op)) for op in script.receives])
 
     def run(self) -> None:
@@ -189,6 +191,8 @@ class Executor:
         """Run one op and note when."""
         try:
             start = began = self._mark()
+            if self._fetches:
+                self._fetch(line.op)
             for arrival in line.takes:  # waiting for what it needs is no part of a computation
                 self._arrive(arrival, self.link.take(arrival))
                 start = self._mark()
@@ -201,6 +205,14 @@ class Executor:
             raise
         for key in line.ends:
             self._flights.pop(key, None)
+
+    def _fetch(self, op: Op) -> None:
+        """Bring back what a backward takes, while it waits for its gradients."""
+        for part in parts(op) if isinstance(op, ComputeOp) else ():
+            flight = self._flights.get((part.stage, part.microbatch))
+            gives = flight is not None and flight.work.gives
+            if flight is not None and (isinstance(part, Backward) or (isinstance(part, InputGrad) and gives)):
+                self.stages[part.stage].fetch(flight)
 
     def _dispatch(self, op: Op) -> None:
         match op:

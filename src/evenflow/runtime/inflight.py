@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from evenflow.runtime.backward import Walk
+from evenflow.runtime.offload import Away
 from evenflow.runtime.weight_grads import WeightGrads
 from evenflow.runtime.work import Work
 
@@ -28,4 +29,5 @@ class InFlight:
     owed: dict[int, torch.Tensor] = field(default_factory=dict)  # gradients to send, by value
     put_off: WeightGrads = field(default_factory=WeightGrads)  # what `InputGrad` left to `WeightGrad`
     walk: Walk | None = None  # where nobody waits for a gradient: all of it is left
+    away: Away | None = None  # what waits for the backward on the host
     output: Any = None  # what the loss function returned, on the last stage

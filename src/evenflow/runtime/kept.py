@@ -13,6 +13,7 @@ import torch
 
 from evenflow.errors import RecordError
 from evenflow.graph.fakes import storage_of
+from evenflow.runtime.offload import Away
 
 
 class _Kept:
@@ -23,19 +24,27 @@ class _Kept:
 
 
 @contextlib.contextmanager
-def kept_as_left(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Let autograd keep the numbers that these buffers have when the context ends."""
+def kept_as_left(buffers: Iterable[torch.Tensor], *, others: Away | None = None) -> Iterator[None]:
+    """Let autograd keep the numbers that these buffers have when the context ends.
+
+    `others` is handed whatever else it keeps: of several hooks on saved tensors torch calls the last alone.
+    """
     memories = {storage_of(buffer) for buffer in buffers}
     found: list[_Kept] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | _Kept:
+    def pack(tensor: torch.Tensor) -> object:
         if storage_of(tensor) not in memories:
-            return tensor
+            return tensor if others is None else others.pack(tensor)
         found.append(_Kept(tensor))
         return found[-1]
 
-    def unpack(packed: torch.Tensor | _Kept) -> torch.Tensor:
-        return packed.tensor if isinstance(packed, _Kept) else packed
+    def unpack(packed: object) -> torch.Tensor:
+        if isinstance(packed, _Kept):
+            return packed.tensor
+        if others is not None:
+            return others.unpack(packed)
+        assert isinstance(packed, torch.Tensor), "as it was packed"
+        return packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack), _gradients_refused():
         yield

@@ -114,7 +114,7 @@ def checked_degrees(degrees: Mapping[str, int] | None, num_processes: int) -> di
         fitting = f", or leave pp out, which would be {num_processes // beside}" if "pp" in given else ""
         remedy = fitting if num_processes % beside == 0 and num_processes > beside else ""
         raise ConfigError(
-            f"mesh= needs {needed} processes ({product}), but {are} running; start with torchrun "
+            f"{needed} processes are needed ({product}), but {are} running; start with torchrun "
             f"--nproc-per-node {needed}{remedy}"
         )
     return sizes

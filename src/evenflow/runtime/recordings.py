@@ -35,6 +35,7 @@ from evenflow.graph.outside import (
     seen_by_function,
 )
 from evenflow.graph.reach import Reach
+from evenflow.graph.recomputable import Again
 from evenflow.graph.record import record
 from evenflow.graph.seen_modules import SeenModules
 from evenflow.graph.template import Template, is_plain
@@ -52,10 +53,11 @@ Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's fu
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A graph, its cut, and the works of this process's stages."""
+    """A graph, its cut, what its stages recompute, and the works of this process's stages."""
 
     graph: Graph
     cut: Cut
+    again: Again
     works: Mapping[int, Work]
 
 
@@ -82,12 +84,14 @@ class Recordings:
         accumulators: Accumulators,
         compiling: Compiling | None = None,
         vocabulary: Vocabulary | None = None,
+        recompute: Callable[..., Again] | None = None,  # of (cut, first=): what its stages recompute
     ) -> None:
         self.entries: list[Recording] = []
         self.stage_of_parameter: dict[str, int] = {}
         self.model = model
         self._fakes, self._device, self._leaves = fakes, device, leaves
         self._accumulators, self._compiling, self._vocabulary = accumulators, compiling, vocabulary
+        self._recompute = recompute
         self._by_key: dict[Any, list[int]] = {}
         # By program: the names in its code, and itself, so that its id is not used again.
         self._names: dict[Any, tuple[frozenset[str], Program]] = {}
@@ -303,8 +307,11 @@ class Recordings:
     def add(self, program: Program, microbatch: Any, made: Cut, stages: Mapping[int, Stage]) -> int:
         """Keep a cut recording and make its works for these stages; returns its number."""
         serving = self._accumulators.learn(made)
+        again = Again(frozenset())
+        if self._recompute is not None:
+            again = self._recompute(made, first=not self.entries)
         works = {
-            stage.index: self._work(made, stage, partial(self._accumulators.parameter_of, serving))
+            stage.index: self._work(made, stage, partial(self._accumulators.parameter_of, serving), again)
             for stage in stages.values()
         }
         self._outside.append(self._seen)
@@ -312,13 +319,14 @@ class Recordings:
         self._guards.append(
             [(guard, self.glue_work(made.graph, guard.args, self._device)) for guard in made.graph.guards]
         )
-        self.entries.append(Recording(made.graph, made, works))
+        self.entries.append(Recording(made.graph, made, again, works))
         return len(self.entries) - 1
 
     def uncut(self, number: int, stage: Stage, accumulators: Accumulators) -> Work:
         """A recording as the only section, for a stage of its own, with accumulators of its own."""
         made = cut(self.entries[number].graph, ())
-        return self._work(made, stage, partial(accumulators.parameter_of, accumulators.learn(made)))
+        parameter_of = partial(accumulators.parameter_of, accumulators.learn(made))
+        return self._work(made, stage, parameter_of, Again(frozenset()))
 
     @property
     def compiles(self) -> bool:
@@ -335,9 +343,9 @@ class Recordings:
         """Every name of a parameter, and the first of its names."""
         return self._fakes.tied
 
-    def _work(self, made: Cut, stage: Stage, parameter_of: ParameterOf) -> Work:
+    def _work(self, made: Cut, stage: Stage, parameter_of: ParameterOf, again: Again) -> Work:
         return Work(
-            made.sections[stage.index],
+            again.section(made.sections[stage.index], made.graph),
             made.graph,
             self.model,
             device=stage.device,

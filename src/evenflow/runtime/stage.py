@@ -1,7 +1,7 @@
 """A stage: owns the parameters of its nodes and runs them. Knows no rank and no link."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from evenflow.runtime.backward import Walk, receive, root_of
 from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.kept import kept_as_left
+from evenflow.runtime.offload import Away, Offload
 from evenflow.runtime.rng import Streams
 
 
@@ -44,6 +45,7 @@ class Stage(torch.nn.Module):
         device: torch.device,
         streams: Streams,
         buffers_at: Callable[[Iterable[str]], list[torch.Tensor]],  # finds the model's buffers by name
+        offload: Offload | None = None,
     ) -> None:
         super().__init__()
         self.index = index
@@ -52,7 +54,7 @@ class Stage(torch.nn.Module):
         self.streams = streams
         self.deferral = Deferral()
         self._anchor = torch.empty(0, device=device, requires_grad=True)  # where graphs end
-        self.buffers_at = buffers_at
+        self.buffers_at, self.offload = buffers_at, offload
 
     def own(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Take parameters, by the model's names, and move them to the stage's device."""
@@ -92,7 +94,8 @@ class Stage(torch.nn.Module):
                 values[value] = self._enter(flight, value, arrived, wants=wants and train)
         if work.draws:
             self.streams.begin(step, microbatch)
-        with self._keeping(flight) if train else nullcontext():
+        looks = train and (section.kept_buffers or self.offload is not None)
+        with self._keeping(flight, values) if looks else nullcontext():
             work.run(values, put_off=splits)
         for value in section.live:
             if value in values:
@@ -107,13 +110,33 @@ class Stage(torch.nn.Module):
         if section.needs_output:
             flight.output = work.output(values)
 
-    def _keeping(self, flight: InFlight) -> AbstractContextManager[object]:
-        """What lets the backward find buffers as this forward leaves them; nothing, where none is changed."""
-        names, constants = flight.work.section.kept_buffers, flight.work.graph.constants
-        if not names:
-            return nullcontext()
-        own = (constants[name] for name in names & constants.keys())
-        return kept_as_left([*own, *self.buffers_at(names - constants.keys())])
+    @contextmanager
+    def _keeping(self, flight: InFlight, given: Mapping[int, Any]) -> Iterator[None]:
+        """What lets the backward find buffers as this forward leaves them, and moves what it saves away.
+
+        `given` is what the forward begins with.
+        """
+        section, constants = flight.work.section, flight.work.graph.constants
+        names = section.kept_buffers
+        own = [constants[name] for name in names & constants.keys()]
+        own += self.buffers_at(names - constants.keys())
+        if self.offload is None:
+            with kept_as_left(own):
+                yield
+            return
+        used = {name for node in section.nodes for name in node.buffers}
+        there = [*flight.work.parameters, *self.buffers_at(used - constants.keys())]
+        there += [constants[name] for name in used & constants.keys()]
+        batch = {value for _, value in section.batch} - section.cloned
+        away = Away(self.offload, fixed=(*there, *(given[value] for value in batch)))
+        with away.leaving(), kept_as_left(own, others=away) if names else away.hooks():
+            yield
+        flight.away = away
+
+    def fetch(self, flight: InFlight) -> None:
+        """Begin to bring back what the backward that is next takes."""
+        if flight.away is not None:
+            flight.away.bring_back()
 
     def _enter(self, flight: InFlight, value: int, arrived: torch.Tensor, *, wants: bool) -> torch.Tensor:
         """A received value as the section may use it; whether it `wants` a gradient."""
@@ -133,6 +156,7 @@ class Stage(torch.nn.Module):
         if loss is not None and not weight:
             self._send_zeros(flight, loss)
         else:
+            self.fetch(flight)
             self._walk(flight, loss, weight).run()
 
     def run_input_grad(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
@@ -144,6 +168,7 @@ class Stage(torch.nn.Module):
         if loss is not None and not weight:
             self._send_zeros(flight, loss)
         elif flight.work.gives:
+            self.fetch(flight)
             self._walk(flight, loss, weight).run()
         else:
             flight.walk = self._walk(flight, loss, weight)
@@ -153,6 +178,7 @@ class Stage(torch.nn.Module):
         with self._current():
             flight.put_off.run()
         if flight.walk is not None:
+            self.fetch(flight)
             flight.walk.run()
             flight.walk = None
 

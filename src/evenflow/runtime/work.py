@@ -55,6 +55,9 @@ class Work:
     ) -> None:
         self.section = section
         self.graph = graph
+        self.parameters = tuple(
+            dict.fromkeys(parameter_of(name, node) for node in section.nodes for name in node.parameters)
+        )
         self.draws = any(node.target.draws for node in section.nodes)
         self.gives = any(section.gradient_sends.values())  # whether other stages wait for gradients of it
         self.awaited = tuple(value for group in section.gradient_receives.values() for value in group)
@@ -70,10 +73,7 @@ class Work:
         self.compiled = frozenset(call.node.index for call in calls if call.is_compiled)
         nodes = [replace(n, opaque=True) if n.index in self.compiled else n for n in section.nodes]
         put_off = _learnt(nodes, graph, parameter_of, deferral)
-        self.runs = [
-            _Run(tuple(part), kept, section.nodes, streams, put_off)
-            for _, part in itertools.groupby(calls, key=lambda call: (_nested(call.node), call.node.region))
-        ]
+        self.runs = [*_runs(calls, kept, streams, put_off)]
         self._output = filling(prepare.template(graph.output, None)) if section.needs_output else None
         self.extra = prepare.template(extra, None)
 
@@ -83,8 +83,15 @@ class Work:
         With `put_off` the gradients of weights are put off as far as can be.
         """
         shared: dict[int, Any] = {}
-        for run in self.runs:
-            run(values, shared, put_off=put_off)
+        for nested, runs in itertools.groupby(self.runs, lambda run: run.nested):
+            if nested:
+                torch.autocast_increment_nesting()  # casts of weights are kept until the stretch's end
+            try:
+                for run in runs:
+                    run(values, shared, put_off=put_off)
+            finally:
+                if nested and torch.autocast_decrement_nesting() == 0:
+                    torch.clear_autocast_cache()
 
     def watched(self, tell: Tell) -> "Work":
         """The same work, which tells of every node what it made."""
@@ -99,21 +106,17 @@ class Work:
 
 
 class _Run:
-    """Calls in a row, of one autocast region and one checkpoint region, which is computed again later."""
+    """Calls in a row, of one autocast region and one checkpoint region, which is computed again later.
+
+    `later` are the values that are needed afterwards.
+    """
 
     def __init__(
-        self,
-        calls: tuple[Call, ...],
-        kept: set[int],
-        nodes: tuple[Node, ...],
-        streams: Streams,
-        put_off: Mapping[int, Deferral],
+        self, calls: tuple[Call, ...], later: set[int], streams: Streams, put_off: Mapping[int, Deferral]
     ) -> None:
-        first, last = calls[0].node, calls[-1].node
         self.calls, self.streams, self.put_off = calls, streams, put_off
-        self.nested, self.recomputed = _nested(first), first.region is not None
+        self.nested, self.recomputed = _nested(calls[0].node), calls[0].node.region is not None
         made = {value for call in calls for value in call.node.makes}
-        later = kept.union(*(node.inputs for node in nodes if node.index > last.index))
         self.takes = tuple(dict.fromkeys(v for call in calls for v in call.takes if v not in made))
         self.gives = tuple(value for value in made if value in later)
         self.drops = tuple(value for value in self.takes if value not in later)
@@ -121,16 +124,10 @@ class _Run:
 
     def __call__(self, values: dict[int, Any], shared: dict[int, Any], *, put_off: bool) -> None:
         calls = self.putting_off if put_off else self.plainly
-        if self.nested:
-            torch.autocast_increment_nesting()  # casts of weights are kept until the region's end
-        try:
-            if self.recomputed and torch.is_grad_enabled():
-                self.checkpointed(calls, values)
-            else:
-                calls(values, shared)
-        finally:
-            if self.nested and torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
+        if self.recomputed and torch.is_grad_enabled():
+            self.checkpointed(calls, values)
+        else:
+            calls(values, shared)
 
     def watched(self, tell: Tell) -> "_Run":
         """The same calls, which tell of every node what it made."""
@@ -180,6 +177,20 @@ class _Run:
         values.update(zip(self.gives, made, strict=True))
         for value in self.drops:
             values.pop(value, None)
+
+
+def _runs(
+    calls: Sequence[Call], kept: set[int], streams: Streams, put_off: Mapping[int, Deferral]
+) -> Iterator[_Run]:
+    """The runs of a section: one for each checkpoint region, and for what is between them."""
+
+    def kind(at: int) -> tuple[bool, int | None]:
+        return _nested(calls[at].node), calls[at].node.region
+
+    for _, part in itertools.groupby(range(len(calls)), kind):
+        own = list(part)
+        later = kept.union(*(call.node.inputs for call in calls[own[-1] + 1 :]))
+        yield _Run(tuple(calls[at] for at in own), later, streams, put_off)
 
 
 def _learnt(
