@@ -5,6 +5,7 @@ before a process starts.
 """
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -64,7 +65,10 @@ DataChoice: TypeAlias = ExampleData | TextData
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How long and how fast: AdamW, a linear warm-up, then a cosine down to a tenth of the rate."""
+    """How long and how fast: AdamW, a linear warm-up, then a cosine down to a tenth of the rate.
+
+    `precision` and `clip_norm` are those of `evenflow.pipeline`.
+    """
 
     steps: int = 500
     learning_rate: float = 1e-3
@@ -72,6 +76,8 @@ class Training:
     weight_decay: float = 0.1
     seed: int = 0
     validate_every: int = 250
+    precision: str | None = None
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("training.steps", self.steps, 1)
@@ -80,6 +86,8 @@ class Training:
         _between("training.weight_decay", self.weight_decay, 0.0, 100.0)
         _at_least("training.seed", self.seed, 0)
         _at_least("training.validate_every", self.validate_every, 1)
+        if self.clip_norm is not None:
+            _between("training.clip_norm", self.clip_norm, 1e-12, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,8 @@ class Pipelining:
     `schedule=None`: 1f1b. Where all are left out, several ranks measure the model and plan it. `link` is how
     tensors travel between ranks: auto, shared-memory or torch. `compile` lets torch.compile have the blocks.
     `recompute`: none, selective, full, or a list of modules' names; `offload`: activations, or left out.
+    There are `data_ranks` times `tensor_ranks` of each rank of the pipeline, each a process; `shard` is what
+    data ranks share: zero1 or fsdp.
     """
 
     stages: int | None = None
@@ -104,15 +114,27 @@ class Pipelining:
     compile: bool = False
     recompute: str | tuple[str, ...] | None = None
     offload: str | None = None
+    data_ranks: int = 1
+    tensor_ranks: int = 1
+    shard: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stages", "stages_per_rank", "num_microbatches", "microbatch_size"):
+        counts = (
+            "stages",
+            "stages_per_rank",
+            "num_microbatches",
+            "microbatch_size",
+            "data_ranks",
+            "tensor_ranks",
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None:
                 _at_least(f"pipeline.{name}", value, 1)
         for name, value, known in (
             ("recompute", self.recompute, RECOMPUTE_NAMES),
             ("offload", self.offload, ("activations",)),
+            ("shard", self.shard, ("zero1", "fsdp")),
         ):
             if isinstance(value, str) and value not in known:
                 listed = "; modules are named in a list" if name == "recompute" else ""

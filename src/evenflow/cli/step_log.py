@@ -113,8 +113,8 @@ class StepLog:
             simulated_seconds=measured.simulated.makespan_seconds,
             stages=tuple(_stage(measured, each.stage, each.rank, each.first) for each in self._pipe.cut),
             ranks=tuple(
-                RankRecord(_idle(measured.timelines, number), each.peak_bytes)
-                for number, each in enumerate(ranks)
+                RankRecord(_idle(measured.timelines, number), _most(each.peak_bytes for each in replicas))
+                for number, replicas in enumerate(_of_each_rank(ranks, meter.num_replicas))
             ),
         )
         steps = enumerate(zip(took, waited, self.losses, strict=True), start=1)
@@ -122,6 +122,15 @@ class StepLog:
             Step(number, seconds, feed, loss if math.isfinite(loss) else None)
             for number, (seconds, feed, loss) in steps
         )
+
+
+def _of_each_rank(ranks: Sequence[_Taken], num_replicas: int) -> list[Sequence[_Taken]]:
+    """Those of each rank of the pipeline together: processes are numbered so."""
+    return [ranks[at : at + num_replicas] for at in range(0, len(ranks), num_replicas)]
+
+
+def _most(peaks: Iterable[int | None]) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def _spread(seconds: Sequence[float]) -> Spread:

@@ -64,11 +64,11 @@ def train(flags: Flags) -> None:
     job = make_job(flags)
     if rank_environment() is None:
         prepare_here(job)[0].close()
-        ranks = f"{job.num_ranks} process{'es' if job.num_ranks > 1 else ''} × 1 thread"
+        ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
         Console().print(
             f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False
         )
-    launch(run_rank, job, nproc=job.num_ranks)
+    launch(run_rank, job, nproc=job.num_processes)
 
 
 def make_job(flags: Flags) -> Job:
@@ -88,15 +88,9 @@ def make_job(flags: Flags) -> Job:
     on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
     num_stages = _num_stages(config.pipeline, device, on_each)
     num_ranks = max(1, num_stages // on_each)
-    # Under torchrun there may be more hosts than this.
-    if device == "cuda" and rank_environment() is None and num_ranks > torch.cuda.device_count():
-        raise ConfigError(
-            f"{num_stages} stages on CUDA, {on_each} on each device, need {num_ranks} devices, and this "
-            f"machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"
-        )
     out = flags.out or Path("runs") / config.name
     _check_out(out, asked=flags.out is not None)
-    return Job(
+    job = Job(
         config=config,
         schedule=schedule,
         num_stages=num_stages,
@@ -106,6 +100,15 @@ def make_job(flags: Flags) -> Job:
         out=out,
         plan=plan,
     )
+    # Under torchrun there may be more hosts than this.
+    if device == "cuda" and rank_environment() is None and job.num_processes > torch.cuda.device_count():
+        each = job.num_processes // num_ranks
+        beside = f", {each} times," if each > 1 else ""
+        raise ConfigError(
+            f"{num_stages} stages on CUDA, {on_each} on each device{beside}, need {job.num_processes} devices"
+            f", and this machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"
+        )
+    return job
 
 
 def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
@@ -229,7 +232,8 @@ def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
     if pipeline.split:
         return len(pipeline.split) + 1
     if (launched := rank_environment()) is not None:
-        return launched.num_ranks * stages_per_rank
+        beside = pipeline.data_ranks * pipeline.tensor_ranks
+        return max(1, launched.num_ranks // beside) * stages_per_rank
     num_ranks = torch.cuda.device_count() if device == "cuda" else _NUM_CPU_RANKS
     return num_ranks * stages_per_rank
 

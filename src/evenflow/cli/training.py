@@ -5,6 +5,7 @@ rank's console speaks.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import traceback
@@ -56,6 +57,20 @@ class Job:
     plan: Plan | None = None
 
     @property
+    def mesh(self) -> dict[str, int]:
+        """How many ranks of each kind there are; a plan says it, where there is one."""
+        given = self.config.pipeline
+        beside = (given.data_ranks, given.tensor_ranks)
+        if self.plan is not None:
+            beside = (self.plan.degrees.data, self.plan.degrees.tensor)
+        return {"pp": self.num_ranks, "dp": beside[0], "tp": beside[1]}
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes train."""
+        return math.prod(self.mesh.values())
+
+    @property
     def plans_itself(self) -> bool:
         """Whether several ranks are told nothing of the pipeline: they measure the model, and plan it."""
         return self.plan is None and self.config.pipeline == Pipelining() and self.num_ranks > 1
@@ -98,8 +113,13 @@ def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
         EvenflowError: What is wrong. An exception of the model's own code comes as a `ConfigError` whose
             note is its traceback.
     """
+    levers = _levers(job)
+    if job.plan is not None:  # here is one process, of one pipeline
+        degrees = dataclasses.replace(job.plan.degrees, data=1, tensor=1, sharding="none")
+        levers["plan"] = dataclasses.replace(job.plan, degrees=degrees)
+    levers |= dict.fromkeys(("mesh", "shard"))
     with refusing("the model cannot be built and run"):
-        return _prepare(job, _levers(job), device="cpu")
+        return _prepare(job, levers, device="cpu")
 
 
 @contextlib.contextmanager
@@ -133,6 +153,8 @@ def _prepare(
         link=config.pipeline.link,
         compile=compiles,
         offload=config.pipeline.offload,
+        precision=config.training.precision,
+        clip_norm=config.training.clip_norm,
         seed=config.training.seed,
         device=device,
     )
@@ -163,6 +185,8 @@ def _levers(job: Job) -> dict[str, Any]:
         "num_microbatches": given.num_microbatches,
         "split": given.split or None,
         "recompute": given.recompute,
+        "mesh": job.mesh if job.num_processes > job.num_ranks else None,
+        "shard": given.shard,
     }
 
 

@@ -31,6 +31,11 @@ class Meter:
         """Every process's thing (whatever pickle takes), in the order of ranks, on every rank."""
         return self._parts.mesh.world.gather(thing)
 
+    @property
+    def num_replicas(self) -> int:
+        """How many processes hold the same stages: data and tensor ranks."""
+        return self._parts.mesh.data.size * self._parts.mesh.tensor.size
+
     def times(self, num_steps: int) -> Measured:
         """What the last steps took, at most so many, of those that are still known.
 
