@@ -89,13 +89,23 @@ def test_a_model_with_memory_keeps_its_parameters_and_takes_the_numbers(llama_fo
     assert_same_numbers(transformers.LlamaForCausalLM.from_pretrained(llama_folder), model.named_parameters())
 
 
-def test_numbers_come_in_the_type_of_the_parameter(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "options", "dtype"),
+    [
+        (llama_without_memory, {}, torch.bfloat16),  # as they are stored, and as from_pretrained has them
+        (llama_without_memory, {"precision": "fp32"}, torch.float32),
+        (llama_without_memory, {"precision": "bf16"}, torch.float32),
+        (lambda: transformers.LlamaForCausalLM(llama()), {}, torch.float32),  # as the user has made them
+    ],
+)
+def test_numbers_come_in_the_type_of_the_run(tmp_path, caplog, model, options, dtype):
     transformers.LlamaForCausalLM(llama()).bfloat16().save_pretrained(tmp_path)
-    model = llama_without_memory()
-    pipe = split_over_4(model, tokens(), load=tmp_path)
-    assert {parameter.dtype for _, parameter in pipe.named_parameters()} == {torch.float32}
-    expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with caplog.at_level("INFO", "evenflow"):
+        pipe = split_over_4(model(), tokens(), load=tmp_path, **options)
+    assert {parameter.dtype for _, parameter in pipe.named_parameters()} == {dtype}
+    expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert_same_numbers(expected, pipe.named_parameters())
+    assert f"in {str(dtype).removeprefix('torch.')}" in caplog.text
 
 
 def test_parameters_stay_frozen(llama_folder):

@@ -15,14 +15,19 @@ from evenflow.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_TRAINED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFiles:
-    """Where each key of a folder lies, and its shape. Made by `open_folder`, which reads headers alone."""
+    """Where each key of a folder lies, its shape, and its type where models are trained in that.
+
+    Made by `open_folder`, which reads headers alone.
+    """
 
     folder: Path
     shapes: Mapping[str, torch.Size]
+    dtypes: Mapping[str, torch.dtype]
     file_of: Mapping[str, Path]
 
     def reader(self) -> "Reader":
@@ -69,6 +74,7 @@ def open_folder(folder: Path, *, names: tuple[str, str] = (WEIGHTS, INDEX)) -> T
     if not folder.is_dir():
         raise ConfigError(f"load={str(folder)!r}: there is no such folder")
     shapes: dict[str, torch.Size] = {}
+    dtypes: dict[str, torch.dtype] = {}
     file_of: dict[str, Path] = {}
     for path in _files(folder, *names):
         try:
@@ -78,11 +84,14 @@ def open_folder(folder: Path, *, names: tuple[str, str] = (WEIGHTS, INDEX)) -> T
                         raise ConfigError(
                             f"load={str(folder)!r}: {file_of[key].name} and {path.name} both hold {key}"
                         )
-                    shapes[key] = torch.Size(handle.get_slice(key).get_shape())
+                    header = handle.get_slice(key)
+                    shapes[key] = torch.Size(header.get_shape())
+                    if header.get_dtype() in _TRAINED:
+                        dtypes[key] = _TRAINED[header.get_dtype()]
                     file_of[key] = path
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"load={str(folder)!r}: {path.name} cannot be read: {error}") from error
-    return TensorFiles(folder, shapes, file_of)
+    return TensorFiles(folder, shapes, dtypes, file_of)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -39,6 +39,18 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """In which types the files hold parameters and buffers, by name; only those that models train in."""
+        return {
+            place: source.files.dtypes[recipe.keys[0]]
+            for source in self._sources
+            for recipe, makes in source.recipes
+            if recipe.keys[0] in source.files.dtypes
+            for name in makes
+            for place in source.places.get(name, ())
+        }
+
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of each of the wanted parameters and buffers that the files hold, on the CPU.
 

@@ -125,8 +125,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       that one unsplit module may hold (default 1 / (4 * stages)).
     - `exact`: shared parameters get one gradient accumulator per use, so that every cut gives the same bits.
     - `load`: a folder of safetensors (a Hugging Face model, an export, a PEFT adapter), of which each process
-      reads only the tensors that its stages use, in the parameters' own types. The model's parameters may
-      then lie on the device "meta". Keys are named as in its `state_dict`, or as transformers stores it.
+      reads only the tensors that its stages use. The model's parameters may then lie on the device "meta",
+      and have the types that the folder stores; others keep theirs (see `precision`). Keys are named as in
+      its `state_dict`, or as transformers stores it.
     - `plan`: a plan (`evenflow plan -o FILE`) or its file, in the place of the stages, the cuts, the schedule
       and the size of a microbatch. Each pipeline rank takes the CUDA device that the plan gives it. With
       "auto" all processes together measure the model and their links, and plan what is not given; so it is

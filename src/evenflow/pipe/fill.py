@@ -1,11 +1,10 @@
 """Filling a model's parameters and buffers with the weights of a folder, where they belong."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
-from evenflow.checkpoint.weights_in import Weights, find_weights
+from evenflow.checkpoint.weights_in import Weights
 from evenflow.errors import ConfigError
 from evenflow.pipe.deferred import materialise, recipes_of
 
@@ -22,10 +21,10 @@ class Numbers:
         parameters: Mapping[str, torch.nn.Parameter],
         first_names: Mapping[str, str],
         *,
-        load: str | Path | None,
+        weights: Weights | None,
         seed: int,
     ) -> None:
-        self.weights = None if load is None else find_weights(model, Path(load), first_names)
+        self.weights = weights
         self.recipes = recipes_of(model, parameters, self.weights, seed=seed)
         if self.weights is not None:
             fill_buffers(model, self.weights)

@@ -1,10 +1,13 @@
 """A model's parameters while its pipeline is built: as given, as fakes, and as this process has them."""
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from evenflow.checkpoint.weights_in import find_weights
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.fakes import FakeParameters
 from evenflow.pipe.fill import Numbers
@@ -14,7 +17,9 @@ from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.parameters import parameters_by_name
 from evenflow.runtime.tensor_ranks import TensorRanks
 from evenflow.runtime.vocabulary_loss import Vocabulary
+from evenflow.view.units import format_bytes
 
+_LOG = logging.getLogger("evenflow")
 _HOST = torch.device("cpu")
 
 
@@ -40,11 +45,21 @@ class ModelParameters:
         shared = share_modules(model, mesh, tensor_plan)
         self.tensor = TensorRanks(mesh.tensor, shared.partial)
         self.vocabulary = Vocabulary(mesh.tensor, shared.heads)
-        self.fakes = FakeParameters(model, device, types.dtype_of)
+        self.fakes, weights, stored = FakeParameters(model, device, types.dtype_of), None, {}
+        if load is not None:
+            weights = find_weights(model, Path(load), self.fakes.tied)
+            now = dict(model.named_parameters(remove_duplicate=False))
+            names = {id(now[name]): first for name, first in self.fakes.tied.items()}
+            stored = weights.dtypes
+            self.fakes = FakeParameters(
+                model, device, lambda each: types.dtype_of(each, stored.get(names[id(each)]))
+            )
         self.by_name = parameters_by_name(model, self.fakes.tied)
-        self._types = types
         self._given = {name: given[name] for name in self.by_name}
-        self._numbers = Numbers(model, self._given, self.fakes.tied, load=load, seed=seed)
+        self._dtypes = {name: types.dtype_of(each, stored.get(name)) for name, each in self._given.items()}
+        self._numbers = Numbers(model, self._given, self.fakes.tied, weights=weights, seed=seed)
+        if mesh.world.is_first:
+            _LOG.info("parameters: %s", self._told(None if load is None else Path(load)))
 
     def settle(self, homes: Mapping[str, torch.device]) -> None:
         """Give those that have a home here their numbers, or their part; the others become empty.
@@ -55,7 +70,8 @@ class ModelParameters:
         self._numbers.fill(
             self._given, {name: _HOST if name in parted else home for name, home in homes.items()}
         )
-        self._types.convert(self._given[name] for name in homes)
+        for name in homes:
+            self._given[name].data = self._given[name].data.to(self._dtypes[name])
         for name, parameter in list(self.by_name.items()):
             given = self._given.pop(name)
             if name in homes:
@@ -65,6 +81,17 @@ class ModelParameters:
             elif name not in parted:
                 empty = torch.empty_like(parameter, device="meta")
                 self.by_name[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+    def _told(self, folder: Path | None) -> str:
+        """In which types they are, and how much memory they take on all ranks together."""
+        sizes: Counter[torch.dtype] = Counter()
+        for name, parameter in self._given.items():
+            sizes[self._dtypes[name]] += parameter.numel() * self._dtypes[name].itemsize
+        stored = "" if folder is None else f" (those without numbers as {folder} stores them)"
+        found = (
+            f"{format_bytes(size)} in {str(dtype).removeprefix('torch.')}" for dtype, size in sizes.items()
+        )
+        return f"{', '.join(found)}{stored}; as much again for gradients of those that are trained"
 
     def put(self) -> None:
         """Let the model's modules hold them."""

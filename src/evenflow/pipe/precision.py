@@ -1,6 +1,7 @@
 """Precision: the types in which a run computes, keeps its weights, and scales its loss.
 
-- "fp32": all in float32. None: whatever types the model's parameters have.
+- "fp32": all in float32. None: whatever types the model's parameters have, and those that have no numbers
+  yet what the folder that they come from has.
 - "bf16": parameters that are trained in float32, products in bfloat16, as torch.autocast chooses.
 - "bf16-pure": parameters, activations and gradients in bfloat16; the optimizer updates float32 copies.
 - "fp16": as "bf16", in float16, whose small numbers vanish: the loss is scaled up and gradients down again.
@@ -53,18 +54,14 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(kind, dtype=self.autocast)
 
-    def dtype_of(self, parameter: torch.nn.Parameter) -> torch.dtype:
-        """In which type the run keeps a parameter."""
+    def dtype_of(self, parameter: torch.nn.Parameter, stored: torch.dtype | None = None) -> torch.dtype:
+        """In which type the run keeps a parameter; `stored` is that of a file that its numbers come from."""
         stays = self.keeps_frozen and not parameter.requires_grad
-        if self.parameters is None or stays or not parameter.is_floating_point():
+        if stays or not parameter.is_floating_point():
             return parameter.dtype
+        if self.parameters is None:
+            return stored if stored is not None and parameter.is_meta else parameter.dtype
         return self.parameters
-
-    def convert(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Change those that have numbers to their types."""
-        for parameter in parameters:
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(self.dtype_of(parameter))
 
     def check(self, graph: Graph, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         """Raise `ConfigError` for a program that computes in float16 where nobody scales the loss."""
