@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 import evenflow
 from evenflow.errors import ConfigError
@@ -220,6 +220,40 @@ def with_batch_norm(folder):
     return [buffer.clone() for buffer in model.buffers()]
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def rows_in_parts() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(WORDS, 16), Block(), Block(), nn.Linear(16, WORDS))
+
+
+def next_words(model, batch):
+    return nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+def sequence_parallel(folder, *, alone=False):
+    """Between shared products each tensor rank has some positions of every row, on the way to a stage too."""
+    here = Shard(1)
+    plan = {
+        "0": RowwiseParallel(input_layouts=Replicate(), output_layouts=here),
+        "*.norm": SequenceParallel(use_local_output=True),
+        "*.up": ColwiseParallel(input_layouts=here),
+        "*.down": RowwiseParallel(output_layouts=here),
+        "3": ColwiseParallel(input_layouts=here, output_layouts=Replicate()),
+    }
+    options = {} if alone else {"mesh": {"pp": 2, "tp": 2}, "tensor_plan": plan}
+    pipe = make(rows_in_parts(), loss=next_words, split=["2"], clip_norm=1.0, **options)
+    losses = [float(pipe.step(text(seed)).loss) for seed in range(STEPS)]
+    return losses, pipe.cut[0].sends_bytes, {name: whole(p) for name, p in pipe.named_parameters()}
+
+
 def refused(folder):
     """What cannot work, each with its error."""
     up = {"0": "colwise", "2": "rowwise"}
@@ -256,6 +290,7 @@ SCENARIOS = [
     other_numbers_on_each_rank,
     shared_across_stages,
     with_batch_norm,
+    sequence_parallel,
     refused,
 ]
 
@@ -350,6 +385,14 @@ def test_with_batch_norm(found):
     first, second = found[0], found[1]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
     assert float(first[2]) == 2, "of the four microbatches two were its own"
+
+
+def test_sequence_parallel(found):
+    losses, sent_bytes, weights = sequence_parallel(None, alone=True)
+    for mine, my_bytes, found_weights in found:
+        assert mine == pytest.approx(losses, rel=1e-6)
+        assert my_bytes == sent_bytes / 2
+        assert all(relative(numbers, weights[name]) < 1e-5 for name, numbers in found_weights.items())
 
 
 def test_refused(found):

@@ -124,6 +124,12 @@ def test_what_a_pipeline_cannot_do_is_refused():
     data = dataclasses.replace(made, degrees=dataclasses.replace(made.degrees, data=2))
     with refused("4 processes are needed (pp 2 x dp 2 x tp 1), but 1 is running"):
         make(plan=data)
+    sharded = dataclasses.replace(made.degrees, pipeline=1, data=2, sharding="fsdp")
+    with refused("the plan gathers parameters node by node (fsdp without a pipeline)"):
+        make(plan=dataclasses.replace(made, degrees=sharded))
+    experts = dataclasses.replace(made.degrees, data=2, expert=2)
+    with refused("the plan takes 1 context and 2 expert ranks, which pipeline() cannot run yet"):
+        make(plan=dataclasses.replace(made, degrees=experts))
     again = dataclasses.replace(made.stages[1], recompute=("head",))
     with refused("the plan's stage 1 recomputes 'head', which the recorded program does not have"):
         make(plan=dataclasses.replace(made, stages=(made.stages[0], again)))

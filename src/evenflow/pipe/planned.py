@@ -80,6 +80,11 @@ def given_plan(
             f"the plan takes {made.degrees.context} context and {made.degrees.expert} expert ranks, which "
             "pipeline() cannot run yet: plan for pipeline, data and tensor ranks alone"
         )
+    if made.degrees.gathers_nodes:
+        raise ConfigError(
+            "the plan gathers parameters node by node (fsdp without a pipeline), which pipeline() cannot run "
+            "yet: it gathers each stage once for a step; plan for a pipeline of at least two ranks beside"
+        )
     degrees = {"pp": made.degrees.pipeline, "dp": made.degrees.data, "tp": made.degrees.tensor}
     for name, given in ("mesh", mesh), ("shard", shard):
         if given is not None:
