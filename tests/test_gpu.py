@@ -35,7 +35,7 @@ def loss(model, batch):
     return nn.functional.mse_loss(model(batch["x"]), batch["y"])
 
 
-def losses(num_stages, schedule="1f1b"):
+def losses(num_stages, schedule="1f1b", **options):
     torch.manual_seed(0)
     batch = {"x": torch.randn(16, 32), "y": torch.randn(16, 1)}
     pipe = evenflow.pipeline(
@@ -47,6 +47,7 @@ def losses(num_stages, schedule="1f1b"):
         schedule=schedule,
         num_microbatches=4,
         device="cuda",
+        **options,
     )
     found = [pipe.step(batch).loss for _ in range(3)]
     assert all(parameter.is_cuda for _, parameter in pipe.named_parameters())
@@ -141,3 +142,85 @@ def test_two_processes_share_a_gpu_over_gloo():
     if torch.cuda.device_count() > 1:
         pytest.skip("there is a GPU for each process")
     assert launch(losses_of_a_rank, nproc=2) == [losses(1)] * 2
+
+
+# -- meshes, types and memory
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16", "clip_norm": 0.5},
+        {"precision": "fp16", "clip_norm": 0.5},
+        {"recompute": "full"},
+        {"offload": "activations"},
+        {"recompute": "selective", "offload": "activations", "clip_norm": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_levers_on_a_gpu_give_the_losses_of_one_stage(options, schedule):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        types = {key: value for key, value in options.items() if key in ("precision", "clip_norm")}
+        assert losses(4, schedule, **options) == losses(1, **types)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Wide(nn.Module):
+    """Layers whose activations are far more than their parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(8))
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def peak_bytes(**options):
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(2**17, 64), "y": torch.randn(2**17, 1)}
+    pipe = evenflow.pipeline(
+        Wide(),
+        loss=loss,
+        example=batch,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
+        stages=2,
+        schedule="gpipe",
+        num_microbatches=4,
+        device="cuda",
+        **options,
+    )
+    pipe.step(batch)
+    return pipe.meter.peak_bytes(lambda: pipe.step(batch))[1]
+
+
+@pytest.mark.parametrize("options", [{"recompute": "full"}, {"offload": "activations"}], ids=str)
+def test_less_is_held_on_a_gpu(options):
+    assert peak_bytes(**options) < 0.7 * peak_bytes()
+
+
+def losses_on_a_mesh(mesh, options):
+    return losses(mesh.get("pp", 1), mesh=mesh, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard": "zero1", "clip_norm": 0.5}], ids=str)
+def test_data_ranks_on_gpus(options):
+    clip = {key: value for key, value in options.items() if key == "clip_norm"}
+    expected = losses(1, **clip)
+    for found in launch(losses_on_a_mesh, {"dp": 2}, options, nproc=2):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_sharding_needs_a_gpu_for_each_process():
+    if torch.cuda.device_count() > 1:
+        found = launch(losses_on_a_mesh, {"dp": 2}, {"shard": "fsdp"}, nproc=2)
+        assert found[0] == pytest.approx(losses(1), rel=1e-4)
+        return
+    with pytest.raises(evenflow.errors.ConfigError, match='shard="fsdp" needs a GPU for each process'):
+        launch(losses_on_a_mesh, {"dp": 2}, {"shard": "fsdp"}, nproc=2)

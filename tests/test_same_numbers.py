@@ -245,7 +245,7 @@ class OnThreads:
     """A pipeline of this process whose ranks run each in a thread, over rendezvous links."""
 
     def __init__(self, pipe: evenflow.Pipeline) -> None:
-        self.parts, self.agree = pipe._parts, pipe._agree
+        self.parts, self.agree = pipe._parts, pipe._batches.agree
         self.placement = self.parts.programs.placement
 
     def step(self, batch) -> float:

@@ -42,6 +42,8 @@ class ModelParameters:
         seed: int,
     ) -> None:
         given = dict(model.named_parameters(remove_duplicate=False))
+        if mesh.tensor.size > 1:
+            mesh.check_carried(device, "a mesh with tensor ranks")
         shared = share_modules(model, mesh, tensor_plan)
         self.tensor = TensorRanks(mesh.tensor, shared.partial)
         self.vocabulary = Vocabulary(mesh.tensor, shared.heads)
@@ -58,8 +60,8 @@ class ModelParameters:
         self._given = {name: given[name] for name in self.by_name}
         self._dtypes = {name: types.dtype_of(each, stored.get(name)) for name, each in self._given.items()}
         self._numbers = Numbers(model, self._given, self.fakes.tied, weights=weights, seed=seed)
-        if mesh.world.is_first:
-            _LOG.info("parameters: %s", self._told(None if load is None else Path(load)))
+        if load is not None and mesh.world.is_first:
+            _LOG.info("parameters: %s, as far as they had no numbers as %s stores them", self._told(), load)
 
     def settle(self, homes: Mapping[str, torch.device]) -> None:
         """Give those that have a home here their numbers, or their part; the others become empty.
@@ -82,16 +84,13 @@ class ModelParameters:
                 empty = torch.empty_like(parameter, device="meta")
                 self.by_name[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
-    def _told(self, folder: Path | None) -> str:
+    def _told(self) -> str:
         """In which types they are, and how much memory they take on all ranks together."""
         sizes: Counter[torch.dtype] = Counter()
         for name, parameter in self._given.items():
             sizes[self._dtypes[name]] += parameter.numel() * self._dtypes[name].itemsize
-        stored = "" if folder is None else f" (those without numbers as {folder} stores them)"
-        found = (
-            f"{format_bytes(size)} in {str(dtype).removeprefix('torch.')}" for dtype, size in sizes.items()
-        )
-        return f"{', '.join(found)}{stored}; as much again for gradients of those that are trained"
+        pairs = ((format_bytes(size), str(dtype).removeprefix("torch.")) for dtype, size in sizes.items())
+        return ", ".join(f"{size} in {dtype}" for size, dtype in pairs)
 
     def put(self) -> None:
         """Let the model's modules hold them."""

@@ -68,3 +68,13 @@ class Parts:
     narrowing: Narrowing  # in which type tensors travel between stages
     loaded: Path | None  # the folder that the weights came from
     plan: Plan | None
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device (the first stage's, where it holds those of all ranks)."""
+        return next(iter(self.stages.values())).device
+
+    @property
+    def source(self) -> int:
+        """Which rank of the pipeline has what the last stage computes."""
+        return self.programs.placement.rank_of[-1] if self.world.size > 1 else 0

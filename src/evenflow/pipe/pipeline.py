@@ -1,11 +1,8 @@
 """`Pipeline`: a model cut into stages, ready to train. Made by `evenflow.pipeline`."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +14,30 @@ from evenflow.checkpoint.save import save_checkpoint
 from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.dtensors import is_first_holder, whole
-from evenflow.graph.graph import Graph
-from evenflow.ir.flow import Flow
-from evenflow.ir.op import ReduceGrads
 from evenflow.ir.timeline import Timeline
 from evenflow.pipe.accumulated import Accumulated
-from evenflow.pipe.agree import FED, Agreed, Prepared, agree
+from evenflow.pipe.agree import FED, Agreed
+from evenflow.pipe.batches import Batches
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
-from evenflow.pipe.delivered import Gather, check_gather, delivered, on_host
+from evenflow.pipe.delivered import Gather, check_gather
 from evenflow.pipe.exhausted import Watch
-from evenflow.pipe.fixed import refuse_shared_hooks
 from evenflow.pipe.logs import LogHook, Logs
 from evenflow.pipe.meter import Meter
+from evenflow.pipe.outcome import outcome, prediction
 from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import (
-    check_loss,
-    check_metrics,
-    check_trainable,
-    has_metrics,
     read_loss,
     read_prediction,
 )
 from evenflow.pipe.restorable import Restorable
 from evenflow.pipe.result import StepResult
+from evenflow.pipe.runs import ProgramOf, Runs
 from evenflow.pipe.times import Marks, Times
-from evenflow.runtime.executor import Executor, Job, Reading, Result
-from evenflow.runtime.joining import join
-from evenflow.runtime.links.link import Manifest
+from evenflow.runtime.executor import Executor
 from evenflow.runtime.recordings import Program
-from evenflow.runtime.rng import generators_restored
-from evenflow.runtime.script import Script, script
-from evenflow.validate import ProvenProgram
 
 
 class Pipeline(Restorable):
@@ -74,8 +61,7 @@ class Pipeline(Restorable):
         self._is_swapped = False
         self._accumulated = Accumulated()
         self._updated = False
-        self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
-        self._manifests: dict[tuple[Any, ...], Manifest] = {}
+        self._batches, self._runs = Batches(parts), Runs(parts)
 
     def __repr__(self) -> str:
         stages = f"{len(self.cut)} stages" if len(self.cut) > 1 else "1 stage"
@@ -99,7 +85,7 @@ class Pipeline(Restorable):
             raise ConfigError("step() was called inside swapped(): the numbers that it trained would be lost")
         marks = Marks(time.perf_counter())
         self._logs.begin()
-        agreed = self._agree(self._parts.loss, batch, training=True)
+        agreed = self._batches.agree(self._parts.loss, batch, training=True)
         if self._updated:
             self._parts.updater.clear()
             self._accumulated.clear()
@@ -109,7 +95,7 @@ class Pipeline(Restorable):
             programs = self._parts.programs
             reduces = update and self._parts.mesh.data.size > 1
             program = programs.reducing if reduces else programs.training
-            result, executors = self._run(agreed, program, read_loss, share=share)
+            result, executors = self._outcome(agreed, program, share=share)
             self._step += 1
             self._parts.shared_buffers.spread()
             self._logs.note(result, agreed.shares)
@@ -136,8 +122,8 @@ class Pipeline(Restorable):
         Changes nothing but the buffers that the model itself changes in evaluation mode.
         """
         with self._evaluating():
-            agreed = self._agree(self._parts.loss, batch, training=False)
-            return self._run(agreed, self._parts.programs.evaluation, read_loss)[0]
+            agreed = self._batches.agree(self._parts.loss, batch, training=False)
+            return self._outcome(agreed, self._parts.programs.evaluation)[0]
 
     def evaluate_all(self, loader: Iterable[Any]) -> StepResult:
         """Loss and metrics of all of a loader's batches in evaluation mode, as if they were one batch.
@@ -156,13 +142,14 @@ class Pipeline(Restorable):
         together, graph = OverBatches(), None
         with self._evaluating():
             for batch in self.feed(loader):
-                agreed = self._agree(self._parts.loss, batch, training=False)
-                results = self._ran(agreed, self._parts.programs.evaluation, read_loss)[1]
+                agreed = self._batches.agree(self._parts.loss, batch, training=False)
+                evaluation = self._parts.programs.evaluation
+                results = self._runs.run(agreed, evaluation, read_loss, step=self._step)[1]
                 together.add(agreed, results)
-                graph = self._graph(agreed)
+                graph = self._batches.graph(agreed)
             agreed = together.agreed()
             assert graph is not None, "there was a batch"
-            return self._result(together.results, agreed, graph, read_loss)
+            return outcome(self._parts, together.results, agreed, graph)
 
     def predict(self, batch: Any, function: Program | None = None, *, gather: Gather = True) -> Any:
         """What `function(model, microbatch)` returns in evaluation mode, joined over a batch's microbatches.
@@ -180,9 +167,10 @@ class Pipeline(Restorable):
         """
         check_gather(gather)
         with self._evaluating():
-            agreed = self._agree(function or call_model, batch, training=False)
+            agreed = self._batches.agree(function or call_model, batch, training=False)
             evaluation = self._parts.programs.evaluation
-            return self._run(agreed, evaluation, read_prediction, gather=gather)[0].metrics
+            results = self._runs.run(agreed, evaluation, read_prediction, step=self._step)[1]
+            return prediction(self._parts, results, agreed, gather)
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
@@ -282,16 +270,17 @@ class Pipeline(Restorable):
                 "check compares with the model itself, which compiles nothing and rounds nothing between "
                 "stages: leave compile= and boundary_dtype= out"
             )
-        prepared = self._prepared(batch)
+        prepared = self._batches.prepared(batch)
         if prepared is None:
             raise ConfigError("there is no batch to check: pass one batch, as to step")
-        agreed = self._agree_on(parts.loss, lambda: prepared, training=True)
+        agreed = self._batches.agree_on(parts.loss, lambda: prepared, training=True)
+        proven = self._runs.proven(agreed, parts.programs.training)
         return check_step(
             parts,
-            self._jobs(agreed),
+            self._runs.jobs(agreed),
             prepared.items,
             step=self._step,
-            run=lambda jobs: self._execute(jobs, self._proven(agreed, parts.programs.training), read_loss)[1],
+            run=lambda jobs: self._runs.execute(jobs, proven, read_loss, step=self._step)[1],
             progress=progress or (lambda _: None),
         )
 
@@ -352,7 +341,12 @@ class Pipeline(Restorable):
         owned = {name: tensor for name, tensor in made.items() if is_first_holder(tensors[name])}
         if is_adapted(parts.model):
             export_adapter(
-                Path(folder), parts.mesh.world, parts.model, owned, loaded=parts.loaded, device=self._device
+                Path(folder),
+                parts.mesh.world,
+                parts.model,
+                owned,
+                loaded=parts.loaded,
+                device=self._parts.device,
             )
         else:
             export_model(Path(folder), parts.mesh.world, parts.model, owned, loaded=parts.loaded)
@@ -373,153 +367,14 @@ class Pipeline(Restorable):
 
     # -- one step
 
-    def _agree(self, program: Program, batch: Any, *, training: bool) -> Agreed:
-        return self._agree_on(program, lambda: self._prepared(batch), training=training)
-
-    def _agree_on(
-        self, program: Program, prepare: Callable[[], Prepared | None], *, training: bool
-    ) -> Agreed:
-        parts = self._parts
-        weigher = parts.weigher
-        with parts.precision.recording(self._device.type):
-            agreed = agree(
-                parts.mesh,
-                parts.recordings,
-                program,
-                prepare=prepare,
-                learn=partial(self._learn, program, training),
-                weigh=weigher.of_loss if program is parts.loss else weigher.of_rows,
-                device=self._device,
-                placement=parts.programs.placement,
-            )
-        num, num_data = len(agreed.recordings), parts.mesh.data.size
-        if num < num_data:
-            raise ConfigError(
-                f"the batch makes {num} microbatches, and each of {num_data} data ranks needs one: pass more "
-                "rows, or make microbatches smaller (a loader's last batch: drop_last=True)"
-            )
-        if agreed.shares.differs is not None and self.is_main:
-            warnings.warn(f"{agreed.shares.differs}; reduction= says how to weigh them", stacklevel=4)
-        return agreed
-
-    def _prepared(self, batch: Any) -> Prepared | None:
-        self._parts.fixed.check()
-        self._parts.updater.accumulators.refresh()
-        return None if batch is FED or batch is None else self._parts.splitter(batch)
-
-    def _learn(self, program: Program, training: bool, microbatch: Any) -> int:
-        """Record a microbatch of a new kind and cut it for the owners that are."""
-        recordings = self._parts.recordings
-        graph = recordings.trace(program, microbatch)
-        if program is self._parts.loss:
-            check_loss(graph)
-            check_metrics(graph, self._parts.joining)
-            if training:
-                check_trainable(graph)
-                self._parts.precision.check(graph, ())
-        number = recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
-        accumulators = self._parts.updater.accumulators
-        refuse_shared_hooks(accumulators.uses, accumulators.parameter)
-        return number
-
-    def _run(
-        self,
-        agreed: Agreed,
-        program: Callable[[int, Flow], ProvenProgram],
-        reading: Reading,
-        *,
-        share: float = 1.0,
-        gather: Gather = True,
+    def _outcome(
+        self, agreed: Agreed, program: ProgramOf, *, share: float = 1.0
     ) -> tuple[StepResult, list[Executor]]:
-        executors, results = self._ran(agreed, program, reading, share=share)
+        """Run a batch, and tell every rank what came of it."""
+        executors, results = self._runs.run(agreed, program, read_loss, step=self._step, share=share)
         proven, jobs = executors[0].proven, executors[0].jobs
         with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
-            return self._result(results, agreed, self._graph(agreed), reading, gather=gather), executors
-
-    def _ran(
-        self,
-        agreed: Agreed,
-        program: Callable[[int, Flow], ProvenProgram],
-        reading: Reading,
-        *,
-        share: float = 1.0,
-    ) -> tuple[list[Executor], list[Result] | None]:
-        jobs, proven = self._jobs(agreed, share=share), self._proven(agreed, program)
-        try:
-            return self._execute(jobs, proven, reading)
-        finally:
-            self._parts.updater.data.release()
-
-    def _graph(self, agreed: Agreed) -> Graph:
-        """The recording of the batch's first microbatch, the same on every rank."""
-        return self._parts.recordings.entries[agreed.recordings[0]].graph
-
-    def _jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
-        """This process's microbatches."""
-        numbers = self._parts.mesh.share(len(agreed.recordings))
-        entries = [self._parts.recordings.entries[agreed.recordings[at]] for at in numbers]
-        return [
-            Job(
-                agreed.batches[at],
-                agreed.recordings[at],
-                entry.cut,
-                entry.works,
-                agreed.shares.losses[at] * share,
-                at,
-            )
-            for at, entry in zip(numbers, entries, strict=True)
-        ]
-
-    def _proven(self, agreed: Agreed, program: Callable[[int, Flow], ProvenProgram]) -> ProvenProgram:
-        """The program of this process's microbatches, where all data ranks' reduce their stages alike."""
-        mesh, num = self._parts.mesh, len(agreed.recordings)
-        entries = self._parts.recordings.entries
-        flow = Flow.union(entries[number].cut.flow for number in set(agreed.recordings))
-        longest = program(mesh.longest_share(num), flow)
-        queue = longest.program.ranks[self._parts.world.rank]
-        self._parts.updater.data.expect([op.stage for op in queue if isinstance(op, ReduceGrads)])
-        return program(len(mesh.share(num)), flow)
-
-    def _execute(
-        self, jobs: Sequence[Job], proven: ProvenProgram, reading: Reading
-    ) -> tuple[list[Executor], list[Result] | None]:
-        """Run a program on this process's ranks; its results, where the last stage lives here."""
-        parts = self._parts
-        placement = parts.programs.placement
-        alone = parts.world.size == 1
-        ranks = range(placement.num_ranks) if alone else (parts.world.rank,)
-        scripts = self._scripts_of(proven, ranks)
-        draws = any(work.draws for job in jobs for work in job.works.values())
-        executors: dict[int, Executor] = {}
-        with (
-            generators_restored(stage.device for stage in parts.stages.values() if draws),
-            Watch(parts, proven, jobs, executors, step=self._step),
-        ):
-            for rank in ranks:
-                executors[rank] = Executor(
-                    proven,
-                    rank,
-                    script=scripts[rank],
-                    stages={stage: parts.stages[stage] for stage in placement.stages_on(rank)},
-                    devices=parts.devices,
-                    jobs=jobs,
-                    link=parts.link,
-                    step=self._step,
-                    reading=reading,
-                    manifests=self._manifests,
-                    narrowing=parts.narrowing,
-                    data=parts.updater.data,
-                )
-            if alone:
-                for rank, _ in proven.order:
-                    executors[rank].run_next()
-                for executor in executors.values():
-                    executor.finish()
-            else:
-                executors[parts.world.rank].run()
-        last = executors.get(placement.rank_of[-1])
-        results = None if last is None else [last.results[at] for at in range(len(jobs))]
-        return list(executors.values()), results
+            return outcome(self._parts, results, agreed, self._batches.graph(agreed)), executors
 
     def _update(self, executors: Sequence[Executor]) -> torch.Tensor | None:
         """Let the optimizers step with the gradients that these executors' programs have left; their norm."""
@@ -531,82 +386,6 @@ class Pipeline(Restorable):
         self._updated = True
         return norm
 
-    def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:
-        """The scripts of these ranks, made once for each program; alone, ranks take turns as in its proof."""
-        if id(proven) not in self._scripts:
-            alone = self._parts.world.size == 1
-            ops = {
-                rank: [op for at, op in proven.order if at == rank] if alone else proven.program.ranks[rank]
-                for rank in ranks
-            }
-            self._scripts[id(proven)] = proven, {rank: script(own) for rank, own in ops.items()}
-        return self._scripts[id(proven)][1]
-
-    @property
-    def _device(self) -> torch.device:
-        """This process's device (the first stage's, where it holds those of all ranks)."""
-        return next(iter(self._parts.stages.values())).device
-
-    def _result(
-        self,
-        results: Sequence[Result] | None,
-        agreed: Agreed,
-        graph: Graph,
-        reading: Reading,
-        *,
-        gather: Gather = True,
-    ) -> StepResult:
-        """The outcome on every rank; `results` are there on the last stage's process."""
-        world, mesh = self._parts.world, self._parts.mesh
-        source = self._parts.programs.placement.rank_of[-1] if world.size > 1 else 0
-        if reading is read_prediction:
-            found = delivered(world, self._joined(results, agreed, join), source, gather)
-            return StepResult(None, found if gather != "main" or self.is_main else None)
-        metrics = None
-        if has_metrics(graph):
-            metrics = world.share(on_host(self._joined(results, agreed, self._parts.joining)), source)
-        ref = graph.output.leaves[0]
-        loss = torch.zeros((), dtype=graph.values[ref.value].info.dtype, device=self._device)
-        if mesh.data.size > 1:
-            return StepResult(loss, metrics, self._summed_loss(results, agreed, loss))
-        if results is not None:
-            loss = _weighted([result.loss for result in results], agreed.shares.losses)
-        work = world.broadcast(loss, source)
-        return StepResult(loss, metrics, None if work is None else work.wait)
-
-    def _joined(
-        self,
-        results: Sequence[Result] | None,
-        agreed: Agreed,
-        joining: Callable[[Sequence[Any], Sequence[float]], Any],
-    ) -> Any:
-        """One tree of what all microbatches returned, on the last stage's processes."""
-        if results is None:
-            return None
-        data, found = self._parts.mesh.data, [(result.number, result.rest) for result in results]
-        if data.size > 1:
-            found = [each for theirs in data.gather(on_host(found)) for each in theirs]
-        return joining([rest for _, rest in sorted(found, key=itemgetter(0))], agreed.shares.means)
-
-    def _summed_loss(
-        self, results: Sequence[Result] | None, agreed: Agreed, loss: torch.Tensor
-    ) -> Callable[[], object]:
-        """Begin to collect the microbatches' losses from all data ranks; what is returned fills in `loss`."""
-        mesh = self._parts.mesh
-        parts = loss.new_zeros(len(agreed.shares.losses))
-        if results is not None and mesh.tensor.rank == 0:
-            for result in results:
-                assert result.loss is not None, "it was read as a loss"
-                parts[result.number] = result.loss
-        work = mesh.world.add_up(parts)
-
-        def fill() -> None:
-            if work is not None:
-                work.wait()
-            loss.copy_(_weighted(list(parts), agreed.shares.losses))
-
-        return fill
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self._parts.model.modules()]
@@ -617,9 +396,3 @@ class Pipeline(Restorable):
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def _weighted(losses: Sequence[torch.Tensor | None], shares: Sequence[float]) -> torch.Tensor:
-    """The step's loss. A microbatch that weighs nothing is left out: the mean of nothing is no number."""
-    pairs = [(loss, share) for loss, share in zip(losses, shares, strict=True) if loss is not None and share]
-    return torch.stack([loss * share for loss, share in pairs]).sum()

@@ -67,6 +67,7 @@ def data_ranks(
         return Replicated(mesh.data, named, shares_states=states, late=is_shared, settle=tensor.settle), {}
     from evenflow.runtime.fully_sharded import FullySharded, ShardedStage
 
+    mesh.check_carried(next(iter(stages.values())).device, 'shard="fsdp"')
     assert mesh.devices is not None, "there are data ranks"
     shared = {name for held in owned.values() for name in held if name in accumulators.uses}
     sharded: dict[int, ShardedStage] = {}

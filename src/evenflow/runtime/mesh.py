@@ -9,6 +9,7 @@ torchrun numbers the processes of one host in a row.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from evenflow.errors import ConfigError
@@ -57,6 +58,14 @@ class Mesh:
     def longest_share(self, num_microbatches: int) -> int:
         """How many microbatches the data rank with the most works on."""
         return -(-num_microbatches // self.data.size)
+
+    def check_carried(self, device: torch.device, what: str) -> None:
+        """Raise `ConfigError` where the ranks' collectives do not carry tensors of such a device."""
+        if device.type != self.world.device.type:
+            raise ConfigError(
+                f"{what} needs a GPU for each process, and NCCL between them: here tensors go over Gloo and "
+                "the host, because processes share a GPU or the group was made for Gloo alone"
+            )
 
     @staticmethod
     def of_one() -> "Mesh":

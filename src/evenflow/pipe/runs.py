@@ -1,0 +1,121 @@
+"""Runs: a batch's microbatches through a program, on this process's ranks."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from evenflow.ir.flow import Flow
+from evenflow.ir.op import ReduceGrads
+from evenflow.pipe.agree import Agreed
+from evenflow.pipe.exhausted import Watch
+from evenflow.pipe.parts import Parts
+from evenflow.runtime.executor import Executor, Job, Reading, Result
+from evenflow.runtime.links.link import Manifest
+from evenflow.runtime.rng import generators_restored
+from evenflow.runtime.script import Script, script
+from evenflow.validate import ProvenProgram
+
+# Makes the program of so many microbatches.
+ProgramOf = Callable[[int, Flow], ProvenProgram]
+
+
+class Runs:
+    """See the module."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
+        self._manifests: dict[tuple[Any, ...], Manifest] = {}
+
+    def run(
+        self,
+        agreed: Agreed,
+        program: ProgramOf,
+        reading: Reading,
+        *,
+        step: int,
+        share: float = 1.0,
+    ) -> tuple[list[Executor], list[Result] | None]:
+        """Run it; its results, where the last stage lives here. `share` is a factor of every loss."""
+        jobs, proven = self.jobs(agreed, share=share), self.proven(agreed, program)
+        try:
+            return self.execute(jobs, proven, reading, step=step)
+        finally:
+            self._parts.updater.data.release()
+
+    def jobs(self, agreed: Agreed, *, share: float = 1.0) -> list[Job]:
+        """This process's microbatches."""
+        numbers = self._parts.mesh.share(len(agreed.recordings))
+        entries = [self._parts.recordings.entries[agreed.recordings[at]] for at in numbers]
+        return [
+            Job(
+                agreed.batches[at],
+                agreed.recordings[at],
+                entry.cut,
+                entry.works,
+                agreed.shares.losses[at] * share,
+                at,
+            )
+            for at, entry in zip(numbers, entries, strict=True)
+        ]
+
+    def proven(self, agreed: Agreed, program: ProgramOf) -> ProvenProgram:
+        """The program of this process's microbatches, where all data ranks' reduce their stages alike."""
+        mesh, num = self._parts.mesh, len(agreed.recordings)
+        entries = self._parts.recordings.entries
+        flow = Flow.union(entries[number].cut.flow for number in set(agreed.recordings))
+        longest = program(mesh.longest_share(num), flow)
+        queue = longest.program.ranks[self._parts.world.rank]
+        self._parts.updater.data.expect([op.stage for op in queue if isinstance(op, ReduceGrads)])
+        return program(len(mesh.share(num)), flow)
+
+    def execute(
+        self, jobs: Sequence[Job], proven: ProvenProgram, reading: Reading, *, step: int
+    ) -> tuple[list[Executor], list[Result] | None]:
+        """Run a program on this process's ranks; its results, where the last stage lives here."""
+        parts = self._parts
+        placement = parts.programs.placement
+        alone = parts.world.size == 1
+        ranks = range(placement.num_ranks) if alone else (parts.world.rank,)
+        scripts = self._scripts_of(proven, ranks)
+        draws = any(work.draws for job in jobs for work in job.works.values())
+        executors: dict[int, Executor] = {}
+        with (
+            generators_restored(stage.device for stage in parts.stages.values() if draws),
+            Watch(parts, proven, jobs, executors, step=step),
+        ):
+            for rank in ranks:
+                executors[rank] = Executor(
+                    proven,
+                    rank,
+                    script=scripts[rank],
+                    stages={stage: parts.stages[stage] for stage in placement.stages_on(rank)},
+                    devices=parts.devices,
+                    jobs=jobs,
+                    link=parts.link,
+                    step=step,
+                    reading=reading,
+                    manifests=self._manifests,
+                    narrowing=parts.narrowing,
+                    data=parts.updater.data,
+                )
+            if alone:
+                for rank, _ in proven.order:
+                    executors[rank].run_next()
+                for executor in executors.values():
+                    executor.finish()
+            else:
+                executors[parts.world.rank].run()
+        last = executors.get(placement.rank_of[-1])
+        results = None if last is None else [last.results[at] for at in range(len(jobs))]
+        return list(executors.values()), results
+
+    def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:
+        """The scripts of these ranks, made once for each program; alone, ranks take turns as in its proof."""
+        if id(proven) not in self._scripts:
+            alone = self._parts.world.size == 1
+            ops = {
+                rank: [op for at, op in proven.order if at == rank] if alone else proven.program.ranks[rank]
+                for rank in ranks
+            }
+            self._scripts[id(proven)] = proven, {rank: script(own) for rank, own in ops.items()}
+        return self._scripts[id(proven)][1]
