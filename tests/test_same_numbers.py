@@ -10,11 +10,11 @@ import torch
 
 import evenflow
 from evenflow.graph.cut import legal_positions
-from evenflow.ir import Exchange, Flow, Payload, Program, Recv, Send
+from evenflow.ir import Exchange, Payload, Program, Recv, Send
 from evenflow.lower import lower
 from evenflow.pipe import choices, programs
 from evenflow.pipe.reading import read_loss
-from evenflow.runtime.executor import Executor, Job
+from evenflow.runtime.executor import Executor
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.rendezvous import Meeting
 from evenflow.runtime.narrowing import Narrowing
@@ -245,21 +245,14 @@ class OnThreads:
     """A pipeline of this process whose ranks run each in a thread, over rendezvous links."""
 
     def __init__(self, pipe: evenflow.Pipeline) -> None:
-        self.parts, self.agree = pipe._parts, pipe._batches.agree
+        self.parts, self.agree, self.runs = pipe._parts, pipe._batches.agree, pipe._runs
         self.placement = self.parts.programs.placement
 
     def step(self, batch) -> float:
         parts = self.parts
         parts.updater.clear()
         agreed = self.agree(parts.loss, batch, training=True)
-        entries = [parts.recordings.entries[number] for number in agreed.recordings]
-        jobs = [
-            Job(leaves, number, entry.cut, entry.works, share)
-            for leaves, number, entry, share in zip(
-                agreed.batches, agreed.recordings, entries, agreed.shares.losses, strict=True
-            )
-        ]
-        proven = parts.programs.training(len(jobs), Flow.union(job.cut.flow for job in jobs))
+        jobs, proven = self.runs.jobs(agreed), self.runs.proven(agreed, parts.programs.training)
         meeting = Meeting(self.placement, timeout_seconds=30)
         executors = [
             Executor(
@@ -274,6 +267,7 @@ class OnThreads:
                 reading=read_loss,
                 manifests={},
                 narrowing=Narrowing(),
+                data=parts.updater.data,
             )
             for rank in range(self.placement.num_ranks)
         ]
@@ -332,7 +326,7 @@ ON_THREADS = [
 @pytest.mark.parametrize(("name", "schedule"), ON_THREADS)
 def test_the_worst_machine_changes_no_bit(monkeypatch, name, schedule, groups):
     if groups:
-        monkeypatch.setattr(programs, "lower", lambda *args: grouped(lower(*args)))
+        monkeypatch.setattr(programs, "lower", lambda *args, **kwargs: grouped(lower(*args, **kwargs)))
     # Without dropout: threads of one process share the generator that dropout draws from.
     data = batches()
     pipe = evenflow.pipeline(
@@ -356,8 +350,8 @@ def test_the_worst_machine_changes_no_bit(monkeypatch, name, schedule, groups):
 def test_groups_of_transfers_change_no_bit_in_one_process(monkeypatch, schedule):
     found_groups = []
 
-    def lowered(*args):
-        program = grouped(lower(*args))
+    def lowered(*args, **kwargs):
+        program = grouped(lower(*args, **kwargs))
         found_groups.extend(op for queue in program.ranks for op in queue if isinstance(op, Exchange))
         return program
 

@@ -86,7 +86,7 @@ def test_a_plan_can_be_trained(capsys, tmp_path):
 
 
 def test_too_little_memory_is_told_in_numbers(capsys):
-    code, _, errors = planned(capsys, "--cluster", "2x CPU core", "--memory", "0.52GiB", "--pipeline-only")
+    code, _, errors = planned(capsys, "--cluster", "2x CPU core", "--memory", "0.5178GiB", "--pipeline-only")
     assert code == 2
     assert "no plan fits into memory; the nearest: 2 pipeline ranks" in errors
     assert "needs" in errors
@@ -149,10 +149,10 @@ def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file)
 
 
 def test_what_would_fit_is_told_in_the_shell(capsys):
-    flags = ("--cluster", "2x CPU core", "--memory", "0.52GiB", "--pipeline-only")
+    flags = ("--cluster", "2x CPU core", "--memory", "0.5178GiB", "--pipeline-only")
     code, _, errors = planned(capsys, *flags)
     assert code == 2
-    assert "and has 20.5 MiB: parameters" in errors
+    assert "and has 18.2 MiB: parameters" in errors
     assert "- 1 more CPU core, 3 devices in all: 3 pipeline ranks" in errors
 
 

@@ -17,7 +17,7 @@ class Masters:
     >>> ((_, master),) = masters.of([("w", parameter)])
     >>> master.data -= 0.001
     >>> masters.publish()
-    >>> float(master), float(parameter)
+    >>> float(master.detach()), float(parameter.detach())
     (0.9990000128746033, 1.0)
     """
 
