@@ -1,5 +1,6 @@
 """Meshes: pipelines beside data, tensor and sharded ranks train as one process does."""
 
+import itertools
 import math
 import warnings
 from functools import cache
@@ -72,13 +73,6 @@ def table(names):
 
 
 @cache
-def on_ranks(size: int):
-    """What every rank returned, of all meshes of so many processes."""
-    names = [each for each in MESHES if math.prod(MESHES[each]["mesh"].values()) == size]
-    return evenflow.launch(table, names, nproc=size)
-
-
-@cache
 def alone(schedule: str, num_ranks: int):
     on_each = 2 if schedule in ("interleaved-1f1b", "zb-v") else 1
     return trained(schedule, {"stages": num_ranks * on_each})
@@ -88,19 +82,22 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", MESHES)
-def test_a_mesh_trains_as_one_process(name, schedule):
-    ranks = [rank[name, schedule] for rank in on_ranks(math.prod(MESHES[name]["mesh"].values()))]
-    losses, norms, weights = alone(schedule, MESHES[name]["mesh"]["pp"])
-    assert len({tuple(found) for found, _, _ in ranks}) == 1, "the same on every rank"
-    assert ranks[0][0] == pytest.approx(losses, rel=1e-5)
-    assert ranks[0][1] == pytest.approx(norms, rel=1e-5)
-    assert min(norms) > 1.0, "clipping is on"
-    for _, _, found in ranks:
-        for parameter, numbers in found.items():
-            assert relative(numbers, weights[parameter]) <= 1e-5, parameter
-    assert {parameter for _, _, found in ranks for parameter in found} == weights.keys()
+# All meshes of so many processes in one test, and in one set of processes, which take long to start.
+@pytest.mark.parametrize("num_processes", [4, 8])
+def test_meshes_train_as_one_process(num_processes):
+    names = [each for each in MESHES if math.prod(MESHES[each]["mesh"].values()) == num_processes]
+    ranks = evenflow.launch(table, names, nproc=num_processes)
+    for name, schedule in itertools.product(names, SCHEDULES):
+        losses, norms, weights = alone(schedule, MESHES[name]["mesh"]["pp"])
+        mine = [rank[name, schedule] for rank in ranks]
+        assert len({tuple(found) for found, _, _ in mine}) == 1, f"{name}, {schedule}: not the same on all"
+        assert mine[0][0] == pytest.approx(losses, rel=1e-5), f"{name}, {schedule}"
+        assert mine[0][1] == pytest.approx(norms, rel=1e-5), f"{name}, {schedule}"
+        assert min(norms) > 1.0, "clipping is on"
+        for _, _, found in mine:
+            for parameter, numbers in found.items():
+                assert relative(numbers, weights[parameter]) <= 1e-5, f"{name}, {schedule}: {parameter}"
+        assert {parameter for _, _, found in mine for parameter in found} == weights.keys()
 
 
 # -- what else four ranks do, two pipelines of two or two tensor ranks
