@@ -217,6 +217,34 @@ def with_batch_norm(folder):
     return [buffer.clone() for buffer in model.buffers()]
 
 
+def all_stages_on_each(folder, *, alone=False):
+    """Pipelines of one process, which has all stages; also fed, and with few rows to predict."""
+    found = []
+    feeds = dist.is_initialized() and dist.get_rank() > 0
+    for options in ({"dp": 4}, {"dp": 4, "shard": "zero1"}, {"dp": 4, "shard": "fsdp"}, {"dp": 2, "tp": 2}):
+        degrees = {key: value for key, value in options.items() if key != "shard"}
+        plan = {"0": "colwise", "2": "rowwise"} if "tp" in degrees else None
+        mesh = {} if alone else {"mesh": degrees, "shard": options.get("shard"), "tensor_plan": plan}
+        pipe = make_small(stages=2, schedule="zb-h1", clip_norm=0.1, **mesh)
+        losses = [float(pipe.step(numbers()).loss)]
+        losses += [float(pipe.step(batch).loss) for batch in pipe.feed(None if feeds else [numbers(8)] * 2)]
+        losses.append(float(pipe.evaluate(numbers(1)).loss))
+        rows = pipe.predict(numbers(1), lambda model, item: model(item["x"]))
+        weights = {name: whole(p) for name, p in pipe.named_parameters()}
+        found.append((losses, rows, weights))
+    return found
+
+
+def words_in_bits(folder, *, alone=False):
+    """Logits of bfloat16 in parts, over two stages: the loss has the type that was recorded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(WORDS, 16), nn.Linear(16, 16), nn.Linear(16, WORDS))
+    options = {} if alone else {"mesh": {"pp": 2, "tp": 2}, "tensor_plan": {"2": "colwise_rep"}}
+    pipe = make(model, loss=next_words, split=["1"], precision="bf16-pure", **options)
+    losses = [pipe.step(text(seed)).loss for seed in range(STEPS)]
+    return [float(loss) for loss in losses], losses[0].dtype
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -288,6 +316,8 @@ SCENARIOS = [
     shared_across_stages,
     with_batch_norm,
     sequence_parallel,
+    all_stages_on_each,
+    words_in_bits,
     refused,
 ]
 
@@ -390,6 +420,22 @@ def test_sequence_parallel(found):
         assert mine == pytest.approx(losses, rel=1e-6)
         assert my_bytes == sent_bytes / 2
         assert all(relative(numbers, weights[name]) < 1e-5 for name, numbers in found_weights.items())
+
+
+def test_all_stages_on_each(found):
+    expected = all_stages_on_each(None, alone=True)
+    for rank in found:
+        for (losses, rows, weights), (theirs, their_rows, their_weights) in zip(rank, expected, strict=True):
+            assert losses == pytest.approx(theirs, rel=1e-5)
+            assert torch.allclose(rows, their_rows, rtol=1e-4)
+            assert all(relative(numbers, their_weights[name]) < 1e-5 for name, numbers in weights.items())
+
+
+def test_words_in_bits(found):
+    losses, dtype = words_in_bits(None, alone=True)
+    for mine, my_dtype in found:
+        assert my_dtype is dtype is torch.bfloat16
+        assert mine == pytest.approx(losses, rel=2e-2)
 
 
 def test_refused(found):

@@ -121,6 +121,12 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
     }
     for name in _given(given):
         raise ConfigError(f"--{name} and --plan are both given, and a plan decides that: leave one out")
+    said = config.pipeline
+    if (said.data_ranks, said.tensor_ranks, said.shard) != (1, 1, None):
+        raise ConfigError(
+            "data_ranks, tensor_ranks or shard under [pipeline] and --plan are both given, and a plan "
+            "decides that: leave one out"
+        )
     pipeline = Pipelining(
         stages=len(plan.stages),
         stages_per_rank=plan.stages_per_rank,
@@ -234,7 +240,8 @@ def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
     if (launched := rank_environment()) is not None:
         beside = pipeline.data_ranks * pipeline.tensor_ranks
         return max(1, launched.num_ranks // beside) * stages_per_rank
-    num_ranks = torch.cuda.device_count() if device == "cuda" else _NUM_CPU_RANKS
+    beside = pipeline.data_ranks * pipeline.tensor_ranks
+    num_ranks = max(1, torch.cuda.device_count() // beside) if device == "cuda" else _NUM_CPU_RANKS
     return num_ranks * stages_per_rank
 
 

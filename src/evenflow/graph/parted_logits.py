@@ -8,6 +8,7 @@ the loss be put together from those. Anything else, such as a program that retur
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -16,7 +17,7 @@ from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.settings import bare
 from evenflow.graph.template import Ref
 
-_KEEPS = frozenset(("float", "to", "type", "contiguous", "clone", "__getitem__", "bfloat16", "half"))
+_KEEPS = frozenset(("float", "to", "type", "contiguous", "clone", "flatten", "bfloat16", "half"))
 _RESHAPES = frozenset(("view", "reshape"))
 _SIGNATURE = inspect.signature(F.cross_entropy)
 
@@ -81,13 +82,18 @@ class _Walk:
         return bool(self.losses)
 
     def _is_between(self, node: Node, value: int) -> bool:
-        if not isinstance(node.target, FunctionTarget) or node.args.refs != (value,):
+        if (
+            not isinstance(node.target, FunctionTarget)
+            or node.args.refs != (value,)
+            or len(node.results) != 1
+        ):
             return False
-        name = getattr(bare(node.target.function), "__name__", "")
-        if name in _RESHAPES:
-            sizes = [leaf for leaf in node.args.leaves if isinstance(leaf, int)]
-            return bool(sizes) and sizes[-1] in (-1, self.size) and sizes.count(self.size) <= 1
-        return name in _KEEPS and len(node.results) == 1
+        if reshapes(node):
+            *before, last = [leaf for leaf in node.args.leaves if type(leaf) is int] or [0]
+            return last == self.size or (last == -1 and self.size not in before)
+        if _name(node) == "__getitem__":  # rows, or positions: never words
+            return all(isinstance(leaf, Ref | slice | EllipsisType) for leaf in node.args.leaves)
+        return _name(node) in _KEEPS
 
     def _is_loss(self, node: Node, value: int) -> bool:
         """Whether it is a plain cross-entropy of these logits, with numbers of classes for targets."""
@@ -108,3 +114,17 @@ class _Walk:
             and len(self.graph.values[value].info.shape) == 2
             and not self.graph.values[target.value].info.dtype.is_floating_point
         )
+
+
+def reshapes(node: Node) -> bool:
+    """Whether it gives a tensor sizes that it is told."""
+    return _name(node) in _RESHAPES
+
+
+def _name(node: Node) -> str:
+    """That of a torch function; none of a module."""
+    match node.target:
+        case FunctionTarget(function):
+            return getattr(bare(function), "__name__", "")
+        case _:
+            return ""

@@ -225,7 +225,7 @@ def _sent(
     for at, number in enumerate(numbers):
         entry = recordings.entries[number]
         for rank in (rank for rank in absent if at in mesh.share(len(numbers), rank)):
-            stages = placement.stages_on(mesh.pipeline_rank(rank))
+            stages = mesh.stages_of(rank, placement)
             needed = {leaf: value for stage in stages for leaf, value in entry.cut.sections[stage].batch}
             for leaf, value in needed.items():
                 if world.rank == 0:

@@ -40,7 +40,7 @@ class Batches:
                 placement=parts.programs.placement,
             )
         num, num_data = len(agreed.recordings), parts.mesh.data.size
-        if num < num_data:
+        if training and num < num_data:
             raise ConfigError(
                 f"the batch makes {num} microbatches, and each of {num_data} data ranks needs one: pass more "
                 "rows, or make microbatches smaller (a loader's last batch: drop_last=True)"

@@ -143,14 +143,14 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       numbers stays as it is; the gradients of compiled weights are not put off. The log tells of each stage.
     - `precision`: "fp32"; "bf16" or "fp16" (float32 parameters, products in 16 bits, as torch.autocast has
       them; with "fp16" the loss is scaled, and a step that overflows anywhere is left out everywhere);
-      "bf16-pure" (parameters in bfloat16 too, of which the optimizer updates float32 copies). By default what
-      the model and the loss function say.
+      "bf16-pure" (batch and parameters in bfloat16 too; the optimizer updates float32 copies). By default
+      what the model and the loss function say.
     - `clip_norm`: the most that the norm of all gradients may be, over all ranks, before the update;
       `StepResult.grad_norm` tells what it was. math.inf measures it alone.
     - `mesh`: how many pipeline ("pp"), data ("dp") and tensor ("tp") ranks there are: {"pp": 4, "dp": 2};
       together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
       a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
-      same batch without.
+      same batch without, but for a BatchNorm's statistics, which are those of the first data rank's part.
     - `tensor_plan`: how tensor ranks share modules, {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
       say, or with torch's `ParallelStyle`s. By default the plan that a Hugging Face model brings along.
     - `shard`: what data ranks share: "zero1", the optimizer's states, each updating some of the parameters;
@@ -215,7 +215,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     num_stages = choices.stage_count(given.stages, split, grid, kind, stages_per_rank=on_each)
     num_ranks = num_stages // on_each
     splitter = Splitter(
-        num_ranks, given.num_microbatches, given.microbatch_size, split_batch, num_replicas=grid.data.size
+        num_ranks,
+        given.num_microbatches,
+        given.microbatch_size,
+        split_batch,
+        num_replicas=grid.data.size,
+        dtype=types.batch,
     )
     items = splitter(example).items
     item, num_items = items[0], grid.longest_share(len(items))
@@ -230,7 +235,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     )
     placement = programs.placement
     devices = choices.devices_of(kind, placement, grid, given.places)
-    own = range(num_stages) if world.size == 1 else placement.stages_on(world.rank)
+    own = grid.stages_of(grid.world.rank, placement)
 
     own_device = devices[own[0]]
     held = ModelParameters(model, grid, tensor_plan, types, own_device, load=load, seed=seed)
@@ -384,9 +389,7 @@ def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -
     """Give every process the first one's buffers, which masks and tables are computed from on all of them."""
     for buffer in model.buffers() if world.size > 1 else ():
         moved = buffer.detach().to(device)
-        work = world.broadcast(moved, 0)
-        if work is not None:
-            work.wait()
+        world.broadcast(moved, 0).wait()
         buffer.detach().copy_(moved)
 
 

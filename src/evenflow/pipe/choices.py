@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import crossing_bytes, legal_positions
@@ -44,8 +45,10 @@ class Splitter:
     microbatch_size: int | None
     split_batch: Callable[[Any], Sequence[Any]] | None
     num_replicas: int = 1  # of the pipeline, among which the microbatches are shared out
+    dtype: torch.dtype | None = None  # that of floating-point tensors, where it is to be another
 
-    def __call__(self, batch: Any) -> Prepared:
+    def __call__(self, given: Any) -> Prepared:
+        batch = given if self.dtype is None else pytree.tree_map(self._cast, given)
         if isinstance(batch, Microbatches) or self.split_batch is not None:
             items = list(batch.items if isinstance(batch, Microbatches) else self.split_batch(batch))  # type: ignore[misc]  # one of the two holds
             if not items:
@@ -67,6 +70,9 @@ class Splitter:
         rows = microbatches.bounds(size, num, microbatch_size=self.microbatch_size)
         items = microbatches.split(batch, num, microbatch_size=self.microbatch_size)
         return Prepared(items, [end - start for start, end in itertools.pairwise(rows)], batch)
+
+    def _cast(self, leaf: Any) -> Any:  # any leaf of a batch
+        return leaf.to(self.dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
 
 def device_kind(device: str | torch.device | None) -> str:

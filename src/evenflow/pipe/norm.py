@@ -44,13 +44,11 @@ class GradientNorm:
         # Norms of what is whole, and squares of those of parts, of which only the sum has a meaning.
         table = torch.zeros(2 * len(self._places), dtype=torch.float64, device=device)
         if found:
-            norms = torch.stack([_norm(piece.gradient).double() for piece in found])
+            norms = torch.stack([_norm(piece.gradient).double().to(device) for piece in found])
             parts = torch.tensor([piece.is_part for piece in found]).to(device)
             at = [self._places[piece.name] + piece.is_part * len(self._places) for piece in found]
             table.index_put_((torch.tensor(at).to(device),), torch.where(parts, norms.square(), norms))
-        work = self._world.add_up(table)
-        if work is not None:
-            work.wait()
+        self._world.add_up(table).wait()
         whole, squares = table.chunk(2)
         total: torch.Tensor = torch.linalg.vector_norm((whole + squares.sqrt()).float())
         return total

@@ -37,8 +37,7 @@ def outcome(parts: Parts, results: Sequence[Result] | None, agreed: Agreed, grap
         return StepResult(loss, metrics, _collected(parts, results, agreed, loss))
     if results is not None:
         loss = _weighted([result.loss for result in results], agreed.shares.losses)
-    work = parts.world.broadcast(loss, parts.source)
-    return StepResult(loss, metrics, None if work is None else work.wait)
+    return StepResult(loss, metrics, parts.world.broadcast(loss, parts.source).wait)
 
 
 def _joined(
@@ -68,8 +67,7 @@ def _collected(
     work = parts.mesh.world.add_up(losses)
 
     def fill() -> None:
-        if work is not None:
-            work.wait()
+        work.wait()
         loss.copy_(_weighted(list(losses), agreed.shares.losses))
 
     return fill

@@ -123,7 +123,8 @@ class Pipeline(Restorable):
         """
         with self._evaluating():
             agreed = self._batches.agree(self._parts.loss, batch, training=False)
-            return self._outcome(agreed, self._parts.programs.evaluation)[0]
+            results = self._runs.run(agreed, self._parts.programs.evaluation, read_loss, step=self._step)[1]
+            return outcome(self._parts, results, agreed, self._batches.graph(agreed))
 
     def evaluate_all(self, loader: Iterable[Any]) -> StepResult:
         """Loss and metrics of all of a loader's batches in evaluation mode, as if they were one batch.
@@ -157,7 +158,8 @@ class Pipeline(Restorable):
         By default `model(**microbatch)` (or `model(microbatch)` for a batch that is no mapping). Tensors are
         concatenated along dim 0. With `gather=True` it comes to every rank; large ones, such as logits,
         travel less with "main", to the first rank alone, and not at all with False: they stay on the device
-        of the rank that has the last stage. Where it does not come to, None is returned. Every rank calls.
+        of the rank that has the last stage (data ranks put theirs together there, on the host). Where it does
+        not come to, None is returned. Every rank calls.
 
         >>> from evenflow.pipe.build import pipeline
         >>> batch, model = torch.randn(8, 4), torch.nn.Linear(4, 1)
@@ -228,16 +230,19 @@ class Pipeline(Restorable):
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, gradient) of this process's trainable parameters, as the update uses them.
 
-        A collective call where stages share parameters. None where nothing reached the parameter.
+        A collective call. None where nothing reached the parameter; after an update also where another data
+        rank has updated it (`shard="zero1"`), which alone has the sum.
         """
         updater = self._parts.updater
         if not self._updated:
             updater.gather_shared()
         scale = None if self._updated else updater.descaled(self._accumulated.scale)
+        found: list[tuple[str, torch.Tensor | None]] = []  # whole before any is told: ranks do this together
         for name, parameter in updater.parameters:
             if parameter.requires_grad:
                 gradient = parameter.grad if self._updated else updater.data.summed(name, parameter)
-                yield name, gradient if gradient is None or scale is None else gradient * scale
+                found.append((name, gradient if gradient is None or scale is None else gradient * scale))
+        yield from found
 
     @torch.enable_grad()
     def check(self, batch: Any, *, progress: Callable[[str], None] | None = None) -> CheckReport:

@@ -66,10 +66,7 @@ def given_plan(
     """
     if shard not in SHARDINGS:
         raise ConfigError(f"shard={shard!r} is none of {', '.join(map(repr, SHARDINGS))}")
-    if shard == "fsdp" and (mesh or {}).get("tp", 1) > 1:
-        raise ConfigError(
-            'shard="fsdp" beside tensor ranks is not built: take shard="zero1", or leave "tp" out of mesh='
-        )
+    _refuse_both(shard, (mesh or {}).get("tp"))
     if plan is None or plan == "auto":
         if shard is not None and (mesh or {}).get("dp", 1) == 1:
             raise ConfigError(f'shard={shard!r} needs data ranks, and there is one: give mesh= with "dp"')
@@ -93,8 +90,16 @@ def given_plan(
                 "one of them out"
             )
     sharding = None if made.degrees.data == 1 or made.degrees.sharding == "none" else made.degrees.sharding
+    _refuse_both(sharding, made.degrees.tensor)
     beside = made.degrees.num_devices > made.degrees.pipeline
     return made, degrees if beside else None, sharding
+
+
+def _refuse_both(shard: str | None, num_tensor: object) -> None:
+    if shard == "fsdp" and num_tensor not in (None, 1):
+        raise ConfigError(
+            'shard="fsdp" beside tensor ranks is not built: take shard="zero1", or leave "tp" out of mesh='
+        )
 
 
 def decided(plan: Plan | str | Path | None, **given: Any) -> Decided:  # given: `pipeline`'s arguments

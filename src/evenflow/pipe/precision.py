@@ -3,7 +3,7 @@
 - "fp32": all in float32. None: whatever types the model's parameters have, and those that have no numbers
   yet what the folder that they come from has.
 - "bf16": parameters that are trained in float32, products in bfloat16, as torch.autocast chooses.
-- "bf16-pure": parameters, activations and gradients in bfloat16; the optimizer updates float32 copies.
+- "bf16-pure": batch, parameters, activations and gradients in bfloat16; the optimizer updates float32 copies.
 - "fp16": as "bf16", in float16, whose small numbers vanish: the loss is scaled up and gradients down again.
 
 Source: Micikevicius et al., "Mixed Precision Training", 2018.
@@ -30,6 +30,7 @@ class Precision:
     autocast: torch.dtype | None = None
     parameters: torch.dtype | None = None
     keeps_frozen: bool = False
+    batch: torch.dtype | None = None  # that of the batch's floating-point tensors, None as they are
     has_masters: bool = False
     scales_loss: bool = False
 
@@ -86,6 +87,6 @@ _PRECISIONS: dict[str | None, Precision] = {
     None: Precision(),
     "fp32": Precision(parameters=torch.float32),
     "bf16": Precision(autocast=torch.bfloat16, parameters=torch.float32, keeps_frozen=True),
-    "bf16-pure": Precision(parameters=torch.bfloat16, has_masters=True),
+    "bf16-pure": Precision(parameters=torch.bfloat16, batch=torch.bfloat16, has_masters=True),
     "fp16": Precision(autocast=torch.float16, parameters=torch.float32, keeps_frozen=True, scales_loss=True),
 }

@@ -32,8 +32,7 @@ class SharedBuffers:
         self._num_seen = len(self._recordings.entries)
         buffers = buffers_at(self._recordings.model, sorted(self._names))
         for work in [self._data.broadcast(buffer, 0) for buffer in buffers]:
-            if work is not None:
-                work.wait()
+            work.wait()
 
 
 SHARDINGS = (None, "zero1", "fsdp")
@@ -56,7 +55,7 @@ def data_ranks(
     every = [each for held in named.values() for each in held]
     tensor.begin(every)
     if mesh.data.size == 1:
-        return OneDataRank(every, tensor.settle), {}
+        return OneDataRank(every, tensor.settled), {}
     tell(mesh.data, every, lambda _: 0)
     if shard != "fsdp":
 
@@ -64,7 +63,7 @@ def data_ranks(
             return name in accumulators.uses
 
         states = shard == "zero1"
-        return Replicated(mesh.data, named, shares_states=states, late=is_shared, settle=tensor.settle), {}
+        return Replicated(mesh.data, named, shares_states=states, late=is_shared, settled=tensor.settled), {}
     from evenflow.runtime.fully_sharded import FullySharded, ShardedStage
 
     mesh.check_carried(next(iter(stages.values())).device, 'shard="fsdp"')
@@ -78,5 +77,5 @@ def data_ranks(
         used |= {key.replace("/", "."): parameter for key, parameter in made.gathered.items()}
         held |= {key.replace("/", "."): parameter for key, parameter in made.sharded.items()}
     kept = {stage: [each for each in each_named if each[0] in shared] for stage, each_named in named.items()}
-    late = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True, settle=tensor.settle)
+    late = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True, settled=tensor.settled)
     return FullySharded(mesh.data, sharded, late), used

@@ -36,9 +36,13 @@ class Runs:
         share: float = 1.0,
     ) -> tuple[list[Executor], list[Result] | None]:
         """Run it; its results, where the last stage lives here. `share` is a factor of every loss."""
-        jobs, proven = self.jobs(agreed, share=share), self.proven(agreed, program)
+        jobs = self.jobs(agreed, share=share)
         try:
-            return self.execute(jobs, proven, reading, step=step)
+            self.expect(agreed, program)
+            if not jobs:  # fewer microbatches than data ranks
+                has_last = len(self._parts.devices) - 1 in self._parts.stages
+                return [], [] if has_last else None
+            return self.execute(jobs, self.proven(agreed, program), reading, step=step)
         finally:
             self._parts.updater.data.release()
 
@@ -59,14 +63,20 @@ class Runs:
         ]
 
     def proven(self, agreed: Agreed, program: ProgramOf) -> ProvenProgram:
-        """The program of this process's microbatches, where all data ranks' reduce their stages alike."""
-        mesh, num = self._parts.mesh, len(agreed.recordings)
+        """The program of this process's microbatches."""
+        return program(len(self._parts.mesh.share(len(agreed.recordings))), self._flow(agreed))
+
+    def expect(self, agreed: Agreed, program: ProgramOf) -> None:
+        """Tell the data ranks what comes: they sum stages in the order of those with most microbatches."""
+        parts = self._parts
+        longest = program(parts.mesh.longest_share(len(agreed.recordings)), self._flow(agreed))
+        own = [op for _, op in longest.order if isinstance(op, ReduceGrads) and op.stage in parts.stages]
+        parts.updater.data.expect([op.stage for op in own])
+
+    def _flow(self, agreed: Agreed) -> Flow:
+        """That of all microbatches: data ranks run the same program, but for its length."""
         entries = self._parts.recordings.entries
-        flow = Flow.union(entries[number].cut.flow for number in set(agreed.recordings))
-        longest = program(mesh.longest_share(num), flow)
-        queue = longest.program.ranks[self._parts.world.rank]
-        self._parts.updater.data.expect([op.stage for op in queue if isinstance(op, ReduceGrads)])
-        return program(len(mesh.share(num)), flow)
+        return Flow.union(entries[number].cut.flow for number in set(agreed.recordings))
 
     def execute(
         self, jobs: Sequence[Job], proven: ProvenProgram, reading: Reading, *, step: int

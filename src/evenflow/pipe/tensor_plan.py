@@ -60,7 +60,8 @@ def share_modules(model: torch.nn.Module, mesh: Mesh, given: TensorPlan | None) 
             raise ConfigError('tensor_plan= needs tensor ranks, and there is one: give mesh= with "tp"')
         return SharedModules()
     plan = _matched(model, _plan_of(model) if given is None else given)
-    _check_heads(model, mesh.tensor.size)
+    if given is None:
+        _check_heads(model, mesh.tensor.size)
     for name, style in plan.items():
         _check_sizes(name, model.get_submodule(name), style, mesh.tensor.size)
     from torch.distributed.tensor.parallel import parallelize_module
@@ -184,7 +185,9 @@ def _empty(module: torch.nn.Module) -> None:
 
 def _check_sizes(name: str, module: torch.nn.Module, style: Any, degree: int) -> None:
     """Refuse a product that the ranks cannot share evenly: the model works with parts of equal sizes."""
-    if not isinstance(style, str) or "wise" not in style:
+    given = {"ColwiseParallel": "colwise", "RowwiseParallel": "rowwise"}  # torch's own
+    style = style if isinstance(style, str) else given.get(type(style).__name__, "")
+    if "wise" not in style:
         return
     if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
         raise ConfigError(
@@ -192,9 +195,8 @@ def _check_sizes(name: str, module: torch.nn.Module, style: Any, degree: int) ->
             "nn.Linear and nn.Embedding"
         )
     is_embedding = isinstance(module, torch.nn.Embedding)
-    dim = _ROWS if style.startswith("colwise") or style == "embedding_rowwise" else _COLUMNS
-    if is_embedding and style.startswith("colwise"):
-        dim = _COLUMNS
+    # An embedding's rows are words, which a row-wise style parts; a product's rows are its outputs.
+    dim = _ROWS if style.startswith("colwise") != is_embedding else _COLUMNS
     size = module.weight.shape[dim]
     if size % degree:
         raise ConfigError(

@@ -10,16 +10,19 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 
 from evenflow.graph.dtensors import local_part, with_local
-from evenflow.runtime.world import World
+from evenflow.runtime.world import Pending, World
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has them
 
 Named = tuple[str, torch.nn.Parameter]
+# A parameter's gradient as this rank's data ranks sum it: whole, where tensor ranks have parts of it. Asked
+# once for each parameter when its gradient is whole in time; collective among the tensor ranks.
+Settled: TypeAlias = Callable[[str, torch.nn.Parameter], torch.Tensor | None]
 
 
 class DataRanks(ABC):
@@ -70,12 +73,10 @@ class DataRanks(ABC):
 
 
 class OneDataRank(DataRanks):
-    """There are no replicas. `settle` is called once for all parameters, at a step's end."""
+    """There are no replicas; see `Settled`."""
 
-    def __init__(
-        self, named: Sequence[Named] = (), settle: Callable[[Sequence[Named]], None] = lambda _: None
-    ) -> None:
-        self._named, self._settle = named, settle
+    def __init__(self, named: Sequence[Named] = (), settled: Settled = lambda _, each: each.grad) -> None:
+        self._named, self._settled = named, settled
 
     def expect(self, order: Sequence[int]) -> None:
         pass
@@ -90,13 +91,14 @@ class OneDataRank(DataRanks):
         pass
 
     def finish(self) -> None:
-        self._settle(self._named)
+        for name, parameter in self._named:
+            parameter.grad = self._settled(name, parameter)
 
     def clear(self) -> None:
         pass
 
     def summed(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        return parameter.grad
+        return self._settled(name, parameter)
 
     def updates(self, name: str) -> bool:
         return True
@@ -144,8 +146,7 @@ class Replicated(DataRanks):
     With `shares_states` (ZeRO-1: Rajbhandari et al., 2020) each parameter is updated by one of them, which
     alone gets its gradient and holds the optimizer's states, and then tells the others: whole parameters
     are dealt out, so that any optimizer will do. `parameters` are those of each stage that may be trained,
-    `late` those whose gradients are whole only when the program has ended; `settle` is called once for each
-    before it is summed.
+    `late` those whose gradients are whole only when the program has ended; see also `Settled`.
     """
 
     def __init__(
@@ -155,9 +156,9 @@ class Replicated(DataRanks):
         *,
         shares_states: bool,
         late: Callable[[str], bool],
-        settle: Callable[[Sequence[Named]], None],
+        settled: Settled,
     ) -> None:
-        self._world, self._parameters, self._late, self._settle = world, parameters, late, settle
+        self._world, self._parameters, self._late, self._settled = world, parameters, late, settled
         self.rank, self.shares_states = world.rank, shares_states
         self._updater = _dealt(parameters, world.size) if shares_states else {}
         self._turns = Turns()
@@ -187,8 +188,8 @@ class Replicated(DataRanks):
         self._sums.clear()
 
     def summed(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        kept = parameter.grad
-        parameter.grad = None if kept is None else kept.clone()
+        kept, found = parameter.grad, self._settled(name, parameter)
+        parameter.grad = None if found is None else found.clone()
         Sum.begun(self._world, [parameter], None).finish(self._world.rank)
         total, parameter.grad = parameter.grad, kept
         return total
@@ -201,16 +202,16 @@ class Replicated(DataRanks):
 
     def spread(self) -> None:
         if self._updater:
-            named = [each for stage in self._parameters.values() for each in stage]
+            every = (each for stage in self._parameters.values() for each in stage)
+            named = [(name, parameter) for name, parameter in every if parameter.requires_grad]
             tell(self._world, named, self._updater.__getitem__)
 
     def _begin(self, named: Iterable[Named]) -> None:
         """Let the gradients of these parameters travel."""
         by_target: dict[tuple[int | None, torch.dtype], list[torch.nn.Parameter]] = {}
-        ready = list(named)
-        self._settle(ready)
-        for name, parameter in ready:
+        for name, parameter in named:
             if parameter.requires_grad:
+                parameter.grad = self._settled(name, parameter)
                 by_target.setdefault((self._updater.get(name), parameter.dtype), []).append(parameter)
         for (target, _), parameters in by_target.items():
             for bucket in _buckets(parameters):
@@ -219,10 +220,16 @@ class Replicated(DataRanks):
 
 def tell(world: World, named: Iterable[Named], source: Callable[[str], int]) -> None:
     """Give every rank the numbers that parameters have on those that `source` names; collective."""
-    works = [world.broadcast(local_part(parameter.data), source(name)) for name, parameter in named]
-    for work in works:
-        if work is not None:
-            work.wait()
+    alike: dict[tuple[int, torch.dtype], list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        alike.setdefault((source(name), parameter.dtype), []).append(parameter)
+    for (rank, _), parameters in alike.items():
+        for bucket in _buckets(parameters):
+            parts = [local_part(parameter.data) for parameter in bucket]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            world.broadcast(flat, rank).wait()
+            for part, numbers in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(numbers.view_as(part))
 
 
 @dataclass(slots=True)
@@ -233,7 +240,7 @@ class Sum:
     flat: torch.Tensor
     exist: torch.Tensor
     misses: bool  # whether this rank has none of some parameter
-    works: Sequence[dist.Work]
+    works: Sequence[Pending]
     target: int | None
 
     @staticmethod
@@ -249,8 +256,7 @@ class Sum:
         for parameter in parameters:
             parameter.grad = None
         works = [world.add_up(each, target) for each in (flat, exist)]
-        begun = [work for work in works if work is not None]
-        return Sum(parameters, flat, exist, not all(there), begun, target)
+        return Sum(parameters, flat, exist, not all(there), works, target)
 
     def finish(self, rank: int) -> None:
         """Wait, and give the parameters their sums, where this rank has them."""

@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from evenflow.errors import ConfigError
 from evenflow.runtime.data_ranks import DataRanks, Named, Replicated, Turns
-from evenflow.runtime.world import World
+from evenflow.runtime.world import Pending, World
 
 
 class ShardedStage:
@@ -64,6 +63,8 @@ class ShardedStage:
 
     def release(self) -> None:
         """Keep this rank's part alone."""
+        if self._handle is not None:  # nobody has used it: what is gathered now would be old later
+            self.gather()
         self._module.reshard()
 
     def reduce(self) -> None:
@@ -95,7 +96,7 @@ class FullySharded(DataRanks):
     def __init__(self, world: World, stages: Mapping[int, ShardedStage], shared: Replicated) -> None:
         self._world, self._stages, self._shared = world, stages, shared
         self._turns = Turns()
-        self._exist: list[tuple[list[str], int, torch.Tensor, dist.Work | None]] = []
+        self._exist: list[tuple[list[str], int, torch.Tensor, Pending]] = []
 
     def expect(self, order: Sequence[int]) -> None:
         self._turns.expect(order)
@@ -132,8 +133,7 @@ class FullySharded(DataRanks):
         for late in self._turns.rest():
             self._reduce(late)
         for missing, number, exist, work in self._exist:
-            if work is not None:
-                work.wait()
+            work.wait()
             stage = self._stages[number]
             trained = [name for name, p in stage.gathered.items() if p.requires_grad]
             counts = dict(zip(trained, exist.tolist() if missing else (), strict=bool(missing)))

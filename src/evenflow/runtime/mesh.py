@@ -13,6 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from evenflow.errors import ConfigError
+from evenflow.ir.placement import Placement
 from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 
 AXES = ("pp", "dp", "tp")  # in this order ranks are numbered, the last one running fastest
@@ -44,6 +45,12 @@ class Mesh:
     def pipeline_rank(self, process: int) -> int:
         """A process's place in its pipeline."""
         return process // (self.data.size * self.tensor.size)
+
+    def stages_of(self, process: int, placement: Placement) -> Sequence[int]:
+        """The stages that a process holds: those of its rank, or all where its pipeline has one process."""
+        if self.pipeline.size == 1:
+            return range(placement.num_stages)
+        return placement.stages_on(self.pipeline_rank(process))
 
     def share(self, num_microbatches: int, process: int | None = None) -> range:
         """The microbatches of a step that a process works on, by default this one.

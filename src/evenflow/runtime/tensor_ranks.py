@@ -20,25 +20,19 @@ class TensorRanks:
         if self._world.size > 1:
             tell(self._world, [each for each in named if not is_dtensor(each[1])], lambda _: 0)
 
-    def settle(self, named: Iterable[Named]) -> None:
-        """Let these parameters' gradients, which are whole in time, be so on every rank; collective."""
-        if self._world.size == 1:
-            return
-        for name, parameter in named:
-            if name in self._partial:
-                self._add_up(parameter)
-            gradient = parameter.grad
-            if gradient is not None and is_dtensor(parameter) and is_dtensor(gradient):
-                # Where its placements differ it is a sum that nobody has added up yet.
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
-
-    def _add_up(self, parameter: torch.nn.Parameter) -> None:
-        if parameter.requires_grad:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            work = self._world.add_up(gradient)
-            if work is not None:
-                work.wait()
-            parameter.grad = gradient
+    def settled(self, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """A parameter's gradient, whole where each of these ranks has a part of it; nothing is changed."""
+        gradient = parameter.grad
+        if self._world.size == 1 or gradient is None:  # they run the same: none has any
+            return gradient
+        if name in self._partial:
+            total = gradient.clone()
+            self._world.add_up(total).wait()
+            return total
+        if is_dtensor(parameter) and is_dtensor(gradient):
+            # Where its placements differ it is a sum that nobody has added up yet.
+            return gradient.redistribute(placements=parameter.placements)
+        return gradient
 
     def answers(self, parameter: torch.Tensor) -> bool:
         """Whether of these ranks this one tells others of a parameter and its gradient."""

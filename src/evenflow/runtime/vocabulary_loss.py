@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.graph import Graph, ModuleTarget, Node
-from evenflow.graph.parted_logits import parted_logits
+from evenflow.graph.parted_logits import parted_logits, reshapes
 from evenflow.graph.template import Template
 from evenflow.runtime.world import World
 
@@ -37,15 +37,21 @@ class Vocabulary:
             found[head.index] = partial(_parted, model.get_submodule(head.target.path)), head.args
             own = logits.size // self._world.size
             for index in logits.between:
-                args = by_index[index].args
-                found[index] = None, args.rewrite(partial(_resized, logits.size, own))
+                found[index] = None, _resized(by_index[index], logits.size, own)
             loss = partial(cross_entropy, self._world)
             found |= {index: (loss, by_index[index].args) for index in logits.losses}
         return found
 
 
-def _resized(size: int, own: int, leaf: Any) -> Any:  # of an argument
-    return own if type(leaf) is int and leaf == size else leaf
+def _resized(node: Node, size: int, own: int) -> Template:
+    """The node's arguments on this rank: the last size of a new shape is that of its own words."""
+    args = node.args
+    if not reshapes(node):
+        return args
+    last = max(at for at, leaf in enumerate(args.leaves) if type(leaf) is int)
+    if args.leaves[last] != size:
+        return args
+    return Template((*args.leaves[:last], own, *args.leaves[last + 1 :]), args.spec)
 
 
 def _parted(head: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +84,9 @@ def cross_entropy(
     >>> torch.allclose(cross_entropy(SingleProcess(), logits, target), F.cross_entropy(logits, target))
     True
     """
-    losses: torch.Tensor = _RowLosses.apply(input, target, ignore_index, world)  # type: ignore[no-untyped-call]  # torch's
+    is_cast = torch.is_autocast_enabled(input.device.type)
+    rows: torch.Tensor = _RowLosses.apply(input, target, ignore_index, world)  # type: ignore[no-untyped-call]  # torch's
+    losses = rows if is_cast else rows.to(input.dtype)  # as torch's
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
@@ -94,7 +102,7 @@ class _RowLosses(torch.autograd.Function):
         own = logits.shape[-1]
         wide = logits.float() if logits.dtype.itemsize < 4 else logits
         highest = wide.amax(-1)
-        _wait(world.highest(highest))
+        world.highest(highest).wait()
         made = (wide - highest[:, None]).exp_()
         total = made.sum(-1)
         place = target - world.rank * own
@@ -102,7 +110,7 @@ class _RowLosses(torch.autograd.Function):
         place = torch.where(is_own, place, 0)
         right = torch.where(is_own, wide.gather(-1, place[:, None])[:, 0] - highest, 0.0)
         both = torch.stack([total, right])
-        _wait(world.add_up(both))
+        world.add_up(both).wait()
         total, right = both.unbind()
         counts = target != ignore_index
         ctx.save_for_backward(made.div_(total[:, None]), place, is_own & counts, counts)
@@ -116,8 +124,3 @@ class _RowLosses(torch.autograd.Function):
         found[torch.arange(len(place), device=place.device), place] -= is_own.to(found.dtype)
         found *= torch.where(counts, grads[0], 0.0)[:, None]
         return found.to(ctx.dtype), None, None, None
-
-
-def _wait(work: Any) -> None:  # torch's, or nothing to wait for
-    if work is not None:
-        work.wait()

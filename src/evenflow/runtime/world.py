@@ -88,18 +88,18 @@ class World(ABC):
         """A new tensor shaped as `like`, filled by `source`."""
 
     @abstractmethod
-    def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
-        """Fill `tensor` everywhere with the source's; what is returned, if anything, must be waited for."""
+    def broadcast(self, tensor: torch.Tensor, source: int) -> "Pending":
+        """Fill `tensor` everywhere with the source's; what is returned must be waited for."""
 
     @abstractmethod
-    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "dist.Work | None":
+    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "Pending":
         """Fill `tensor` with the sum of all ranks', on the target alone where there is one; as `broadcast`.
 
         Where there is a target, what others are left with is of no use.
         """
 
     @abstractmethod
-    def highest(self, tensor: torch.Tensor) -> "dist.Work | None":
+    def highest(self, tensor: torch.Tensor) -> "Pending":
         """Fill `tensor` with the highest numbers of all ranks'; as `broadcast`."""
 
 
@@ -126,14 +126,14 @@ class SingleProcess(World):
     def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
         raise AssertionError("a single process receives nothing")
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        return None
+    def broadcast(self, tensor: torch.Tensor, source: int) -> "Pending":
+        return Pending()
 
-    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> None:
-        return None
+    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "Pending":
+        return Pending()
 
-    def highest(self, tensor: torch.Tensor) -> None:
-        return None
+    def highest(self, tensor: torch.Tensor) -> "Pending":
+        return Pending()
 
 
 class ProcessGroupWorld(World):
@@ -208,17 +208,16 @@ class ProcessGroupWorld(World):
             dist.recv(into, self.members[source], group=self.group)
         return into.to(like.device)
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> "dist.Work | None":
+    def broadcast(self, tensor: torch.Tensor, source: int) -> "Pending":
         def begin(carried: torch.Tensor) -> "dist.Work | None":
             work: dist.Work | None = dist.broadcast(
                 carried, self.members[source], group=self.group, async_op=True
             )
             return work
 
-        with self._reported(f"waiting for {self._named(source)}"):
-            return self._carried(tensor, begin)
+        return self._carried(tensor, begin, f"waiting for {self._named(source)}")
 
-    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "dist.Work | None":
+    def add_up(self, tensor: torch.Tensor, target: int | None = None) -> "Pending":
         def begin(carried: torch.Tensor) -> "dist.Work | None":
             work: dist.Work | None
             if target is None:
@@ -227,31 +226,30 @@ class ProcessGroupWorld(World):
                 work = dist.reduce(carried, self.members[target], group=self.group, async_op=True)
             return work
 
-        with self._reported("adding up with other ranks"):
-            return self._carried(tensor, begin)
+        return self._carried(tensor, begin, "adding up with other ranks")
 
-    def highest(self, tensor: torch.Tensor) -> "dist.Work | None":
+    def highest(self, tensor: torch.Tensor) -> "Pending":
         def begin(carried: torch.Tensor) -> "dist.Work | None":
             work: dist.Work | None = dist.all_reduce(
                 carried, dist.ReduceOp.MAX, group=self.group, async_op=True
             )
             return work
 
-        with self._reported("comparing with other ranks"):
-            return self._carried(tensor, begin)
+        return self._carried(tensor, begin, "comparing with other ranks")
 
     def _carried(
-        self, tensor: torch.Tensor, begin: Callable[[torch.Tensor], "dist.Work | None"]
-    ) -> "dist.Work | None":
+        self, tensor: torch.Tensor, begin: Callable[[torch.Tensor], "dist.Work | None"], doing: str
+    ) -> "Pending":
         """Begin with the tensor itself where the ranks carry such; else bring a copy to the end."""
-        if tensor.device.type == self.device.type:
-            return begin(tensor)
-        carried = tensor.to(self.device)
-        work = begin(carried)
-        if work is not None:
-            work.wait()
+        with self._reported(doing) as report:
+            if tensor.device.type == self.device.type:
+                return Pending(begin(tensor), report)
+            carried = tensor.to(self.device)
+            work = begin(carried)
+            if work is not None:
+                work.wait()
         tensor.copy_(carried)
-        return None
+        return Pending()
 
     def _named(self, rank: int) -> str:
         return f"rank {self.members[rank]}"
@@ -266,9 +264,22 @@ class reported:  # noqa: N801 (a context manager, used like a function)
     def __init__(self, rank: int, doing: str) -> None:
         self.rank, self.doing = rank, doing
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> "reported":
+        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError | OSError) and not isinstance(error, PeerError):
             raise PeerError(f"rank {self.rank} lost its peer while {self.doing}: {error}") from error
+
+
+class Pending:
+    """What ranks do together and have begun; an error of waiting says which rank was doing what, too."""
+
+    def __init__(self, work: "dist.Work | None" = None, report: reported | None = None) -> None:
+        self._work, self._report = work, report
+
+    def wait(self) -> None:
+        """Wait for its end: that tensors have their numbers."""
+        if self._work is not None and self._report is not None:
+            with self._report:
+                self._work.wait()
