@@ -1,6 +1,5 @@
 """`evenflow.pipeline`: from a model and an example batch to a `Pipeline`."""
 
-import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,9 @@ from evenflow.pipe.additive import differences
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.default_programs import model_loss
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
+from evenflow.pipe.holdings import summaries, true_buffers, used_on
 from evenflow.pipe.model_parameters import ModelParameters
-from evenflow.pipe.parts import Parts, StageSummary
+from evenflow.pipe.parts import Parts
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided, given_plan
 from evenflow.pipe.precision import Precision
@@ -45,7 +45,7 @@ from evenflow.runtime.links.link import Link
 from evenflow.runtime.mesh import Mesh, mesh_of
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.offload import Offload
-from evenflow.runtime.parameters import Accumulators, stages_of_parameters
+from evenflow.runtime.parameters import Accumulators
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
@@ -264,7 +264,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
 
     stages_here = {stage: _stage(stage, devices[stage], seed, model, offload) for stage in own}
-    keep = _used_on(cut, owner, own) if world.size > 1 else set(parameters)
+    keep = used_on(cut, owner, own) if world.size > 1 else set(parameters)
     homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
     held.settle(homes)
     owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
@@ -312,8 +312,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             joining=joining,
             reduction=described,
             shared_buffers=SharedBuffers(grid, recordings, own),
-            buffers=_true_buffers(model, cut, grid, placement),
-            summaries=_summaries(
+            buffers=true_buffers(model, cut, grid, placement),
+            summaries=summaries(
                 cut,
                 placement,
                 narrowing,
@@ -406,45 +406,3 @@ def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
             f"{cut.positions}): build the same model, pass an example of the same shapes, and name the same "
             "schedule, or the same plan, on every rank"
         )
-
-
-def _true_buffers(model: torch.nn.Module, cut: Cut, grid: Mesh, placement: Placement) -> frozenset[str]:
-    """Persistent buffers that this process speaks for: what its stages change; the first, the rest."""
-    if not grid.is_first_of_replicas:
-        return frozenset()
-    rank_of, world = placement.rank_of, grid.pipeline
-    homes = {
-        name: rank_of[s.stage] for s in cut.sections for node in s.nodes for name in node.changed_buffers
-    }
-    kept = set(model.state_dict())
-    names = (name for name, _ in model.named_buffers() if name in kept)
-    return frozenset(name for name in names if world.size == 1 or homes.get(name, 0) == world.rank)
-
-
-def _used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[str]:
-    """Parameters that one of these stages owns or uses."""
-    users = stages_of_parameters(cut)
-    return {name for name, home in owner.items() if not {home, *users.get(name, ())}.isdisjoint(stages)}
-
-
-def _summaries(
-    cut: Cut, placement: Placement, narrowing: Narrowing, parameters: Mapping[str, tuple[int, int]]
-) -> tuple[StageSummary, ...]:
-    """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
-    costs = choices.node_costs(cut.graph)
-    edges = (0, *cut.positions, len(cut.graph.chain))
-    sent = [[value for group in section.sends.values() for value in group] for section in cut.sections]
-    return tuple(
-        StageSummary(
-            stage=stage,
-            rank=placement.rank_of[stage],
-            num_nodes=end - start,
-            first=cut.graph.chain[start].name if end > start else "-",
-            last=cut.graph.chain[end - 1].name if end > start else "-",
-            num_parameters=sum(size for owner, size in parameters.values() if owner == stage),
-            share=sum(costs[start:end]) / sum(costs),
-            num_sent=len(sent[stage]),
-            sends_bytes=sum(narrowing.num_bytes(cut.graph.values[value].info) for value in sent[stage]),
-        )
-        for stage, (start, end) in enumerate(itertools.pairwise(edges))
-    )

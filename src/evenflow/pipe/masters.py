@@ -6,7 +6,7 @@ Source: Micikevicius et al., "Mixed Precision Training", 2018.
 
 import torch
 
-from evenflow.runtime.data_ranks import Named
+from evenflow.runtime.sums import Named
 
 
 class Masters:
@@ -41,12 +41,6 @@ class Masters:
         """Give every master its parameter's gradient."""
         for parameter, master in self._pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
-
-    def follow(self) -> None:
-        """Take the parameters' numbers, which somebody else has changed."""
-        with torch.no_grad():
-            for parameter, master in self._pairs:
-                master.copy_(parameter)
 
     def publish(self) -> None:
         """Round the masters' new numbers for the parameters."""

@@ -4,12 +4,13 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from evenflow.runtime.data_ranks import DataRanks, Named, OneDataRank, Replicated, tell
+from evenflow.runtime.data_ranks import DataRanks, OneDataRank, Replicated
 from evenflow.runtime.kept import buffers_at
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.parameters import Accumulators
 from evenflow.runtime.recordings import Recordings
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.sums import Named, tell
 from evenflow.runtime.tensor_ranks import TensorRanks
 
 

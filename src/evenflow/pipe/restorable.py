@@ -48,7 +48,7 @@ class Restorable(ABC):
         names = frozenset(name for name, _ in self._parts.model.named_parameters(remove_duplicate=False))
         was, self._is_swapped = self._is_swapped, True
         try:
-            with swapped(self._parts.updater, names, numbers):
+            with swapped(self._parts.updater, self._parts.mesh.world, names, numbers):
                 yield
         finally:
             self._is_swapped = was
@@ -77,7 +77,7 @@ class Restorable(ABC):
         parameter.
         """
         buffers = dict(self._parts.model.named_buffers())
-        put_back(self._parts.updater, buffers, state, optimizer=optimizer)
+        put_back(self._parts.updater, self._parts.mesh.world, buffers, state, optimizer=optimizer)
         self._parts.updater.clear()
         self._accumulated.clear()
         self._logs.drop()

@@ -16,6 +16,7 @@ from evenflow.graph.dtensors import is_dtensor
 from evenflow.pipe.refuse import refuse_together
 from evenflow.pipe.update import Updater
 from evenflow.runtime.together import Together
+from evenflow.runtime.world import World
 
 # Of a group of parameters: what is not a number that a schedule may have changed.
 _WHICH = ("params", "param_names")
@@ -73,9 +74,16 @@ def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def put_back(
-    updater: Updater, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, optimizer: bool
+    updater: Updater,
+    world: World,
+    buffers: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    optimizer: bool,
 ) -> None:
     """Give this process's parameters, buffers, optimizers and schedulers their part of a state.
+
+    `world` are all processes.
 
     Raises:
         ConfigError: The state lacks a parameter of this process, or has another shape; nothing was changed.
@@ -84,16 +92,14 @@ def put_back(
     own, masters = dict(updater.parameters), updater.rules.masters
     _refuse_parted(updater, "load_state_dict()")
     tensors = state["model"]
-    refuse_together(updater.world, "load_state_dict()", _problem(own, tensors))
+    refuse_together(world, "load_state_dict()", _problem(own, tensors))
     with torch.no_grad():
         for name, tensor in [*own.items(), *buffers.items()]:
             if name in tensors:
                 tensor.copy_(tensors[name])
-        if masters is not None:
-            masters.follow()
-            for name, master in masters.by_name.items():
-                if optimizer and name in state["masters"]:
-                    master.copy_(state["masters"][name])
+        for name, master in masters.by_name.items() if masters is not None else ():
+            known = optimizer and name in state["masters"]
+            master.copy_(state["masters"][name] if known else tensors[name])
     if optimizer:
         if updater.rules.loss_scale is not None and state["loss_scale"]:
             updater.rules.loss_scale.go_on(**state["loss_scale"])

@@ -7,17 +7,20 @@ import torch
 
 from evenflow.pipe.refuse import refuse_together
 from evenflow.pipe.update import Updater
+from evenflow.runtime.world import World
 
 
 @contextmanager
-def swapped(updater: Updater, names: frozenset[str], given: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def swapped(
+    updater: Updater, world: World, names: frozenset[str], given: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     """The parameters have `given` numbers inside, and their own again afterwards; collective.
 
-    `names` are all parameters of the model. Each rank takes what it owns of `given`, and hands on what others
-    use of it.
+    `world` are all processes, `names` all parameters of the model. Each rank takes what it owns of `given`,
+    and hands on what others use of it.
     """
     own = dict(updater.parameters)
-    refuse_together(updater.world, "swapped()", _problem(own, names, given))
+    refuse_together(world, "swapped()", _problem(own, names, given))
     kept = {name: own[name].detach().clone() for name in given if name in own}
     try:
         _put(updater, own, {name: given[name] for name in kept})

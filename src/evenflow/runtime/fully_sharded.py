@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from evenflow.errors import ConfigError
-from evenflow.runtime.data_ranks import DataRanks, Named, Replicated, Turns
+from evenflow.runtime.data_ranks import DataRanks, Replicated, Turns
+from evenflow.runtime.sums import Named
 from evenflow.runtime.world import Pending, World
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 import torch
 
 from evenflow.graph.dtensors import is_dtensor
-from evenflow.runtime.data_ranks import Named, tell
+from evenflow.runtime.sums import Named, tell
 from evenflow.runtime.world import World
 
 

@@ -1,0 +1,56 @@
+"""What each stage, and each process, holds of a model that is cut."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from evenflow.graph.cut import Cut
+from evenflow.ir.placement import Placement
+from evenflow.pipe import choices
+from evenflow.pipe.parts import StageSummary
+from evenflow.runtime.mesh import Mesh
+from evenflow.runtime.narrowing import Narrowing
+from evenflow.runtime.parameters import stages_of_parameters
+
+
+def true_buffers(model: torch.nn.Module, cut: Cut, grid: Mesh, placement: Placement) -> frozenset[str]:
+    """Persistent buffers that this process speaks for: what its stages change; the first, the rest."""
+    if not grid.is_first_of_replicas:
+        return frozenset()
+    rank_of, world = placement.rank_of, grid.pipeline
+    homes = {
+        name: rank_of[s.stage] for s in cut.sections for node in s.nodes for name in node.changed_buffers
+    }
+    kept = set(model.state_dict())
+    names = (name for name, _ in model.named_buffers() if name in kept)
+    return frozenset(name for name in names if world.size == 1 or homes.get(name, 0) == world.rank)
+
+
+def used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[str]:
+    """Parameters that one of these stages owns or uses."""
+    users = stages_of_parameters(cut)
+    return {name for name, home in owner.items() if not {home, *users.get(name, ())}.isdisjoint(stages)}
+
+
+def summaries(
+    cut: Cut, placement: Placement, narrowing: Narrowing, parameters: Mapping[str, tuple[int, int]]
+) -> tuple[StageSummary, ...]:
+    """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
+    costs = choices.node_costs(cut.graph)
+    edges = (0, *cut.positions, len(cut.graph.chain))
+    sent = [[value for group in section.sends.values() for value in group] for section in cut.sections]
+    return tuple(
+        StageSummary(
+            stage=stage,
+            rank=placement.rank_of[stage],
+            num_nodes=end - start,
+            first=cut.graph.chain[start].name if end > start else "-",
+            last=cut.graph.chain[end - 1].name if end > start else "-",
+            num_parameters=sum(size for owner, size in parameters.values() if owner == stage),
+            share=sum(costs[start:end]) / sum(costs),
+            num_sent=len(sent[stage]),
+            sends_bytes=sum(narrowing.num_bytes(cut.graph.values[value].info) for value in sent[stage]),
+        )
+        for stage, (start, end) in enumerate(itertools.pairwise(edges))
+    )
