@@ -202,9 +202,13 @@ def other_numbers_on_each_rank(folder):
 
 
 def shared_across_stages(folder):
-    pipe = make(llama(tie_word_embeddings=True), mesh=TWO, clip_norm=1.0)
-    losses = [float(pipe.step(text(seed)).loss) for seed in range(STEPS)]
-    return losses, {name: whole(parameter) for name, parameter in pipe.named_parameters()}
+    """An embedding tied to the head, and shared by tensor ranks too."""
+    found = []
+    for mesh in (TWO, {"pp": 2, "tp": 2}):
+        pipe = make(llama(tie_word_embeddings=True), mesh=mesh, clip_norm=1.0)
+        losses = [float(pipe.step(text(seed)).loss) for seed in range(STEPS)]
+        found.append((losses, {name: whole(parameter) for name, parameter in pipe.named_parameters()}))
+    return found
 
 
 def with_batch_norm(folder):
@@ -402,7 +406,7 @@ def test_shared_across_stages(found):
     pipe = make(llama(tie_word_embeddings=True), stages=2, clip_norm=1.0)
     losses = [float(pipe.step(text(seed)).loss) for seed in range(STEPS)]
     weights = dict(pipe.named_parameters())
-    for mine, after in found:
+    for mine, after in (each for rank in found for each in rank):
         assert mine == pytest.approx(losses, rel=1e-6)
         assert all(relative(numbers, weights[name].detach()) < 1e-5 for name, numbers in after.items())
 

@@ -153,11 +153,16 @@ class Prepare:
 
     def _stood_in(self, node: Node, function: Callable[..., Any] | None, given: Template) -> Call:
         """The node with other arguments, and perhaps another function; neither draws."""
-        if function is None:
-            assert isinstance(node.target, FunctionTarget), "a module has a function in its place"
-            function = node.target.function
+        around: tuple[Around, ...] = ()
+        match node.target:
+            case ModuleTarget(path):
+                swaps = self._swaps(node, self.model.get_submodule(path))
+                around = (partial(_swapped, swaps),) if swaps else ()
+            case FunctionTarget(own) if function is None:
+                function = own
+        assert function is not None, "a module has a function in its place"
         known = replace(node, opaque=False)  # what it returns here is not what was recorded
-        return Call(known, function, self.template(given, node), (), None, self.graph.values)
+        return Call(known, function, self.template(given, node), around, None, self.graph.values)
 
     def template(self, template: Template, node: Node | None) -> Template:
         """A template with its parameters, buffers and constants in place; no node is for a result."""
