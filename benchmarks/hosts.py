@@ -60,12 +60,12 @@ ROUNDS, WARM_UPS = 15, 2
 class WhenNeeded(RunningLink):
     """Begins each receive when its value is needed, as a loop that calls recv does; sends wait for nobody."""
 
-    def __init__(self, device: torch.device, placement: Placement) -> None:
+    def __init__(self, device: torch.device, placement: Placement, *, members: Sequence[int]) -> None:
         with (
             mock.patch.object(process_group, "RECEIVES_AHEAD", 0),
             mock.patch.object(process_group, "SENDS_AHEAD", 2**20),
         ):
-            self._inner = ProcessGroupLink(device, placement)
+            self._inner = ProcessGroupLink(device, placement, members=members)
 
     def start(self, receives: Sequence[tuple[Recv, Manifest]]) -> None:
         self._inner.start(receives)
