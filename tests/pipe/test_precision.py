@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import evenflow
@@ -209,3 +210,17 @@ def test_float16_that_nobody_scales_is_refused():
 
     with pytest.raises(ConfigError, match=r'under autocast to float16.*pipeline\(precision="fp16"\)'):
         make(loss=loss, stages=2)
+
+
+def test_what_becomes_another_type_is_judged_by_that(tmp_path):
+    """A float16 model may become float32; a float16 folder is refused."""
+    half = {"loss": mean_square, "example": regression(), "stages": 2}
+    pipe = make(net().half(), **half, precision="fp32")
+    assert {parameter.dtype for _, parameter in pipe.named_parameters()} == {torch.float32}
+    save_file(
+        {name: tensor.half() for name, tensor in net().state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    with evenflow.deferred_init():
+        model = net()
+    with pytest.raises(ConfigError, match=r"is float16, whose gradients vanish"):
+        make(model, **half, load=tmp_path)

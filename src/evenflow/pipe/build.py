@@ -12,6 +12,7 @@ import torch
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
+from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import InputGrad, parts
@@ -256,7 +257,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         recompute=Recompute(model, given.recompute, given.plan, tells=grid.world.is_first),
     )
     with types.recording(kind):
-        graph = _recorded(recordings, program, item, types, joining)
+        graph = _recorded(recordings, fakes, program, item, types, joining)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
     _check_alike(cut, programs, grid.world)
     programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
@@ -328,13 +329,18 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
 
 
 def _recorded(
-    recordings: Recordings, program: Program, item: Any, types: Precision, joining: Joining
+    recordings: Recordings,
+    fakes: FakeParameters,
+    program: Program,
+    item: Any,
+    types: Precision,
+    joining: Joining,
 ) -> Graph:
     """The program, if it can be trained."""
     recordings.look(program)
     graph = recordings.trace(program, item)
     check_training(graph, joining)
-    types.check(graph, recordings.model.named_parameters())
+    types.check(graph, ((fakes.names[id(fake)], fake) for _, _, fake in fakes.slots))
     return graph
 
 
