@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,21 +24,21 @@ _LEVERS = ("stages_per_rank", "schedule", "microbatch_size", "recompute")  # wha
 
 
 def planned(
-    plan: Plan | str | Path | None,
+    plan: Plan | str | None,
     levers: dict[str, Any],
     mesh: Mesh,
     device: torch.device,
     *,
     exact: bool,
     run: dict[str, Any],
-) -> tuple[Plan | str | Path | None, dict[str, Any]]:
+) -> tuple[Plan | None, dict[str, Any]]:
     """The plan and the levers of a run, where it is to plan itself with that plan and none of the levers.
 
     It is where that is asked for, and where several processes are told nothing. `levers` are `pipeline`'s,
     `run` are `Run`'s fields of the same names. Collective. Raises `ConfigError` for what cannot be planned,
     `RecordError` where the model cannot be recorded.
     """
-    if plan not in (None, _AUTO):
+    if isinstance(plan, Plan):
         return plan, levers
     said = [name for name, value in levers.items() if value is not None]
     world = mesh.world
@@ -49,7 +48,7 @@ def planned(
                 'mesh= and plan="auto" are both given, and a run plans itself for a pipeline alone: leave '
                 "one of them out, or write a plan with evenflow plan"
             )
-        return plan, levers
+        return None, levers
     whole = not exact and not isinstance(run["example"], Microbatches)
     if plan == _AUTO:
         _check_planned(said, levers, whole=whole)

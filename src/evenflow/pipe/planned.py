@@ -59,7 +59,7 @@ class Decided:
 
 def given_plan(
     plan: Plan | str | Path | None, mesh: Mapping[str, int] | None, shard: str | None
-) -> tuple[Plan | str | Path | None, Mapping[str, int] | None, str | None]:
+) -> tuple[Plan | str | None, Mapping[str, int] | None, str | None]:
     """The plan, read if it is a file, and the mesh and sharding that are given, or the plan's.
 
     Raises `ConfigError` where they contradict each other, or for sharding that there is not.
@@ -83,12 +83,7 @@ def given_plan(
             "yet: it gathers each stage once for a step; plan for a pipeline of at least two ranks beside"
         )
     degrees = {"pp": made.degrees.pipeline, "dp": made.degrees.data, "tp": made.degrees.tensor}
-    for name, given in ("mesh", mesh), ("shard", shard):
-        if given is not None:
-            raise ConfigError(
-                f"{name}= and plan= are both given, and a plan decides that; change it in the plan, or leave "
-                "one of them out"
-            )
+    _refuse_beside_plan({"mesh": mesh, "shard": shard})
     sharding = None if made.degrees.data == 1 or made.degrees.sharding == "none" else made.degrees.sharding
     _refuse_both(sharding, made.degrees.tensor)
     beside = made.degrees.num_devices > made.degrees.pipeline
@@ -102,10 +97,10 @@ def _refuse_both(shard: str | None, num_tensor: object) -> None:
         )
 
 
-def decided(plan: Plan | str | Path | None, **given: Any) -> Decided:  # given: `pipeline`'s arguments
+def decided(made: Plan | None, **given: Any) -> Decided:  # given: `pipeline`'s arguments
     """Check what was given, and put what a plan decides in its place; raises `ConfigError`."""
-    if plan is not None:
-        made = _plan_given(plan, given)
+    if made is not None:
+        _refuse_beside_plan(given)
         given["stages"], given["stages_per_rank"] = len(made.stages), made.stages_per_rank
         own = own_schedule(made)
         given["schedule"] = made.schedule if own is None else OwnOrder(own)
@@ -122,14 +117,13 @@ def decided(plan: Plan | str | Path | None, **given: Any) -> Decided:  # given: 
     return Decided(None, **given)
 
 
-def _plan_given(plan: Plan | str | Path, others: dict[str, Any]) -> Plan:
-    """The plan, read from its file if it is a path; refused beside other arguments, or if it can't be run."""
-    if contradicting := [name for name, value in others.items() if value is not None]:
-        raise ConfigError(
-            f"{contradicting[0]}= and plan= are both given, and a plan decides that; change it in the plan, "
-            "or leave one of them out"
-        )
-    return plan if isinstance(plan, Plan) else read_plan_file(Path(plan))
+def _refuse_beside_plan(others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}= and plan= are both given, and a plan decides that; change it in the plan, or leave "
+                "one of them out"
+            )
 
 
 def _planned_positions(plan: Plan, graph: Graph) -> tuple[int, ...]:

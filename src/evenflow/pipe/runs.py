@@ -24,6 +24,7 @@ class Runs:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
+        self._orders: dict[int, tuple[ProvenProgram, Sequence[int]]] = {}  # of sums, as above
         self._manifests: dict[tuple[Any, ...], Manifest] = {}
 
     def run(
@@ -38,7 +39,8 @@ class Runs:
         """Run it; its results, where the last stage lives here. `share` is a factor of every loss."""
         jobs = self.jobs(agreed, share=share)
         try:
-            self.expect(agreed, program)
+            if self._parts.mesh.data.size > 1:
+                self._expect(agreed, program)
             if not jobs:  # fewer microbatches than data ranks
                 has_last = len(self._parts.devices) - 1 in self._parts.stages
                 return [], [] if has_last else None
@@ -66,12 +68,14 @@ class Runs:
         """The program of this process's microbatches."""
         return program(len(self._parts.mesh.share(len(agreed.recordings))), self._flow(agreed))
 
-    def expect(self, agreed: Agreed, program: ProgramOf) -> None:
+    def _expect(self, agreed: Agreed, program: ProgramOf) -> None:
         """Tell the data ranks what comes: they sum stages in the order of those with most microbatches."""
         parts = self._parts
         longest = program(parts.mesh.longest_share(len(agreed.recordings)), self._flow(agreed))
-        own = [op for _, op in longest.order if isinstance(op, ReduceGrads) and op.stage in parts.stages]
-        parts.updater.data.expect([op.stage for op in own])
+        if id(longest) not in self._orders:
+            own = [op.stage for _, op in longest.order if isinstance(op, ReduceGrads)]
+            self._orders[id(longest)] = longest, [stage for stage in own if stage in parts.stages]
+        parts.updater.data.expect(self._orders[id(longest)][1])
 
     def _flow(self, agreed: Agreed) -> Flow:
         """That of all microbatches: data ranks run the same program, but for its length."""

@@ -1,6 +1,6 @@
 """The end of a step: put gradients together, normalise and clip them, run the optimizers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,16 +71,15 @@ class Updater:
         self.data.clear()
         self.accumulators.clear()
 
+    @torch.no_grad()
     def combine(self, scale: float | None) -> None:
         """Add up the gradients of shared parameters, and of data ranks, then scale all gradients."""
         self.gather_shared()
         self.data.finish()
         scale = self.descaled(scale)
         if scale is not None:
-            with torch.no_grad():
-                for _, parameter in self.parameters:
-                    if parameter.grad is not None:
-                        local_part(parameter.grad).mul_(scale)
+            for gradient in self._gradients():
+                gradient.mul_(scale)
 
     def descaled(self, scale: float | None) -> float | None:
         """A factor of gradients that also undoes that of the loss; None is 1."""
@@ -129,14 +128,18 @@ class Updater:
         """Whether this process tells others of a parameter and its gradient, or of its part of them."""
         return self.data.answers(name) and self._tensor.answers(parameter)
 
+    @torch.no_grad()
     def _clip(self, norm: torch.Tensor | None) -> None:
-        if norm is None or self.rules.clip_norm is None:
-            return
-        with torch.no_grad():
+        if norm is not None and self.rules.clip_norm is not None:
             factor = clip_factor(norm, self.rules.clip_norm)
-            for _, parameter in self.parameters:
-                if parameter.grad is not None:
-                    local_part(parameter.grad).mul_(factor.to(parameter.grad.device))
+            for gradient in self._gradients():
+                gradient.mul_(factor.to(gradient.device))
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        """What this process has of each, to be changed in place."""
+        for _, parameter in self.parameters:
+            if parameter.grad is not None:
+                yield local_part(parameter.grad)
 
     def spread(self) -> None:
         """Give the owner's numbers of every shared parameter to all that use it; collective."""

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from evenflow.errors import RecordError
 from evenflow.graph.fakes import storage_of
-from evenflow.runtime.offload import Away
+from evenflow.runtime.offload import Away, hooks_allowed
 
 
 class _Kept:
@@ -46,7 +45,7 @@ def kept_as_left(buffers: Iterable[torch.Tensor], *, others: Away | None = None)
         assert isinstance(packed, torch.Tensor), "as it was packed"
         return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), _gradients_refused():
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), hooks_allowed(_OF_BUFFERS):
         yield
     copies: dict[int, torch.UntypedStorage] = {}
     for kept in found:
@@ -60,18 +59,10 @@ def kept_as_left(buffers: Iterable[torch.Tensor], *, others: Away | None = None)
         kept.tensor = torch._neg_view(copy) if tensor.is_neg() else copy  # noqa: SLF001 (torch's only way)
 
 
-@contextlib.contextmanager
-def _gradients_refused() -> Iterator[None]:
-    """Say what to do where torch.func.grad is called, which allows no hooks on what is kept."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "support saved tensor hooks" not in str(error):
-            raise
-        raise RecordError(
-            "a stage calls torch.func.grad or one of its kin, and its backward may look at a buffer that the "
-            "program changes: the one forbids what the other needs; hand functions a clone() of the buffer"
-        ) from error
+_OF_BUFFERS = (
+    "a stage calls torch.func.grad or one of its kin, and its backward may look at a buffer that the "
+    "program changes: the one forbids what the other needs; hand functions a clone() of the buffer"
+)
 
 
 def buffers_at(model: torch.nn.Module, names: Iterable[str]) -> list[torch.Tensor]:

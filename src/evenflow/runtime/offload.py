@@ -26,6 +26,10 @@ from evenflow.errors import RecordError
 from evenflow.graph.fakes import storage_of
 from evenflow.plan.offload import LEAST_BYTES
 
+_FORBIDDEN = (
+    "a stage calls torch.func.grad or one of its kin, which allow no hooks on what is kept; "
+    "offload= needs them: leave offload= out"
+)
 _Buffer: TypeAlias = Any  # of a host: what it copies into
 
 
@@ -166,6 +170,17 @@ class _Kept:
         return torch._neg_view(tensor) if neg else tensor  # noqa: SLF001 (torch's only way)
 
 
+@contextlib.contextmanager
+def hooks_allowed(otherwise: str) -> Iterator[None]:
+    """Say what to do where torch.func.grad is called, which allows no hooks on what is kept."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+        raise RecordError(otherwise) from error
+
+
 @final
 class Away:
     """What of one microbatch of one stage waits on the host.
@@ -215,15 +230,8 @@ class Away:
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Around a microbatch's forward: what it kept leaves when it has ended."""
-        try:
+        with hooks_allowed(_FORBIDDEN):
             yield
-        except RuntimeError as error:
-            if "support saved tensor hooks" not in str(error):
-                raise
-            raise RecordError(
-                "a stage calls torch.func.grad or one of its kin, which allow no hooks on what is kept; "
-                "offload= needs them: leave offload= out"
-            ) from error
         memories: dict[int, _Memory] = {}
         for kept in self._found:
             kept.leave(memories, self._offload)
