@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.distributed import checkpoint
 from torch.utils import _pytree as pytree
 
 import evenflow
+from evenflow.checkpoint.load import open_checkpoint
 from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.pipe import choices
@@ -164,12 +163,11 @@ def regression(rows: int = 8, width: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-def load_checkpoint(state: dict[str, Any], folder: Path) -> None:
-    """Fill `state` from a checkpoint folder, with torch's own means."""
-    with warnings.catch_warnings():
-        # Said to everyone who loads in a process that belongs to no group.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+def saved_model(folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a checkpoint, by name."""
+    checkpoint = open_checkpoint(folder)
+    keys = [key for key in checkpoint.table if key.startswith("model.")]
+    return {key.removeprefix("model."): tensor for key, tensor in checkpoint.tensors(keys).items()}
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

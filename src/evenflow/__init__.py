@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from evenflow.interop.trainer import PipelineTrainer
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
+    from evenflow.pipe.checkpoints import Checkpoints
     from evenflow.pipe.pipeline import Pipeline
     from evenflow.pipe.result import StepResult
     from evenflow.runtime.microbatch import Microbatches
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoints",
     "ConfigError",
     "EvenflowError",
     "Microbatches",
@@ -34,6 +36,7 @@ __all__ = [
 
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
+    "Checkpoints": "evenflow.pipe.checkpoints",
     **dict.fromkeys(
         ("ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"), "evenflow.errors"
     ),

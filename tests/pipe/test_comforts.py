@@ -301,9 +301,9 @@ def test_weights_alone():
 def test_states_that_do_not_fit():
     pipe = cases.make()
     state = pipe.state_dict()
-    with refused("load_state_dict(): there is no parameter 0.weight; merge the states of all processes"):
+    with refused("load: there is no parameter 0.weight; merge the states of all processes"):
         pipe.load_state_dict(state | {"model": {}})
-    with refused("load_state_dict(): the parameter 0.weight has shape [1], and the model's [8, 4]"):
+    with refused("load: the parameter 0.weight has shape [1], and the model's [8, 4]"):
         pipe.load_state_dict(state | {"model": state["model"] | {"0.weight": torch.ones(1)}})
     pipe.step(regression(), update=False)
     with refused("state_dict() was called while gradients accumulate, which it does not hold"):

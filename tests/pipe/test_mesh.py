@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import evenflow
 from evenflow.errors import ConfigError
-from unsplit import load_checkpoint
+from unsplit import saved_model
 
 SCHEDULES = ("1f1b", "interleaved-1f1b", "zb-auto", "zb-v")
 STEPS, ROWS, WORDS = 3, 8, 64
@@ -385,8 +385,7 @@ def test_saved(folder):
     one.step(numbers())
     weights = dict(one.named_parameters())
     for shard in (None, "zero1", "fsdp"):
-        loaded = {name: torch.empty_like(parameter) for name, parameter in weights.items()}
-        load_checkpoint({"model": loaded}, folder / f"saved {shard}")
+        loaded = saved_model(folder / f"saved {shard}")
         exported = make_small(load=folder / f"exported {shard}", stages=1)
         for name, parameter in exported.named_parameters():
             assert relative(parameter.detach(), weights[name].detach()) < 1e-5

@@ -25,7 +25,7 @@ from evenflow.runtime.stage import Stage
 from evenflow.schedules.gpipe import gpipe
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from small_runs import PLAN
-from unsplit import load_checkpoint, mean_square, mlp, plain_step, regression, sgd
+from unsplit import mean_square, mlp, plain_step, regression, saved_model, sgd
 
 # -- what two ranks do, all in one pair of processes: each function returns what the tests look at
 
@@ -490,8 +490,7 @@ def test_accumulated(found):
 
 
 def test_saved(found, folder):
-    model = dict(build().named_parameters())
-    load_checkpoint({"model": model}, folder / "checkpoint")
+    model = saved_model(folder / "checkpoint")
     merged = found[0] | found[1]
     assert all(torch.equal(parameter, merged[name]) for name, parameter in model.items())
     assert not (folder / "checkpoint.partial").exists()

@@ -1,34 +1,90 @@
-"""Saving: a torch.distributed.checkpoint folder that becomes visible only when it is whole."""
+"""Saving: a folder that becomes visible only when it is whole, written by all ranks together.
+
+What is written is a snapshot, so that it may be written by another thread while the training goes on.
+"""
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save
 
+from evenflow.checkpoint.manifest import PLAN, STATE, TABLE, FileRecord, Manifest, write_manifest
+from evenflow.checkpoint.merged import merged
 from evenflow.checkpoint.whole import appearing
 from evenflow.runtime.world import World
 
 
-def save_checkpoint(
-    folder: Path,
-    world: World,
-    *,
-    tensors: Mapping[str, torch.Tensor],
-    optimizers: Mapping[str, Any],
-    step: int,
-) -> None:
-    """Write `folder`: tensors under the model's own names, optimizer states under theirs; collective.
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no equality
+class Content:
+    """What a process gives to a checkpoint.
 
-    Every rank gives what it owns. An existing folder is replaced once the new one is complete.
+    `tensors` are its tensors by key, as it holds them: parts of tensors say whose. `numbers` are those of its
+    parts, on the host, which nobody changes any more. `document` is the rest of its state, as JSON.
     """
-    state = {
-        "model": {name: tensor.detach() for name, tensor in tensors.items()},
-        "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-        "step": step,
-    }
+
+    tensors: Mapping[str, torch.Tensor]
+    numbers: Mapping[str, torch.Tensor]
+    document: Mapping[str, Any]
+    step: int
+    num_updates: int
+    model: str
+    layout: str
+    plan: str | None  # the text of its file
+
+
+def write_checkpoint(folder: Path, world: World, content: Content) -> None:
+    """Write `folder`; collective. One that is there is replaced once the new one is complete.
+
+    Raises what this rank could not do, `PeerError` for what another could not; nothing appears then.
+    """
+    # Importing it takes a second, which who never saves need not wait for.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    from evenflow.checkpoint.storage import SnapshotPlanner, Writer, flush, write_json
+
     with appearing(folder, world) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # so it is, on purpose
-        save(state, checkpoint_id=partial, no_dist=world.size == 1)
+        documents = world.gather(content.document)
+        writer = Writer(partial)
+        try:
+            save(
+                dict(content.tensors),
+                storage_writer=writer,
+                planner=SnapshotPlanner(content.numbers),
+                process_group=world.group,
+                no_dist=world.size == 1,
+            )
+        except CheckpointException as error:
+            own = error.failures.get(world.rank)
+            if own is not None:
+                raise own[0] from None
+            return  # that of another rank, which tells all
+        records = [record for record in world.gather(writer.record) if record is not None]
+        if world.is_first:
+            write_json(partial / STATE, merged(documents))
+            if content.plan is not None:
+                (partial / PLAN).write_text(content.plan, encoding="utf-8")
+                flush(partial / PLAN)
+            own_files = (STATE, TABLE, *([PLAN] if content.plan is not None else []))
+            records += [FileRecord.of(partial / name) for name in own_files]
+            write_manifest(partial, _manifest(content, tuple(records)))
+            flush(partial)
+
+
+def _manifest(content: Content, records: tuple[FileRecord, ...]) -> Manifest:
+    return Manifest(
+        evenflow=metadata.version("evenflow"),
+        torch=torch.__version__,
+        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        step=content.step,
+        num_updates=content.num_updates,
+        model=content.model,
+        layout=content.layout,
+        files=records,
+    )

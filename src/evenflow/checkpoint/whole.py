@@ -3,7 +3,7 @@
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,10 +23,9 @@ def appearing(folder: Path, world: World, *, all_write: bool = True) -> Iterator
     """
     folder = folder.resolve()  # what a link points to is replaced, and not the link
     partial = folder.with_name(folder.name + ".partial")
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _check_shared(folder, partial, world, all_write=all_write)  # behind which the old remains are gone
+    mark = partial / world.share(f".{uuid.uuid4().hex}", 0)
+    _attempt(world, folder, lambda: _make(mark))
+    _check_shared(folder, mark, world, all_write=all_write)
     failure: Exception | None = None
     try:
         yield partial
@@ -34,32 +33,56 @@ def appearing(folder: Path, world: World, *, all_write: bool = True) -> Iterator
         failure = error
     told = world.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
     failed = [f"rank {rank} failed to write {folder}: {what}" for rank, what in enumerate(told) if what]
-    if world.rank == 0:
-        if failed:
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-    world.gather(None)  # nobody goes on before the folder is there
+    if failed and world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     if failure is not None:
         raise failure
     if failed:
         raise PeerError(failed[0])
+    _attempt(world, folder, lambda: _take_place(partial, folder))  # nobody goes on before it is there
 
 
-def _check_shared(folder: Path, partial: Path, world: World, *, all_write: bool) -> None:
-    """Refuse a folder that ranks on other hosts would look for in vain."""
-    mark = partial / f".{world.share(uuid.uuid4().hex, 0)}"
+def _attempt(world: World, folder: Path, act: Callable[[], None]) -> None:
+    """Let the first rank do it; where it can't, all ranks raise."""
+    failure: OSError | None = None
     if world.rank == 0:
-        mark.touch()
-    world.gather(None)
+        try:
+            act()
+        except OSError as error:
+            failure = error
+    told = world.share(None if failure is None else str(failure), 0)
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise PeerError(f"rank 0 failed to write {folder}: {told}")
+
+
+def _make(mark: Path) -> None:
+    """An empty folder, but for a file."""
+    shutil.rmtree(mark.parent, ignore_errors=True)
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    """Whenever this is cut short, the old folder or the new one is whole, under one name or another."""
+    replaced = folder.with_name(folder.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_shared(folder: Path, mark: Path, world: World, *, all_write: bool) -> None:
+    """Refuse a folder that ranks on other hosts would look for in vain."""
     seen = world.gather(not all_write or _comes(mark))
     if world.rank == 0:
         mark.unlink()
     if all(seen):
         return
     if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(mark.parent, ignore_errors=True)
     ranks = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
     raise ConfigError(
         f"{folder} is not one folder for all ranks: what rank 0 writes there does not appear on the hosts of "

@@ -10,7 +10,6 @@ import torch
 
 from evenflow.bill import Bill
 from evenflow.checkpoint.adapters import is_adapted
-from evenflow.checkpoint.save import save_checkpoint
 from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.dtensors import is_first_holder, whole
@@ -28,13 +27,12 @@ from evenflow.pipe.meter import Meter
 from evenflow.pipe.outcome import outcome, prediction
 from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
-from evenflow.pipe.reading import (
-    read_loss,
-    read_prediction,
-)
+from evenflow.pipe.position import Position
+from evenflow.pipe.reading import read_loss, read_prediction
 from evenflow.pipe.restorable import Restorable
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.runs import ProgramOf, Runs
+from evenflow.pipe.saver import Saver
 from evenflow.pipe.times import Marks, Times
 from evenflow.runtime.executor import Executor
 from evenflow.runtime.recordings import Program
@@ -61,6 +59,7 @@ class Pipeline(Restorable):
         self._is_swapped = False
         self._accumulated = Accumulated()
         self._updated = False
+        self._position, self._saver = Position(parts.device), Saver(parts.mesh.world)
         self._batches, self._runs = Batches(parts), Runs(parts)
 
     def __repr__(self) -> str:
@@ -142,7 +141,7 @@ class Pipeline(Restorable):
         """
         together, graph = OverBatches(), None
         with self._evaluating():
-            for batch in self.feed(loader):
+            for batch in self._fed(loader):
                 agreed = self._batches.agree(self._parts.loss, batch, training=False)
                 evaluation = self._parts.programs.evaluation
                 results = self._runs.run(agreed, evaluation, read_loss, step=self._step)[1]
@@ -175,7 +174,13 @@ class Pipeline(Restorable):
             return prediction(self._parts, results, agreed, gather)
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yield the loader's batches for `step`; only the first rank reads, others are sent their share."""
+        """Yield the loader's batches for `step`; only the first rank reads, others are sent their share.
+
+        After a `load` the first pass goes on where the run was saved, behind what was trained on.
+        """
+        yield from self._fed(self._position.batches(loader))
+
+    def _fed(self, loader: Iterable[Any]) -> Iterator[Any]:
         world = self._parts.mesh.world
         if world.size == 1:
             yield from loader
@@ -318,16 +323,6 @@ class Pipeline(Restorable):
     def meter(self) -> Meter:
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
         return Meter(self._parts, self._times)
-
-    def save(self, folder: str | Path) -> None:
-        """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""
-        save_checkpoint(
-            Path(folder),
-            self._parts.mesh.world,
-            tensors=self._own_tensors(),
-            optimizers=self._parts.updater.labelled(),
-            step=self._step,
-        )
 
     def export(self, folder: str | Path) -> None:
         """Write a folder that others load: each rank the tensors that it owns; a collective call.

@@ -4,19 +4,19 @@ What a process gives is what it owns; the states of all processes, merged, are t
 states go by the parameter's name, because stages are a matter of the cut.
 """
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from evenflow.errors import ConfigError
-from evenflow.graph.dtensors import is_dtensor
+from evenflow.checkpoint.merged import merged
 from evenflow.pipe.refuse import refuse_together
 from evenflow.pipe.update import Updater
 from evenflow.runtime.together import Together
 from evenflow.runtime.world import World
+
+__all__ = ["merged", "put_back", "state_of"]
 
 # Of a group of parameters: what is not a number that a schedule may have changed.
 _WHICH = ("params", "param_names")
@@ -25,8 +25,7 @@ _WHICH = ("params", "param_names")
 def state_of(
     updater: Updater, tensors: Mapping[str, torch.Tensor], *, step: int, num_updates: int
 ) -> dict[str, Any]:
-    """What this process knows of the run. `tensors`: its parameters and buffers."""
-    _refuse_parted(updater, "state_dict()")
+    """What this process tells of the run. `tensors`: its parameters and buffers."""
     masters = {} if updater.rules.masters is None else updater.rules.masters.by_name
     scale = updater.rules.loss_scale
     named = {id(parameter): name for name, parameter in [*updater.parameters, *masters.items()]}
@@ -34,43 +33,26 @@ def state_of(
         "step": step,
         "num_updates": num_updates,
         "model": {name: tensor.detach() for name, tensor in tensors.items()},
-        "masters": {name: master.detach() for name, master in masters.items()},
+        "masters": {name: each.detach() for name, each in masters.items() if updater.answers(name, each)},
         "loss_scale": {} if scale is None else dataclasses.asdict(scale),
         "optimizer": {
             named[id(parameter)]: dict(state)
             for optimizer in updater.optimizers.values()
             for parameter, state in optimizer.state.items()
+            if updater.answers(named[id(parameter)], parameter)
         },
-        "groups": [
-            (
-                [named[id(parameter)] for parameter in group["params"]],
-                {key: value for key, value in group.items() if key not in _WHICH},
-            )
+        "settings": {
+            named[id(parameter)]: {key: value for key, value in group.items() if key not in _WHICH}
             for optimizer in updater.optimizers.values()
             for group in optimizer.param_groups
-        ],
+            for parameter in group["params"]
+        },
+        "optimizers": {_class_of(each): {} for each in _members(updater)},
         "schedulers": {
-            stage: scheduler.state_dict()
+            str(stage): scheduler.state_dict()
             for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False)
         },
     }
-
-
-def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of a run's processes as one.
-
-    >>> parts = [{"step": 2, "model": {"a": 1}, "groups": []}, {"step": 2, "model": {"b": 2}, "groups": [3]}]
-    >>> merged(parts)
-    {'step': 2, 'model': {'a': 1, 'b': 2}, 'groups': [3]}
-    """
-    whole = dict(states[0])
-    for state in states[1:]:
-        for key, value in state.items():
-            if isinstance(value, Mapping):
-                whole[key] = {**whole[key], **value}
-            elif isinstance(value, list):
-                whole[key] = [*whole[key], *value]
-    return whole
 
 
 def put_back(
@@ -86,13 +68,15 @@ def put_back(
     `world` are all processes.
 
     Raises:
-        ConfigError: The state lacks a parameter of this process, or has another shape; nothing was changed.
+        ConfigError: The state lacks a parameter of this process, has another shape, or is one of other
+            optimizers; nothing was changed.
         PeerError: So it is on another rank.
     """
     own, masters = dict(updater.parameters), updater.rules.masters
-    _refuse_parted(updater, "load_state_dict()")
     tensors = state["model"]
-    refuse_together(world, "load_state_dict()", _problem(own, tensors))
+    refuse_together(
+        world, "load", _problem(own, tensors) or (_other_optimizers(updater, state) if optimizer else None)
+    )
     with torch.no_grad():
         for name, tensor in [*own.items(), *buffers.items()]:
             if name in tensors:
@@ -105,24 +89,48 @@ def put_back(
             updater.rules.loss_scale.go_on(**state["loss_scale"])
         held = [*own.items(), *(masters.by_name.items() if masters is not None else ())]
         names = {id(parameter): name for name, parameter in held}
-        settings = {name: settings for named, settings in state["groups"] for name in named}
-        for one in updater.optimizers.values():
-            for member in one.members if isinstance(one, Together) else (one,):
-                _fill(member, names, state["optimizer"], settings)
-        saved = state["schedulers"]
+        for member in _members(updater):
+            _fill(member, names, state["optimizer"], state["settings"])
         for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False):
-            if saved:  # all have made the same steps: where the cut was another, any of them will do
-                scheduler.load_state_dict(saved.get(stage, next(iter(saved.values()))))
+            found = _of_scheduler(scheduler, stage, state["schedulers"])
+            if found is not None:
+                scheduler.load_state_dict(found)
     updater.spread()
 
 
-def _refuse_parted(updater: Updater, what: str) -> None:
-    for name, parameter in updater.parameters:
-        if is_dtensor(parameter):
-            raise ConfigError(
-                f"{what} has whole tensors, and of {name} each rank has a part (tensor ranks, or "
-                'shard="fsdp"): use save() and export()'
+def _members(updater: Updater) -> list[torch.optim.Optimizer]:
+    """The optimizers of this process, those of one stage one by one."""
+    every = updater.optimizers.values()
+    return [each for one in every for each in (one.members if isinstance(one, Together) else (one,))]
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__
+
+
+def _of_scheduler(
+    scheduler: torch.optim.lr_scheduler.LRScheduler, stage: int, states: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """All have made the same steps: where the cut was another, any for as many groups will do."""
+    number = len(scheduler.state_dict().get("base_lrs", ()))
+    named = [states[str(stage)]] if str(stage) in states else []
+    fitting = (each for each in (*named, *states.values()) if len(each.get("base_lrs", ())) == number)
+    return next(fitting, None)
+
+
+def _other_optimizers(updater: Updater, state: Mapping[str, Any]) -> str | None:
+    """Why the states of optimizers do not suit these, if they don't."""
+    saved, remedy = state["optimizers"], "give the same, or load without: optimizer=False"
+    for each in _members(updater):
+        if saved and _class_of(each) not in saved:
+            its = " and ".join(sorted(saved))
+            return f"it has states of {its}, and optimizer= makes {_class_of(each)}; {remedy}"
+    for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False):
+        if state["schedulers"] and _of_scheduler(scheduler, stage, state["schedulers"]) is None:
+            return (
+                f"its learning-rate schedulers have other groups of parameters than stage {stage}'s; {remedy}"
             )
+    return None
 
 
 def _problem(own: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -151,6 +159,10 @@ def _fill(
         held = [names[id(parameter)] for parameter in group["params"]]
         for name, at in zip(held, described["params"], strict=True):
             if name in states:
-                state[at] = copy.deepcopy(states[name])  # torch would go on in some of the same tensors
+                state[at] = states[name]
         groups.append({**described, **(settings.get(held[0], {}) if held else {})})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, its in optimizer.state.items():  # torch gives them the parameter's type
+        for key, value in states[names[id(parameter)]].items():
+            if isinstance(value, torch.Tensor) and its[key].dtype != value.dtype:
+                its[key] = value.to(its[key].device)

@@ -119,11 +119,6 @@ class Updater:
         )
         return self.rules.norm(piece for piece in pieces if piece is not None)
 
-    def labelled(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizers by a name that no other process's has, unless it holds the same states."""
-        own = f"-data{self.data.rank}" if self.data.shares_states else ""
-        return {f"stage{stage}{own}": optimizer for stage, optimizer in self.optimizers.items()}
-
     def answers(self, name: str, parameter: torch.Tensor) -> bool:
         """Whether this process tells others of a parameter and its gradient, or of its part of them."""
         return self.data.answers(name) and self._tensor.answers(parameter)

@@ -25,7 +25,6 @@ class DataRanks(ABC):
     """What the replicas of this process's stages do together, in each step."""
 
     rank = 0
-    shares_states = False  # whether each rank's optimizers are others
 
     @abstractmethod
     def expect(self, order: Sequence[int]) -> None:
@@ -155,7 +154,7 @@ class Replicated(DataRanks):
         settled: Settled,
     ) -> None:
         self._world, self._parameters, self._late, self._settled = world, parameters, late, settled
-        self.rank, self.shares_states = world.rank, shares_states
+        self.rank = world.rank
         self._updater = _dealt(parameters, world.size) if shares_states else {}
         self._turns = Turns()
         self._sums: list[Sum] = []

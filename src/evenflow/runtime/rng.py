@@ -39,7 +39,7 @@ class Streams:
     """Seeds the default generator of one device before every draw. One per stage."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
+        self.run_seed = seed
         self._device = device
         self.base = 0  # names step and microbatch
         self._paths: dict[str, int] = {}
@@ -59,7 +59,7 @@ class Streams:
 
     def begin(self, step: int, microbatch: int) -> None:
         """Name the step and microbatch whose draws follow."""
-        self.base = mix(mix(self._seed & _MASK, step), microbatch)
+        self.base = mix(mix(self.run_seed & _MASK, step), microbatch)
 
     def seed(self, path: str, call: int, ordinal: int) -> None:
         """Set the generator for one draw."""
@@ -111,7 +111,7 @@ class Streams:
 
     def another(self) -> "Streams":
         """Streams of the same seed on the same device, which no module is hooked to."""
-        return Streams(self._seed, self._device)
+        return Streams(self.run_seed, self._device)
 
     @contextlib.contextmanager
     def untouched(self, model: torch.nn.Module) -> Iterator[None]:

@@ -61,11 +61,16 @@ class World(ABC):
     device = torch.device("cpu")  # carries what is sent
     roll_call: RollCall | None = None
     ways: dict[tuple[int, int], dist.ProcessGroup]
+    group: dist.ProcessGroup | None = None  # None: the group of all ranks, where there are several
 
     @property
     def is_first(self) -> bool:
         """Whether this is the first of all processes of the run."""
         return self.members[self.rank] == 0
+
+    @abstractmethod
+    def beside(self) -> "World":
+        """All processes, over a group of their own and the host, for what another thread does; collective."""
 
     @abstractmethod
     def share(self, thing: Any, source: int) -> Any:  # any picklable object
@@ -111,6 +116,9 @@ class SingleProcess(World):
     members = (0,)
     parts = (members,)
 
+    def beside(self) -> World:
+        return self
+
     def share(self, thing: Any, source: int) -> Any:
         return thing
 
@@ -144,7 +152,6 @@ class ProcessGroupWorld(World):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.group: dist.ProcessGroup | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.members = tuple(range(self.size))
         self.parts = (self.members,)
@@ -157,6 +164,12 @@ class ProcessGroupWorld(World):
         made.group, made.parts, made.roll_call, made.ways = group, parts, None, {}
         made.members = tuple(dist.get_process_group_ranks(group))
         made.rank, made.size = made.members.index(self.members[self.rank]), len(made.members)
+        return made
+
+    def beside(self) -> World:
+        assert self.size == dist.get_world_size(), "torch lets all processes make a group together"
+        made = self.part(dist.new_group(backend="gloo"), self.parts)
+        made.device = torch.device("cpu")
         return made
 
     def _is_for_host(self, device: torch.device) -> bool:

@@ -1,0 +1,145 @@
+"""Reading a checkpoint: first what it says, all of it checked, then the tensors that somebody asks for."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenflow.checkpoint.manifest import (
+    PLAN,
+    STATE,
+    TABLE,
+    Manifest,
+    read_json,
+    read_manifest,
+)
+from evenflow.checkpoint.plain import keys_in
+from evenflow.checkpoint.table import DTYPES, Saved, from_json
+from evenflow.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # documents are large
+class Checkpoint:
+    """A checkpoint whose files are there, of their sizes, and whose JSON is as it was written.
+
+    `table`: its tensors by key. `document`: the rest of its state, in which they are named (see `plain`).
+    """
+
+    folder: Path
+    manifest: Manifest
+    table: Mapping[str, Saved]
+    document: Mapping[str, Any]
+
+    def read(self, into: Mapping[str, torch.Tensor]) -> None:
+        """Fill tensors, or a rank's parts of them, by their keys: each of its saved shape.
+
+        Raises `ConfigError` for what is damaged, or missing.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException  # as in `save`
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        from evenflow.checkpoint.storage import Reader
+
+        for key, tensor in into.items():
+            saved = self.table.get(key)
+            if saved is None or saved.shape != tuple(tensor.shape):
+                raise ConfigError(f"{self.folder}: {key} is missing, or of another shape")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(
+                    dict(into),
+                    storage_reader=Reader(self.folder, self.table),
+                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    no_dist=True,  # each rank reads what it wants
+                )
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            if isinstance(first, ConfigError):
+                raise ConfigError(f"{self.folder}: {first}") from first
+            raise
+
+    def tensors(self, keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Some of the tensors whole, by default all, on the host. Raises `ConfigError` as `read` does."""
+        wanted = list(self.table) if keys is None else keys
+        found = {
+            key: torch.empty(self.table[key].shape, dtype=DTYPES[self.table[key].dtype]) for key in wanted
+        }
+        self.read(found)
+        return found
+
+    @property
+    def plan(self) -> Path | None:
+        """The file of the plan that the run followed."""
+        path = self.folder / PLAN
+        return path if any(file.name == PLAN for file in self.manifest.files) else None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read all of a checkpoint but its tensors.
+
+    Raises:
+        ConfigError: It is no checkpoint, or one of another version; a file is missing, cut short or damaged
+            (of a file of tensors the header), with its name.
+    """
+    manifest = read_manifest(folder)
+    for file in manifest.files:
+        problem = file.problem(folder)
+        if problem is not None:
+            raise ConfigError(f"the checkpoint {folder} is broken: {problem}")
+    names = {file.name for file in manifest.files}
+    for name in (STATE, TABLE):
+        if name not in names:
+            raise ConfigError(f"{folder}: its manifest does not name {name}")
+    try:
+        table = from_json(read_json(folder / TABLE))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / TABLE}: {error}") from error
+    for saved in table.values():
+        for chunk in saved.chunks:
+            if chunk.file not in names:
+                raise ConfigError(f"{folder / TABLE}: {saved.name} lies in {chunk.file}, which is not there")
+    document = read_json(folder / STATE)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{folder / STATE} is no state: it must be an object of JSON")
+    unknown = sorted(keys_in(document) - set(table))
+    if unknown:
+        raise ConfigError(f"{folder / STATE} speaks of tensors that the table does not have: {unknown[:3]}")
+    return Checkpoint(folder, manifest, table, document)
+
+
+def problems(checkpoint: Checkpoint, progress: Callable[[str], None] = lambda _: None) -> list[str]:
+    """What is wrong with a checkpoint's tensors: each is read, and compared with its checksum."""
+    from evenflow.checkpoint.storage import opened
+
+    by_file: dict[str, list[Saved]] = {}
+    for saved in checkpoint.table.values():
+        for chunk in saved.chunks:
+            by_file.setdefault(chunk.file, []).append(saved)
+    found = []
+    for name, each in sorted(by_file.items()):
+        progress(name)
+        try:
+            with opened(checkpoint.folder / name) as file:
+                for saved in each:
+                    found += _wrong(file, saved, name)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def _wrong(file: Any, saved: Saved, name: str) -> list[str]:  # an open file of tensors
+    from evenflow.checkpoint.storage import read_chunk
+
+    found = []
+    for chunk in saved.chunks:
+        if chunk.file == name:
+            try:
+                read_chunk(file, saved, chunk)
+            except ConfigError as error:
+                found.append(str(error))
+    return found

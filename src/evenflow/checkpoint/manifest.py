@@ -1,0 +1,145 @@
+"""The manifest of a checkpoint: what was saved, by what, when and where from, and what its files must be.
+
+It is written last, so that a folder with a manifest is whole. Its own checksum stands in it.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from evenflow.errors import ConfigError
+from evenflow.plain_data import read_as
+
+FILE, STATE, TABLE, PLAN = "manifest.json", "state.json", "tensors.json", "plan.toml"
+VERSION = 1
+_MOST_BYTES = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file: its size, and the CRC-32 of its first `checked_bytes`.
+
+    Of a file of tensors those are its header: tensors have checksums of their own, in the table.
+    """
+
+    name: str
+    num_bytes: int
+    checked_bytes: int
+    checksum: int
+
+    @staticmethod
+    def of(path: Path, checked_bytes: int | None = None) -> "FileRecord":
+        """That of a file that is there."""
+        size = path.stat().st_size
+        checked = size if checked_bytes is None else checked_bytes
+        with path.open("rb") as file:
+            return FileRecord(path.name, size, checked, zlib.crc32(file.read(checked)))
+
+    def problem(self, folder: Path) -> str | None:
+        """What is wrong with the file of this record, if anything."""
+        path = folder / self.name
+        try:
+            if not path.is_file():
+                return f"{self.name} is missing"
+            size = path.stat().st_size
+            if size != self.num_bytes:
+                return f"{self.name} has {size} bytes, and was written with {self.num_bytes}"
+            if FileRecord.of(path, self.checked_bytes) != self:
+                return f"{self.name} is damaged: its checksum is another"
+        except OSError as error:
+            return f"{self.name} cannot be read: {error.strerror}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint is. `model` is the model's class, `layout` says in words how the run was cut."""
+
+    evenflow: str
+    torch: str
+    saved_at: str
+    step: int
+    num_updates: int
+    model: str
+    layout: str
+    files: tuple[FileRecord, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it beside the files of which it tells."""
+    content = {"version": VERSION, **asdict(manifest)}
+    text = json.dumps({"checksum": _checksum(content), **content}, indent=2, allow_nan=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read it and check it; raises `ConfigError` that names the folder and what is wrong."""
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"{folder} is no checkpoint: it has no {FILE}{_near(folder)}")
+    content = read_json(folder / FILE)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{folder / FILE} is no manifest: it must be an object of JSON")
+    said, version = content.pop("checksum", None), content.get("version")
+    if version != VERSION:
+        raise ConfigError(
+            f"{folder / FILE} is of version {version!r}, and this Evenflow reads version {VERSION}: read it "
+            "with the Evenflow that wrote it"
+        )
+    if said != _checksum(content):
+        raise ConfigError(f"{folder / FILE} is damaged: its checksum is another")
+    del content["version"]
+    try:
+        manifest = read_as(Manifest, content, lambda _kind, _place: 0)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / FILE}: {error}") from error
+    for file in manifest.files:
+        if PurePath(file.name).name != file.name:
+            raise ConfigError(f"{folder / FILE} names the file {file.name!r}, which is none of this folder")
+    return manifest
+
+
+def read_json(path: Path) -> Any:  # whatever the file holds
+    """What a JSON file holds; raises `ConfigError` for one that can't be read, or is huge or no JSON."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(
+                f"{path} has more than {_MOST_BYTES >> 30} GiB: that is no file of a checkpoint"
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: it is no JSON ({str(error)[:80]})") from error
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, by the step of which they are, the newest last."""
+    found: Iterable[Path] = folder.glob(f"*/{FILE}") if folder.is_dir() else ()
+    return sorted((each.parent for each in found if not is_unfinished(each.parent)), key=_order)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder bears a name under which it is being written, or put away."""
+    return folder.suffix in (".partial", ".replaced")
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    digits = "".join(each for each in folder.name if each.isdigit())
+    return int(digits or 0), folder.name
+
+
+def _near(folder: Path) -> str:
+    found = [each.name for each in checkpoints_in(folder)]
+    return f"; name one of those in it: {', '.join(found[-5:])}" if found else ""
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, allow_nan=False).encode())

@@ -1,0 +1,145 @@
+"""Checkpoints: a folder of them, one every so many updates, of which the newest few are kept."""
+
+import logging
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from evenflow.checkpoint.manifest import FILE, checkpoints_in
+from evenflow.errors import ConfigError, PeerError
+from evenflow.pipe.pipeline import Pipeline
+
+_LOG = logging.getLogger(__name__)
+_NAME = "step-{:08}"
+_PATTERN = "step-????????*"
+
+OnError = Literal["continue", "stop"]
+
+
+class Checkpoints:
+    """Saves a pipeline every `every` updates, asynchronously, and goes on from the newest that is whole.
+
+    `keep_last`: how many are kept, by default all. `on_error`: what to do where one cannot be written, as on
+    a full disk: "continue" warns and trains on, to try again when the next is due; "stop" raises then.
+    Entered, it waits at the end for the last one. Every rank has one.
+
+    Raises `ConfigError` for a number that is none.
+
+    >>> import tempfile, torch, evenflow
+    >>> batch = torch.ones(8, 4)
+    >>> def build():
+    ...     return evenflow.pipeline(
+    ...         torch.nn.Linear(4, 1),
+    ...         loss=lambda model, b: model(b).mean(),
+    ...         example=batch,
+    ...         stages=1,
+    ...         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    ...     )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Checkpoints(build(), folder, every=2, keep_last=1) as checkpoints:
+    ...         for _ in range(5):
+    ...             _ = checkpoints.pipe.step(batch)
+    ...             checkpoints.updated()
+    ...     again = Checkpoints(build(), folder, every=2)
+    ...     again.resume().name, again.pipe.num_updates
+    ('step-00000004', 4)
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        folder: str | Path,
+        *,
+        every: int,
+        keep_last: int | None = None,
+        on_error: OnError = "continue",
+    ) -> None:
+        for name, number in (("every", every), ("keep_last", 1 if keep_last is None else keep_last)):
+            if type(number) is not int or number < 1:
+                raise ConfigError(f"Checkpoints({name}={number!r}): it is a whole number from 1 on")
+        if on_error not in ("continue", "stop"):
+            raise ConfigError(f'Checkpoints(on_error={on_error!r}): there are "continue" and "stop"')
+        self.pipe, self.folder = pipe, Path(folder)
+        self.extra: Any = None  # what the checkpoint held with which `resume` goes on
+        self._every, self._keep_last, self._on_error = every, keep_last, on_error
+        self._is_saving = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+
+    def resume(self) -> Path | None:
+        """Go on with the newest checkpoint that can be read; None where there is none. A collective call.
+
+        Its `extra` is then this object's. What was not written to its end is removed. Raises what
+        `Pipeline.load` does of the newest, where there are some and none can be read.
+        """
+        found: list[Path] = self.pipe.share(checkpoints_in(self.folder) if self.pipe.is_main else None)
+        if self.pipe.is_main:
+            self._remove_unfinished()
+        newest: ConfigError | PeerError | None = None
+        for each in reversed(found):
+            try:
+                self.extra = self.pipe.load(each)
+            except (ConfigError, PeerError) as error:
+                newest = newest or error
+                if self.pipe.is_main:
+                    _LOG.warning("going back to an older checkpoint, because of the newest: %s", error)
+            else:
+                return each
+        if newest is not None:
+            raise newest
+        return None
+
+    def updated(self, extra: Any = None) -> None:
+        """An update is done: save, if it is time; see `Pipeline.save` for `extra`. A collective call."""
+        if self.pipe.num_updates % self._every == 0:
+            self.save(extra)
+
+    def save(self, extra: Any = None) -> None:
+        """Begin to save, when what was begun before is written; a collective call."""
+        self._settle(self._on_error)
+        number = self.pipe.num_updates
+        self.pipe.begin_to_save(self.folder / _NAME.format(number), extra, self._thin_out)
+        self._is_saving = True
+
+    def wait(self) -> None:
+        """Wait until the last one is written; raises what keeps it from that. A collective call."""
+        self._settle("stop")
+
+    def _settle(self, on_error: OnError) -> None:
+        """Hear how the last save went: all ranks at the same place, so that all do the same."""
+        if not self._is_saving:
+            return
+        self._is_saving = False
+        try:
+            self.pipe.saved()
+        except Exception as error:
+            if on_error == "stop":
+                raise
+            if self.pipe.is_main:
+                _LOG.warning("a checkpoint was not written, training goes on without: %s", error)
+
+    def _thin_out(self, _: Path) -> None:
+        try:
+            for each in checkpoints_in(self.folder)[: -self._keep_last] if self._keep_last else ():
+                _remove(each)
+        except OSError as error:
+            _LOG.warning("an old checkpoint could not be removed: %s", error)
+
+    def _remove_unfinished(self) -> None:
+        for each in self.folder.glob(_PATTERN):
+            if each.is_dir() and (each.suffix or not (each / FILE).is_file()):
+                _remove(each)
+
+
+def _remove(folder: Path) -> None:
+    """Whenever this is cut short, what is left has no manifest, and is no checkpoint."""
+    (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

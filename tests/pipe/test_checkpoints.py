@@ -1,0 +1,440 @@
+"""Checkpoints: any layout goes on from any other; what is not whole, or not this model's, is refused."""
+
+import itertools
+import json
+import random
+import resource
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import evenflow
+from evenflow.checkpoint.load import open_checkpoint, problems
+from evenflow.checkpoint.manifest import FileRecord, checkpoints_in, read_manifest, write_manifest
+from evenflow.errors import ConfigError
+from unsplit import mean_square, mlp
+
+WIDTH, STEPS, SAVED_AT = 8, 10, 5
+LAYOUTS = {
+    1: [("1f1b", 1)],
+    2: [("gpipe", 1), ("zb-h1", 1)],
+    4: [("1f1b", 1), ("interleaved-1f1b", 2), ("zb-v", 2)],
+    3: [("zb-auto", 1), ("sequential", 1)],
+}
+
+
+def blocks() -> nn.Sequential:
+    """A model that draws, and has a buffer that its forward changes."""
+    torch.manual_seed(0)
+    block = [nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2), nn.Tanh()]
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), *block[1:]) for _ in range(4)]
+    return nn.Sequential(*layers, nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1))
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(STEPS, 8, WIDTH + 1, generator=generator)
+    return [{"x": each[:, :WIDTH], "y": each[:, WIDTH:]} for each in numbers]
+
+
+def adam(parameters):
+    decayed, rest = [[p for p in parameters if (p[1].ndim > 1) == wide] for wide in (True, False)]
+    return torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=0.01)
+
+
+def warm(optimizer):
+    schedules = torch.optim.lr_scheduler
+    parts = [schedules.LinearLR(optimizer, 0.1, total_iters=3), schedules.MultiStepLR(optimizer, [3, 5, 5])]
+    return schedules.SequentialLR(optimizer, parts, [3])
+
+
+def make(stages: int = 2, schedule: str = "1f1b", on_each: int = 1, model=None, **options):
+    options = {"optimizer": adam, "scheduler": warm, "clip_norm": 1.0, "num_microbatches": 4} | options
+    options = {"loss": mean_square} | options
+    return evenflow.pipeline(
+        blocks() if model is None else model,
+        example=batches()[0],
+        stages=stages,
+        schedule=schedule,
+        stages_per_rank=on_each,
+        device="cpu",
+        **options,
+    )
+
+
+def losses(pipe, loader) -> list[float]:
+    return [float(pipe.step(batch).loss) for batch in pipe.feed(loader)]
+
+
+@cache
+def saved(place: Path, stages: int, schedule: str, on_each: int, **options) -> tuple[Path, list[float]]:
+    """A checkpoint of an uninterrupted run, and that run's losses after it."""
+    folder = place / f"{stages} {schedule}"
+    pipe, found = make(stages, schedule, on_each), []
+    for number, batch in enumerate(pipe.feed(batches()), start=1):
+        found.append(float(pipe.step(batch).loss))
+        if number == SAVED_AT:
+            pipe.save(folder, extra={"said": [1.5, ("two", None)], "t": torch.ones(2)})
+    return folder, found[SAVED_AT:]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+ALL = [(stages, *each) for stages, layouts in LAYOUTS.items() for each in layouts]
+
+
+@pytest.mark.parametrize("before", [each for each in ALL if each[0] != 3], ids=str)
+def test_every_layout_goes_on_from_every_other(place, before):
+    folder, expected = saved(place, *before)
+    for layout in ALL:
+        pipe = make(*layout)
+        extra = pipe.load(folder)
+        assert losses(pipe, batches()) == expected, layout
+        assert (extra["said"], extra["t"].tolist()) == ([1.5, ("two", None)], [1.0, 1.0])
+        assert (pipe.num_updates, pipe.epoch) == (STEPS, 1)
+
+
+def test_other_masters_scale_and_momenta(tmp_path):
+    """Of bfloat16 parameters, of float16's loss scale, and of optimizers beside each other."""
+
+    def several(parameters):
+        wide, rest = [[p for p in parameters if (p[1].ndim > 1) == wide] for wide in (True, False)]
+        return [torch.optim.SGD(wide, lr=0.1, momentum=0.9), torch.optim.RMSprop(rest, lr=0.01)]
+
+    for options in (
+        {"precision": "bf16-pure"},
+        {"precision": "fp16"},
+        {"optimizer": several, "scheduler": None},
+    ):
+        one = make(2, model=mlp(WIDTH, 8, 8, 8, 1), **options)
+        other = make(4, "zb-h1", model=mlp(WIDTH, 8, 8, 8, 1), seed=3, **options)
+        for batch in batches()[:3]:
+            one.step(batch)
+        one.save(tmp_path / "saved")
+        other.load(tmp_path / "saved")
+        expected = [one.step(batch) for batch in batches()[3:]]
+        found = [other.step(batch) for batch in batches()[3:]]
+        assert [float(each.loss) for each in found] == [float(each.loss) for each in expected], options
+        assert [float(each.grad_norm) for each in found] == [float(each.grad_norm) for each in expected]
+
+
+def test_without_the_optimizer(place):
+    folder, _ = saved(place, *ALL[0])
+    pipe = make(2, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), scheduler=None)
+    pipe.load(folder, optimizer=False)
+    assert pipe.num_updates == 0
+    with pytest.raises(ConfigError, match="it has states of AdamW, and optimizer= makes SGD"):
+        pipe.load(folder)
+
+
+# -- data
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, at):
+        return {"x": torch.full((WIDTH,), float(at)), "y": torch.full((1,), random.random())}
+
+
+class Counting:
+    """A loader that knows where it is, and counts what it reads."""
+
+    def __init__(self):
+        self.at, self.read = 0, 0
+
+    def __iter__(self):
+        while self.at < STEPS:
+            self.at, self.read = self.at + 1, self.read + 1
+            yield batches()[self.at - 1]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_data_are_neither_skipped_nor_repeated(tmp_path, at):
+    """Shuffled, and with random numbers of Python's in each item: in the middle of a pass and between two."""
+
+    def run(pipe, stop=None):
+        seen = []
+        loader = torch.utils.data.DataLoader(Numbers(), batch_size=8, shuffle=True)
+        while pipe.epoch < 2:
+            for batch in pipe.feed(loader):
+                seen.append(batch["x"][:, 0].tolist())
+                seen.append(float(pipe.step(batch).loss))
+                if pipe.num_updates == stop:
+                    pipe.save(tmp_path / "saved")
+        return seen
+
+    torch.manual_seed(5)
+    random.seed(5)
+    whole = run(make(), stop=at)
+    torch.manual_seed(6)
+    random.seed(6)
+    again = make(4)
+    again.load(tmp_path / "saved")
+    assert run(again) == whole[2 * at :]
+    assert len(whole) == 12
+
+
+def test_a_loader_that_knows_where_it_is(tmp_path):
+    pipe, loader = make(), Counting()
+    for _ in itertools.islice(map(pipe.step, pipe.feed(loader)), 4):
+        pass
+    pipe.save(tmp_path / "saved")
+    expected = losses(pipe, batches()[4:])
+    again, loader = make(3), Counting()
+    again.load(tmp_path / "saved")
+    assert losses(again, loader) == expected
+    assert loader.read == STEPS - 4
+
+
+# -- many, in a folder
+
+
+def test_checkpoints_keeps_the_last(tmp_path):
+    with evenflow.Checkpoints(make(), tmp_path, every=2, keep_last=2) as checkpoints:
+        for number, batch in enumerate(batches()):
+            checkpoints.pipe.step(batch)
+            checkpoints.updated({"number": number})
+    assert [each.name for each in checkpoints_in(tmp_path)] == ["step-00000008", "step-00000010"]
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000012.partial")
+    (tmp_path / "step-00000011").mkdir()
+    again = evenflow.Checkpoints(make(4), tmp_path, every=2)
+    assert again.resume() == tmp_path / "step-00000010"
+    assert again.extra == {"number": 9}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000008", "step-00000010"]
+    assert evenflow.Checkpoints(make(), tmp_path / "none", every=2).resume() is None
+
+
+def test_resume_goes_back_where_the_newest_is_broken(tmp_path, caplog):
+    with evenflow.Checkpoints(make(), tmp_path, every=2) as checkpoints:
+        for batch in batches()[:4]:
+            checkpoints.pipe.step(batch)
+            checkpoints.updated()
+    flip(next((tmp_path / "step-00000004").glob("*.safetensors")), -1)
+    again = evenflow.Checkpoints(make(), tmp_path, every=2)
+    assert again.resume() == tmp_path / "step-00000002"
+    assert "going back to an older checkpoint" in caplog.text
+    flip(next((tmp_path / "step-00000002").glob("*.safetensors")), -1)
+    with pytest.raises(ConfigError, match="damaged"):
+        again.resume()
+
+
+def test_what_is_saved_is_what_was_there(tmp_path):
+    """Written while steps go on that change all of it."""
+    pipe, expected = make(), make()
+    for batch in batches()[:3]:
+        pipe.step(batch)
+        expected.step(batch)
+    pipe.save(tmp_path / "saved", wait=False)
+    for batch in batches()[3:]:
+        pipe.step(batch)
+    pipe.saved()
+    again = make()
+    again.load(tmp_path / "saved")
+    assert losses(again, batches()[3:]) == losses(expected, batches()[3:])
+
+
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_a_full_disk(tmp_path, caplog, on_error):
+    """In the middle of a save: a file may not be longer than a part of it."""
+    pipe = make(model=mlp(WIDTH, 256, 256, 1))
+    checkpoints = evenflow.Checkpoints(pipe, tmp_path, every=1, on_error=on_error)
+    pipe.step(batches()[0])
+    checkpoints.updated()
+    checkpoints.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, before[1]))
+    try:
+        pipe.step(batches()[1])
+        checkpoints.updated()
+        if on_error == "stop":
+            with pytest.raises(Exception, match=r"(?i)file too large"):
+                checkpoints.updated()
+        else:
+            pipe.step(batches()[2])
+            checkpoints.updated()
+            pipe.step(batches()[3])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    if on_error == "continue":
+        checkpoints.updated()
+        checkpoints.wait()
+        assert caplog.text.count("a checkpoint was not written, training goes on without") == 2
+    newest = {"stop": 1, "continue": 4}[on_error]
+    assert [each.name for each in tmp_path.iterdir() if each.name.endswith(("1", "4"))]
+    again = evenflow.Checkpoints(make(model=mlp(WIDTH, 256, 256, 1)), tmp_path, every=1)
+    assert again.resume() == tmp_path / f"step-{newest:08}"
+
+
+def test_wrong_numbers():
+    for options in ({"every": 0}, {"every": 1, "keep_last": 0}, {"every": 1, "on_error": "warn"}):
+        with pytest.raises(ConfigError, match="Checkpoints"):
+            evenflow.Checkpoints(make(), "nowhere", **options)
+
+
+# -- what is refused
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture
+def copied(place, tmp_path) -> Path:
+    return shutil.copytree(saved(place, *ALL[0])[0], tmp_path / "copy")
+
+
+def test_every_flipped_byte_is_found(place, tmp_path, copied):
+    """In each file, at its beginning and end and all over it: by its name, and changing nothing."""
+    pipe, generator = make(), random.Random(0)
+    before = {name: parameter.detach().clone() for name, parameter in pipe.named_parameters()}
+    for path in sorted(copied.iterdir()):
+        size = path.stat().st_size
+        for at in [0, 9, size // 2, size - 1, *(generator.randrange(size) for _ in range(8))]:
+            if path.suffix == ".json" and at == size - 1:
+                continue  # the newline behind the manifest
+            flip(path, at)
+            with pytest.raises(ConfigError, match=path.name.replace(".", r"\.")) as error:
+                pipe.load(copied)
+            assert any(word in str(error.value) for word in ("damaged", "cannot be read", "version"))
+            flip(path, at)
+    assert all(torch.equal(before[name], parameter) for name, parameter in pipe.named_parameters())
+    pipe.load(copied)
+
+
+def test_cut_short_or_missing(copied):
+    pipe = make()
+    for path in sorted(copied.iterdir()):
+        content = path.read_bytes()
+        for length in (0, 7, len(content) // 2, len(content) - 2):
+            path.write_bytes(content[:length])
+            with pytest.raises(ConfigError, match=path.name.replace(".", r"\.")):
+                pipe.load(copied)
+        path.unlink()
+        with pytest.raises(ConfigError, match=path.name.replace(".", r"\.")):
+            pipe.load(copied)
+        path.write_bytes(content)
+    assert problems(open_checkpoint(copied)) == []
+
+
+def rewritten(folder: Path, name: str, change) -> None:
+    """As a stranger would: with the right checksums."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    manifest = read_manifest(folder)
+    files = tuple(FileRecord.of(folder / f.name) if f.name == name else f for f in manifest.files)
+    write_manifest(folder, replace(manifest, files=files))
+
+
+def test_tables_of_strangers(copied, place):
+    original = saved(place, *ALL[0])[0]
+
+    def first(table):
+        return next(each for each in table["tensors"] if each["name"] == "model.0.0.weight")
+
+    changes = {
+        "outside": lambda t: first(t)["chunks"][0].update(file="../secret.safetensors"),
+        "huge": lambda t: first(t).update(shape=[10**9, 10**9]),
+        "negative": lambda t: first(t)["chunks"][0].update(offsets=[-1, 0]),
+        "elsewhere": lambda t: first(t)["chunks"][0].update(key="model.1.0.weight"),
+        "nowhere": lambda t: first(t)["chunks"][0].update(key="none"),
+        "other type": lambda t: first(t).update(dtype="float64"),
+        "no type": lambda t: first(t).update(dtype="pickle"),
+        "half": lambda t: first(t)["chunks"][0].update(shape=[4, 8]),
+        "twice": lambda t: t["tensors"].append(first(t)),
+        "over": lambda t: first(t).update(chunks=first(t)["chunks"] * 2),
+        "renamed": lambda t: first(t).update(name="model.else"),
+        "huge in the file": lambda t: [
+            x.update(shape=[10**9] * 2) for x in (first(t), first(t)["chunks"][0])
+        ],
+    }
+    for name, change in changes.items():
+        shutil.rmtree(copied)
+        shutil.copytree(original, copied)
+        rewritten(copied, "tensors.json", change)
+        with pytest.raises(ConfigError) as error:
+            make().load(copied)
+        assert str(copied) in str(error.value), name
+
+
+def test_states_of_strangers(copied, place):
+    original = saved(place, *ALL[0])[0]
+    changes = [
+        lambda s: s.pop("model"),
+        lambda s: s.update(model=[]),
+        lambda s: s.update(step="1"),
+        lambda s: s.update(seed=None),
+        lambda s: s.update(loss_scale={"factor": [], "x": 1}),
+        lambda s: s["settings"].update({"0.0.weight": 3}),
+        lambda s: s["optimizer"].update({"0.0.weight": {"$tensor": "nothing"}}),
+        lambda s: s["optimizer"].update({"0.0.weight": {"$call": "os.system"}}),
+        lambda s: s["optimizer"]["0.0.weight"].update(exp_avg=None),
+        lambda s: s.update(schedulers={"0": {"_schedulers": 1}}),
+        lambda s: s.update(processes={"0": {"random": {"torch": 1}}}),
+        lambda s: s.update(processes=[]),
+    ]
+    for at, change in enumerate(changes):
+        shutil.rmtree(copied)
+        shutil.copytree(original, copied)
+        rewritten(copied, "state.json", change)
+        try:
+            make().load(copied)
+        except ConfigError:
+            continue
+        assert at in (4, 8), "who needs no loss scale reads none; an optimizer asks for its own tensors"
+
+
+def test_other_models(place):
+    folder, _ = saved(place, *ALL[0])
+    model = blocks()
+    model[1] = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())
+    model[5] = nn.Linear(WIDTH, 1, bias=False)
+    model.append(nn.Linear(1, 1))
+    faults = r"2 missing from it: 6\.bias, 6\.weight; 2 unexpected in it: 1\.0\.bias, 5\.bias"
+    with pytest.raises(ConfigError, match=faults):
+        make(model=model).load(folder)
+    model = blocks()
+    model[5] = nn.Linear(WIDTH, 2)
+    pipe = make(model=model, loss=lambda model, batch: model(batch["x"]).mean())
+    with pytest.raises(ConfigError, match=r"5\.weight is \[1, 8\] there and \[2, 8\] here"):
+        pipe.load(folder)
+    with pytest.raises(ConfigError, match=r"is no checkpoint: it has no manifest\.json; name one of those"):
+        make().load(folder.parent)
+
+
+def test_what_is_no_plain_data(tmp_path):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["odd"] = lambda: None
+
+    pipe = make(optimizer=lambda parameters: Odd(parameters, lr=0.1), scheduler=None)
+    pipe.step(batches()[0])
+    with pytest.raises(ConfigError, match=r"optimizer\..*\.odd of the run's state is a function"):
+        pipe.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    pipe = make()
+    pipe.step(batches()[0], update=False)
+    with pytest.raises(ConfigError, match=r"save\(\) was called while gradients accumulate"):
+        pipe.save(tmp_path / "saved")
