@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: torture train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -51,6 +51,10 @@ bench-runtime: setup
 
 bench-hosts: setup
 	$(BIN)/python benchmarks/hosts.py
+
+# A hundred ranks killed; twenty minutes and more.
+torture: setup
+	$(BIN)/python benchmarks/torture.py 100
 
 bench-steady: setup
 	$(BIN)/python benchmarks/steady.py

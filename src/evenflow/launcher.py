@@ -71,6 +71,7 @@ class RankEnvironment:
     rank: int
     local_rank: int
     num_ranks: int
+    num_restarts: int
 
 
 def rank_environment() -> RankEnvironment | None:
@@ -86,6 +87,7 @@ def rank_environment() -> RankEnvironment | None:
         rank=int(os.environ["RANK"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
         num_ranks=int(os.environ["WORLD_SIZE"]),
+        num_restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
 
 

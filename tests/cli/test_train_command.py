@@ -306,7 +306,7 @@ def test_more_stages_than_gpus_are_refused(capsys, started, with_two_gpus):
 
 
 def test_on_several_hosts_there_may_be_more_ranks_than_gpus_here(with_two_gpus, monkeypatch):
-    monkeypatch.setattr(train_module, "rank_environment", lambda: RankEnvironment(3, 1, 4))
+    monkeypatch.setattr(train_module, "rank_environment", lambda: RankEnvironment(3, 1, 4, 0))
     assert make_job(Flags(source=CONFIG)).num_ranks == 4
 
 

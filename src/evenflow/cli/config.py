@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 from evenflow.errors import ConfigError
 from evenflow.plan.request import RECOMPUTE_NAMES
@@ -33,6 +33,7 @@ class FolderModel:
     folder: Path
 
 
+OnError = Literal["continue", "stop"]
 ModelChoice: TypeAlias = FunctionModel | FolderModel
 
 
@@ -149,6 +150,25 @@ class Pipelining:
 
 
 @dataclass(frozen=True, slots=True)
+class Saving:
+    """Checkpoints while a run trains: every so many steps, by default none; the `keep_last` newest stay.
+
+    `on_error`: where one cannot be written, "continue" warns and trains on, "stop" ends the run.
+    """
+
+    every: int | None = None
+    keep_last: int = 2
+    on_error: OnError = "continue"
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            _at_least("checkpoints.every", self.every, 1)
+        _at_least("checkpoints.keep_last", self.keep_last, 1)
+        if self.on_error not in get_args(OnError):
+            raise ConfigError(f"checkpoints.on_error = {self.on_error!r} must be 'continue' or 'stop'")
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """All that `evenflow train` needs to know; `name` is that of the run and of its folder under runs/."""
 
@@ -157,6 +177,7 @@ class RunConfig:
     data: DataChoice
     training: Training = field(default_factory=Training)
     pipeline: Pipelining = field(default_factory=Pipelining)
+    checkpoints: Saving = field(default_factory=Saving)
 
 
 def read_config(path: Path) -> RunConfig:
@@ -186,6 +207,7 @@ def read_config(path: Path) -> RunConfig:
             data=_data(content.get("data"), path.parent),
             training=_section(Training, content.get("training", {}), "training"),
             pipeline=_section(Pipelining, content.get("pipeline", {}), "pipeline"),
+            checkpoints=_section(Saving, content.get("checkpoints", {}), "checkpoints"),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -207,11 +229,12 @@ _MODEL_KEYS = ("function", "arguments", "folder")
 def _known_keys() -> Mapping[str, tuple[str, ...]]:
     """The keys of each table of the TOML; the top level's under ''."""
     return {
-        "": ("name", "model", "data", "training", "pipeline"),
+        "": ("name", "model", "data", "training", "pipeline", "checkpoints"),
         "model": _MODEL_KEYS,
         "data": tuple(each.name for each in fields(TextData)),
         "training": tuple(each.name for each in fields(Training)),
         "pipeline": tuple(each.name for each in fields(Pipelining)),
+        "checkpoints": tuple(each.name for each in fields(Saving)),
     }
 
 
@@ -304,6 +327,8 @@ def _convert(value: object, hint: Any, place: str) -> object:
         options = [option for option in get_args(hint) if option is not types.NoneType]
         lists = [option for option in options if (get_origin(option) is tuple) == isinstance(value, list)]
         hint = (lists or options)[0]
+    if get_origin(hint) is Literal:
+        hint = str  # the dataclass says which
     if get_origin(hint) is tuple:
         element = get_args(hint)[0]
         if not isinstance(value, list):

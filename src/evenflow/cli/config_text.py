@@ -18,6 +18,7 @@ def write_config(config: RunConfig) -> str:
     """
     tables = {"model": _model(config.model), "training": _keys(config.training)}
     tables["pipeline"] = _keys(config.pipeline)
+    tables["checkpoints"] = _keys(config.checkpoints)
     if isinstance(config.data, TextData):
         paths = [path.resolve() for path in config.data.paths]
         tables["data"] = _keys(config.data) | ({"paths": paths} if paths else {})

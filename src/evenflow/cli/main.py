@@ -23,6 +23,7 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
+from evenflow.cli.train_flags import KeepLast, MaxRestarts, Resume, SaveEvery
 from evenflow.errors import EvenflowError
 
 # Of the commands that ended because of an error: 2, which shells use for "called wrongly", and what
@@ -90,6 +91,10 @@ def train_command(
             help="A new folder to write to. Default: runs/NAME, or runs/NAME-2 if that is taken, and so on.",
         ),
     ] = None,
+    save_every: SaveEvery = None,
+    keep_last: KeepLast = None,
+    resume: Resume = None,
+    max_restarts: MaxRestarts = 0,
     device: Device = None,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
@@ -115,6 +120,10 @@ def train_command(
             num_microbatches=microbatches,
             plan=plan,
             out=out,
+            resume=resume,
+            save_every=save_every,
+            keep_last=keep_last,
+            max_restarts=max_restarts,
             device=device,
         )
     )

@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -40,6 +40,7 @@ class StepLog:
     def __init__(self, pipe: "evenflow.Pipeline", *, num_steps: int, device: str) -> None:
         self._pipe, self._num_steps, self._device = pipe, num_steps, device
         self._started = datetime.now(UTC)
+        self._num_before = 0  # steps of this run that were made before it went on
         self._seconds: list[tuple[float, float]] = []
         self._waited_seconds = 0.0
         self._num_reported = 0
@@ -62,7 +63,7 @@ class StepLog:
     def step(self, batch: Any) -> None:
         """Train on one batch."""
         start = time.perf_counter()
-        if len(self._seconds) + 1 == _WATCHED_STEP < self._num_steps:
+        if self._num_here + 1 == _WATCHED_STEP < self._num_steps - self._num_before:
             result, self._peak_bytes = self._pipe.meter.peak_bytes(lambda: self._pipe.step(batch))
         else:
             result = self._pipe.step(batch)
@@ -70,6 +71,23 @@ class StepLog:
             torch.cuda.synchronize()  # the next step waits for it anyway, to agree on the batch
         self._seconds.append((self._waited_seconds, time.perf_counter() - start))
         self._unread.append(result.loss)
+
+    @property
+    def _num_here(self) -> int:
+        return len(self._seconds) - self._num_before
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the steps took on this rank, and their losses: for `go_on`."""
+        return {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "seconds": torch.tensor(self._seconds, dtype=torch.float64).reshape(-1, 2),
+        }
+
+    def go_on(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Let the steps of `state` be the first of this run."""
+        self._losses = state["losses"].tolist()
+        self._seconds = [(waited, took) for waited, took in state["seconds"].tolist()]
+        self._num_before = self._num_reported = len(self._seconds)
 
     @property
     def losses(self) -> Sequence[float]:
@@ -87,7 +105,7 @@ class StepLog:
     def finish(self, name: str, schedule: str, units: Units) -> tuple[Run, tuple[Step, ...]]:
         """What the run was, and its steps, at least one; a collective call, the same on all ranks."""
         num_steps = len(self._seconds)
-        num_timed = max(1, num_steps - _WATCHED_STEP)
+        num_timed = max(1, self._num_here - _WATCHED_STEP)
         meter = self._pipe.meter
         measured = meter.times(num_timed)
         mine = _Taken(tuple(self._seconds), self._peak_bytes, _told(torch.device(self._device)))

@@ -20,10 +20,12 @@ from evenflow.cli.config import (
     TextData,
     read_config,
 )
+from evenflow.cli.keeping import CONFIG, check_kept
+from evenflow.cli.restarts import fitting, launch_again
 from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
-from evenflow.journal.folder import is_free
-from evenflow.launcher import launch, rank_environment
+from evenflow.journal.folder import claim, is_free
+from evenflow.launcher import RankEnvironment, launch, rank_environment
 from evenflow.pipe.choices import stages_on_each
 from evenflow.pipe.planned import DEFAULT_SCHEDULE
 from evenflow.plan.plan import Plan
@@ -50,6 +52,10 @@ class Flags:
     schedule: str | None = None
     num_microbatches: int | None = None
     out: Path | None = None
+    resume: Path | None = None
+    save_every: int | None = None
+    keep_last: int | None = None
+    max_restarts: int = 0
     plan: Path | None = None
     exact: bool | None = None
     device: str | None = None
@@ -61,14 +67,30 @@ def train(flags: Flags) -> None:
     Raises:
         EvenflowError: Whatever stops the run; before the ranks start wherever it can be known by then.
     """
-    job = make_job(flags)
-    if rank_environment() is None:
-        prepare_here(job)[0].close()
-        ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
-        Console().print(
-            f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False
+    job, place = make_job(flags), rank_environment()
+    if place is not None:
+        job = _under_launcher(job, flags, place)
+        launch(run_rank, job, nproc=job.num_processes)
+        return
+    prepare_here(job)[0].close()
+    if job.saves and flags.resume is None:
+        job = dataclasses.replace(job, out=claim(job.out))
+    ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
+    console = Console()
+    console.print(f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False)
+    launch_again(job, flags.max_restarts, console)
+
+
+def _under_launcher(job: Job, flags: Flags, place: RankEnvironment) -> Job:
+    """The run on the ranks that torchrun has started: after a restart perhaps fewer than it asks for."""
+    if flags.max_restarts:
+        raise ConfigError("--max-restarts under torchrun: it is torchrun that restarts, give it the flag")
+    if job.saves and flags.resume is None:
+        raise ConfigError(
+            "under torchrun a run that saves needs --resume FOLDER, a new one or that of the run to go on "
+            "with: each of torchrun's restarts must find the same"
         )
-    launch(run_rank, job, nproc=job.num_processes)
+    return fitting(job, place.num_ranks) if place.num_restarts else job
 
 
 def make_job(flags: Flags) -> Job:
@@ -79,6 +101,7 @@ def make_job(flags: Flags) -> Job:
     """
     plan = None if flags.plan is None else read_plan_file(flags.plan)
     config = _overridden(_config(flags), flags)
+    _check_saving(config, flags)
     if plan is None:
         schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
         catalog.get(schedule)  # an unknown one is refused here, with the list
@@ -88,7 +111,7 @@ def make_job(flags: Flags) -> Job:
     on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
     num_stages = _num_stages(config.pipeline, device, on_each)
     num_ranks = max(1, num_stages // on_each)
-    out = flags.out or Path("runs") / config.name
+    out = flags.resume or flags.out or Path("runs") / config.name
     _check_out(out, asked=flags.out is not None)
     job = Job(
         config=config,
@@ -109,6 +132,20 @@ def make_job(flags: Flags) -> Job:
             f", and this machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"
         )
     return job
+
+
+def _check_saving(config: RunConfig, flags: Flags) -> None:
+    if flags.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {flags.max_restarts}: it is a number of times")
+    if flags.resume is not None and flags.out is not None:
+        raise ConfigError("--resume and --out both name the run's folder: leave one out")
+    for name, asked in (("resume", flags.resume is not None), ("max-restarts", flags.max_restarts > 0)):
+        if asked and config.checkpoints.every is None:
+            raise ConfigError(
+                f"--{name} needs checkpoints: say --save-every STEPS, or every under [checkpoints]"
+            )
+    if flags.resume is not None:
+        check_kept(flags.resume, config.training.steps)
 
 
 def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
@@ -143,6 +180,8 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
 def _config(flags: Flags) -> RunConfig:
     """The run that the source names, before the other flags."""
     match flags.source, flags.model:
+        case None, None if flags.resume is not None and (flags.resume / CONFIG).is_file():
+            return read_config(flags.resume / CONFIG)
         case None, None:
             raise ConfigError("nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER")
         case None, Path() as folder:
@@ -181,6 +220,9 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         data=_overridden_data(config.data, flags),
         training=dataclasses.replace(config.training, **_given(training)),
         pipeline=_with_microbatches(dataclasses.replace(config.pipeline, **_given(pipeline)), flags),
+        checkpoints=dataclasses.replace(
+            config.checkpoints, **_given({"every": flags.save_every, "keep_last": flags.keep_last})
+        ),
     )
 
 

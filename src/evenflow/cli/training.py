@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import evenflow
 from evenflow.cli.config import DataChoice, ExampleData, Pipelining, RunConfig, TextData, Training
 from evenflow.cli.config_text import write_config
+from evenflow.cli.keeping import Keeping
 from evenflow.cli.logged import logged_status
 from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
@@ -55,6 +56,11 @@ class Job:
     device: str
     out: Path
     plan: Plan | None = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether it saves while it trains: then its folder is `out`, from the beginning."""
+        return self.config.checkpoints.every is not None
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -200,15 +206,24 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     print_cut(console, pipe.cut)
     training = job.config.training
     log = StepLog(pipe, num_steps=training.steps, device=job.device)
+    keeping = Keeping(pipe, job.out, job.config) if job.saves else None
+    before = None if keeping is None else keeping.resume(console)
+    if before is not None:
+        log.go_on(before)
     with ProgressReport(console, num_steps=training.steps, units=feed.units) as report:
-        report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
-        for number, batch in enumerate(log.batches(feed.batches), start=1):
+        if before is None:
+            report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
+        for number, batch in enumerate(log.batches(feed.batches), start=pipe.num_updates + 1):
             log.step(batch)
+            if keeping is not None and number < training.steps:  # the last one is saved at the end
+                keeping.updated(log.state)
             validates = number % training.validate_every == 0 and number < training.steps
             if validates or number == 1 or number % _READ_EVERY == 0 or number == training.steps:
                 report.step(number, loss=log.losses[-1], step_seconds=log.recent_seconds())
             if validates:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
+    if keeping is not None:
+        keeping.wait()
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
     console.print(bill_table(*pipe.bills()))
@@ -223,7 +238,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
         step_seconds=run.step.median,
         bubble=measured.bubble,
     )
-    folder: Path = pipe.meter.gather(claim(job.out) if pipe.is_main else None)[0]
+    folder: Path = pipe.share((job.out if job.saves else claim(job.out)) if pipe.is_main else None)
     pipe.save(folder / "checkpoint")
     if pipe.is_main:
         title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"

@@ -6,6 +6,7 @@
     config.toml    what was asked for, as `evenflow train` reads it
     timeline.png   the last step, predicted and measured
     checkpoint/    the trained parameters
+    checkpoints/   those that it saved while it trained, and the last of which it would go on from
 
 A folder may come from a stranger: it is data, and what is wrong in it is said with its file and its place.
 """
@@ -58,17 +59,22 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether the run of a folder has come to its end."""
+    return (folder / _RUN).exists()
+
+
 def write_run(folder: Path, run: Run, steps: Iterable[Step], *, plan: Plan | None, config: str) -> None:
     """Write what is known of a run into its folder; `config` is the text of its configuration."""
-    _write(folder / _CONFIG, config)
+    write_text(folder / _CONFIG, config)
     if plan is not None:
-        _write(folder / _PLAN, write_plan(plan))
-    _write(folder / _STEPS, "".join(f"{json.dumps(asdict(step), allow_nan=False)}\n" for step in steps))
+        write_text(folder / _PLAN, write_plan(plan))
+    write_text(folder / _STEPS, "".join(f"{json.dumps(asdict(step), allow_nan=False)}\n" for step in steps))
     content = {"version": _VERSION, **asdict(run)}
-    _write(folder / _RUN, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / _RUN, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file that is there only when it is whole."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

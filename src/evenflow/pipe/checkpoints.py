@@ -98,9 +98,12 @@ class Checkpoints:
         return None
 
     def updated(self, extra: Any = None) -> None:
-        """An update is done: save, if it is time; see `Pipeline.save` for `extra`. A collective call."""
+        """An update is done: save, if it is time. A collective call.
+
+        `extra` is saved beside (see `Pipeline.save`); a function is asked for it then.
+        """
         if self.pipe.num_updates % self._every == 0:
-            self.save(extra)
+            self.save(extra() if callable(extra) else extra)
 
     def save(self, extra: Any = None) -> None:
         """Begin to save, when what was begun before is written; a collective call."""

@@ -1,0 +1,21 @@
+"""The flags of `evenflow train` that say what becomes of a long run: its checkpoints and restarts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SaveEvery = Annotated[
+    int | None, typer.Option(metavar="STEPS", help="Save a checkpoint every so many steps.")
+]
+KeepLast = Annotated[int | None, typer.Option(help="How many of these checkpoints to keep. Default: 2.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Go on with the run in this folder, at any number of ranks; or start one there.",
+    ),
+]
+MaxRestarts = Annotated[
+    int, typer.Option(help="How often to start again, from the last checkpoint, where a rank is lost.")
+]

@@ -1,0 +1,126 @@
+"""Checkpoints between processes: any mesh goes on from any other, and from one process."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from test_mesh import llama, make, text
+from torch import distributed as dist
+
+import evenflow
+from evenflow.checkpoint.load import open_checkpoint, problems
+from evenflow.errors import ConfigError, PeerError
+
+MESHES = {
+    "pp": {"mesh": {"pp": 4}},
+    "dp": {"mesh": {"pp": 2, "dp": 2}, "schedule": "zb-h1"},
+    "zero1": {"mesh": {"pp": 2, "dp": 2}, "shard": "zero1"},
+    "fsdp": {"mesh": {"pp": 2, "dp": 2}, "shard": "fsdp"},
+    "tp": {"mesh": {"pp": 2, "tp": 2}},
+}
+ONE, SAVED_AT, STEPS = "one process", 2, 4
+
+
+def model():
+    return llama(num_hidden_layers=3)
+
+
+def start(name: str) -> evenflow.Pipeline:
+    options = MESHES.get(name, {"stages": 3})
+    return make(model(), num_microbatches=4, clip_norm=1.0, **options)
+
+
+def steps(pipe, numbers) -> list[float]:
+    return [float(pipe.step(text(number)).loss) for number in numbers]
+
+
+def run(name: str, folder: Path) -> list[float]:
+    """Save in the middle of a run, written while it goes on."""
+    pipe = start(name)
+    steps(pipe, range(SAVED_AT))
+    pipe.save(folder / name, wait=False)
+    found = steps(pipe, range(SAVED_AT, STEPS))
+    pipe.saved()
+    pipe.close()
+    return found
+
+
+def go_on(name: str, folder: Path) -> list[float]:
+    pipe = start(name)
+    pipe.load(folder)
+    found = steps(pipe, range(SAVED_AT, STEPS))
+    pipe.close()
+    return found
+
+
+def refused(folder: Path) -> str:
+    """What one rank cannot read: it says so, the others say whose fault it is, and nothing has changed."""
+    pipe = start("pp")
+    before = {name: float(parameter.sum()) for name, parameter in pipe.named_parameters()}
+    with pytest.raises((ConfigError, PeerError)) as error:
+        pipe.load(folder / "broken")
+    assert before == {name: float(parameter.sum()) for name, parameter in pipe.named_parameters()}
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def on_ranks(folder: Path):
+    dist.init_process_group("gloo")
+    found = {("run", name): run(name, folder) for name in MESHES}
+    found |= {
+        (name, saved): go_on(name, folder / saved)
+        for name in MESHES
+        for saved in (*MESHES, ONE)
+        if name != saved
+    }
+    return found, refused(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@cache
+def results(folder: Path):
+    expected = run(ONE, folder)
+    (folder / "broken").mkdir()
+    for path in (folder / ONE).iterdir():
+        content = bytearray(path.read_bytes())
+        if path.suffix == ".safetensors":
+            table = open_checkpoint(folder / ONE).table["model.model.embed_tokens.weight"]
+            raw = (folder / ONE / table.chunks[0].file).read_bytes()
+            at = raw.index(open_checkpoint(folder / ONE).tensors([table.name])[table.name].numpy().tobytes())
+            content[at] ^= 1
+        (folder / "broken" / path.name).write_bytes(content)
+    return expected, evenflow.launch(on_ranks, folder, nproc=4)
+
+
+def test_any_mesh_goes_on_from_any_other(folder):
+    expected, ranks = results(folder)
+    for found, _ in ranks:
+        for (name, saved), losses in found.items():
+            most = 1e-5 if "tp" in (name, saved) else 1e-6
+            assert losses == pytest.approx(expected, rel=most), f"{name} from {saved}"
+    assert ranks[0][0]["pp", ONE] == expected, "only the number of stages changed"
+    assert ranks[0][0]["run", "pp"] == expected
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_one_process_goes_on_from_any_mesh(folder, name):
+    expected, _ = results(folder)
+    assert problems(open_checkpoint(folder / name)) == []
+    assert go_on(ONE, folder / name) == pytest.approx(expected, rel=1e-5 if name == "tp" else 1e-6)
+    keys = {name: saved.shape for name, saved in open_checkpoint(folder / name).table.items()}
+    assert {name: shape for name, shape in keys.items() if not name.startswith("processes")} == {
+        name: saved.shape
+        for name, saved in open_checkpoint(folder / ONE).table.items()
+        if not name.startswith("processes")
+    }
+
+
+def test_one_rank_cannot_read(folder):
+    _, ranks = results(folder)
+    texts = [refusal for _, refusal in ranks]
+    assert texts[0].startswith("ConfigError: load(")
+    assert "model.model.embed_tokens.weight in tensors-00000.safetensors is damaged" in texts[0]
+    assert all(each.startswith("PeerError: rank 0 refused what load(") for each in texts[1:])
