@@ -170,17 +170,21 @@ def _end_session(process: "subprocess.Popen[str]") -> None:
 
 def _left_behind(place: Path) -> list[str]:
     """Processes that were started for this run and live on; those that are about to end have a moment."""
-    mark = f"TORTURE_FOLDER={place}".encode()
-    found: list[str] = []
     for _ in range(100):
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (process / "environ").read_bytes().split(b"\0"):
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        if not found:
+        if not processes_of("TORTURE_FOLDER", str(place)):
             return []
         time.sleep(0.1)
+    return list(processes_of("TORTURE_FOLDER", str(place)).values())
+
+
+def processes_of(variable: str, value: str) -> dict[int, str]:
+    """The processes that were started with a variable of the environment so, and their commands."""
+    mark, found = f"{variable}={value}".encode(), {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(process.name)] = command
     return found
 
 

@@ -1,5 +1,6 @@
 """Runs that lose ranks, and go on as if nothing had happened; or that are asked for what cannot be."""
 
+import contextlib
 import os
 import re
 import signal
@@ -40,6 +41,7 @@ every = 2
 """
 
 
+@pytest.mark.timeout(600)
 def test_killed_ranks(tmp_path):
     """In a step, in a save and in a load; `make torture` does so a hundred times."""
     undisturbed = torture.run(tmp_path / "undisturbed", 60)
@@ -59,16 +61,26 @@ def config(place: Path, stages: int = 2) -> Path:
     return path
 
 
-def started(place: Path, *command: object, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=place,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=(place / "output.txt").open("a"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def started(place: Path, *command: object, host: str = "one") -> "subprocess.Popen[str]":
+    with (place / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=place,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TEST_HOST": f"{place} {host}"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def switch_off(process: "subprocess.Popen[str]", place: Path, host: str = "one") -> None:
+    """End all that was started there, launchers and ranks, as when a machine goes down."""
+    while found := torture.processes_of("TEST_HOST", f"{place} {host}"):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
 
 
 def wait_for(process: "subprocess.Popen[str]", seen) -> None:
@@ -104,8 +116,7 @@ def undisturbed(tmp_path_factory) -> list[float | None]:
 def test_a_run_that_was_stopped_goes_on_with_other_stages(tmp_path, undisturbed, capfd):
     process = started(tmp_path, "-m", "evenflow", "train", config(tmp_path), "--resume", "run")
     wait_for(process, lambda: checkpoints_in(tmp_path / "run" / "checkpoints"))
-    os.killpg(process.pid, signal.SIGKILL)  # all of it, as when a machine goes down
-    process.wait()
+    switch_off(process, tmp_path)
     assert not (tmp_path / "run" / "run.json").exists()
     folder = tmp_path / "run"
     assert quiet("train", "--resume", folder, "--stages", 1) == 0
@@ -120,6 +131,7 @@ def test_a_run_that_was_stopped_goes_on_with_other_stages(tmp_path, undisturbed,
     assert "the run in it has ended, after 20 steps" in capfd.readouterr().err
 
 
+@pytest.mark.timeout(600)
 def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path, undisturbed):
     """Two launchers, as on two hosts: one is killed with its ranks, the other plans again for its own."""
     port = torture.free_port()
@@ -135,12 +147,11 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path, undisturbed):
         *("-m", "evenflow", "train", config(tmp_path, stages=4), "--resume", "run"),
     )
     stays = started(tmp_path, *launcher)
-    goes = started(tmp_path, *launcher)
+    goes = started(tmp_path, *launcher, host="other")
     try:
         wait_for(stays, lambda: checkpoints_in(tmp_path / "run" / "checkpoints"))
     finally:
-        os.killpg(goes.pid, signal.SIGKILL)
-        goes.wait()
+        switch_off(goes, tmp_path, "other")
     assert ended(stays, 240) == 0, (tmp_path / "output.txt").read_text()[-4000:]
     text = (tmp_path / "output.txt").read_text()
     assert "2 processes are left of 4: planning again for those" in text

@@ -112,6 +112,36 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest, table, document)
 
 
+def misfit(checkpoint: Checkpoint, model: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> str | None:
+    """Why a checkpoint does not fit a model, with every name, if so; it must have the parameters `own`."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names |= set(model.state_dict(keep_vars=True))
+    held = checkpoint.document.get("model")
+    if not isinstance(held, dict):
+        return "its state holds no model"
+    shapes = {name: checkpoint.table[key].shape for name in held for key in keys_in(held[name])}
+    faults = [
+        f"{len(each)} {what}: {', '.join(each)}"
+        for what, each in (
+            ("missing from it", sorted(set(own) - set(shapes))),
+            ("unexpected in it", sorted(set(shapes) - names)),
+            (
+                "of another shape",
+                [
+                    f"{name} is {list(shapes[name])} there and {list(parameter.shape)} here"
+                    for name, parameter in own.items()
+                    if name in shapes and shapes[name] != tuple(parameter.shape)
+                ],
+            ),
+        )
+        if each
+    ]
+    if not faults:
+        return None
+    kinds = f"it is of a {checkpoint.manifest.model}, and the model is a {type(model).__name__}"
+    return f"{kinds}; {'; '.join(faults)}"
+
+
 def problems(checkpoint: Checkpoint, progress: Callable[[str], None] = lambda _: None) -> list[str]:
     """What is wrong with a checkpoint's tensors: each is read, and compared with its checksum."""
     from evenflow.checkpoint.storage import opened

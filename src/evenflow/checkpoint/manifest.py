@@ -126,6 +126,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted((each.parent for each in found if not is_unfinished(each.parent)), key=_order)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return (folder / FILE).is_file() and not is_unfinished(folder)
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder bears a name under which it is being written, or put away."""
     return folder.suffix in (".partial", ".replaced")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from evenflow.cli.checkpoint_app import app as checkpoint_app
 from evenflow.cli.collecting import no_collecting
 from evenflow.cli.shared_flags import (
     BatchSize,
@@ -38,6 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+app.add_typer(checkpoint_app)
 
 
 def _print_version(asked: bool) -> None:

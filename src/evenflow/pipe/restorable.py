@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evenflow.checkpoint.load import open_checkpoint
+from evenflow.checkpoint.load import misfit, open_checkpoint
 from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content
 from evenflow.errors import ConfigError, EvenflowError
@@ -21,7 +21,7 @@ from evenflow.pipe.parts import Parts
 from evenflow.pipe.position import Position
 from evenflow.pipe.random_state import random_state, set_random_state
 from evenflow.pipe.refuse import refuse_together
-from evenflow.pipe.saved import check_state, layout_of, problem_of, read_state
+from evenflow.pipe.saved import check_state, layout_of, read_state
 from evenflow.pipe.saver import Saver
 from evenflow.pipe.state import put_back, state_of
 from evenflow.pipe.swapped import swapped
@@ -176,7 +176,7 @@ class Restorable(ABC):
         parts, problem, state = self._parts, None, None
         try:
             checkpoint = open_checkpoint(Path(folder))
-            problem = problem_of(checkpoint, parts.model, parts.updater)
+            problem = misfit(checkpoint, parts.model, dict(parts.updater.parameters))
             if problem is None:
                 state = read_state(checkpoint, parts, optimizer=optimizer)
                 check_state(state, folder)

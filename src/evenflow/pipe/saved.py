@@ -14,7 +14,6 @@ from evenflow.checkpoint.table import DTYPES
 from evenflow.errors import ConfigError
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.pipe.parts import Parts
-from evenflow.pipe.update import Updater
 
 _BY_NAME = ("model", "masters", "optimizer", "settings")
 
@@ -24,37 +23,6 @@ def layout_of(parts: Parts) -> str:
     mesh, placement = parts.mesh, parts.programs.placement
     ranks = f"{mesh.pipeline.size} x {mesh.data.size} x {mesh.tensor.size} processes (pp x dp x tp)"
     return f"{placement.num_stages} stages on {placement.num_ranks} ranks, {ranks}"
-
-
-def problem_of(checkpoint: Checkpoint, model: torch.nn.Module, updater: Updater) -> str | None:
-    """Why a checkpoint does not fit the model, with every name, if so."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    names |= set(model.state_dict(keep_vars=True))
-    held = checkpoint.document.get("model")
-    if not isinstance(held, dict):
-        return "its state holds no model"
-    shapes = {name: checkpoint.table[key].shape for name in held for key in keys_in(held[name])}
-    own = dict(updater.parameters)
-    faults = [
-        f"{len(each)} {what}: {', '.join(each)}"
-        for what, each in (
-            ("missing from it", sorted(set(own) - set(shapes))),
-            ("unexpected in it", sorted(set(shapes) - names)),
-            (
-                "of another shape",
-                [
-                    f"{name} is {list(shapes[name])} there and {list(parameter.shape)} here"
-                    for name, parameter in own.items()
-                    if name in shapes and shapes[name] != tuple(parameter.shape)
-                ],
-            ),
-        )
-        if each
-    ]
-    if not faults:
-        return None
-    kinds = f"it is of a {checkpoint.manifest.model}, and the model is a {type(model).__name__}"
-    return f"{kinds}; {'; '.join(faults)}"
 
 
 def read_state(checkpoint: Checkpoint, parts: Parts, *, optimizer: bool) -> dict[str, Any]:
