@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: torture train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: torture bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -27,7 +27,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh
+bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
@@ -55,6 +55,9 @@ bench-hosts: setup
 # A hundred ranks killed; twenty minutes and more.
 torture: setup
 	$(BIN)/python benchmarks/torture.py 100
+
+bench-saving: setup
+	$(BIN)/python benchmarks/saving.py
 
 bench-steady: setup
 	$(BIN)/python benchmarks/steady.py
