@@ -136,11 +136,11 @@ def test_fewer_layers_than_stages_are_refused() -> None:
         (
             "layer,forward_ms,input_grad,weight_grad\na,x,-1,nan\nb,1,inf,\nc,1\nd,1,1,1,1\n",
             [
-                "line 2, column forward_ms: 'x': write a finite number of at least 0",
-                "line 2, column input_grad: '-1': write a finite number of at least 0",
-                "line 2, column weight_grad: 'nan': write a finite number of at least 0",
-                "line 3, column input_grad: 'inf': write a finite number of at least 0",
-                "line 3, column weight_grad: '': write a finite number of at least 0",
+                "line 2, column forward_ms: 'x': write a finite number of at least 0 (and at most 1e+90)",
+                "line 2, column input_grad: '-1': write a finite number of at least 0 (and at most 1e+90)",
+                "line 2, column weight_grad: 'nan': write a finite number of at least 0 (and at most 1e+90)",
+                "line 3, column input_grad: 'inf': write a finite number of at least 0 (and at most 1e+90)",
+                "line 3, column weight_grad: '': write a finite number of at least 0 (and at most 1e+90)",
                 "line 4: 2 cells under 4 headings",
                 "line 5: 5 cells under 4 headings",
             ],

@@ -152,7 +152,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_binary_file_is_refused(tmp_path):
     path = tmp_path / "run.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="is no TOML file: it is not UTF-8"):
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
         read_config(path)
 
 

@@ -1,6 +1,7 @@
 """`evenflow train`: from what the user typed to a complete `Job`, checked, and then the ranks are started."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules import catalog
 
 _NUM_CPU_RANKS = 2
+_MOST_PROCESSES = max(64, 4 * (os.cpu_count() or 1))  # each takes some hundred MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,11 @@ def make_job(flags: Flags) -> Job:
         out=out,
         plan=plan,
     )
+    if rank_environment() is None and job.num_processes > _MOST_PROCESSES:
+        raise ConfigError(
+            f"{num_ranks} pipeline ranks, with the data and tensor ranks beside, are {job.num_processes:,} "
+            f"processes, and this machine starts {_MOST_PROCESSES} at most: ask for fewer"
+        )
     # Under torchrun there may be more hosts than this.
     if device == "cuda" and rank_environment() is None and job.num_processes > torch.cuda.device_count():
         each = job.num_processes // num_ranks
