@@ -218,7 +218,7 @@ def read_sizes(flags: Flags, own: Schedule | None, prices: Prices) -> Sizes:
 
 
 def _check_priceable(num_ranks: int, num_stages: int, num_microbatches: int) -> None:
-    """Refuse sizes that would take hours: ops are priced one by one, and each stage is sought on each rank."""
+    """Refuse what would take hours: ops are priced one by one, and each stage is sought on each rank."""
     num_ops = 3 * num_stages * num_microbatches
     if num_ops > _MAX_OPS:
         raise ConfigError(
@@ -227,6 +227,6 @@ def _check_priceable(num_ranks: int, num_stages: int, num_microbatches: int) -> 
         )
     if num_ranks * num_stages > _MAX_PLACES:
         raise ConfigError(
-            f"{num_ranks} ranks × {num_stages} stages are more than the {_MAX_PLACES:,} that can be priced in "
-            "minutes: lower one of them"
+            f"{num_ranks} ranks × {num_stages} stages make more than {_MAX_PLACES:,}, which cannot be "
+            "priced in minutes: lower one of them"
         )

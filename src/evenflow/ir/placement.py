@@ -25,8 +25,8 @@ class Placement:
         # Counted, as a file may name a rank of any size, up to which nothing is to be listed.
         if min(self.rank_of) < 0 or len(set(self.rank_of)) != max(self.rank_of) + 1:
             raise ConfigError(
-                f"rank_of {shown(self.rank_of)} must use every rank from 0 to {max(self.rank_of)}, and no other: "
-                "number the ranks so that each holds a stage"
+                f"rank_of {shown(self.rank_of)} must use every rank from 0 to {max(self.rank_of)}, and no "
+                "other: number the ranks so that each holds a stage"
             )
 
     @property
