@@ -7,6 +7,7 @@ that the time grows with their square. All of these become a `ConfigError`.
 
 import json
 import re
+import stat
 import tomllib
 from pathlib import Path
 
@@ -31,18 +32,20 @@ def read_text(path: Path, what: str, *, most_bytes: int = _MOST_BYTES) -> str:
     evenflow.errors.ConfigError: cannot read the plan /dev/zero: it is no regular file
     """
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise ConfigError(f"cannot read the {what} {path}: it is no regular file")
-        if size > most_bytes:
-            raise ConfigError(f"cannot read the {what} {path}: it has more than {most_bytes >> 20} MiB")
-        return path.read_text(encoding="utf-8")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            reason = "it is no regular file"
+        elif found.st_size > most_bytes:
+            reason = f"it has more than {most_bytes >> 20} MiB"
+        else:
+            return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}") from error
+        reason = error.strerror or str(error)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read the {what} {path}: it is not UTF-8 text ({error})") from error
+        reason = f"it is not UTF-8 text ({error})"
     except ValueError as error:  # a path that no file can have
-        raise ConfigError(f"cannot read the {what} {str(path)!r}: {error}") from error
+        reason = str(error)
+    raise ConfigError(f"cannot read the {what} {path}: {reason}")
 
 
 def read_toml(path: Path, what: str) -> dict[str, object]:
@@ -86,7 +89,7 @@ def shown(value: object) -> str:
     r"""A wrong value as a message can hold it: on one line, not too long, without control characters.
 
     >>> shown("a\x1b[31m"), shown([0] * 100)[-4:], shown(16**5000)
-    ("'a\\x1b[31m'", '0, …', 'an int too large to be shown')
+    ("'a\\x1b[31m'", ', 0…', 'an int too large to be shown')
     """
     try:
         text = repr(value)
@@ -94,6 +97,15 @@ def shown(value: object) -> str:
         kind = type(value).__name__
         return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} too large to be shown"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def is_file_name(value: object) -> bool:
+    """Whether a value is the name of a file in whatever folder it is joined to, and of none elsewhere.
+
+    >>> [is_file_name(each) for each in ("weights.bin", "../weights.bin", "/weights.bin", "..", 5)]
+    [True, False, False, False, False]
+    """
+    return isinstance(value, str) and value.isprintable() and Path(value).name == value not in ("", "..")
 
 
 def visible(text: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evenflow.errors import ConfigError
-from evenflow.foreign import parse_json, read_text, shown
+from evenflow.foreign import is_file_name, parse_json, read_text, shown
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def files_of(folder: Path, weights: str, index: str) -> list[Path]:
             )
         for name in held.values():
             # A path could lead out of the folder. (A file in it may be a link, as in the cache of the Hub.)
-            if not isinstance(name, str) or not name.isprintable() or name == ".." or Path(name).name != name:
+            if not is_file_name(name):
                 raise ConfigError(
                     f"load={str(folder)!r}: {index} names {shown(name)}, which is no file in the folder"
                 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_args, get_origin
 
 from evenflow.errors import ConfigError
-from evenflow.foreign import read_toml, shown
+from evenflow.foreign import is_file_name, read_toml, shown
 from evenflow.plan.request import RECOMPUTE_NAMES
 
 
@@ -195,12 +195,11 @@ def read_config(path: Path) -> RunConfig:
 def _name(value: object) -> str:
     name = _convert(value, str, "name")
     assert isinstance(name, str), "converted"
-    if not name or name == ".." or Path(name).name != name:
+    if not is_file_name(name):
         raise ConfigError(
-            f"name = {shown(name)} names a folder under runs/, so it cannot be empty, .. or hold a slash"
+            f"name = {shown(name)} names a folder under runs/, so it cannot be empty, or '..', or hold a slash "
+            "or control characters"
         )
-    if not name.isprintable():
-        raise ConfigError(f"name = {shown(name)} must hold no control characters")
     return name
 
 

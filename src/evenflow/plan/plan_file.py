@@ -11,7 +11,6 @@ from typing import Any
 
 from evenflow.errors import ConfigError
 from evenflow.foreign import parse_toml, read_toml, shown
-from evenflow.ir.placement import Placement
 from evenflow.plain_data import read_as
 from evenflow.plan.known_costs import known_costs
 from evenflow.plan.own_order import own_schedule
@@ -101,7 +100,9 @@ def _check_ranks(plan: Plan) -> None:
     for number, stage in enumerate(plan.stages):
         if stage.rank >= num_ranks:
             raise ConfigError(f"stages[{number}].rank = {stage.rank}, and ranks are 0 to {num_ranks - 1}")
-    Placement(tuple(stage.rank for stage in plan.stages))  # raises where a rank holds none
+    used = {stage.rank for stage in plan.stages}
+    if len(used) < num_ranks:
+        raise ConfigError(f"degrees.pipeline = {num_ranks} ranks, and the stages are on {len(used)} of them")
     known = set[tuple[int, int]]()
     for number, link in enumerate(plan.links):
         pair = (link.source, link.target)
