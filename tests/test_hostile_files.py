@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from damage import damaged_bytes, damaged_schedule, damaged_toml, damaged_tree
+from evenflow.cli import train
 from evenflow.cli.config import TextData, read_config
 from evenflow.cli.main import main
 from evenflow.cli.show import print_run
@@ -322,15 +323,22 @@ def test_a_measurement_that_is_none_is_made_again(tmp_path, text):
     assert cache.find("node") is None
 
 
+MODEL = """
+from unsplit import mean_square, mlp, regression
+
+def build():
+    return mlp(4, 8, 8, 1), mean_square, regression()
+"""
+
+
 def test_no_plan_or_configuration_starts_processes_without_end(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("gpt.py").write_text("")
-    Path("run.toml").write_text('[model]\nfunction = "gpt.py:build"\n[pipeline]\ndata_ranks = 1000000')
-    with pytest.raises(SystemExit):
-        main(["train", "run.toml", "--device", "cpu"])
-    assert "are 2,000,000 processes" in capsys.readouterr().err
-    Path("run.toml").write_text('[model]\nfunction = "gpt.py:build"')
+    monkeypatch.setattr(train, "launch", lambda *args, **options: pytest.fail("processes were started"))
+    Path("model.py").write_text(MODEL)
+    Path("run.toml").write_text('[model]\nfunction = "model.py:build"\n')
+    Path("wide.toml").write_text(Path("run.toml").read_text() + "[pipeline]\ndata_ranks = 1000000")
     Path("plan.toml").write_text(plan_texts()[0].replace("data = 1", "data = 1000000"))
-    with pytest.raises(SystemExit):
-        main(["train", "run.toml", "--plan", "plan.toml", "--device", "cpu"])
-    assert "are 2,000,000 processes" in capsys.readouterr().err
+    for command in (["wide.toml"], ["run.toml", "--plan", "plan.toml"]):
+        with pytest.raises(SystemExit):
+            main(["train", *command, "--device", "cpu"])
+        assert "are 2,000,000 processes; here at most" in capsys.readouterr().err

@@ -197,8 +197,8 @@ def _name(value: object) -> str:
     assert isinstance(name, str), "converted"
     if not is_file_name(name):
         raise ConfigError(
-            f"name = {shown(name)} names a folder under runs/, so it cannot be empty, or '..', or hold a slash "
-            "or control characters"
+            f"name = {shown(name)} names a folder under runs/, so it cannot be empty, or '..', or hold a "
+            "slash or control characters"
         )
     return name
 

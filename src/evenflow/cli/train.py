@@ -66,6 +66,11 @@ def train(flags: Flags) -> None:
     job = make_job(flags)
     if rank_environment() is None:
         prepare_here(job)[0].close()
+        if job.num_processes > _MOST_PROCESSES:
+            raise ConfigError(
+                f"{job.num_ranks} pipeline ranks, and data and tensor ranks beside, are "
+                f"{job.num_processes:,} processes; here at most {_MOST_PROCESSES} are started: ask for fewer"
+            )
         ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
         Console().print(
             f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False
@@ -102,11 +107,6 @@ def make_job(flags: Flags) -> Job:
         out=out,
         plan=plan,
     )
-    if rank_environment() is None and job.num_processes > _MOST_PROCESSES:
-        raise ConfigError(
-            f"{num_ranks} pipeline ranks, with the data and tensor ranks beside, are {job.num_processes:,} "
-            f"processes, and this machine starts {_MOST_PROCESSES} at most: ask for fewer"
-        )
     # Under torchrun there may be more hosts than this.
     if device == "cuda" and rank_environment() is None and job.num_processes > torch.cuda.device_count():
         each = job.num_processes // num_ranks
