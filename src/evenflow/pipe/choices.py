@@ -33,7 +33,7 @@ from evenflow.schedules.catalog import ScheduleFunction
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
 LEAVE_SECONDS = 10.0
-_MOST_STAGES = 10_000  # more than any model has layers; a schedule of them is made before the model is cut
+_MOST_STAGES = 2_000  # a schedule of them is made before the model is cut, in seconds
 TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
 
