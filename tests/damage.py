@@ -1,5 +1,6 @@
 """Hypothesis strategies that damage real files: their bytes, their lines, and what a parser makes of them."""
 
+import copy
 import json
 import math
 import tomllib
@@ -126,7 +127,7 @@ def _at(tree: Any, place: tuple[Any, ...]) -> Any:
 @st.composite
 def damaged_tree(draw: st.DrawFn, whole: Any, *, changes: int = 2) -> Any:
     """A copy of a tree of dicts and lists with a few of its values or keys changed."""
-    made = json.loads(json.dumps(whole))
+    made = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, changes))):
         places = _places(made)
         if not places:
@@ -137,7 +138,7 @@ def damaged_tree(draw: st.DrawFn, whole: Any, *, changes: int = 2) -> Any:
             st.sampled_from(("wrong", "wrong", "words", "other", "gone", "new key", "twice", "nudge"))
         )
         if what == "wrong":
-            inside[key] = draw(st.sampled_from(WRONG_VALUES))
+            inside[key] = copy.deepcopy(draw(st.sampled_from(WRONG_VALUES)))
         elif isinstance(inside[key], str) and "," in inside[key]:  # a row of ops
             words = inside[key].split(",")
             one, other = (draw(st.integers(0, len(words) - 1)) for _ in range(2))
@@ -145,7 +146,7 @@ def damaged_tree(draw: st.DrawFn, whole: Any, *, changes: int = 2) -> Any:
             inside[key] = ",".join(words)
         elif what == "other":  # of its own kind, from another place in the same file
             alike = [place for place in places if place[-1] == key or isinstance(key, int)]
-            inside[key] = json.loads(json.dumps(_at(made, draw(st.sampled_from(alike)))))
+            inside[key] = copy.deepcopy(_at(made, draw(st.sampled_from(alike))))
         elif what == "gone":
             del inside[key]
         elif what == "twice" and isinstance(inside, list):

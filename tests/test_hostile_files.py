@@ -210,9 +210,9 @@ HUGE = "9" * 5000  # more digits than Python converts
         ("version = 0x" + "f" * 5000, "version = an int too large to be shown"),
         ("a = " + "[" * 9000, "this is no valid TOML: maximum recursion depth"),
         ("a = " + "{a=" * 9000, "this is no valid TOML: maximum recursion depth"),
-        ("\n" + "a." * 500_000 + "a = 1", "line 2 has a key of more than 64 parts: 'a.a.a."),
-        ("[" + '"a\\"". ' * 100 + "a]", "line 1 has a key of more than 64 parts"),
-        ("a = {" + "a . " * 500_000 + "a = 1}", "line 1 has a key of more than 64 parts"),
+        ("\n" + "a." * 500_000 + "a = 1", "line 2 has a key of more than 32 parts: 'a.a.a."),
+        ("[" + '"a\\"". ' * 100 + "a]", "line 1 has a key of more than 32 parts"),
+        ("a = {" + "a . " * 500_000 + "a = 1}", "line 1 has a key of more than 32 parts"),
         ("version = 1\n" + "x" * 1_000_000 + " = 1", "unknown key 'xxxx"),
     ],
 )
@@ -227,7 +227,7 @@ def test_toml_that_its_parser_chokes_on(tmp_path, read, text, said):
 
 
 def test_a_name_of_many_parts_is_no_key():
-    name = ".".join(f"block{number}" for number in range(60))
+    name = ".".join(f"block{number}" for number in range(30))
     assert parse_toml(f'first = "{name}"') == {"first": name}
 
 

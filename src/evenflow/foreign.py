@@ -14,8 +14,8 @@ from pathlib import Path
 from evenflow.errors import ConfigError
 
 _MOST_BYTES = 2**26  # a schedule of five million ops has 40 MiB
-_MOST_TOML_BYTES = 2**24  # which take ten seconds
-_MOST_PARTS = 64  # of a key of TOML; tomllib takes time by their square
+_MOST_TOML_BYTES = 2**22  # of which the worst take ten seconds
+_MOST_PARTS = 32  # of a key of TOML; tomllib takes time by their square
 _PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+"""
 _DEEP_KEY = re.compile(rf"(?<![\w-])(?:{_PART}\.[ \t]*+){{{_MOST_PARTS}}}")
 _SHOWN = 80  # characters of a wrong value

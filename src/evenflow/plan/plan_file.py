@@ -12,7 +12,6 @@ from typing import Any
 from evenflow.errors import ConfigError
 from evenflow.foreign import parse_toml, read_toml, shown
 from evenflow.plain_data import read_as
-from evenflow.plan.known_costs import known_costs
 from evenflow.plan.own_order import own_schedule
 from evenflow.plan.plan import Plan
 from evenflow.schedules import catalog
@@ -86,7 +85,6 @@ def _plan(content: dict[str, object]) -> Plan:
         )
     own_schedule(plan)  # raises for an order that is wrong
     _check_ranks(plan)
-    known_costs(plan)  # raises for links that are none
     if plan.max_leaf_share > 1:
         raise ConfigError(f"max_leaf_share = {plan.max_leaf_share} is a share: it must be at most 1")
     return plan
