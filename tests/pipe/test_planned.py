@@ -138,7 +138,7 @@ def test_what_a_pipeline_cannot_do_is_refused():
         make(plan=dataclasses.replace(made, stages=(made.stages[0], other)))
     crossed = tuple(dataclasses.replace(stage, rank=1 - stage.rank) for stage in made.stages)
     with refused("the plan's stages are on ranks (1, 0), and its schedule"):
-        make(plan=dataclasses.replace(made, schedule="1f1b", stages=crossed))
+        make(plan=dataclasses.replace(made, schedule="1f1b", order=(), stages=crossed))
     with refused("cannot read the plan no_such.toml"):
         make(plan="no_such.toml")
 
