@@ -136,11 +136,11 @@ def test_fewer_layers_than_stages_are_refused() -> None:
         (
             "layer,forward_ms,input_grad,weight_grad\na,x,-1,nan\nb,1,inf,\nc,1\nd,1,1,1,1\n",
             [
-                "line 2, column forward_ms: 'x': write a finite number of at least 0",
-                "line 2, column input_grad: '-1': write a finite number of at least 0",
-                "line 2, column weight_grad: 'nan': write a finite number of at least 0",
-                "line 3, column input_grad: 'inf': write a finite number of at least 0",
-                "line 3, column weight_grad: '': write a finite number of at least 0",
+                "line 2, column forward_ms: 'x': write a finite number of at least 0 (and at most 1e+90)",
+                "line 2, column input_grad: '-1': write a finite number of at least 0 (and at most 1e+90)",
+                "line 2, column weight_grad: 'nan': write a finite number of at least 0 (and at most 1e+90)",
+                "line 3, column input_grad: 'inf': write a finite number of at least 0 (and at most 1e+90)",
+                "line 3, column weight_grad: '': write a finite number of at least 0 (and at most 1e+90)",
                 "line 4: 2 cells under 4 headings",
                 "line 5: 5 cells under 4 headings",
             ],
@@ -211,3 +211,21 @@ def test_memory_without_a_unit_makes_no_chain(tmp_path: Path) -> None:
     assert isinstance(table, LayerTimes)
     with pytest.raises(ConfigError, match="has no unit"):
         chain_of(table, "H100")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"rank,forward,input_grad,weight_grad\n0,{'1' * 200_000},1,1", "are no CSV: field larger than"),
+        ("rank,forward,input_grad,weight_grad\n0,1e308,1,1", "'1e308': write a finite number of at least 0"),
+        ("x" * 100_000, "line 1: the first column is 'xxxx"),
+        ("layer,forward,input_grad,weight_grad\n" + "a,x,1,1\n" * 1000, "and 980 more"),
+    ],
+)
+def test_what_somebody_else_may_have_written_is_refused_in_a_few_lines(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "costs.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_cost_table(tmp_path / "costs.csv")
+    assert len(str(refused.value)) < 5000

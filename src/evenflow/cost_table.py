@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import read_text, shown
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.placement import Placement
 from evenflow.plan.chain import Chain, Held, Seconds
@@ -197,6 +198,8 @@ def _of_one_rank(placement: Placement) -> tuple[float, ...]:
     return tuple(1 / len(placement.stages_on(rank)) for rank in placement.rank_of)
 
 
+_MAX_FAULTS = 20
+_LARGEST = 1e90  # sums of such costs, and products with times, are still finite
 _UNITS = {
     "forward": {"": 1.0, "seconds": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6},
     "activation": {"": 1.0, "bytes": 1.0, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30},
@@ -226,12 +229,7 @@ def read_cost_table(path: Path) -> CostTable:
     ...     read_cost_table(path).weight_grad_seconds
     (0.25,)
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the costs {path}: {reason}") from None
-    return _Reader(path, text).table()
+    return _Reader(path, read_text(path, "costs").removeprefix("\ufeff")).table()
 
 
 def write_layers(path: Path, names: Sequence[str], times: LayerTimes) -> None:
@@ -262,7 +260,10 @@ class _Reader:
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
         self.faults: list[str] = []
-        rows = enumerate(csv.reader(text.splitlines()), start=1)
+        try:
+            rows = list(enumerate(csv.reader(text.splitlines()), start=1))
+        except csv.Error as error:
+            raise ConfigError(f"the costs {path} are no CSV: {error}") from error
         self.lines = [
             (number, [cell.strip() for cell in row])
             for number, row in rows
@@ -277,8 +278,8 @@ class _Reader:
         kind = header[0].lower()
         if kind not in _OPTIONAL:
             raise ConfigError(
-                f"the costs {self.path}, line {number}: the first column is {header[0]!r}: write the header "
-                f"{_header('rank')}, or {_header('layer')}"
+                f"the costs {self.path}, line {number}: the first column is {shown(header[0])}: write the "
+                f"header {_header('rank')}, or {_header('layer')}"
             )
         columns = [self._column(number, heading, kind) for heading in header[1:]]
         self._check_columns(number, [column for column in columns if column is not None], kind)
@@ -288,11 +289,14 @@ class _Reader:
         for place, (line, row) in enumerate(rows):
             self._row(line, row, columns, values)
             if kind == "rank" and row[0] != str(place):
-                self.faults.append(f"line {line}, column rank: {row[0]!r} where rank {place} is due")
+                self.faults.append(f"line {line}, column rank: {shown(row[0])} where rank {place} is due")
         if not self.faults:
             self._check_memory(rows, values)
         if self.faults:
-            raise ConfigError("\n  - ".join([f"the costs {self.path} cannot be used:", *self.faults]))
+            told = self.faults[:_MAX_FAULTS]
+            if len(self.faults) > _MAX_FAULTS:
+                told.append(f"and {len(self.faults) - _MAX_FAULTS} more")
+            raise ConfigError("\n  - ".join([f"the costs {self.path} cannot be used:", *told]))
         times = [tuple(values[name]) for name in _TIMES]
         held, kept, last = (tuple(values[name]) if name in values else None for name in _OPTIONAL[kind])
         make = RankTimes if kind == "rank" else LayerTimes
@@ -309,7 +313,7 @@ class _Reader:
                 return _Column(heading, base, units[unit], bool(unit))
         nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
         guess = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-        self.faults.append(f"line {line}: {heading!r} is no column{guess} There are: {', '.join(known)}")
+        self.faults.append(f"line {line}: {shown(heading)} is no column{guess} There are: {', '.join(known)}")
         return None
 
     def _check_columns(self, line: int, columns: Sequence[_Column], kind: str) -> None:
@@ -344,9 +348,10 @@ class _Reader:
                 value = float(cell) * column.scale
             except ValueError:
                 value = math.nan
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value <= _LARGEST:  # also where it is no number (nan)
                 self.faults.append(
-                    f"line {line}, column {column.heading}: {cell!r}: write a finite number of at least 0"
+                    f"line {line}, column {column.heading}: {shown(cell)}: write a finite number of at least "
+                    f"0 (and at most {_LARGEST:g})"
                 )
             values[column.base].append(value)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from evenflow.cluster.names import nearest
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 T = TypeVar("T")
 # The least that a number of this type, at this place, may be.
@@ -34,12 +35,12 @@ def read_as(kind: type[T], content: object, least: Least, place: str = "") -> T:
     Size(rows=3, name=None)
     """
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{place or 'the whole'} = {_shown(content)} must be a table of keys")
+        raise ConfigError(f"{place or 'the whole'} = {shown(content)} must be a table of keys")
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # `kind` is a dataclass
     for key in content:
         if key not in known:
-            raise ConfigError(f"unknown key {_full(place, key)!r}{nearest(key, tuple(known))}")
+            raise ConfigError(f"unknown key {shown(_full(place, key))}{nearest(key, tuple(known))}")
     values = {}
     for name, field in known.items():
         optional = isinstance(hints[name], types.UnionType)
@@ -60,21 +61,21 @@ def _value(hint: Any, given: object, least: Least, place: str) -> object:
         return read_as(typing.cast("type[Any]", hint), given, least, place)
     if get_origin(hint) is tuple:
         if not isinstance(given, list):
-            raise ConfigError(f"{place} = {_shown(given)} must be a list")
+            raise ConfigError(f"{place} = {shown(given)} must be a list")
         return tuple(
             _value(get_args(hint)[0], each, least, f"{place}[{at}]") for at, each in enumerate(given)
         )
     if get_origin(hint) is typing.Literal:
         if given not in get_args(hint):
             raise ConfigError(
-                f"{place} = {_shown(given)} must be one of {', '.join(map(repr, get_args(hint)))}"
+                f"{place} = {shown(given)} must be one of {', '.join(map(repr, get_args(hint)))}"
             )
         return given
     if hint is str:
         if not isinstance(given, str):
-            raise ConfigError(f"{place} = {_shown(given)} must be a string, in quotes")
+            raise ConfigError(f"{place} = {shown(given)} must be a string, in quotes")
         if not given.isprintable():
-            raise ConfigError(f"{place} = {_shown(given)} must hold no control characters")
+            raise ConfigError(f"{place} = {shown(given)} must hold no control characters")
         return given
     return _number(hint, given, least(hint, place), place)
 
@@ -82,22 +83,19 @@ def _value(hint: Any, given: object, least: Least, place: str) -> object:
 def _number(hint: type[int] | type[float], given: object, least: float, place: str) -> float:
     whole = isinstance(given, int) and not isinstance(given, bool)
     if not (whole or (hint is float and isinstance(given, float))):
-        raise ConfigError(f"{place} = {_shown(given)} must be a {'whole ' if hint is int else ''}number")
+        raise ConfigError(f"{place} = {shown(given)} must be a {'whole ' if hint is int else ''}number")
     assert isinstance(given, int | float), "checked"
     if not -_LARGEST < given < _LARGEST:  # also where it is no number (nan)
-        raise ConfigError(f"{place} = {_shown(given)} must be finite, and smaller than {_LARGEST:g}")
+        raise ConfigError(f"{place} = {shown(given)} must be finite, and smaller than {_LARGEST:g}")
     if given < least:
-        raise ConfigError(f"{place} = {given} must be at least {least:g}")
+        raise ConfigError(f"{place} = {shown(given)} must be at least {least:g}")
+    if hint is int and given > _LARGEST_WHOLE:
+        raise ConfigError(f"{place} = {shown(given)} must be at most {_LARGEST_WHOLE}")
     return hint(given)
 
 
 _LARGEST = 1e100  # sums and products of such numbers are still finite
-_SHOWN = 80  # characters of a wrong value
-
-
-def _shown(given: object) -> str:
-    text = repr(given)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+_LARGEST_WHOLE = 2**63 - 1
 
 
 def _full(place: str, key: str) -> str:

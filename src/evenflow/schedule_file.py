@@ -17,18 +17,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 from evenflow.ir.op import ComputeOp, parse_op, parts
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 
 _KEYS = ("name", "placement")
 _MAX_FAULTS = 20
+_MOST_LETTERS = 200  # of a name
 
 
 def format_schedule(schedule: Schedule) -> str:
     """Return the text of a schedule; the inverse of `parse_schedule`.
 
-    Raises `ConfigError` for a name that is empty, has spaces around it, or takes several lines.
+    Raises `ConfigError` for a name that is empty, too long, has spaces around it, or is not one line of
+    printable characters.
 
     >>> from evenflow.schedules.gpipe import gpipe
     >>> print(format_schedule(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=2)), end="")
@@ -38,8 +41,8 @@ def format_schedule(schedule: Schedule) -> str:
     1F0,1F1,1B0,1B1
     """
     name = schedule.name
-    if not name or name != name.strip() or len(name.splitlines()) > 1:
-        raise ConfigError(f"a schedule's name must be one line without spaces around it, got {name!r}")
+    if not name or name != name.strip() or not _is_name(name):
+        raise ConfigError(f"a schedule's name must be one line without spaces around it, got {shown(name)}")
     lines = [f"# name: {name}", f"# placement: {','.join(map(str, schedule.placement.rank_of))}"]
     lines += format_rows(schedule)
     return "\n".join(lines) + "\n"
@@ -122,6 +125,10 @@ class _Table:
             return
         if key == "name":
             self.name = value
+            if not _is_name(value):
+                self.faults.append(
+                    f"line {number}: {shown(value)} is no name: write up to {_MOST_LETTERS} printable letters"
+                )
         elif key == "placement":
             self.placement_line = number
             words = [word.strip() for word in value.split(",")]
@@ -129,10 +136,10 @@ class _Table:
                 self.rank_of = tuple(map(int, words))
             else:
                 self.faults.append(
-                    f"line {number}: {value!r} is no placement: write the rank of each stage, '0,1,1,0'"
+                    f"line {number}: {shown(value)} is no placement: write the rank of each stage, '0,1,1,0'"
                 )
         elif nearest := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7):
-            self.faults.append(f"line {number}: {key!r} is no key; did you mean '# {nearest[0]}: ...'?")
+            self.faults.append(f"line {number}: {shown(key)} is no key; did you mean '# {nearest[0]}: ...'?")
 
     def _row(self, number: int, line: str) -> None:
         row = []
@@ -153,8 +160,7 @@ class _Table:
                 if op is None
                 else "leave it out"
             )
-            shown = word if len(word) <= 40 else word[:40] + "…"
-            self.faults.append(f"line {number}, column {column}: {shown!r} is {what}: {remedy}")
+            self.faults.append(f"line {number}, column {column}: {shown(word)} is {what}: {remedy}")
         self.rows.append(row)
 
     def _stages(self) -> Iterator[tuple[int, _Cell, int]]:
@@ -212,6 +218,11 @@ class _Table:
             "microbatches from 0"
             for gap in _gaps(set(cells))
         ]
+
+
+def _is_name(text: str) -> bool:
+    """Whether this can be told in one line, and no terminal obeys it."""
+    return text.isprintable() and len(text) <= _MOST_LETTERS
 
 
 def _gaps(numbers: set[int]) -> list[int]:

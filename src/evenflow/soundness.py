@@ -38,6 +38,7 @@ _KINDS: dict[type[SimpleOp], tuple[int, ...]] = {
 _MAX_FAULTS = 20
 _MAX_RANKS = 16
 _MAX_COLUMNS = 100
+_MOST_MISSING = 100_000  # ops; where more may be missing they are not looked for one by one
 
 
 def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[ComputeOp]]) -> list[str]:
@@ -56,6 +57,8 @@ def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[Co
     faults = flow_faults(flow, placement.num_stages)
     if len(queues) != placement.num_ranks:
         faults.append(f"{len(queues)} queues for {placement.num_ranks} ranks: give each rank one")
+    if too_few := _far_too_few(schedule, queues):
+        return [*faults, too_few]
     census = Census(schedule)
     for rank, queue in enumerate(queues):
         faults += census.count(rank, queue)
@@ -67,6 +70,25 @@ def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[Co
         if isinstance(op, Overlap) and _waits_within(op, flow)
     ]
     return [*faults, *census.repeated(queues), *census.missing()]
+
+
+def _far_too_few(schedule: Schedule, queues: Sequence[Sequence[ComputeOp]]) -> str | None:
+    """The fault of queues that hold so much less than all forwards that not even these are counted.
+
+    A file of few ops may name as many stages as microbatches, and the product would fill the memory.
+    """
+    num_stages, num_microbatches = schedule.placement.num_stages, schedule.num_microbatches
+    num_forwards = num_stages * num_microbatches
+    if num_forwards <= _MOST_MISSING or num_forwards <= (found := sum(map(_num_parts, queues))):
+        return None
+    return (
+        f"{num_stages} stages and {num_microbatches} microbatches take at least {num_forwards:,} ops, and "
+        f"there are {found:,}: run each stage's forward of each microbatch"
+    )
+
+
+def _num_parts(queue: Sequence[ComputeOp]) -> int:
+    return sum(1 for _ in _simple_ops(queue))
 
 
 class Census:

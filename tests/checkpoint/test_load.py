@@ -335,9 +335,9 @@ def test_an_index_that_is_none(tmp_path):
 
 
 def test_a_configuration_that_is_none(llama_folder):
-    for text, fault in {"[1, 2]": "holds no configuration: [1, 2]", "{": "is no JSON: "}.items():
+    for text, fault in {"[1, 2]": " holds no configuration: [1, 2]", "{": ": this is no JSON: "}.items():
         (llama_folder / "config.json").write_text(text)
-        with refused(f"config.json {fault}"):
+        with refused(f"config.json{fault}"):
             split_over_4(transformers.LlamaForCausalLM(llama()), tokens(), load=llama_folder)
 
 

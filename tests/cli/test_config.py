@@ -152,7 +152,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_binary_file_is_refused(tmp_path):
     path = tmp_path / "run.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="is no TOML file: it is not UTF-8"):
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
         read_config(path)
 
 
@@ -175,3 +175,18 @@ def test_a_section_is_read_or_refused_in_words(table, value, choice):
         assert typing.get_type_hints(kind)[key] is not float or isinstance(getattr(section, key), float)
         return
     assert f"{table}.{key}" in message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "learning_rate = 1" + "0" * 400,
+        "steps = 0x" + "f" * 5000,
+        "seed = 9223372036854775808",
+    ],
+)
+def test_a_number_that_no_field_can_hold_is_refused(tmp_path, line):
+    path = tmp_path / "run.toml"
+    path.write_text(f'[model]\nfunction = "gpt.py:build"\n[training]\n{line}\n')
+    with pytest.raises(ConfigError, match="must lie between -9223372036854775807 and 9223372036854775807"):
+        read_config(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evenflow.cli import restarts as restarts_module
 from evenflow.cli import train as train_module
 from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, TextData
 from evenflow.cli.main import main
@@ -41,7 +42,7 @@ def with_two_gpus(monkeypatch):
 def started(monkeypatch):
     """The jobs that would have been started."""
     jobs = []
-    monkeypatch.setattr(train_module, "launch", lambda fn, job, nproc: jobs.append((job, nproc)))
+    monkeypatch.setattr(restarts_module, "launch", lambda fn, job, nproc: jobs.append((job, nproc)))
     return jobs
 
 
@@ -332,7 +333,7 @@ def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch):
         error.add_note("On rank 1: [bold]Traceback")
         raise error
 
-    monkeypatch.setattr(train_module, "launch", fail)
+    monkeypatch.setattr(restarts_module, "launch", fail)
     with pytest.raises(SystemExit) as exited:
         main(["train", GPT])
     assert exited.value.code == 2
@@ -343,7 +344,7 @@ def test_ctrl_c_ends_quietly(capsys, monkeypatch):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "launch", interrupt)
+    monkeypatch.setattr(restarts_module, "launch", interrupt)
     with pytest.raises(SystemExit) as exited:
         main(["train", GPT])
     assert exited.value.code == 130

@@ -116,14 +116,14 @@ def test_what_is_no_json_is_refused(folder, text):
 def test_what_is_no_text_no_object_or_no_file_is_refused(folder):
     path = folder / "run.json"
     path.write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
         read_run(folder)
     path.write_text("[]")
     with pytest.raises(ConfigError, match="must be an object of JSON"):
         read_run(folder)
     path.unlink()
     path.mkdir()
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="it is no regular file"):
         read_run(folder)
 
 

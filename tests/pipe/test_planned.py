@@ -136,6 +136,9 @@ def test_what_a_pipeline_cannot_do_is_refused():
     other = dataclasses.replace(made.stages[1], first="head")
     with refused("the plan's stage 1 begins with 'head', which the recorded program does not have"):
         make(plan=dataclasses.replace(made, stages=(made.stages[0], other)))
+    crossed = tuple(dataclasses.replace(stage, rank=1 - stage.rank) for stage in made.stages)
+    with refused("the plan's stages are on ranks (1, 0), and its schedule"):
+        make(plan=dataclasses.replace(made, schedule="1f1b", order=(), stages=crossed))
     with refused("cannot read the plan no_such.toml"):
         make(plan="no_such.toml")
 

@@ -61,7 +61,7 @@ def test_a_person_may_move_a_cut(made):
         ('sharding = "none"', 'sharding = "all"', "sharding = 'all' must be one of 'none', 'zero1', 'fsdp'"),
         ("recompute = [", "recompute = [3, ", r"stages\[0\].recompute\[0\] = 3 must be a string"),
         ("[degrees]", "degrees = 3\n[other]", "unknown key 'other'"),
-        ("version = 1", "version = ", "this is no plan: it is not TOML"),
+        ("version = 1", "version = ", "this is no valid TOML"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(made, old, new, message):

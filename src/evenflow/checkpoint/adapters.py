@@ -12,6 +12,7 @@ import torch
 
 from evenflow.checkpoint.files import read_json
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
@@ -109,11 +110,11 @@ def is_adapter_folder(folder: Path) -> bool:
 def base_folder(folder: Path) -> Path:
     """The folder that an adapter names as its base model's; raises `ConfigError` if there is none."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
-    if base and Path(base).is_dir():
+    if base and isinstance(base, str) and Path(base).is_dir():
         return Path(base)
     raise ConfigError(
-        f"load={str(folder)!r} holds an adapter to the base model {base!r}, which is no folder here: write "
-        f"the path of the base model's folder to base_model_name_or_path in {folder / CONFIG}"
+        f"load={str(folder)!r} holds an adapter to the base model {shown(base)}, which is no folder here: "
+        f"write the path of the base model's folder to base_model_name_or_path in {folder / CONFIG}"
     )
 
 

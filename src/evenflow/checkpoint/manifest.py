@@ -7,10 +7,11 @@ import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import is_file_name, parse_json, read_text, shown
 from evenflow.plain_data import read_as
 
 FILE, STATE, TABLE, PLAN = "manifest.json", "state.json", "tensors.json", "plan.toml"
@@ -90,8 +91,8 @@ def read_manifest(folder: Path) -> Manifest:
     said, version = content.pop("checksum", None), content.get("version")
     if version != VERSION:
         raise ConfigError(
-            f"{folder / FILE} is of version {version!r}, and this Evenflow reads version {VERSION}: read it "
-            "with the Evenflow that wrote it"
+            f"{folder / FILE} is of version {shown(version)}, and this Evenflow reads version {VERSION}: "
+            "read it with the Evenflow that wrote it"
         )
     if said != _checksum(content):
         raise ConfigError(f"{folder / FILE} is damaged: its checksum is another")
@@ -101,23 +102,18 @@ def read_manifest(folder: Path) -> Manifest:
     except ConfigError as error:
         raise ConfigError(f"{folder / FILE}: {error}") from error
     for file in manifest.files:
-        if PurePath(file.name).name != file.name:
-            raise ConfigError(f"{folder / FILE} names the file {file.name!r}, which is none of this folder")
+        if not is_file_name(file.name):
+            raise ConfigError(f"{folder / FILE} names {shown(file.name)}, which is no file of this folder")
     return manifest
 
 
 def read_json(path: Path) -> Any:  # whatever the file holds
-    """What a JSON file holds; raises `ConfigError` for one that can't be read, or is huge or no JSON."""
+    """What a JSON file of a checkpoint holds; raises `ConfigError` that names it."""
+    text = read_text(path, "file of a checkpoint", most_bytes=_MOST_BYTES)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(
-                f"{path} has more than {_MOST_BYTES >> 30} GiB: that is no file of a checkpoint"
-            )
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: it is no JSON ({str(error)[:80]})") from error
+        return parse_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

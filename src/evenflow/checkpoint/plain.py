@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 _TENSOR, _TUPLE, _MAP, _COUNTER, _FLOAT = "$tensor", "$tuple", "$map", "$counter", "$float"
 
@@ -89,13 +90,13 @@ def decode(document: Any, tensor: Callable[[str], torch.Tensor]) -> Any:  # JSON
         case dict() if not any(each.startswith("$") for each in document):
             return {each: decode(value, tensor) for each, value in document.items()}
         case _:
-            raise ConfigError(f"{str(document)[:80]} is nothing that a state is made of")
+            raise ConfigError(f"{shown(document)} is nothing that a state is made of")
 
 
 def _decoded(pairs: list[Any], tensor: Callable[[str], torch.Tensor]) -> list[tuple[Any, Any]]:
     found = [decode(pair, tensor) for pair in pairs]
     if any(not isinstance(pair, list) or len(pair) != 2 or not _hashable(pair[0]) for pair in found):
-        raise ConfigError(f"{str(pairs)[:80]} are no pairs of a key and a value")
+        raise ConfigError(f"{shown(pairs)} are no pairs of a key and a value")
     return [(key, value) for key, value in found]
 
 

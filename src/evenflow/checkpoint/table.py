@@ -9,12 +9,12 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import PurePath
 from typing import Any
 
 import torch
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import is_file_name, shown
 from evenflow.plain_data import read_as
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -68,8 +68,8 @@ class Saved:
         )
         if not fits:
             raise ConfigError(f"a chunk of {self.name} does not lie in its shape, {[*self.shape]}")
-        if PurePath(chunk.file).name != chunk.file:
-            raise ConfigError(f"{self.name} lies in {chunk.file!r}, which is no file of this folder")
+        if not is_file_name(chunk.file):
+            raise ConfigError(f"{self.name} lies in {shown(chunk.file)}, which is no file of this folder")
 
     @property
     def num_bytes(self) -> int:

@@ -16,6 +16,7 @@ from evenflow.checkpoint.files import TensorFiles, open_folder
 from evenflow.checkpoint.quantised import refuse_quantised
 from evenflow.checkpoint.recipes import Recipe, same_names, shapes_made
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +173,21 @@ def _checked(
         for place in places.get(name, ())
         if tensors[place].shape != shape
     }
+    of_codes = {
+        f"{shown(key)} for {name}"
+        for recipe, shapes in zip(recipes, made, strict=True)
+        for key in recipe.keys
+        if key in files.no_floats
+        for name in shapes
+        if any(tensors[place].is_floating_point() for place in places.get(name, ()))
+    }
     faults = [
         f"{len(keys)} {what}: {', '.join(sorted(keys))}"
         for what, keys in (
             ("missing from the folder", missing),
             ("unexpected in it", unexpected),
             ("of another shape", misshapen),
+            ("of whole numbers, flags or codes in the place of weights", of_codes),
         )
         if keys
     ]

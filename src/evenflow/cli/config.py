@@ -6,7 +6,6 @@ before a process starts.
 
 import difflib
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import is_file_name, read_toml, shown
 from evenflow.plan.request import RECOMPUTE_NAMES
 
 
@@ -42,6 +42,9 @@ class ExampleData:
     """No data of its own: every step gets the example batch that came with the model."""
 
 
+_MOST_TOKENS = 2**28  # of a batch, which is made whole: 2 GiB of numbers
+
+
 @dataclass(frozen=True, slots=True)
 class TextData:
     """Text, cut into random windows. Without `paths` it is the documentation that ships inside CPython.
@@ -59,6 +62,11 @@ class TextData:
         _at_least("data.batch_size", self.batch_size, 1)
         _at_least("data.length", self.length, 2)
         _between("data.held_out", self.held_out, 0.01, 0.5)
+        if self.batch_size * self.length > _MOST_TOKENS:
+            raise ConfigError(
+                f"data.batch_size = {self.batch_size} and data.length = {self.length} make a batch of "
+                f"{self.batch_size * self.length:,} tokens; it can have {_MOST_TOKENS:,}"
+            )
 
 
 DataChoice: TypeAlias = ExampleData | TextData
@@ -191,14 +199,7 @@ def read_config(path: Path) -> RunConfig:
         >>> read_config(Path("examples/train_gpt.toml")).name  # doctest: +SKIP
         'train_gpt'
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no TOML file: it is not UTF-8 text ({error})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    content = read_toml(path, "configuration")
     try:
         _check_keys(content)
         return RunConfig(
@@ -216,9 +217,10 @@ def read_config(path: Path) -> RunConfig:
 def _name(value: object) -> str:
     name = _convert(value, str, "name")
     assert isinstance(name, str), "converted"
-    if not name or Path(name).name != name:
+    if not is_file_name(name):
         raise ConfigError(
-            f"name = {name!r} names a folder under runs/, so it cannot be empty or hold a slash"
+            f"name = {shown(name)} names a folder under runs/, so it cannot be empty, or '..', or hold a "
+            "slash or control characters"
         )
     return name
 
@@ -246,7 +248,7 @@ def _check_keys(content: Mapping[str, object]) -> None:
         if key == "name":
             continue
         if not isinstance(value, dict):
-            raise ConfigError(f"{key} = {value!r} must be a table: write [{key}] on a line of its own")
+            raise ConfigError(f"{key} = {shown(value)} must be a table: write [{key}] on a line of its own")
         for inner in value:
             if inner not in known[key]:
                 raise _unknown_key(inner, table=key, known=known)
@@ -256,7 +258,9 @@ def _unknown_key(key: str, *, table: str, known: Mapping[str, tuple[str, ...]]) 
     nearest = _nearest_key(key, table=table, known=known)
     hint = f"; did you mean {nearest!r}?" if nearest else "."
     place = f"[{table}]" if table else "The top level"
-    return ConfigError(f"unknown key {_full(table, key)!r}{hint} {place} takes: {', '.join(known[table])}")
+    return ConfigError(
+        f"unknown key {shown(_full(table, key))}{hint} {place} takes: {', '.join(known[table])}"
+    )
 
 
 def _nearest_key(key: str, *, table: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
@@ -280,7 +284,7 @@ def _model(table: object, folder: Path) -> ModelChoice:
             arguments = rest.get("arguments", {})
             if not isinstance(arguments, dict):
                 raise ConfigError(
-                    f"model.arguments = {arguments!r} must be a table of the function's arguments"
+                    f"model.arguments = {shown(arguments)} must be a table of the function's arguments"
                 )
             return FunctionModel(_from_folder(reference, folder), arguments)
         case {"folder": str(path), **rest} if not rest:
@@ -311,6 +315,7 @@ def _data(table: object, folder: Path) -> DataChoice:
 
 
 S = TypeVar("S")
+_LARGEST_WHOLE = 2**63 - 1
 
 
 def _section(kind: type[S], table: object, place: str) -> S:
@@ -332,9 +337,11 @@ def _convert(value: object, hint: Any, place: str) -> object:
     if get_origin(hint) is tuple:
         element = get_args(hint)[0]
         if not isinstance(value, list):
-            raise ConfigError(f"{place} = {value!r} must be a list, in square brackets")
+            raise ConfigError(f"{place} = {shown(value)} must be a list, in square brackets")
         return tuple(_convert(each, element, place) for each in value)
     # In Python a bool is an int; in a configuration it is a mistake.
+    if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+        raise ConfigError(f"{place} = {shown(value)} must lie between -{_LARGEST_WHOLE} and {_LARGEST_WHOLE}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str):
@@ -342,7 +349,7 @@ def _convert(value: object, hint: Any, place: str) -> object:
     if isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     names = {int: "a whole number", float: "a number", str: "a string", Path: "a path", bool: "true or false"}
-    raise ConfigError(f"{place} = {value!r} must be {names[hint]}")
+    raise ConfigError(f"{place} = {shown(value)} must be {names[hint]}")
 
 
 def _at_least(place: str, value: int, least: int) -> None:

@@ -26,6 +26,7 @@ from evenflow.cli.shared_flags import (
 )
 from evenflow.cli.train_flags import KeepLast, MaxRestarts, Resume, SaveEvery
 from evenflow.errors import EvenflowError
+from evenflow.foreign import visible
 
 # Of the commands that ended because of an error: 2, which shells use for "called wrongly", and what
 # follows it in the same file of errors.
@@ -389,9 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EvenflowError as error:
         console = Console(stderr=True)
         # `Text`, because a message may hold square brackets, which rich would take for markup.
-        console.print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
+        # A message may quote what stands in a file, and a terminal obeys control characters.
+        console.print(Text(f"error: {visible(str(error))}", style="bold red"), soft_wrap=True)
         for note in getattr(error, "__notes__", ()):
-            console.print(Text(note, style="dim"), soft_wrap=True)
+            console.print(Text(visible(note), style="dim"), soft_wrap=True)
         raise SystemExit(_EXIT_CODE) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -13,6 +13,7 @@ from evenflow.cli.schedule_report import Report, print_comparison, print_report
 from evenflow.cost_table import rank_activations
 from evenflow.critical_path import critical_path
 from evenflow.errors import ConfigError, EvenflowError, ScheduleError
+from evenflow.foreign import read_text
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
@@ -95,11 +96,7 @@ def _make(name: str, sizes: Sizes, prices: Prices) -> Schedule:
 
 
 def _read_schedule(path: Path) -> Schedule:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the schedule {path}: {reason}") from None
+    text = read_text(path, "schedule")
     try:
         return parse_schedule(text, name=path.stem)
     except ConfigError as error:

@@ -9,6 +9,8 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evenflow.checkpoint.adapters import is_adapter_folder
+from evenflow.checkpoint.files import files_of, open_folder
 from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice
 from evenflow.cli.text import Tokenize, bytes_as_tokens
+from evenflow.cluster.sizes import told_bytes
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 # A loss function is the user's: it takes the model and a microbatch, any tree, and returns a loss or
 # (loss, metrics). `Any`, because the shape of neither is ours to say.
@@ -148,6 +154,11 @@ def _build_from_function(reference: str, arguments: Mapping[str, object]) -> Mod
     )
 
 
+_MOST_LAYERS = 10_000
+# A folder is data: nothing is fetched, and no code of its own runs. Weights that are pickled (*.bin) are read
+# by torch's reader of plain tensors.
+_AS_DATA = {"local_files_only": True, "trust_remote_code": False}
+
 # --- Hugging Face ------------------------------------------------------------------------------------
 
 
@@ -165,20 +176,24 @@ def _build_from_folder(folder: Path, *, loads: bool) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no Hugging Face model folder: it holds no config.json")
     transformers = _import_transformers()
-    has_weights = any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    has_weights = _has_weights(folder)
     with _loading("a causal language model", folder):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, **_AS_DATA)
+        _refuse_huge(config, folder, held=loads)
         kind = transformers.AutoModelForCausalLM
         if has_weights and loads:
-            model = kind.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
+            model = kind.from_pretrained(
+                folder, config=config, dtype=torch.float32, weights_only=True, **_AS_DATA
+            )
         else:
-            model = kind.from_config(config, **({"dtype": torch.float32} if has_weights else {}))
+            chosen = {"dtype": torch.float32} if has_weights else {}
+            model = kind.from_config(config, trust_remote_code=False, **chosen)
     model.config.use_cache = False  # the cache serves generation; in training it is only memory
 
     @functools.cache
     def tokenizer() -> Any:  # transformers' classes are not typed
         with _loading("a tokenizer", folder):
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(folder, **_AS_DATA)
 
     def tokenize(text: bytes) -> Tensor:
         try:
@@ -197,12 +212,65 @@ def _build_from_folder(folder: Path, *, loads: bool) -> ModelSource:
     return ModelSource(model=model, loss=_own_loss, example=example, tokenize=tokenize)
 
 
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights; raises `ConfigError` for those that are broken, or lie elsewhere."""
+    if is_adapter_folder(folder):  # transformers would load the model that it names, wherever that lies
+        raise ConfigError(f"{folder} holds an adapter to another model: name the folder of a whole model")
+    if any(folder.glob("*.safetensors")):
+        open_folder(folder)
+        return True
+    if not any(folder.glob("pytorch_model*.bin")):
+        return False
+    files_of(folder, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return True
+
+
+# config: transformers' classes are not typed.
+def _refuse_huge(config: Any, folder: Path, *, held: bool) -> None:
+    """Refuse a configuration of more layers than can be built, and, if it is to be `held`, of more numbers.
+
+    The numbers are counted on the device "meta", before any is made.
+    """
+    layers = max((value for name, value in _whole_numbers(config.to_dict()) if "layers" in name), default=0)
+    if layers > _MOST_LAYERS:
+        raise ConfigError(
+            f"{folder} asks for a model of {shown(layers)} layers; at most {_MOST_LAYERS} are built"
+        )
+    if not held:
+        return
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        empty = _import_transformers().AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    num_bytes = 4.0 * sum(each.numel() for each in empty.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > there:
+        raise ConfigError(
+            f"{folder} asks for a model of {told_bytes(num_bytes)} in float32, and this machine has "
+            f"{told_bytes(there)} of memory"
+        )
+
+
+def _whole_numbers(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """All of a configuration's whole numbers by name, those of parts included."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _whole_numbers(value)
+        elif isinstance(value, int):
+            yield str(name), value
+
+
 @contextlib.contextmanager
 def _loading(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load {what} from {folder}: {error}") from error
+    except ConfigError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"cannot load {what} from {folder}: its pickled weights (*.bin) hold more than tensors, which is "
+            "never run; save them with save_pretrained, which writes safetensors"
+        ) from error
+    except Exception as error:  # what transformers makes of a broken file has every type there is
+        raise ConfigError(f"cannot load {what} from {folder}: {type(error).__name__}: {error}") from error
 
 
 def _own_loss(model: Any, microbatch: Mapping[str, Tensor]) -> Any:  # Hugging Face's classes are not typed

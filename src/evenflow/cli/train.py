@@ -1,6 +1,7 @@
 """`evenflow train`: from what the user typed to a complete `Job`, checked, and then the ranks are started."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules import catalog
 
 _NUM_CPU_RANKS = 2
+_MOST_PROCESSES = max(64, 4 * (os.cpu_count() or 1))  # each takes some hundred MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,11 @@ def train(flags: Flags) -> None:
         launch(run_rank, job, nproc=job.num_processes)
         return
     prepare_here(job)[0].close()
+    if job.num_processes > _MOST_PROCESSES:
+        raise ConfigError(
+            f"{job.num_ranks} pipeline ranks, and data and tensor ranks beside, are "
+            f"{job.num_processes:,} processes; here at most {_MOST_PROCESSES} are started: ask for fewer"
+        )
     if job.saves and flags.resume is None:
         job = dataclasses.replace(job, out=claim(job.out))
     ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"

@@ -9,6 +9,14 @@ from evenflow.cluster.device import Device
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Link
 
+MOST_RANKS = 2**18  # who asks for more is mistaken, and each takes memory
+
+
+def check_size(num_ranks: int) -> None:
+    """Raise `ConfigError` for more ranks than a cluster can have."""
+    if num_ranks > MOST_RANKS:
+        raise ConfigError(f"a cluster has at most {MOST_RANKS:,} devices, and these are {num_ranks:,}")
+
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -47,6 +55,7 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.hosts:
             raise ConfigError("a cluster needs at least one host")
+        check_size(sum(len(host.devices) for host in self.hosts))
         for pair in self.measured:
             if not all(0 <= rank < self.num_ranks for rank in pair) or pair[0] == pair[1]:
                 raise ConfigError(

@@ -25,18 +25,18 @@ latency_us = 12
 gib_per_second = 20
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from evenflow.cluster.cluster import Cluster, Host
+from evenflow.cluster.cluster import MOST_RANKS, Cluster, Host, check_size
 from evenflow.cluster.device import Device
 from evenflow.cluster.links import link_called
 from evenflow.cluster.presets import device_called
 from evenflow.cluster.short import usual_link
 from evenflow.cluster.table import Table
 from evenflow.errors import ConfigError
+from evenflow.foreign import read_toml
 from evenflow.ir.costs import Link
 
 _TOP = ("hosts", "network", "devices", "links", "measured")
@@ -61,13 +61,7 @@ def read_cluster(path: Path) -> Cluster:
     ...     read_cluster(path).num_ranks
     8
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the cluster {path}: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from None
+    content = read_toml(path, "cluster")
     try:
         return _cluster(Table(content, "", _TOP))
     except ConfigError as error:
@@ -78,8 +72,12 @@ def _cluster(top: Table) -> Cluster:
     links = {name: _link(table) for name, table in top.named_tables("links", _RATES).items()}
     own = {name: _device(name, table) for name, table in top.named_tables("devices", _DEVICE).items()}
     hosts: list[Host] = []
+    num_devices = 0
     for table in top.tables("hosts", _HOST):
-        hosts += [_host(table, own, links)] * (table.whole("count", least=1) if "count" in table else 1)
+        host, count = _host(table, own, links), _count(table)
+        num_devices += count * len(host.devices)
+        check_size(num_devices)
+        hosts += [host] * count
     if not hosts:
         raise ConfigError("there is no host: write [[hosts]], and below it which devices it has")
     network = top.table("network", ("link",))
@@ -87,7 +85,7 @@ def _cluster(top: Table) -> Cluster:
         raise ConfigError('there are several hosts: write [network], and below it link = "…"')
     measured: dict[tuple[int, int], Link] = {}
     for table in top.tables("measured", ("from", "to", *_RATES)):
-        pair = table.whole("from", least=0), table.whole("to", least=0)
+        pair = _rank(table, "from"), _rank(table, "to")
         if pair in measured:
             raise ConfigError(f"{table.where('from')}: the link from {pair[0]} to {pair[1]} is there twice")
         measured[pair] = _link(table)
@@ -105,12 +103,21 @@ def _host(table: Table, own: Mapping[str, Device], links: Mapping[str, Link]) ->
             if "memory" in given:
                 device = _with_memory(device, given)
                 break
-        devices += [device] * (part.whole("count", least=1) if "count" in part else 1)
+        check_size(len(devices) + _count(part))
+        devices += [device] * _count(part)
     if not devices:
         raise ConfigError(
             f'{table.where("devices")} names none: write devices = [{{kind = "H100", count = 8}}]'
         )
     return Host(tuple(devices), _named_link(table, links) if "link" in table else usual_link(devices))
+
+
+def _count(table: Table) -> int:
+    return table.whole("count", least=1, most=MOST_RANKS) if "count" in table else 1
+
+
+def _rank(table: Table, key: str) -> int:
+    return table.whole(key, least=0, most=MOST_RANKS)
 
 
 def _with_memory(device: Device, table: Table) -> Device:

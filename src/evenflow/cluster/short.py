@@ -3,14 +3,14 @@
 import re
 from collections.abc import Sequence
 
-from evenflow.cluster.cluster import Cluster, Host
+from evenflow.cluster.cluster import Cluster, Host, check_size
 from evenflow.cluster.device import Device
 from evenflow.cluster.links import link_called
 from evenflow.cluster.presets import USUAL_LINK, device_called
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Link
 
-_PART = re.compile(r"(?:(\d+)\s*[x×]\s*)?(?:(\d+)\s*[x×]\s*)?(\S.*)", re.IGNORECASE)
+_PART = re.compile(r"(?:(\d{1,20})\s*[x×]\s*)?(?:(\d{1,20})\s*[x×]\s*)?(\S.*)", re.IGNORECASE)
 _NETWORK = "InfiniBand NDR"
 
 
@@ -36,6 +36,8 @@ def parse_cluster(text: str) -> Cluster:
                 f"{text!r} names no device around a '+': write 8xH100, or 2x RTX 4090 + RTX 3090"
             )
         first, second, name = match.groups()
+        for number in (first, second):
+            check_size(int(number or 1))
         devices = (device_called(name),) * int(second or first or 1)
         if second is None:
             together.extend(devices)

@@ -7,6 +7,9 @@ from decimal import Decimal
 from evenflow.cluster.names import nearest
 from evenflow.cluster.sizes import parse_bytes
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
+
+_LARGEST = 1e100  # sums and products of such numbers are still finite
 
 
 class Table:
@@ -21,13 +24,13 @@ class Table:
     def __init__(self, content: object, place: str, known: Sequence[str]) -> None:
         if not isinstance(content, dict):
             raise ConfigError(
-                f"{place} = {content!r} must be a table: key = value, in braces or below [{place}]"
+                f"{place} = {shown(content)} must be a table: key = value, in braces or below [{place}]"
             )
         self._content: Mapping[str, object] = content
         self._place = place
         for key in content:
             if key not in known:
-                raise ConfigError(f"unknown key {self.where(key)!r}{nearest(key, known)}")
+                raise ConfigError(f"unknown key {shown(self.where(key))}{nearest(key, known)}")
 
     def __contains__(self, key: str) -> bool:
         return key in self._content
@@ -40,16 +43,20 @@ class Table:
         """The string under a key that must be there."""
         value = self._given(key)
         if not isinstance(value, str):
-            raise ConfigError(f"{self.where(key)} = {value!r} must be a string, in quotes")
+            raise ConfigError(f"{self.where(key)} = {shown(value)} must be a string, in quotes")
+        if not value.isprintable():
+            raise ConfigError(f"{self.where(key)} = {shown(value)} must hold no control characters")
         return value
 
-    def whole(self, key: str, *, least: int) -> int:
+    def whole(self, key: str, *, least: int, most: int) -> int:
         """The whole number under a key that must be there."""
         value = self._given(key)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{self.where(key)} = {value!r} must be a whole number")
-        if value < least:
-            raise ConfigError(f"{self.where(key)} = {value} must be at least {least}")
+            raise ConfigError(f"{self.where(key)} = {shown(value)} must be a whole number")
+        if not least <= value <= most:
+            raise ConfigError(
+                f"{self.where(key)} = {shown(value)} must be at least {least} and at most {most}"
+            )
         return value
 
     def number(self, key: str, *, power: int = 0, above_zero: bool = False) -> float:
@@ -60,11 +67,13 @@ class Table:
         """
         value = self._given(key)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{self.where(key)} = {value!r} must be a number")
+            raise ConfigError(f"{self.where(key)} = {shown(value)} must be a number")
         if not value >= 0 or (above_zero and value == 0):
             raise ConfigError(
-                f"{self.where(key)} = {value} must be {'above' if above_zero else 'at least'} 0"
+                f"{self.where(key)} = {shown(value)} must be {'above' if above_zero else 'at least'} 0"
             )
+        if _LARGEST < value < math.inf:
+            raise ConfigError(f"{self.where(key)} = {shown(value)} must be at most {_LARGEST:g}")
         # Decimal, so that what was written as 12.5 millionths is read as the nearest number to that.
         return float(Decimal(str(value)).scaleb(power)) if value < math.inf else math.inf
 
@@ -84,7 +93,7 @@ class Table:
         """The list of tables under a key; an empty one where there is none."""
         value = self._content.get(key, [])
         if not isinstance(value, list):
-            raise ConfigError(f"{self.where(key)} = {value!r} must be a list of tables")
+            raise ConfigError(f"{self.where(key)} = {shown(value)} must be a list of tables")
         return [Table(each, f"{self.where(key)}[{number}]", known) for number, each in enumerate(value)]
 
     def named_tables(self, key: str, known: Sequence[str]) -> "dict[str, Table]":
@@ -92,8 +101,11 @@ class Table:
         value = self._content.get(key, {})
         if not isinstance(value, dict):
             raise ConfigError(
-                f"{self.where(key)} = {value!r} must hold tables: write [{self.where(key)}.NAME]"
+                f"{self.where(key)} = {shown(value)} must hold tables: write [{self.where(key)}.NAME]"
             )
+        for name in value:
+            if not name.isprintable():
+                raise ConfigError(f"the name {shown(name)} under {self.where(key)} has control characters")
         return {name: Table(each, f"{self.where(key)}.{name}", known) for name, each in value.items()}
 
     @property

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from evenflow.cost.measured import Measured
+from evenflow.errors import ConfigError
+from evenflow.foreign import parse_json, read_text
 
+_LARGEST = 1e100  # sums and products of such numbers are still finite
 _VERSION = 2  # of how things are measured: raised where old numbers mean something else
 
 
@@ -79,8 +82,8 @@ class Cache:
         if path is None:
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = parse_json(read_text(path, "measurement"))
+        except ConfigError:
             return None
         return _measured(found.get("measured")) if isinstance(found, dict) else None
 
@@ -124,4 +127,4 @@ def _measured(found: object) -> Measured | None:
 
 
 def _is_amount(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < float("inf")
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < _LARGEST

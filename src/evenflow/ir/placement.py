@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,11 @@ class Placement:
     def __post_init__(self) -> None:
         if not self.rank_of:
             raise ConfigError("a placement needs at least 1 stage, got none")
-        if set(self.rank_of) != set(range(max(self.rank_of) + 1)):
+        # Counted, as a file may name a rank of any size, up to which nothing is to be listed.
+        if min(self.rank_of) < 0 or len(set(self.rank_of)) != max(self.rank_of) + 1:
             raise ConfigError(
-                f"rank_of {self.rank_of} must use every rank from 0 to {max(self.rank_of)}, and no other: "
-                "number the ranks so that each holds a stage"
+                f"rank_of {shown(self.rank_of)} must use every rank from 0 to {max(self.rank_of)}, and no "
+                "other: number the ranks so that each holds a stage"
             )
 
     @property

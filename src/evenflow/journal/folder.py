@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import parse_json, read_text, shown
 from evenflow.journal.run import Run, Step
 from evenflow.plain_data import read_as
 from evenflow.plan.plan import Plan
@@ -26,7 +27,7 @@ from evenflow.plan.plan_file import read_plan_file, write_plan
 
 _VERSION = 1
 _RUN, _STEPS, _PLAN, _CONFIG = "run.json", "steps.jsonl", "plan.toml", "config.toml"
-_MOST_BYTES = 2**30
+_MOST_STEPS_BYTES = 2**28  # of two million steps
 
 
 def claim(folder: Path) -> Path:
@@ -93,13 +94,13 @@ def read_run(folder: Path) -> Run:
     path = folder / _RUN
     if not path.exists():
         raise ConfigError(f"{folder} holds no {_RUN}: {_where(folder)}")
-    content = _json(path, _text(path))
+    content = _json(path, read_text(path, "run"))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no record of a run: it must be an object of JSON")
     version = content.pop("version", None)
     if version != _VERSION:
         raise ConfigError(
-            f"{path}: version = {version!r}, and this Evenflow reads runs of version {_VERSION}"
+            f"{path}: version = {shown(version)}, and this Evenflow reads runs of version {_VERSION}"
         )
     try:
         return read_as(Run, content, _least)
@@ -111,7 +112,8 @@ def read_steps(folder: Path) -> tuple[Step, ...]:
     """Read a run's steps; raises `ConfigError` with the line for what is wrong."""
     path = folder / _STEPS
     steps = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    text = read_text(path, "run's steps", most_bytes=_MOST_STEPS_BYTES)
+    for number, line in enumerate(text.splitlines(), start=1):
         place = f"{path}, line {number}"
         try:
             steps.append(read_as(Step, _json(place, line), _least))
@@ -146,25 +148,11 @@ def _where(folder: Path) -> str:
     return "name a folder that `evenflow train` has written, such as runs/NAME"
 
 
-def _text(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is no file")
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{path} has more than {_MOST_BYTES >> 20} MiB: that is no record of a run")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no UTF-8 text ({error})") from error
-
-
 def _json(place: object, text: str) -> object:
     try:
-        found: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place} is no JSON: {error}") from error
-    return found
+        return parse_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _least(kind: type[int] | type[float], place: str) -> float:

@@ -235,7 +235,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         costs=given.costs,
     )
     placement = programs.placement
-    devices = choices.devices_of(kind, placement, grid, given.places)
+    devices = choices.devices_of(kind, placement, grid, given.places(placement))
     own = grid.stages_of(grid.world.rank, placement)
 
     own_device = devices[own[0]]

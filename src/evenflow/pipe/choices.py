@@ -33,6 +33,7 @@ from evenflow.schedules.catalog import ScheduleFunction
 # FLOPs that one element of a node's result is reckoned to cost beside its matrix products: memory traffic.
 FLOPS_PER_ELEMENT = 16
 LEAVE_SECONDS = 10.0
+_MOST_STAGES = 2_000  # a schedule of them is made before the model is cut, in seconds
 TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
 
 
@@ -148,6 +149,10 @@ def stage_count(
                 f"split= names {len(split)} cuts, which makes {len(split) + 1} stages, but stages={stages}"
             )
         stages = len(split) + 1
+    if max(stages or 1, stages_per_rank) > _MOST_STAGES:
+        raise ConfigError(
+            f"stages={stages} of stages_per_rank={stages_per_rank}: there can be {_MOST_STAGES:,} at most"
+        )
     if stages is not None and stages % stages_per_rank:
         below = stages - stages % stages_per_rank
         near = [str(number) for number in (below, below + stages_per_rank) if number]

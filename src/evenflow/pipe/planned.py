@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.ir.costs import Costs
+from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
 from evenflow.pipe.recompute import RecomputeChoice
 from evenflow.pipe.refuse import check_callable, check_whole
@@ -38,14 +40,24 @@ class Decided:
     recompute: RecomputeChoice  # of the plan's stages, where there is one
 
     @property
-    def places(self) -> Sequence[int] | None:
-        """Which device of the machine each pipeline rank takes, where a plan says it."""
-        return None if self.plan is None else [rank.place for rank in self.plan.ranks]
-
-    @property
     def costs(self) -> Costs | None:
         """What stages and links cost, where a plan says it."""
         return None if self.plan is None else known_costs(self.plan)
+
+    def places(self, placement: Placement) -> Sequence[int] | None:
+        """Which device of the machine each pipeline rank takes, where a plan says it.
+
+        Raises `ConfigError` for a plan whose stages stand elsewhere than its schedule puts them.
+        """
+        if self.plan is None:
+            return None
+        planned = tuple(stage.rank for stage in self.plan.stages)
+        if planned != placement.rank_of:
+            raise ConfigError(
+                f"the plan's stages are on ranks {shown(planned)}, and its schedule {self.plan.schedule!r} "
+                f"puts them on {shown(placement.rank_of)}: write these"
+            )
+        return [rank.place for rank in self.plan.ranks]
 
     def positions(self, graph: Graph, num_stages: int) -> tuple[int, ...]:
         """Where to cut a recorded program.

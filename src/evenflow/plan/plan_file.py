@@ -5,15 +5,16 @@ sizes, the stages' first nodes and what they recompute); what is predicted may b
 """
 
 import json
-import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import parse_toml, read_toml, shown
 from evenflow.plain_data import read_as
 from evenflow.plan.own_order import own_schedule
 from evenflow.plan.plan import Plan
+from evenflow.schedules import catalog
 
 _VERSION = 1
 _HEADER = """\
@@ -57,19 +58,21 @@ def _written(value: Any) -> str:  # value: a number, a string, a tuple of string
 def read_plan(text: str) -> Plan:
     """Read a plan from its text.
 
-    Raises `ConfigError` for what is no TOML, for a key that is unknown or missing, and for a value of the
-    wrong type or below 0, each with its place in the file.
+    Raises `ConfigError` for what is no TOML, for a key that is unknown or missing, for a value of the wrong
+    type or out of range, and for what contradicts itself, each with its place in the file. Whether the plan
+    fits a model is judged where it is run.
     """
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"this is no plan: it is not TOML ({error})") from error
-    version = content.pop("version", None)
+    return _plan(parse_toml(text))
+
+
+def _plan(content: dict[str, object]) -> Plan:
+    version = content.get("version")
     if version != _VERSION:
         raise ConfigError(
-            f"version = {version!r}: this Evenflow reads plans of version {_VERSION}; plan again"
+            f"version = {shown(version)}: this Evenflow reads plans of version {_VERSION}; plan again"
         )
-    plan = read_as(Plan, content, _least)
+    decided = {key: value for key, value in content.items() if key != "version"}
+    plan = read_as(Plan, decided, _least)
     num_ranks = plan.degrees.pipeline
     if len(plan.ranks) != num_ranks:
         raise ConfigError(
@@ -81,16 +84,40 @@ def read_plan(text: str) -> Plan:
             f"stages hold {num_ranks * plan.stages_per_rank}"
         )
     own_schedule(plan)  # raises for an order that is wrong
+    _check_ranks(plan)
+    if plan.max_leaf_share > 1:
+        raise ConfigError(f"max_leaf_share = {plan.max_leaf_share} is a share: it must be at most 1")
     return plan
+
+
+def _check_ranks(plan: Plan) -> None:
+    """Refuse a schedule that there is not, and stages and links of ranks that there are not."""
+    num_ranks = plan.degrees.pipeline
+    if not plan.order:
+        catalog.get(plan.schedule)
+    for number, stage in enumerate(plan.stages):
+        if stage.rank >= num_ranks:
+            raise ConfigError(f"stages[{number}].rank = {stage.rank}, and ranks are 0 to {num_ranks - 1}")
+    used = {stage.rank for stage in plan.stages}
+    if len(used) < num_ranks:
+        raise ConfigError(f"degrees.pipeline = {num_ranks} ranks, and the stages are on {len(used)} of them")
+    known = set[tuple[int, int]]()
+    for number, link in enumerate(plan.links):
+        pair = (link.source, link.target)
+        if max(pair) >= num_ranks or pair[0] == pair[1] or pair in known:
+            raise ConfigError(
+                f"links[{number}] leads from rank {pair[0]} to rank {pair[1]}: there is one link at most "
+                f"between any two of the ranks 0 to {num_ranks - 1}"
+            )
+        known.add(pair)
 
 
 def read_plan_file(path: Path) -> Plan:
     """Read a plan from a file; `ConfigError` as `read_plan`, and for a file that can't be read."""
+    content = read_toml(path, "plan")
     try:
-        return read_plan(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, ConfigError) as error:
+        return _plan(content)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
