@@ -4,7 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
+    from evenflow.errors import (
+        BadNumbersError,
+        ConfigError,
+        EvenflowError,
+        PeerError,
+        RecordError,
+        ScheduleError,
+    )
     from evenflow.graph.deferred import deferred_init
     from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
     from evenflow.interop.trainer import PipelineTrainer
@@ -16,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BadNumbersError",
     "ConfigError",
     "EvenflowError",
     "Microbatches",
@@ -35,7 +43,8 @@ __all__ = [
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
     **dict.fromkeys(
-        ("ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"), "evenflow.errors"
+        ("BadNumbersError", "ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"),
+        "evenflow.errors",
     ),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
