@@ -91,6 +91,13 @@ def train_command(
         ),
     ] = None,
     device: Device = None,
+    bad_numbers: Annotated[
+        Literal["stop", "skip", "ignore"] | None,
+        typer.Option(help="What becomes of a step with NaN or infinite loss or gradients. Default: stop."),
+    ] = None,
+    find_nan: Annotated[
+        bool, typer.Option("--find-nan", help="Watch each node of each step for them: slower.")
+    ] = False,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
 
@@ -116,6 +123,8 @@ def train_command(
             plan=plan,
             out=out,
             device=device,
+            bad_numbers=bad_numbers,
+            find_nan=find_nan or None,
         )
     )
 

@@ -53,6 +53,8 @@ class Flags:
     plan: Path | None = None
     exact: bool | None = None
     device: str | None = None
+    bad_numbers: str | None = None
+    find_nan: bool | None = None
 
 
 def train(flags: Flags) -> None:
@@ -169,6 +171,8 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         "steps": flags.steps,
         "learning_rate": flags.learning_rate,
         "seed": flags.seed,
+        "bad_numbers": flags.bad_numbers,
+        "find_nan": flags.find_nan,
     }
     pipeline = {
         "stages": flags.stages,

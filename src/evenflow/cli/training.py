@@ -155,6 +155,8 @@ def _prepare(
         offload=config.pipeline.offload,
         precision=config.training.precision,
         clip_norm=config.training.clip_norm,
+        bad_numbers=None if config.training.bad_numbers == "ignore" else config.training.bad_numbers,
+        find_nan=config.training.find_nan,
         seed=config.training.seed,
         device=device,
     )
@@ -214,7 +216,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     console.print(bill_table(*pipe.bills()))
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
-    last_losses = log.losses[-_NUM_LAST_LOSSES:]
+    last_losses = log.last_losses(_NUM_LAST_LOSSES)
     summary = Summary(
         first_loss=log.losses[0],
         last_loss=math.fsum(last_losses) / len(last_losses),

@@ -105,8 +105,8 @@ class BadStep:
             )
         if found.count.num_bad:
             return (
-                f"No node made one: the gradient of {found.parameter} has {found.count} because it is a sum of "
-                "finite ones that are too large. Lower the learning rate, or the loss"
+                f"No node made one: the gradient of {found.parameter} has {found.count} because it is a "
+                "sum of finite ones that are too large. Lower the learning rate, or the loss"
             )
         return (
             f"All gradients are finite, and their norm is too large for float32: that of {found.parameter} "

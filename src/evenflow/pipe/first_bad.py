@@ -6,7 +6,7 @@ of good ones. Of these the first in program order is named; forward before backw
 microbatch first.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -72,17 +72,18 @@ def first_bad(noted: Sequence[Noted], graph_of: GraphOf, *, loss: bool, anywhere
     """Where the bad numbers of a step began; None where nothing was noted that tells.
 
     `loss`: whether the step's loss is bad, which something in the forward is to blame for. `anywhere`:
-    whether bad numbers of a forward count that no loss came to have.
+    whether what nodes of a forward made counts where no loss came to be bad by it. What came in bad always
+    does: a gradient may come to be bad by it alone.
     """
     calls = [call for each in noted for call in each.calls]
-    for microbatch in sorted({call.place.microbatch for call in calls}) if loss else ():
-        found = _Forward(graph_of(microbatch), calls, microbatch).behind_the_loss()
-        if found is not None:
-            return found
-    for microbatch in sorted({call.place.microbatch for call in calls}) if anywhere else ():
-        found = _Forward(graph_of(microbatch), calls, microbatch).first(graph_of(microbatch).nodes)
-        if found is not None:
-            return found
+    numbers = sorted({call.place.microbatch for call in calls})
+    forwards = [_Forward(graph_of(number), calls, number) for number in numbers]
+    searches = [_Forward.behind_the_loss] * loss + [_Forward.first if anywhere else _Forward.first_leaf]
+    for search in searches:
+        for forward in forwards:
+            found = search(forward)
+            if found is not None:
+                return found
     gradients = [gradient for each in noted for gradient in each.gradients]
     if gradients:
         # The backward comes to the last nodes first, and notes are in its order.
@@ -121,21 +122,30 @@ class _Forward:
             with_nan = [value for value in bad if self._bad[value].num_nan]
             waiting += with_nan or bad
         nodes = [met[index] for index in sorted(met)]
-        return self.first(nodes) or self._of(nodes[0])
+        return _first(map(self._origin, nodes)) or self._of(nodes[0])
 
-    def first(self, nodes: Iterable[Node]) -> Origin | None:
-        """The first of these nodes from which bad numbers come."""
-        for node in nodes:
-            if node.index in self._calls:
-                found = self._origin(node, self._calls[node.index])
-                if found is not None:
-                    return found
-        return None
+    def first(self) -> Origin | None:
+        """The first node from which bad numbers come."""
+        return _first(map(self._origin, self._nodes()))
 
-    def _origin(self, node: Node, call: BadCall) -> Origin | None:
+    def first_leaf(self) -> Origin | None:
+        """The first parameter, buffer or tensor of the batch that came in with bad numbers."""
+        return _first(map(self._leaf, self._nodes()))
+
+    def _nodes(self) -> Iterator[Node]:
+        return (node for node in self._graph.nodes if node.index in self._calls)
+
+    def _leaf(self, node: Node) -> Origin | None:
+        call = self._calls[node.index]
         for source, count in call.leaves:
             if isinstance(source, ParameterSource) or not _is_mask(count):
                 return FromLeaf(call, source, count)
+        return None
+
+    def _origin(self, node: Node) -> Origin | None:
+        call, leaf = self._calls[node.index], self._leaf(node)
+        if leaf is not None:
+            return leaf
         taken = [self._bad[value] for value in node.inputs if value in self._bad]
         took = Count.together([*taken, *(count for _, count in call.leaves)])
         asked = any(map(is_infinite, node.args.leaves))
@@ -145,6 +155,10 @@ class _Forward:
     def _of(self, node: Node) -> Origin:
         call = self._calls[node.index]
         return FromCall(call, Count.together(call.made.values()))
+
+
+def _first(origins: Iterable[Origin | None]) -> Origin | None:
+    return next((each for each in origins if each is not None), None)
 
 
 def _is_mask(count: Count) -> bool:
