@@ -18,6 +18,7 @@ from evenflow.cli.train import Flags, make_job
 from evenflow.errors import BadNumbersError, ConfigError
 from evenflow.pipe.bad_numbers import MOST_SKIPS
 from evenflow.runtime.finite import is_finite
+from small_models import assert_same_bits, train
 
 CUTS = [(1, "1f1b"), (2, "1f1b"), (2, "zb-auto"), (4, "zb-auto"), (4, "interleaved-1f1b"), (4, "zb-v")]
 ROWS, NUM_MICROBATCHES = 8, 4
@@ -298,6 +299,12 @@ def test_watching_changes_no_bit(stages, schedule):
         found.append(([float(pipe.step(data(seed)).loss) for seed in range(3)], everything(pipe)))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_watching_finds_nothing_in_sound_models(name):
+    options = {"stages": 2, "schedule": "zb-auto", "dropout": 0.1, "num_steps": 2}
+    assert_same_bits(train(name, find_nan=True, **options), train(name, **options))
 
 
 # -- what becomes of the step

@@ -40,6 +40,7 @@ class Guard:
         self._parts, self._runs, self._policy = parts, runs, parts.on_bad_numbers.policy
         self._watch = NanWatch(parts.model, self._rank_of, parts.updater.accumulators.named)
         self._num_skips = 0  # in a row
+        self._changes: dict[int, _Changes] = {}  # by recording
 
     def _rank_of(self, stage: int) -> int:
         world = self._parts.mesh.world
@@ -49,8 +50,13 @@ class Guard:
         """A step that is about to run."""
         if self._parts.on_bad_numbers.watches:
             self._watch.begin()
-        before = None if self._policy is None else _Before(self._parts, agreed)
+        before = None if self._policy is None else self._before(set(agreed.recordings))
         return Guarded(self._parts, self._runs, self._watch, agreed, share, step, before)
+
+    def _before(self, recordings: set[int]) -> "_Before":
+        for number in recordings - self._changes.keys():
+            self._changes[number] = _Changes.of(self._parts, number)
+        return _Before(self._parts.model, [self._changes[number] for number in sorted(recordings)])
 
     def updated(self) -> None:
         """A step went well, and updated the parameters."""
@@ -159,25 +165,39 @@ class Guarded:
         return sorted(found, key=lambda each: each.badness)[-1:]
 
 
-class _Before:
-    """What a step's forwards change on this process, as it was before: buffers, and modules' own state."""
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """What this process's part of a recording changes: buffers, and whether modules' own state, too."""
 
-    def __init__(self, parts: Parts, agreed: Agreed) -> None:
-        entries = [parts.recordings.entries[number] for number in sorted(set(agreed.recordings))]
-        found: dict[int, torch.Tensor] = {}
-        self._state: Snapshot | None = None
-        for entry in entries:
-            nodes = [node for stage in parts.stages for node in entry.cut.sections[stage].nodes]
-            names = {name for node in nodes for name in node.changed_buffers}
-            held = [entry.graph.constants[name] for name in names & entry.graph.constants.keys()]
-            held += buffers_at(parts.model, names - entry.graph.constants.keys())
-            found |= {id(tensor): tensor for tensor in held}
-            if self._state is None and any(node.stateful for node in nodes):
-                self._state = Snapshot(parts.model, (), batch=(), devices=())
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in found.values()]
+    buffers: tuple[str, ...]
+    constants: tuple[torch.Tensor, ...]  # tensors of Python's own
+    state: bool
+
+    @staticmethod
+    def of(parts: Parts, recording: int) -> "_Changes":
+        entry = parts.recordings.entries[recording]
+        nodes = [node for stage in parts.stages for node in entry.cut.sections[stage].nodes]
+        names, constants = {name for node in nodes for name in node.changed_buffers}, entry.graph.constants
+        return _Changes(
+            tuple(names - constants.keys()),
+            tuple(constants[name] for name in names & constants.keys()),
+            any(node.stateful for node in nodes),
+        )
+
+
+class _Before:
+    """What a step's forwards change on this process, as it was before."""
+
+    def __init__(self, model: torch.nn.Module, changes: Sequence[_Changes]) -> None:
+        keeps_state = any(each.state for each in changes)
+        self._state = Snapshot(model, (), batch=(), devices=()) if keeps_state else None
+        held = [tensor for each in changes for tensor in each.constants]
+        held += buffers_at(model, dict.fromkeys(name for each in changes for name in each.buffers))
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in held]
 
     @torch.no_grad()
     def put_back(self) -> None:
+        """Give it its numbers back."""
         if self._state is not None:
             self._state.put_back()
         for tensor, copy in self._tensors:

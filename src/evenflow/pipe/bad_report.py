@@ -9,8 +9,8 @@ from evenflow.pipe.first_bad import BadSum, FromCall, FromGradient, FromLeaf, Gr
 from evenflow.runtime.nan_watch import Place
 
 _SLOPE = (
-    "Its slope is infinite there, as that of a root or a norm is at 0: add a small number inside, or keep "
-    "such inputs away from it (torch.where around its result does not)"
+    "Its slope is infinite there, or too large, as that of a root or a norm is at 0: add a small number "
+    "inside, or keep such inputs away from it (torch.where around its result does not)"
 )
 
 

@@ -100,11 +100,14 @@ class _Forward:
 
     def __init__(self, graph: Graph, calls: Iterable[BadCall], microbatch: int) -> None:
         self._graph = graph
-        self._calls: dict[int, BadCall] = {}  # by node; glue is called on several stages, alike
+        # By node: glue is called on several stages, and all on each tensor rank, of which one may have the leaf.
+        self._calls: dict[int, BadCall] = {}
         self._bad: dict[int, Count] = {}  # by value
         for call in calls:
             if call.place.microbatch == microbatch:
-                self._calls.setdefault(call.place.node, call)
+                known = self._calls.setdefault(call.place.node, call)
+                if call.leaves and not known.leaves:
+                    self._calls[call.place.node] = call
                 self._bad.update(call.made)
 
     def behind_the_loss(self) -> Origin | None:
