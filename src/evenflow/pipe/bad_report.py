@@ -51,6 +51,8 @@ class BadStep:
                 )
             case FromCall(call, made):
                 took = f"its inputs were finite, {call.took.largest:.3g} at most in size"
+                if not call.took.num:  # it changed what it was given in place
+                    took = "its inputs were finite"
                 if call.took.num_bad:
                     took = f"its inputs held no nan, but {call.took.num_inf} infinities"
                 inside = "" if call.inside is None else f" (inside, {call.inside} was the first)"

@@ -100,7 +100,7 @@ class _Forward:
 
     def __init__(self, graph: Graph, calls: Iterable[BadCall], microbatch: int) -> None:
         self._graph = graph
-        # By node: glue is called on several stages, and all on each tensor rank, of which one may have the leaf.
+        # By node: glue is called on several stages, others on tensor ranks, of which one may have the leaf.
         self._calls: dict[int, BadCall] = {}
         self._bad: dict[int, Count] = {}  # by value
         for call in calls:
