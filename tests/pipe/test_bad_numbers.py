@@ -201,8 +201,9 @@ def test_a_mask_is_not_to_blame():
 
         def forward(self, batch):
             least = torch.finfo(torch.float32).min * batch["hide"]
+            least = least + least  # a mask that nobody asked to be infinite
             h = self.log(self.a(batch["x"]), batch["log"]).masked_fill(batch["hide"], -math.inf)
-            return self.c((h + self.mask + (least + least)).softmax(-1))
+            return self.c((h + self.mask + least).softmax(-1))
 
     batch = data() | {"hide": torch.zeros(ROWS, 4, dtype=torch.bool)}
     batch["hide"][:, 3] = True

@@ -1,17 +1,25 @@
 """Bad numbers in words: which step, where they began, and what helps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from evenflow.graph.tree import BatchLeaf, BufferSource, CallSource, ParameterSource, Source
 from evenflow.pipe.first_bad import BadSum, FromCall, FromGradient, FromLeaf, GraphOf, Origin
+from evenflow.runtime.finite import Count
 from evenflow.runtime.nan_watch import Place
 
 _SLOPE = (
-    "Its slope is infinite there, or too large, as that of a root or a norm is at 0: add a small number "
-    "inside, or keep such inputs away from it (torch.where around its result does not)"
+    "Its slope is infinite there, as that of a root or a norm is at 0: add a small number inside, or keep "
+    "such inputs away from it (torch.where around its result does not)"
 )
+_FORWARD = (
+    "Look at what it is given: a logarithm or a root of what is not positive, a division by 0, a row that a "
+    "mask hides altogether"
+)
+_LARGE = "What came to it had grown too large: lower the learning rate, warm it up, or give clip_norm="
+_LARGEST = 1e15  # a training that goes well stays far below
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +43,9 @@ class BadStep:
         return f"step {self.step} has bad numbers: {self._seen()}. {self._found(origin, graph_of)}"
 
     def _seen(self) -> str:
-        if self.loss - self.loss != 0:  # of infinities and NaNs it is NaN
+        if not math.isfinite(self.loss):
             return f"its loss is {self.loss}"
-        if self.norm is not None and self.norm - self.norm != 0:
+        if self.norm is not None and not math.isfinite(self.norm):
             return f"its loss is {self.loss:.6g}, but the norm of its gradients is {self.norm}"
         return f"its loss is {self.loss:.6g}, but not all that it was made of is finite"
 
@@ -50,18 +58,11 @@ class BadStep:
                     f"to use, in the forward of {_where(call.place)}. {remedy}"
                 )
             case FromCall(call, made):
-                took = f"its inputs were finite, {call.took.largest:.3g} at most in size"
-                if not call.took.num:  # it changed what it was given in place
-                    took = "its inputs were finite"
-                if call.took.num_bad:
-                    took = f"its inputs held no nan, but {call.took.num_inf} infinities"
                 inside = "" if call.inside is None else f" (inside, {call.inside} was the first)"
                 return (
                     f"They began in the forward of {_where(call.place)}: "
-                    f"{_named(call.place, graph_of)}{inside} made {made}; {took}. Look at what "
-                    "it is given: a logarithm or a root of what is not positive, a division by 0, a row "
-                    "that a mask hides altogether, or numbers that grew too large (a lower learning rate, "
-                    "clip_norm=)"
+                    f"{_named(call.place, graph_of)}{inside} made {made}; {_taken(call.took)}. "
+                    f"{_LARGE if call.took.largest > _LARGEST else _FORWARD}"
                 )
             case FromGradient(gradient, was_bad):
                 target = "" if gradient.parameter is None else f" in the gradient of {gradient.parameter}"
@@ -70,7 +71,7 @@ class BadStep:
                     f"They began in the backward of {_where(gradient.place)}: "
                     f"{_named(gradient.place, graph_of)} ({gradient.function}) made {gradient.made}"
                     f"{target}; the gradient that came to it was finite, {gradient.came.largest:.3g} at most "
-                    f"in size. {forward * was_bad}{_SLOPE}"
+                    f"in size. {forward * was_bad}{_LARGE if gradient.came.largest > _LARGEST else _SLOPE}"
                 )
             case BadSum():
                 return self._sum(origin)
@@ -123,6 +124,16 @@ class BadStep:
             "adds in no fixed order, a counter in the model, a faulty device). find_nan=True names the node "
             "as it runs"
         )
+
+
+def _taken(took: Count) -> str:
+    """What a node was given that made bad numbers in its forward."""
+    if took.num_nan:
+        return f"of what it was given were {took}"
+    if took.num_inf:
+        return f"its inputs held no nan, but {took.num_inf} infinities"
+    # Where it changed them in place, their size is not known any more.
+    return "its inputs were finite" + (f", {took.largest:.3g} at most in size" if took.num else "")
 
 
 def _where(place: Place) -> str:

@@ -61,7 +61,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     (False, True)
     """
     numbers = _numbers(tensor)
-    return numbers is None or bool(torch.isfinite(numbers).all())
+    if numbers is None:
+        return True
+    # A sum takes a thirtieth of the time, and what is bad stays so in it; but it may be too large itself.
+    total = numbers.sum(dtype=torch.float32 if numbers.dtype.itemsize < 4 else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(numbers).all())
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor | None:

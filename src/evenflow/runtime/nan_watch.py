@@ -25,6 +25,7 @@ from evenflow.runtime.weight_grads import is_leaf
 from evenflow.runtime.work import Work
 
 _MARK = "evenflow_watched"  # on autograd's functions
+_MOST_STEPS = 4  # from where a weight is used to the weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +179,15 @@ class NanWatch:
             waiting += [each for each in nexts if each is not None]
 
     def _name_of(self, function: Any) -> str | None:  # one of autograd's functions
-        if function is None or not is_leaf(function):
-            return None
-        return self._names.get(id(function.variable))
+        """The parameter that gradients of this function become, perhaps transposed or cast on the way."""
+        for _ in range(_MOST_STEPS):
+            if function is None:
+                return None
+            if is_leaf(function):
+                return self._names.get(id(function.variable))
+            nexts = [each for each, _ in function.next_functions]
+            function = nexts[0] if len(nexts) == 1 else None
+        return None
 
     def _passed(self, place: Place, function: str, names: Sequence[str | None], made: Any, came: Any) -> None:
         """A hook of one of autograd's functions: `made` and `came` are gradients, or None."""
