@@ -275,7 +275,7 @@ class OnThreads:
         last = executors[self.placement.rank_of[-1]]
         losses = [result.loss for _, result in sorted(last.results.items())]
         parts.updater.combine(None)
-        parts.updater.step()
+        parts.updater.step(parts.updater.norm())
         return float(
             torch.stack(
                 [loss * share for loss, share in zip(losses, agreed.shares.losses, strict=True)]

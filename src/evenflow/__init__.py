@@ -4,7 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError, ScheduleError
+    from evenflow.errors import (
+        BadNumbersError,
+        ConfigError,
+        EvenflowError,
+        PeerError,
+        RecordError,
+        ScheduleError,
+    )
     from evenflow.graph.deferred import deferred_init
     from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
     from evenflow.interop.trainer import PipelineTrainer
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BadNumbersError",
     "Checkpoints",
     "ConfigError",
     "EvenflowError",
@@ -38,7 +46,8 @@ __all__ = [
 _HOMES = {
     "Checkpoints": "evenflow.pipe.checkpoints",
     **dict.fromkeys(
-        ("ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"), "evenflow.errors"
+        ("BadNumbersError", "ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"),
+        "evenflow.errors",
     ),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",

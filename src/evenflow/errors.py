@@ -25,5 +25,9 @@ class OutOfMemoryError(EvenflowError, MemoryError):
     """A rank's memory was too small for a step; the message reports what was there and what would help."""
 
 
+class BadNumbersError(EvenflowError, ArithmeticError):
+    """A step made NaNs or infinities, and nothing was updated; the message says where they began."""
+
+
 class PeerError(EvenflowError, RuntimeError):
     """Another rank failed, vanished or did not answer in time: the peer's fault, not the caller's."""

@@ -35,6 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from evenflow.errors import (
+    BadNumbersError,
     ConfigError,
     EvenflowError,
     OutOfMemoryError,
@@ -53,7 +54,15 @@ _PEER_GRACE_SECONDS = 5.0
 # How Gloo and the store say that the other side is gone, in plain RuntimeErrors.
 _PEER_LOST_PHRASES = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
-_ERRORS = (EvenflowError, ConfigError, ScheduleError, RecordError, OutOfMemoryError, PeerError)
+_ERRORS = (
+    EvenflowError,
+    ConfigError,
+    ScheduleError,
+    RecordError,
+    OutOfMemoryError,
+    BadNumbersError,
+    PeerError,
+)
 _ERRORS_BY_NAME: Mapping[str, type[EvenflowError]] = {error.__name__: error for error in _ERRORS}
 
 _QUIETED_LOGGERS = (

@@ -265,7 +265,7 @@ def test_a_full_disk(tmp_path, caplog, on_error):
         checkpoints.updated()
         if on_error == "stop":
             with pytest.raises(Exception, match=r"(?i)file too large"):
-                checkpoints.updated()
+                checkpoints.save()
         else:
             pipe.step(batches()[2])
             checkpoints.updated()
@@ -282,6 +282,51 @@ def test_a_full_disk(tmp_path, caplog, on_error):
     assert [each.name for each in tmp_path.iterdir() if each.name.endswith(("1", "4"))]
     again = evenflow.Checkpoints(make(model=mlp(WIDTH, 256, 256, 1)), tmp_path, every=1)
     assert again.resume() == tmp_path / f"step-{newest:08}"
+
+
+def test_rolled_back(tmp_path):
+    """To the checkpoint before the bad batch; what is behind it is trained on, and nothing again."""
+    bad = [{name: tensor * float("nan") for name, tensor in batches()[0].items()}]
+    pipe, found, back = make(bad_numbers="stop"), [], []
+    with evenflow.Checkpoints(pipe, tmp_path, every=2) as checkpoints:
+        for batch in pipe.feed(batches()[:5] + bad + batches()[6:]):
+            try:
+                found.append(float(pipe.step(batch).loss))
+                checkpoints.updated()
+            except evenflow.BadNumbersError as error:
+                back.append(checkpoints.roll_back(error).name)
+    assert back == ["step-00000004"]
+    assert (pipe.num_updates, pipe.epoch) == (8, 1)
+    expected = make(bad_numbers="stop")
+    assert found[:5] == losses(expected, batches()[:5])
+    expected.load(tmp_path / "step-00000008")
+    assert [each.name for each in checkpoints_in(tmp_path)] == [f"step-{at:08}" for at in (2, 4, 6, 8)]
+    again = make()
+    again.load(tmp_path / "step-00000004", data=False)
+    assert found[5:] == losses(again, batches()[6:])
+
+
+def test_rolled_back_in_vain(tmp_path):
+    pipe = make(bad_numbers="stop")
+    checkpoints = evenflow.Checkpoints(pipe, tmp_path, every=1)
+    bad = {name: tensor * float("nan") for name, tensor in batches()[0].items()}
+
+    def fail():
+        try:
+            pipe.step(bad)
+        except evenflow.BadNumbersError as error:
+            return checkpoints.roll_back(error)
+
+    with pytest.raises(evenflow.BadNumbersError) as error:
+        fail()
+    assert "no checkpoint" in error.value.__notes__[0]
+    pipe.step(batches()[0])
+    checkpoints.updated()
+    for _ in range(3):
+        assert fail().name == "step-00000001"
+    with pytest.raises(evenflow.BadNumbersError) as error:
+        fail()
+    assert "rolled back to 3 times before" in error.value.__notes__[0]
 
 
 def test_wrong_numbers():

@@ -72,11 +72,15 @@ class TextData:
 DataChoice: TypeAlias = ExampleData | TextData
 
 
+BAD_NUMBERS = ("stop", "skip", "rollback", "ignore")
+
+
 @dataclass(frozen=True, slots=True)
 class Training:
     """How long and how fast: AdamW, a linear warm-up, then a cosine down to a tenth of the rate.
 
-    `precision` and `clip_norm` are those of `evenflow.pipeline`.
+    `precision`, `clip_norm` and `find_nan` are those of `evenflow.pipeline`, and so is `bad_numbers`: stop,
+    skip, or ignore; with rollback a run goes on from its last checkpoint, with the batches behind.
     """
 
     steps: int = 500
@@ -87,6 +91,8 @@ class Training:
     validate_every: int = 250
     precision: str | None = None
     clip_norm: float | None = None
+    bad_numbers: str = "stop"
+    find_nan: bool = False
 
     def __post_init__(self) -> None:
         _at_least("training.steps", self.steps, 1)
@@ -97,6 +103,14 @@ class Training:
         _at_least("training.validate_every", self.validate_every, 1)
         if self.clip_norm is not None:
             _between("training.clip_norm", self.clip_norm, 1e-12, math.inf)
+        if self.bad_numbers not in BAD_NUMBERS:
+            known = " or ".join(map(repr, BAD_NUMBERS))
+            raise ConfigError(f"training.bad_numbers = {self.bad_numbers!r} must be {known}")
+        if self.find_nan and self.bad_numbers == "ignore":
+            raise ConfigError(
+                "training.find_nan looks for bad numbers, and training.bad_numbers = 'ignore' wants to hear "
+                "of none: leave one out"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 import evenflow
 from evenflow.cli.config import RunConfig, Saving
 from evenflow.cli.config_text import write_config
-from evenflow.errors import ConfigError
+from evenflow.errors import BadNumbersError, ConfigError
 from evenflow.journal.folder import has_ended, read_run, write_text
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.toml"
@@ -47,6 +47,10 @@ class Keeping:
     def updated(self, extra: Callable[[], Any]) -> None:
         """A step is done; `extra` is asked, if it is time, for what is saved beside the pipeline."""
         self._checkpoints.updated(extra)
+
+    def roll_back(self, error: BadNumbersError) -> str:
+        """Go on from the last checkpoint after a step with bad numbers; what to tell of it."""
+        return f"going back to {self._checkpoints.roll_back(error)}: {error}"
 
     def wait(self) -> None:
         """Wait for the last one."""

@@ -24,7 +24,7 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
-from evenflow.cli.train_flags import KeepLast, MaxRestarts, Resume, SaveEvery
+from evenflow.cli.train_flags import BadNumbers, FindNan, KeepLast, MaxRestarts, Resume, SaveEvery
 from evenflow.errors import EvenflowError
 from evenflow.foreign import visible
 
@@ -101,6 +101,8 @@ def train_command(
     resume: Resume = None,
     max_restarts: MaxRestarts = 0,
     device: Device = None,
+    bad_numbers: BadNumbers = None,
+    find_nan: FindNan = False,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
 
@@ -130,6 +132,8 @@ def train_command(
             keep_last=keep_last,
             max_restarts=max_restarts,
             device=device,
+            bad_numbers=bad_numbers,
+            find_nan=find_nan or None,
         )
     )
 

@@ -47,6 +47,7 @@ class StepLog:
         self._peak_bytes: int | None = None
         self._unread: list[torch.Tensor] = []
         self._losses: list[float] = []
+        self._left_out: set[int] = set()  # steps with bad numbers, counted from 1
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """What the pipeline feeds of these batches; each goes to `step` before the next is asked for."""
@@ -71,6 +72,13 @@ class StepLog:
             torch.cuda.synchronize()  # the next step waits for it anyway, to agree on the batch
         self._seconds.append((self._waited_seconds, time.perf_counter() - start))
         self._unread.append(result.loss)
+        if result.bad_numbers is not None:
+            self._left_out.add(len(self._seconds))
+
+    @property
+    def num_steps(self) -> int:
+        """How many have been made."""
+        return len(self._seconds)
 
     @property
     def _num_here(self) -> int:
@@ -95,6 +103,11 @@ class StepLog:
         self._losses += [float(loss) for loss in self._unread]
         self._unread.clear()
         return self._losses
+
+    def last_losses(self, num: int) -> Sequence[float]:
+        """Those of so many steps at the end, without those that were left out unless all were."""
+        good = [loss for at, loss in enumerate(self.losses, start=1) if at not in self._left_out]
+        return (good or self.losses)[-num:]
 
     def recent_seconds(self) -> float:
         """The median of the steps since this was last asked, waits for batches included."""

@@ -61,6 +61,8 @@ class Flags:
     plan: Path | None = None
     exact: bool | None = None
     device: str | None = None
+    bad_numbers: str | None = None
+    find_nan: bool | None = None
 
 
 def train(flags: Flags) -> None:
@@ -146,10 +148,14 @@ def _check_saving(config: RunConfig, flags: Flags) -> None:
         raise ConfigError(f"--max-restarts {flags.max_restarts}: it is a number of times")
     if flags.resume is not None and flags.out is not None:
         raise ConfigError("--resume and --out both name the run's folder: leave one out")
-    for name, asked in (("resume", flags.resume is not None), ("max-restarts", flags.max_restarts > 0)):
+    for name, asked in (
+        ("--resume", flags.resume is not None),
+        ("--max-restarts", flags.max_restarts > 0),
+        ("bad_numbers = rollback", config.training.bad_numbers == "rollback"),
+    ):
         if asked and config.checkpoints.every is None:
             raise ConfigError(
-                f"--{name} needs checkpoints: say --save-every STEPS, or every under [checkpoints]"
+                f"{name} needs checkpoints: say --save-every STEPS, or every under [checkpoints]"
             )
     if flags.resume is not None:
         check_kept(flags.resume, config.training.steps)
@@ -215,6 +221,8 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         "steps": flags.steps,
         "learning_rate": flags.learning_rate,
         "seed": flags.seed,
+        "bad_numbers": flags.bad_numbers,
+        "find_nan": flags.find_nan,
     }
     pipeline = {
         "stages": flags.stages,

@@ -1,7 +1,7 @@
-"""The flags of `evenflow train` that say what becomes of a long run: its checkpoints and restarts."""
+"""The flags of `evenflow train` that say what becomes of a long run: checkpoints, restarts, bad numbers."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,3 +19,11 @@ Resume = Annotated[
 MaxRestarts = Annotated[
     int, typer.Option(help="How often to start again, from the last checkpoint, where a rank is lost.")
 ]
+BadNumbers = Annotated[
+    Literal["stop", "skip", "rollback", "ignore"] | None,
+    typer.Option(
+        help="What becomes of a step with NaN or infinite loss or gradients; rollback goes on from the last "
+        "checkpoint, with the batches behind. Default: stop."
+    ),
+]
+FindNan = Annotated[bool, typer.Option("--find-nan", help="Watch each node of each step for them: slower.")]

@@ -27,7 +27,7 @@ from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.step_log import StepLog
 from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
-from evenflow.errors import ConfigError, EvenflowError
+from evenflow.errors import BadNumbersError, ConfigError, EvenflowError
 from evenflow.journal.folder import claim, write_run
 from evenflow.pipe.choices import world_of
 from evenflow.plan.plan import Plan
@@ -42,6 +42,8 @@ _READ_EVERY = 10
 # The last training loss is the mean of so many steps, because one batch's is noisy.
 _NUM_LAST_LOSSES = 20
 _FINAL_RATE = 0.1
+# What a pipeline does with bad numbers; of a rollback the first half.
+_POLICIES = {"stop": "stop", "skip": "skip", "rollback": "stop", "ignore": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ def _prepare(
         offload=config.pipeline.offload,
         precision=config.training.precision,
         clip_norm=config.training.clip_norm,
+        bad_numbers=_POLICIES[config.training.bad_numbers],
+        find_nan=config.training.find_nan,
         seed=config.training.seed,
         device=device,
     )
@@ -213,8 +217,14 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     with ProgressReport(console, num_steps=training.steps, units=feed.units) as report:
         if before is None:
             report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
-        for number, batch in enumerate(log.batches(feed.batches), start=pipe.num_updates + 1):
-            log.step(batch)
+        for number, batch in enumerate(log.batches(feed.batches), start=log.num_steps + 1):
+            try:
+                log.step(batch)
+            except BadNumbersError as error:
+                if keeping is None or training.bad_numbers != "rollback":
+                    raise
+                report.line(keeping.roll_back(error))
+                continue
             if keeping is not None and number < training.steps:  # the last one is saved at the end
                 keeping.updated(log.state)
             validates = number % training.validate_every == 0 and number < training.steps
@@ -229,7 +239,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     console.print(bill_table(*pipe.bills()))
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
-    last_losses = log.losses[-_NUM_LAST_LOSSES:]
+    last_losses = log.last_losses(_NUM_LAST_LOSSES)
     summary = Summary(
         first_loss=log.losses[0],
         last_loss=math.fsum(last_losses) / len(last_losses),

@@ -35,6 +35,11 @@ class Accumulated:
         """Whether there was a batch since it was last cleared."""
         return bool(self._shares)
 
+    @property
+    def num_batches(self) -> int:
+        """How many batches there were since it was last cleared."""
+        return len(self._shares)
+
     def clear(self) -> None:
         """Begin anew, after an update."""
         self._shares.clear()

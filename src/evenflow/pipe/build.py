@@ -24,6 +24,7 @@ from evenflow.pipe.default_programs import model_loss
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
 from evenflow.pipe.holdings import summaries, true_buffers, used_on
 from evenflow.pipe.model_parameters import ModelParameters
+from evenflow.pipe.on_bad_numbers import OnBadNumbers
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided, given_plan
@@ -84,6 +85,8 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     compile: bool | str = False,  # noqa: A002 (as torch calls it)
     precision: str | None = None,
     clip_norm: float | None = None,
+    bad_numbers: str | None = None,
+    find_nan: bool = False,
     mesh: Mapping[str, int] | None = None,
     tensor_plan: TensorPlan | None = None,
     shard: str | None = None,
@@ -148,6 +151,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       what the model and the loss function say.
     - `clip_norm`: the most that the norm of all gradients may be, over all ranks, before the update;
       `StepResult.grad_norm` tells what it was. math.inf measures it alone.
+    - `bad_numbers`: what becomes of a step whose loss, or the norm of its gradients, is NaN or infinite:
+      "stop" raises `BadNumbersError` on every rank, "skip" leaves it out, and warns. Nothing is updated then,
+      and the step is run again to say which node made the first bad number. By default nobody looks.
+    - `find_nan`: watch every node of every step as it runs: slower, and finds what does not repeat too.
     - `mesh`: how many pipeline ("pp"), data ("dp") and tensor ("tp") ranks there are: {"pp": 4, "dp": 2};
       together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
       a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
@@ -195,7 +202,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         seed, reduction, link, clip_norm, offload, loss=loss, optimizer=optimizer, scheduler=scheduler
     )
     compiling, narrowing, types = Compiling.of(compile), Narrowing(boundary_dtype), Precision.of(precision)
-    joining = Joining.of(metrics)
+    joining, on_bad_numbers = Joining.of(metrics), OnBadNumbers.of(bad_numbers, find_nan=find_nan)
     choices.check_split(model, split or ())
     kind, (plan, degrees, shard) = choices.device_kind(device), given_plan(plan, mesh, shard)
     grid = mesh_of(choices.world_of(kind), degrees)
@@ -292,7 +299,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         scheduler=scheduler,
         data=data,
         tensor=held.tensor,
-        rules=UpdateRules.of(types, clip_norm, grid.world, fakes.trainable_names),
+        rules=UpdateRules.of(types, clip_norm, on_bad_numbers, grid.world, fakes.trainable_names),
     )
     updater.spread()  # processes may have initialised them differently: the owner holds
     return Pipeline(
@@ -322,6 +329,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
             ),
             precision=types,
             narrowing=narrowing,
+            on_bad_numbers=on_bad_numbers,
             loaded=None if load is None else Path(load),
             plan=given.plan,
         )

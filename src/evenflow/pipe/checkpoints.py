@@ -7,12 +7,14 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from evenflow.checkpoint.manifest import FILE, checkpoints_in
-from evenflow.errors import ConfigError, PeerError
+from evenflow.errors import BadNumbersError, ConfigError, PeerError
 from evenflow.pipe.pipeline import Pipeline
 
 _LOG = logging.getLogger(__name__)
 _NAME = "step-{:08}"
 _PATTERN = "step-????????*"
+
+_MOST_ROLL_BACKS = 3  # to one checkpoint
 
 OnError = Literal["continue", "stop"]
 
@@ -64,6 +66,8 @@ class Checkpoints:
         self.extra: Any = None  # what the checkpoint held with which `resume` goes on
         self._every, self._keep_last, self._on_error = every, keep_last, on_error
         self._is_saving = False
+        self._saved_at = -1  # of which update the last one is
+        self._rolled_back: dict[int, int] = {}  # how often, to the checkpoint of which update
 
     def __enter__(self) -> Self:
         return self
@@ -102,15 +106,36 @@ class Checkpoints:
 
         `extra` is saved beside (see `Pipeline.save`); a function is asked for it then.
         """
-        if self.pipe.num_updates % self._every == 0:
+        number = self.pipe.num_updates
+        if number % self._every == 0 and number != self._saved_at:  # a step that is left out updates nothing
             self.save(extra() if callable(extra) else extra)
 
     def save(self, extra: Any = None) -> None:
         """Begin to save, when what was begun before is written; a collective call."""
         self._settle(self._on_error)
-        number = self.pipe.num_updates
+        number = self._saved_at = self.pipe.num_updates
         self.pipe.begin_to_save(self.folder / _NAME.format(number), extra, self._thin_out)
         self._is_saving = True
+
+    def roll_back(self, error: BadNumbersError) -> Path:
+        """Go back to the newest checkpoint, after a step that was stopped; a collective call.
+
+        What `feed` gives out next stays what is behind that step's batch: nothing is trained on again.
+        Raises `error` where there is no checkpoint, and when it is the fourth time to the same one.
+        """
+        self._settle(self._on_error)
+        found = checkpoints_in(self.folder) if self.pipe.is_main else []
+        newest: Path | None = self.pipe.share(found[-1] if found else None)
+        if newest is None:
+            error.add_note(f"There is no checkpoint in {self.folder} yet to roll back to.")
+            raise error
+        self.extra = self.pipe.load(newest, data=False)
+        number = self._saved_at = self.pipe.num_updates
+        self._rolled_back[number] = self._rolled_back.get(number, 0) + 1
+        if self._rolled_back[number] > _MOST_ROLL_BACKS:
+            error.add_note(f"{newest} was rolled back to {_MOST_ROLL_BACKS} times before, in vain.")
+            raise error
+        return newest
 
     def wait(self) -> None:
         """Wait until the last one is written; raises what keeps it from that. A collective call."""

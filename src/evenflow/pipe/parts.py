@@ -9,6 +9,7 @@ import torch
 
 from evenflow.pipe.agree import Prepared
 from evenflow.pipe.fixed import FixedParameters
+from evenflow.pipe.on_bad_numbers import OnBadNumbers
 from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.replicas import SharedBuffers
@@ -66,6 +67,7 @@ class Parts:
     summaries: tuple[StageSummary, ...]
     precision: Precision
     narrowing: Narrowing  # in which type tensors travel between stages
+    on_bad_numbers: OnBadNumbers
     loaded: Path | None  # the folder that the weights came from
     plan: Plan | None
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from evenflow.graph.dtensors import is_first_holder, whole
 from evenflow.ir.timeline import Timeline
 from evenflow.pipe.accumulated import Accumulated
 from evenflow.pipe.agree import FED, Agreed
+from evenflow.pipe.bad_numbers import Guard, Guarded
 from evenflow.pipe.batches import Batches
 from evenflow.pipe.check import check_step
 from evenflow.pipe.check_report import CheckReport
@@ -35,6 +37,7 @@ from evenflow.pipe.runs import ProgramOf, Runs
 from evenflow.pipe.saver import Saver
 from evenflow.pipe.times import Marks, Times
 from evenflow.runtime.executor import Executor
+from evenflow.runtime.nan_watch import NanWatch
 from evenflow.runtime.recordings import Program
 
 
@@ -61,6 +64,7 @@ class Pipeline(Restorable):
         self._updated = False
         self._position, self._saver = Position(parts.device), Saver(parts.mesh.world)
         self._batches, self._runs = Batches(parts), Runs(parts)
+        self._guard = Guard(parts, self._runs)
 
     def __repr__(self) -> str:
         stages = f"{len(self.cut)} stages" if len(self.cut) > 1 else "1 stage"
@@ -76,7 +80,8 @@ class Pipeline(Restorable):
         or tokens (see `reduction`), seen since the last one; where losses are sums, of their sum. Gradients
         stay readable until the next step. Every rank calls this, with the same batch or with what `feed`
         yields. Raises `ConfigError` for a batch that cannot work, before anything has run, and `PeerError`
-        when another rank is lost. An error in mid-step drops all gradients since the last update.
+        when another rank is lost; for bad numbers see `bad_numbers` of `pipeline`. An error in mid-step, and
+        a step that is left out, drop all gradients since the last update.
         """
         if torch.is_inference_mode_enabled():
             raise ConfigError("step() was called in inference mode, in which nothing can be trained")
@@ -90,27 +95,30 @@ class Pipeline(Restorable):
             self._accumulated.clear()
             self._updated = False
         share = self._accumulated.add(agreed.shares) * self._parts.updater.rules.loss_factor
+        guarded = self._guard.over(agreed, share=share, step=self._step)
         try:
             programs = self._parts.programs
             reduces = update and self._parts.mesh.data.size > 1
             program = programs.reducing if reduces else programs.training
-            result, executors = self._outcome(agreed, program, share=share)
-            self._step += 1
+            result, executors = self._outcome(agreed, program, share=share, watch=guarded.watch)
             self._parts.shared_buffers.spread()
             self._logs.note(result, agreed.shares)
             rates = self._logs.rates(self._num_updates + 1, self.optimizers)  # the update changes them
             if update:
                 start = time.perf_counter()
-                result.grad_norm = self._update(executors)
+                self._update(executors, result, guarded)
                 marks.update_seconds = time.perf_counter() - start
+            marks.end_seconds = time.perf_counter()
+            if not self._updated and guarded.refuses(result):
+                prepare, num = partial(self._batches.prepared, batch), self._accumulated.num_batches
+                result.bad_numbers = self._guard.dealt_with(guarded, result, prepare, num)
+                self._drop()
         except Exception:
-            self._parts.updater.clear()  # part of a step's gradients is no gradient
-            self._accumulated.clear()
-            self._logs.drop()
+            self._drop()
             raise
-        marks.end_seconds = time.perf_counter()
+        self._step += 1
         self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
-        if update:
+        if self._updated:
             self._num_updates += 1
             self._logs.updated(self._num_updates, rates)
         return result
@@ -368,23 +376,33 @@ class Pipeline(Restorable):
     # -- one step
 
     def _outcome(
-        self, agreed: Agreed, program: ProgramOf, *, share: float = 1.0
+        self, agreed: Agreed, program: ProgramOf, *, share: float, watch: NanWatch | None
     ) -> tuple[StepResult, list[Executor]]:
         """Run a batch, and tell every rank what came of it."""
-        executors, results = self._runs.run(agreed, program, read_loss, step=self._step, share=share)
+        executors, results = self._runs.run(
+            agreed, program, read_loss, step=self._step, share=share, watch=watch
+        )
         proven, jobs = executors[0].proven, executors[0].jobs
         with Watch(self._parts, proven, jobs, {}, step=self._step, what="what follows the ops"):
             return outcome(self._parts, results, agreed, self._batches.graph(agreed)), executors
 
-    def _update(self, executors: Sequence[Executor]) -> torch.Tensor | None:
-        """Let the optimizers step with the gradients that these executors' programs have left; their norm."""
+    def _update(self, executors: Sequence[Executor], result: StepResult, guarded: Guarded) -> None:
+        """Let the optimizers step with the gradients that these executors' programs have left, if good."""
         proven, jobs = executors[0].proven, executors[0].jobs
-        what = "the optimizer's update"
-        with Watch(self._parts, proven, jobs, {}, step=self._step - 1, what=what):
-            self._parts.updater.combine(self._accumulated.scale)
-            norm = self._parts.updater.step()
-        self._updated = True
-        return norm
+        updater, what = self._parts.updater, "the optimizer's update"
+        with Watch(self._parts, proven, jobs, {}, step=self._step, what=what):
+            updater.combine(self._accumulated.scale)
+            result.grad_norm = updater.norm()
+            if not guarded.refuses(result):
+                updater.step(result.grad_norm)
+                self._updated = True
+                self._guard.updated()
+
+    def _drop(self) -> None:
+        """Give up the batches since the last update: part of a step's gradients is no gradient."""
+        self._parts.updater.clear()
+        self._accumulated.clear()
+        self._logs.drop()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -145,12 +145,13 @@ class Restorable(ABC):
     def _is_first(self) -> bool:
         return self._parts.mesh.world.is_first
 
-    def load(self, folder: str | Path, *, optimizer: bool = True) -> Any:
+    def load(self, folder: str | Path, *, optimizer: bool = True, data: bool = True) -> Any:
         """Go on where a checkpoint was saved, at any layout; returns its `extra`. A collective call.
 
         With `optimizer=False` it takes parameters and buffers alone. The next steps are then those that the
         run would have made: bit for bit where only stages and schedule are others. `feed` goes on behind the
-        batches that were trained on. Nothing is changed unless every process can read all that it holds.
+        batches that were trained on; with `data=False` it, and the random generators that loaders use, stay
+        where they are. Nothing is changed unless every process can read all that it holds.
 
         Raises `ConfigError` for what is no checkpoint, is damaged (with the file or the tensor), or does not
         fit the model (with every name), and `PeerError` where that is so on another rank.
@@ -187,14 +188,14 @@ class Restorable(ABC):
         try:
             self._put_back(state, optimizer=optimizer)
             if optimizer:
-                self._go_on(state)
+                self._go_on(state, data=data)
         except EvenflowError:
             raise
         except Exception as error:  # what a stranger has written in the place of a state
             raise ConfigError(f"load({str(folder)!r}): its state is none: {error!r}") from error
         return state["extra"]
 
-    def _go_on(self, state: Mapping[str, Any]) -> None:
+    def _go_on(self, state: Mapping[str, Any], *, data: bool) -> None:
         """With random draws and batches where they were."""
         for stage in self._parts.stages.values():
             if stage.streams.run_seed != state["seed"] and self._is_first:
@@ -202,7 +203,7 @@ class Restorable(ABC):
                     "seed=%d gives way to the checkpoint's, %d", stage.streams.run_seed, state["seed"]
                 )
             stage.streams.run_seed = state["seed"]
-        own = state["processes"].get(str(self._parts.mesh.world.rank), {})
+        own = state["processes"].get(str(self._parts.mesh.world.rank), {}) if data else {}
         if "random" in own:
             set_random_state(own["random"], self._parts.device)
         if "position" in own:

@@ -12,7 +12,8 @@ class StepResult:
     `loss` is a 0-dimensional tensor: that of the whole batch (`Pipeline.reduction` says how microbatches are
     weighed). `metrics` is what the loss function returned beside the loss (None where it returned the loss
     alone), joined over microbatches. `grad_norm` is a 0-dimensional tensor, that of all gradients before they
-    were clipped, where the step updated parameters and the pipeline clips, or computes in float16.
+    were clipped, where the step was to update parameters and the pipeline clips, computes in float16 or looks
+    for bad numbers. `bad_numbers` says which there were in a step that was left out for them; else None.
 
     >>> result = StepResult(torch.tensor(2.0), {"accuracy": 0.5})
     >>> float(result.loss), result.metrics
@@ -25,6 +26,7 @@ class StepResult:
         self._loss, self._wait = loss, wait
         self.metrics = metrics
         self.grad_norm: torch.Tensor | None = None
+        self.bad_numbers: str | None = None
 
     @property
     def loss(self) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from evenflow.pipe.loss_scale import LossScale
 from evenflow.pipe.masters import Masters
 from evenflow.pipe.norm import GradientNorm
+from evenflow.pipe.on_bad_numbers import OnBadNumbers
 from evenflow.pipe.precision import Precision
 from evenflow.runtime.world import World
 
@@ -24,10 +25,14 @@ class UpdateRules:
 
     @staticmethod
     def of(
-        precision: Precision, clip_norm: float | None, world: World, names: Sequence[str]
+        precision: Precision,
+        clip_norm: float | None,
+        on_bad_numbers: OnBadNumbers,
+        world: World,
+        names: Sequence[str],
     ) -> "UpdateRules":
         """The rules of a run; `world` are all its processes, `names` those of all trained parameters."""
-        wanted = clip_norm is not None or precision.scales_loss
+        wanted = clip_norm is not None or precision.scales_loss or on_bad_numbers.policy is not None
         return UpdateRules(
             clip_norm if clip_norm is not None and math.isfinite(clip_norm) else None,
             GradientNorm(world, names) if wanted else None,

@@ -10,6 +10,7 @@ from evenflow.pipe.exhausted import Watch
 from evenflow.pipe.parts import Parts
 from evenflow.runtime.executor import Executor, Job, Reading, Result
 from evenflow.runtime.links.link import Manifest
+from evenflow.runtime.nan_watch import NanWatch
 from evenflow.runtime.rng import generators_restored
 from evenflow.runtime.script import Script, script
 from evenflow.validate import ProvenProgram
@@ -35,9 +36,11 @@ class Runs:
         *,
         step: int,
         share: float = 1.0,
+        watch: NanWatch | None = None,
     ) -> tuple[list[Executor], list[Result] | None]:
         """Run it; its results, where the last stage lives here. `share` is a factor of every loss."""
         jobs = self.jobs(agreed, share=share)
+        jobs = jobs if watch is None else watch.jobs(jobs)
         try:
             if self._parts.mesh.data.size > 1:
                 self._expect(agreed, program)

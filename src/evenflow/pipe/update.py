@@ -86,15 +86,13 @@ class Updater:
         loss_scale = self.rules.loss_scale
         return scale if loss_scale is None else (1.0 if scale is None else scale) / loss_scale.factor
 
-    def step(self) -> torch.Tensor | None:
+    def step(self, norm: torch.Tensor | None) -> None:
         """Update the parameters and let every accumulator see the new numbers; collective.
 
-        Returns the norm of all gradients, before they are clipped, where somebody wants it. Where they
-        overflowed in float16, nothing is updated, on any rank.
+        `norm` is that of all gradients. Where they overflowed in float16, nothing is updated, on any rank.
         """
-        norm = self._norm()
         if norm is not None and self.rules.overflowed(norm):
-            return norm
+            return
         self._clip(norm)
         masters = self.rules.masters
         if masters is not None:
@@ -107,9 +105,9 @@ class Updater:
             masters.publish()
         self.data.spread()
         self.spread()
-        return norm
 
-    def _norm(self) -> torch.Tensor | None:
+    def norm(self) -> torch.Tensor | None:
+        """The norm of all gradients once they are combined, where somebody wants it; collective."""
         if self.rules.norm is None:
             return None
         pieces = (

@@ -56,7 +56,11 @@ class Call:
         own = deferral.own(self.function)
         if own is not None:
             return replace(self, function=own)
-        return replace(self, around=(*self.around, lambda: deferral))
+        return self.within(lambda: deferral)
+
+    def within(self, context: Around) -> "Call":
+        """The same call, made in one more context, the innermost."""
+        return replace(self, around=(*self.around, context))
 
     def check(self, result: Any, given: Mapping[int, Any]) -> None:
         """Refuse what a module returns whose inside was not seen, where it is not what was recorded.

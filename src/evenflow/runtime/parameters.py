@@ -105,6 +105,11 @@ class Accumulators:
         """This process's accumulators of a shared parameter, other than the parameter itself, in order."""
         return [(use, self._objects[use]) for use in self.uses[name] if use in self._objects]
 
+    def named(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """All parameters that programs use here, and then the accumulators that stand for them."""
+        yield from self._parameters.items()
+        yield from ((use.name, alias) for use, alias in self._objects.items())
+
     def copies(self) -> list[torch.nn.Parameter]:
         """All of this process's accumulators, other than the parameters themselves."""
         return list(self._objects.values())

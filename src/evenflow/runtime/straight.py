@@ -31,7 +31,7 @@ from evenflow.runtime.call import Around, Call
 
 # Takes what `takes` names out of the values and puts what `gives` names there; (values, shared objects).
 Straight = Callable[[dict[int, Any], dict[int, Any]], Any]  # (what it returns is of no use)
-# Is told a node that has run and the values that it made.
+# Is told a node that has run and the values that it took and made.
 Tell = Callable[[Node, Mapping[int, Any]], None]
 
 
@@ -144,7 +144,7 @@ class _Writer:
         lines += [f"v{new} = v{old}" for old, new in node.rebinds]
         self.alive.update(node.makes)
         if self.tell is not None:
-            told = f"{self.name('node', node)}, {self.mapping(node.makes)}"
+            told = f"{self.name('node', node)}, {self.mapping((*call.takes, *node.makes))}"
             lines.append(f"{self.name('tell', self.tell)}({told})")
         dropped = [value for value in next(self.drops) if value in self.alive]
         self.alive.difference_update(dropped)

@@ -16,10 +16,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from evenflow.graph.cut import Section
-from evenflow.graph.graph import Graph, Node
+from evenflow.graph.graph import Graph, ModuleTarget, Node
 from evenflow.graph.template import NOTHING, Template
 from evenflow.graph.weight_uses import WeightUses
-from evenflow.runtime.call import Call, ParameterOf, PlacesOf, Prepare
+from evenflow.runtime.call import Around, Call, ParameterOf, PlacesOf, Prepare
 from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.deferral import Deferral
 from evenflow.runtime.rng import Streams
@@ -93,10 +93,13 @@ class Work:
                 if nested and torch.autocast_decrement_nesting() == 0:
                     torch.clear_autocast_cache()
 
-    def watched(self, tell: Tell) -> "Work":
-        """The same work, which tells of every node what it made."""
+    def watched(self, tell: Tell, *, inside: Around | None = None) -> "Work":
+        """The same work, which tells of every node what it took and made; no gradient is put off.
+
+        Modules that stay whole and are not compiled are called in the context `inside`.
+        """
         told = copy.copy(self)
-        told.runs = [run.watched(tell) for run in self.runs]
+        told.runs = [run.watched(tell, inside) for run in self.runs]
         return told
 
     def output(self, values: dict[int, Any]) -> Any:
@@ -129,12 +132,14 @@ class _Run:
         else:
             calls(values, shared)
 
-    def watched(self, tell: Tell) -> "_Run":
-        """The same calls, which tell of every node what it made."""
+    def watched(self, tell: Tell, inside: Around | None) -> "_Run":
+        """The same calls, which tell of every node; see `Work.watched`."""
         told = copy.copy(self)
         for made in ("plainly", "putting_off"):
             vars(told).pop(made, None)
-        told.tell = tell
+        told.tell, told.put_off = tell, {}
+        if inside is not None:
+            told.calls = tuple(call.within(inside) if _is_whole(call) else call for call in self.calls)
         return told
 
     @cached_property
@@ -206,6 +211,11 @@ def _learnt(
         (parameter_of(name, node) for node, name in pairs if name in uses.others),
     )
     return dict.fromkeys(uses.nodes, deferral)
+
+
+def _is_whole(call: Call) -> bool:
+    """Whether a call is that of a module, as Python runs it."""
+    return isinstance(call.node.target, ModuleTarget) and not call.is_compiled
 
 
 def _nested(node: Node) -> bool:
