@@ -42,6 +42,7 @@ from evenflow.errors import (
     RecordError,
     ScheduleError,
 )
+from evenflow.runtime import alarm
 
 T = TypeVar("T")
 
@@ -159,7 +160,8 @@ def _run_elastic(
     try:
         returned = elastic_launch(config, _run_rank)(fn, args, num_threads, folder)
     except ChildFailedError as failed:
-        raise _explain(failed, _read_reports(folder)) from None
+        found = _read_alarm(folder, config.run_id)
+        raise (_explain(failed, _read_reports(folder)) if found is None else found) from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -288,6 +290,20 @@ def _read_reports(folder: Path) -> Mapping[int, _Report]:
     """The reports of the ranks that failed with an exception, by rank."""
     reports = (_Report(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank*.json"))
     return {report.rank: report for report in reports}
+
+
+def _read_alarm(folder: Path, run_id: str) -> PeerError | None:
+    """What the ranks' watchdogs have reported, where torch keeps the errors of processes; None if nothing."""
+    for path in (folder / "elastic").glob(f"{run_id}_*/*/*/error.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # one that was ended while it wrote
+            found = json.loads(path.read_text(encoding="utf-8"))["message"]["message"]
+            _, sign, text = found.partition(alarm.SIGN)
+            if sign:
+                said, _, known = text.partition("\n\n")
+                error = PeerError(said)
+                error.add_note(known)
+                return error
+    return None
 
 
 def _explain(failed: ChildFailedError, reports: Mapping[int, _Report]) -> EvenflowError:

@@ -62,6 +62,8 @@ class Pipeline(Restorable):
         self._accumulated = Accumulated()
         self._updated = False
         self._batches, self._runs = Batches(parts), Runs(parts)
+        if parts.mesh.world.whereabouts is not None:
+            parts.mesh.world.whereabouts.end()
 
     def __repr__(self) -> str:
         stages = f"{len(self.cut)} stages" if len(self.cut) > 1 else "1 stage"
@@ -366,9 +368,11 @@ class Pipeline(Restorable):
         }
 
     def close(self) -> None:
-        """Leave the model's modules without hooks of ours."""
+        """Leave the model's modules without hooks of ours, and this process unwatched."""
         for stage in self._parts.stages.values():
             stage.streams.unhook()
+        if self._parts.mesh.world.whereabouts is not None:
+            self._parts.mesh.world.whereabouts.ended.set()
 
     # -- one step
 
