@@ -91,6 +91,13 @@ def train_command(
         ),
     ] = None,
     device: Device = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a rank may wait for one that does not move, before all end. Default: 300.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
 
@@ -116,6 +123,7 @@ def train_command(
             plan=plan,
             out=out,
             device=device,
+            timeout=timeout,
         )
     )
 

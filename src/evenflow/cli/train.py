@@ -53,6 +53,7 @@ class Flags:
     plan: Path | None = None
     exact: bool | None = None
     device: str | None = None
+    timeout: float | None = None
 
 
 def train(flags: Flags) -> None:
@@ -136,6 +137,7 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
         link=config.pipeline.link,
         compile=config.pipeline.compile,
         offload=config.pipeline.offload,
+        timeout=config.pipeline.timeout,
     )
     return dataclasses.replace(config, pipeline=pipeline)
 
@@ -175,6 +177,7 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         "stages_per_rank": flags.stages_per_rank,
         "schedule": flags.schedule,
         "exact": flags.exact,
+        "timeout": flags.timeout,
     }
     return dataclasses.replace(
         config,

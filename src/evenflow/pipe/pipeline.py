@@ -63,6 +63,7 @@ class Pipeline(Restorable):
         self._updated = False
         self._batches, self._runs = Batches(parts), Runs(parts)
         if parts.mesh.world.whereabouts is not None:
+            parts.mesh.world.whereabouts.costs = parts.programs.costs
             parts.mesh.world.whereabouts.end()
 
     def __repr__(self) -> str:
@@ -112,7 +113,10 @@ class Pipeline(Restorable):
             self._logs.drop()
             raise
         marks.end_seconds = time.perf_counter()
-        self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
+        logs = [executor.log for executor in executors]
+        self._times.note(executors[0].proven, logs, marks)
+        if self._parts.mesh.world.whereabouts is not None:
+            self._parts.mesh.world.whereabouts.finished.append((self._step, logs))
         if update:
             self._num_updates += 1
             self._logs.updated(self._num_updates, rates)

@@ -50,7 +50,8 @@ def report(
     """
     last = {**beats, **{rank: answer.beat for rank, answer in answers.items()}}
     sights = {rank: sight for answer in answers.values() for rank, sight in answer.sights.items()}
-    waiter = last[blamed.waiter]
+    in_op = (beat for _, beat in sorted(last.items()) if beat.op and {*beat.waits_for} & {*blamed.culprits})
+    waiter = next(in_op, last[blamed.waiter])  # who waits in an op knows for what
     waited = f"waited {waiter.stood_seconds:.1f} s (timeout: {timeout_seconds:g} s)"
     waited_for = f"{_listed(waiter.waits_for)}: {waiter.waits_on}"
     found = [f"rank {waiter.rank} ({waiter.host}) {waited} {waiter.at} for {waited_for}"]

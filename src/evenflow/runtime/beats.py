@@ -15,7 +15,8 @@ class Beat:
 
     `at` is where it is, in words, `op` the op in which (or ""), `before` the ops that came before, `line` the
     user's line. It has `stood_seconds` there; `waits_for` the ranks `waits_on` something of. What it does may
-    take `patience` times as long as usual. `board` is its open file (see `Board`).
+    take `patience` times as long as usual. `board` is its open file (see `Board`). `steps` have ended; in the
+    last few it computed for `worked_seconds` each, where `planned_seconds` (0: no plan) were planned.
     """
 
     rank: int
@@ -35,6 +36,9 @@ class Beat:
     waits_on: str
     patience: int
     has_left: bool
+    steps: int
+    worked_seconds: float
+    planned_seconds: float
 
     def told(self) -> str:
         """As text, for `heard`."""

@@ -42,7 +42,9 @@ class Position:
         if self.op:
             return f"in {self.op} of step {self.step}"
         return (
-            f"{self.doing} (step {self.step})" if self.doing else f"outside of a step (the last: {self.step})"
+            f"{self.doing} (step {self.step})"
+            if self.doing
+            else f"outside of a step (the last was step {self.step})"
         )
 
 

@@ -27,6 +27,12 @@ class Log:
     position: memoryview = field(default_factory=lambda: memoryview(array("q", [0])))
     awaited: Recv | None = None
 
+    @property
+    def num_passed(self) -> int:
+        """How many ops have really ended; a GPU may be far behind what the host has given it."""
+        ends = (end for _, _, end in self.marks)
+        return next((at for at, end in enumerate(ends) if not self.clock.has_passed(end)), len(self.marks))
+
     def times(self) -> list[tuple[float, float, float]]:
         """For each op that has ended when it began to wait, started and ended, in seconds."""
         read = self.clock.seconds

@@ -73,5 +73,5 @@ def _starts(file: str) -> bool:
 def _told(frame: FrameType) -> str:
     file, line = frame.f_code.co_filename, frame.f_lineno
     text = linecache.getline(file, line).strip()
-    short = "/".join(Path(file).parts[-3:])
+    short = "/".join(Path(file).parts[-3:]).removeprefix("//")
     return f"{short}:{line} in {frame.f_code.co_name}" + (f": {text}" if text else "")

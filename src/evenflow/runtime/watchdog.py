@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import NoReturn
@@ -33,8 +34,10 @@ from evenflow.runtime.alarm import Answer, Sight, answered, report
 from evenflow.runtime.beats import Beat, Blame, blame, heard
 from evenflow.runtime.board import board_of
 from evenflow.runtime.hosts import this_host
+from evenflow.runtime.log import Log
 from evenflow.runtime.processes import Process, this_process
 from evenflow.runtime.stacks import place_of, stacks_of
+from evenflow.runtime.straggler import WINDOW_STEPS, Stragglers, Work, work_of
 from evenflow.runtime.whereabouts import Whereabouts
 from evenflow.runtime.world import World
 
@@ -44,8 +47,10 @@ TIMEOUT_SECONDS = 300.0
 WARMING_PATIENCE = 10
 _LOOKS = 20  # within a timeout, and at least one a second
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.02, 1.0  # between two of them
-_OBSERVED = 0.4  # of the timeout: for how long a silent rank must have been silent
-_ANSWER_SECONDS, _VERDICT_SECONDS = 2.0, 4.0
+# Of a timeout: after which a wait is looked into, and for how long a silent rank must have been silent; that
+# long at least a process may get no processor, or no turn in Python.
+_OBSERVED, _SILENT, _SILENT_SECONDS = 0.2, 0.75, 1.0
+_ANSWER_SECONDS = 1.5
 _ALARMED_SECONDS = 0.02  # between two looks, once the alarm is raised
 _STORE_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0
@@ -109,6 +114,9 @@ class _Watchdog:
         self._number = 0
         self._place: object = None
         self._since = time.monotonic()
+        self._finished: deque[Sequence[Log]] = deque(maxlen=WINDOW_STEPS)
+        self._steps, self._judged, self._work = 0, 0, Work(0.0, 0.0)
+        self._stragglers = Stragglers()
         self._changed: dict[int, tuple[int, float]] = {}  # of each rank: its last beat, and since when
 
     def run(self) -> None:
@@ -127,7 +135,9 @@ class _Watchdog:
         self._store.set(self._key("beat"), mine.told())
         if self._store.check([self._key("alarm", None)]):
             self._answer()
-        if not mine.waits_for or mine.stood_seconds < self._timeout * (1 - _OBSERVED) - 2 * self._interval:
+        if mine.rank == 0 and mine.steps >= self._judged + WINDOW_STEPS:
+            self._judge(mine.steps)
+        if not mine.waits_for or mine.stood_seconds < self._timeout * _OBSERVED:
             self._changed.clear()
             return
         beats, now = self._beats(), time.monotonic()
@@ -137,14 +147,14 @@ class _Watchdog:
                 self._changed[rank] = number, now
         if mine.stood_seconds < self._timeout:
             return
-        silent = {
-            rank for rank, (_, since) in self._changed.items() if now - since >= _OBSERVED * self._timeout
-        }
+        long = max(_SILENT * self._timeout, _SILENT_SECONDS)
+        silent = {rank for rank, (_, since) in self._changed.items() if now - since >= long}
         found = blame(beats, silent, mine.rank, timeout_seconds=self._timeout)
         if found is not None:
             self._raise(found)
 
     def _beat(self, *, has_left: bool = False) -> Beat:
+        self._measure()
         where, place, now = self._where, self._where.place, time.monotonic()
         if place != self._place:
             self._place, self._since = place, now
@@ -168,7 +178,29 @@ class _Watchdog:
             waits_on="" if wait is None else wait.what,
             patience=WARMING_PATIENCE if where.is_warming else 1,
             has_left=has_left,
+            steps=self._steps,
+            worked_seconds=self._work.seconds,
+            planned_seconds=self._work.planned_seconds,
         )
+
+    def _measure(self) -> None:
+        """Read what the steps that have ended since took; here nobody waits for it."""
+        finished, steps = self._where.finished, self._steps
+        with contextlib.suppress(IndexError):  # the main thread may push one out meanwhile
+            while all(log.num_passed == len(log.lines) for log in finished[0][1]):
+                self._steps, logs = finished.popleft()
+                self._finished.append(logs)
+        if self._steps > steps:
+            self._work = work_of(self._finished, self._where.costs)
+
+    def _judge(self, step: int) -> None:
+        """Tell of stragglers, once all ranks have a window of steps behind them."""
+        beats = self._beats()
+        if len(beats) == self._size and all(beat.steps >= WINDOW_STEPS for beat in beats.values()):
+            self._judged = step
+            works = {rank: Work(beat.worked_seconds, beat.planned_seconds) for rank, beat in beats.items()}
+            for found in self._stragglers.judge(step, works):
+                _LOG.warning("%s", found.told(beats[found.rank].host))
 
     def _key(self, kind: str, rank: int | None = -1) -> str:
         """A key in the store: of this rank, another one, or (None) of all."""
@@ -181,6 +213,8 @@ class _Watchdog:
     def _told(self, kind: str) -> Mapping[int, bytes]:
         """What each rank has told of a kind; a question about a key that nobody has set would wait."""
         keys = {rank: self._key(kind, rank) for rank in range(self._size)}
+        if self._store.check(list(keys.values())):
+            return dict(zip(keys, self._store.multi_get(list(keys.values())), strict=True))
         return {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
 
     def _raise(self, found: Blame) -> NoReturn:
@@ -204,36 +238,43 @@ class _Watchdog:
         }
         mine = Answer(self._beat(), stacks_of(self._where.thread), sights)
         self._store.set(self._key("answer"), mine.told())
-        if by != self._where.rank:
-            self._await_report()
+        survivors = [rank for rank in range(self._size) if not (found.silent and rank in found.culprits)]
+        if by == self._where.rank:
+            told = self._awaited("answer", survivors)
+            answers = {rank: answered(each) for rank, each in told.items()}
+            text = report(found, beats, answers, timeout_seconds=self._timeout)
+            _record(text)
+            _let_out(text)
+            self._store.set(self._key("report", None), text)
+            self._store.set(self._key("leaving"), "")
+            # Who is ended tears connections, and where one has ended a launcher ends all: nobody goes before
+            # all are ready.
+            self._awaited("leaving", survivors)
+            self._store.set(self._key("end", None), "")
+            _end_siblings(silent.values())
+        else:
+            self._follow()
             writer = beats.get(by, mine.beat)
             if (writer.machine, writer.parent) != (self._machine, self._process.parent):
                 _end_siblings(silent.values())  # the writer cannot
-            _let_out()
-            os._exit(1)
-        expected = self._size - len(found.culprits if found.silent else ())
-        text = report(found, beats, self._answers(expected), timeout_seconds=self._timeout)
-        _record(text)
-        _let_out(text)
-        # In this order: where the first process ends, a launcher ends the others.
-        self._store.set(self._key("report", None), text)
-        _end_siblings(silent.values())
         os._exit(1)
 
-    def _answers(self, expected: int) -> Mapping[int, Answer]:
+    def _awaited(self, kind: str, ranks: Sequence[int]) -> Mapping[int, bytes]:
+        """What these ranks tell of a kind, or those of them that do so in time."""
         end = time.monotonic() + _ANSWER_SECONDS
-        while len(told := self._told("answer")) < expected and time.monotonic() < end:
+        while not set(ranks) <= (told := self._told(kind)).keys() and time.monotonic() < end:
             time.sleep(_ALARMED_SECONDS)
-        return {rank: answered(each) for rank, each in told.items()}
+        return told
 
-    def _await_report(self) -> None:
-        """Wait for the report, and leave it where this host's launcher finds it."""
-        key, end = self._key("report", None), time.monotonic() + _VERDICT_SECONDS
-        while not self._store.check([key]):
-            if time.monotonic() > end:
-                return
-            time.sleep(_ALARMED_SECONDS)
-        _record(self._store.get(key).decode())
+    def _follow(self) -> None:
+        """Wait for the report, leave it where this host's launcher finds it, and wait for the end."""
+        report_key, end_key = self._key("report", None), self._key("end", None)
+        with contextlib.suppress(RuntimeError):  # who was to write it does not answer, either
+            self._store.wait([report_key], timedelta(seconds=2 * _ANSWER_SECONDS))
+            _record(self._store.get(report_key).decode())
+            _let_out()
+            self._store.set(self._key("leaving"), "")
+            self._store.wait([end_key], timedelta(seconds=_ANSWER_SECONDS))
 
     def _look_alone(self, error: Exception) -> None:
         """Without a store nobody can be asked; a wait that takes too long ends this rank all the same."""

@@ -6,12 +6,15 @@ somebody asks.
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from evenflow.ir.costs import Costs
 from evenflow.ir.op import Exchange, Op, Payload, Send
 from evenflow.runtime.board import Board, Position
 from evenflow.runtime.log import Log
+from evenflow.runtime.straggler import WINDOW_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Whereabouts:
         self.is_warming = True
         self.waiting: Wait | None = None
         self.counted = 0
+        self.finished: deque[tuple[int, Sequence[Log]]] = deque(maxlen=WINDOW_STEPS)  # steps, to be measured
+        self.costs: Costs | None = None  # as planned
         self._log: Log | None = None
         self._holders: Sequence[int] = ()
         self._texts: dict[int, tuple[object, tuple[str, ...]]] = {}  # of lines, by their id
