@@ -317,7 +317,11 @@ def _explain(failed: ChildFailedError, reports: Mapping[int, _Report]) -> Evenfl
     # reported an error of its own, is the cause elsewhere.
     cause = causes[0] if causes and (seen is None or seen.blames_a_peer) and failure.exitcode >= 0 else seen
     if cause is None:
-        return PeerError(_describe_silent_end(rank, failure.exitcode))
+        error = PeerError(_describe_silent_end(rank, failure.exitcode))
+        stood = [f"  {each.message}" for _, each in sorted(reports.items()) if each.blames_a_peer]
+        if stood:
+            error.add_note("\n".join(["Where the others stood:", *stood]))
+        return error
     return _rebuild(cause, failure.exitcode)
 
 
