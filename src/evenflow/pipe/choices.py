@@ -105,7 +105,7 @@ def world_of(kind: str, timeout: float | None = TIMEOUT_SECONDS) -> World:
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        waits = TIMEOUT if timeout is None else timedelta(seconds=group_seconds(timeout))
+        waits = TIMEOUT if timeout is None else timedelta(seconds=group_seconds(timeout, kind))
         network.join("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", waits)
         atexit.register(_leave)  # a group that nobody closes can abort the interpreter as it ends
     if dist.is_initialized() and kind == "cuda":
