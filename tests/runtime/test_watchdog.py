@@ -359,6 +359,11 @@ def test_a_ring_is_one_when_all_have_waited_for_long():
     assert blamed(beat(0, [1]), beat(1, [0], stood=9.0)) is None
 
 
+def test_a_pipeline_refuses_what_is_no_time():
+    with pytest.raises(ConfigError, match="timeout=0 must be a number of seconds above 0"):
+        make(timeout=0)
+
+
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), "5", True])
 def test_what_is_no_time_is_refused(timeout):
     with pytest.raises(ConfigError, match=r"timeout=.* must be a number of seconds above 0"):
