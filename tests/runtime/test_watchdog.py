@@ -11,6 +11,7 @@ import pytest
 
 import evenflow
 from evenflow.errors import ConfigError, PeerError
+from evenflow.pipe import pipeline
 from evenflow.runtime.beats import Beat, Blame, blame, heard
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.watchdog import check_timeout
@@ -140,7 +141,15 @@ def slow_but_well(rank, folder):
 
 
 def warming(rank, folder):
-    """The first step takes longer than the timeout, as compiling does, and no later one."""
+    """The first step takes longer than the timeout, as compiling does, and so does a checkpoint."""
+    save = pipeline.save_checkpoint
+
+    def slow_save(*args, **options):
+        if rank == 0:
+            threading.Event().wait(1.5)
+        save(*args, **options)
+
+    pipeline.save_checkpoint = slow_save
     whole = Stage.run_forward
 
     def slow(*args, **options):
@@ -150,7 +159,9 @@ def warming(rank, folder):
         return whole(*args, **options)
 
     Stage.run_forward = slow
-    steps(make(timeout=0.5, num_microbatches=2, stages=2))
+    pipe = make(timeout=0.5, num_microbatches=2, stages=2)
+    steps(pipe)
+    pipe.save(folder / "checkpoint")
     (folder / f"done{rank}").touch()
 
 

@@ -66,7 +66,7 @@ class Watch:
     def __enter__(self) -> None:
         self._whereabouts = self._parts.mesh.world.whereabouts
         if self._whereabouts is not None:
-            self._whereabouts.begin(self._step, self._what or "about to run its ops", is_warming=self._is_new)
+            self._whereabouts.begin(self._step, self._what or "running its ops", is_warming=self._is_new)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._whereabouts is not None:

@@ -28,6 +28,7 @@ from evenflow.pipe.meter import Meter
 from evenflow.pipe.outcome import outcome, prediction
 from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
+from evenflow.pipe.patient import patient
 from evenflow.pipe.reading import (
     read_loss,
     read_prediction,
@@ -325,6 +326,7 @@ class Pipeline(Restorable):
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
         return Meter(self._parts, self._times)
 
+    @patient("saving a checkpoint")
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint folder: parameters and buffers by name, optimizer state; a collective call."""
         save_checkpoint(
@@ -335,6 +337,7 @@ class Pipeline(Restorable):
             step=self._step,
         )
 
+    @patient("exporting the model")
     def export(self, folder: str | Path) -> None:
         """Write a folder that others load: each rank the tensors that it owns; a collective call.
 

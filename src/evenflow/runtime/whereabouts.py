@@ -100,12 +100,12 @@ class Whereabouts:
 
 
 @contextlib.contextmanager
-def learning(whereabouts: Whereabouts | None) -> Iterator[None]:
-    """Let others know, if they watch, that this process records a program, which may take long."""
+def patiently(whereabouts: Whereabouts | None, doing: str) -> Iterator[None]:
+    """Let others know, if they watch, that this process does what may take long."""
     if whereabouts is None:
         yield
         return
-    whereabouts.begin(whereabouts.position.step, "recording a new kind of microbatch", is_warming=True)
+    whereabouts.begin(whereabouts.position.step, doing, is_warming=True)
     try:
         yield
     finally:
