@@ -297,8 +297,11 @@ def _process_of(beat: Beat) -> Process:
 
 def _record(text: str) -> None:
     """Leave the report where torch's launcher looks for the errors of its processes."""
-    with contextlib.suppress(OSError):
-        get_error_handler().record_exception(PeerError(text))
+    try:
+        raise PeerError(text.partition("\n\n")[0])
+    except PeerError:  # torchrun prints what is being handled, for each rank: not all of it
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(PeerError(text))
 
 
 def _end_siblings(silent: Iterable[Beat]) -> None:
