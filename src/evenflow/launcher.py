@@ -43,6 +43,7 @@ from evenflow.errors import (
     RecordError,
     ScheduleError,
 )
+from evenflow.runtime import alarm
 
 T = TypeVar("T")
 
@@ -170,7 +171,8 @@ def _run_elastic(
     try:
         returned = elastic_launch(config, _run_rank)(fn, args, num_threads, folder)
     except ChildFailedError as failed:
-        raise _explain(failed, _read_reports(folder)) from None
+        found = _read_alarm(folder, config.run_id)
+        raise (_explain(failed, _read_reports(folder)) if found is None else found) from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -301,6 +303,20 @@ def _read_reports(folder: Path) -> Mapping[int, _Report]:
     return {report.rank: report for report in reports}
 
 
+def _read_alarm(folder: Path, run_id: str) -> PeerError | None:
+    """What the ranks' watchdogs have reported, where torch keeps the errors of processes; None if nothing."""
+    for path in (folder / "elastic").glob(f"{run_id}_*/*/*/error.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # one that was ended while it wrote
+            found = json.loads(path.read_text(encoding="utf-8"))["message"]["message"]
+            _, sign, text = found.partition(alarm.SIGN)
+            if sign:
+                said, _, known = text.partition("\n\n")
+                error = PeerError(said)
+                error.add_note(known)
+                return error
+    return None
+
+
 def _explain(failed: ChildFailedError, reports: Mapping[int, _Report]) -> EvenflowError:
     """The one exception that the user sees: the first cause among what the ranks reported."""
     rank, failure = failed.get_first_failure()
@@ -312,7 +328,11 @@ def _explain(failed: ChildFailedError, reports: Mapping[int, _Report]) -> Evenfl
     # reported an error of its own, is the cause elsewhere.
     cause = causes[0] if causes and (seen is None or seen.blames_a_peer) and failure.exitcode >= 0 else seen
     if cause is None:
-        return PeerError(_describe_silent_end(rank, failure.exitcode))
+        error = PeerError(_describe_silent_end(rank, failure.exitcode))
+        stood = [f"  {each.message}" for _, each in sorted(reports.items()) if each.blames_a_peer]
+        if stood:
+            error.add_note("\n".join(["Where the others stood:", *stood]))
+        return error
     return _rebuild(cause, failure.exitcode)
 
 

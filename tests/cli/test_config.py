@@ -62,6 +62,7 @@ def test_every_key_is_read(read, tmp_path):
         exact = true
         recompute = ["layers.*.mlp"]
         offload = "activations"
+        timeout = 20
         """
     )
     assert config.name == "mine"
@@ -78,6 +79,7 @@ def test_every_key_is_read(read, tmp_path):
         exact=True,
         recompute=("layers.*.mlp",),
         offload="activations",
+        timeout=20.0,
     )
     assert read(MODEL + '[pipeline]\nrecompute = "full"').pipeline == Pipelining(recompute="full")
 
@@ -126,6 +128,7 @@ def test_the_config_of_make_train_can_be_read():
             "pipeline.recompute = 'all' must be 'none' or 'selective' or 'full'; modules are named in a list",
         ),
         (MODEL + "[pipeline]\nrecompute = 3", "pipeline.recompute = 3 must be a string"),
+        (MODEL + "[pipeline]\ntimeout = 0", "pipeline.timeout = 0.0 must lie between"),
         (MODEL + "[pipeline]\noffload = 'all'", "pipeline.offload = 'all' must be 'activations'"),
         ("training = 3\n" + MODEL, "training = 3 must be a table: write [training] on a line of its own"),
         ("name = 'a/b'\n" + MODEL, "name = 'a/b' names a folder under runs/"),

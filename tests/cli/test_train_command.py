@@ -127,6 +127,7 @@ def test_flags_win_over_the_file(without_cuda, tmp_path):
     [
         ({}, True),
         ({"steps": 3}, True),
+        ({"timeout": 20.0}, True),
         ({"exact": True}, False),
         ({"stages": 2}, False),
         ({"schedule": "1f1b"}, False),

@@ -568,9 +568,11 @@ def die_in_step(folder: Path, victim: int, where: str) -> None:
 @pytest.mark.parametrize(("num_ranks", "victim", "where"), [(2, 0, "run_backward"), (3, 1, "run_forward")])
 def test_a_rank_killed_in_mid_step_is_named_and_nobody_is_left(tmp_path, num_ranks, victim, where):
     started = time.monotonic()
-    with pytest.raises(PeerError, match=rf"^rank {victim} was killed by signal 9 \(SIGKILL\)"):
+    with pytest.raises(PeerError, match=rf"^rank {victim} was killed by signal 9 \(SIGKILL\)") as caught:
         evenflow.launch(die_in_step, tmp_path, victim, where, nproc=num_ranks)
     assert time.monotonic() - started < 30
+    for note in getattr(caught.value, "__notes__", ()):  # of those who still came to say it
+        assert re.match(rf"Where the others stood:\n  rank \d lost (rank {victim}|its peer) ", note)
     assert_all_ended(tmp_path, num_ranks)
 
 

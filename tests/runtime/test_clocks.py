@@ -7,7 +7,7 @@ import torch
 
 from evenflow.ir.op import Forward
 from evenflow.runtime.clocks import CudaClock, HostClock, clock_of
-from evenflow.runtime.executor import Log
+from evenflow.runtime.log import Log
 from evenflow.runtime.script import script
 
 

@@ -123,7 +123,7 @@ class Pipelining:
     tensors travel between ranks: auto, shared-memory or torch. `compile` lets torch.compile have the blocks.
     `recompute`: none, selective, full, or a list of modules' names; `offload`: activations, or left out.
     There are `data_ranks` times `tensor_ranks` of each rank of the pipeline, each a process; `shard` is what
-    data ranks share: zero1 or fsdp.
+    data ranks share: zero1 or fsdp. `timeout`: for how many seconds a rank waits for one that does not move.
     """
 
     stages: int | None = None
@@ -140,8 +140,10 @@ class Pipelining:
     data_ranks: int = 1
     tensor_ranks: int = 1
     shard: str | None = None
+    timeout: float = 300.0
 
     def __post_init__(self) -> None:
+        _between("pipeline.timeout", self.timeout, 1e-3, 1e9)
         counts = (
             "stages",
             "stages_per_rank",

@@ -24,7 +24,7 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
-from evenflow.cli.train_flags import BadNumbers, FindNan, KeepLast, MaxRestarts, Resume, SaveEvery
+from evenflow.cli.train_flags import BadNumbers, FindNan, KeepLast, MaxRestarts, Resume, SaveEvery, Timeout
 from evenflow.errors import EvenflowError
 from evenflow.foreign import visible
 
@@ -103,6 +103,7 @@ def train_command(
     device: Device = None,
     bad_numbers: BadNumbers = None,
     find_nan: FindNan = False,
+    timeout: Timeout = None,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
 
@@ -134,6 +135,7 @@ def train_command(
             device=device,
             bad_numbers=bad_numbers,
             find_nan=find_nan or None,
+            timeout=timeout,
         )
     )
 

@@ -63,6 +63,7 @@ class Flags:
     device: str | None = None
     bad_numbers: str | None = None
     find_nan: bool | None = None
+    timeout: float | None = None
 
 
 def train(flags: Flags) -> None:
@@ -186,6 +187,7 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
         link=config.pipeline.link,
         compile=config.pipeline.compile,
         offload=config.pipeline.offload,
+        timeout=config.pipeline.timeout,
     )
     return dataclasses.replace(config, pipeline=pipeline)
 
@@ -229,6 +231,7 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         "stages_per_rank": flags.stages_per_rank,
         "schedule": flags.schedule,
         "exact": flags.exact,
+        "timeout": flags.timeout,
     }
     return dataclasses.replace(
         config,

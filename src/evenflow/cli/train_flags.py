@@ -27,3 +27,10 @@ BadNumbers = Annotated[
     ),
 ]
 FindNan = Annotated[bool, typer.Option("--find-nan", help="Watch each node of each step for them: slower.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long a rank may wait for one that does not move, before all end. Default: 300.",
+    ),
+]

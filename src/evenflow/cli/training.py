@@ -81,7 +81,10 @@ class Job:
     @property
     def plans_itself(self) -> bool:
         """Whether several ranks are told nothing of the pipeline: they measure the model, and plan it."""
-        return self.plan is None and self.config.pipeline == Pipelining() and self.num_ranks > 1
+        given = dataclasses.replace(
+            self.config.pipeline, timeout=Pipelining().timeout
+        )  # which decides nothing
+        return self.plan is None and given == Pipelining() and self.num_ranks > 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # batches have no equality
@@ -101,7 +104,9 @@ def run_rank(job: Job) -> None:
         EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
     """
     if job.plans_itself:
-        with logged_status(Console(quiet=world_of(job.device).rank != 0), "recording the model"):
+        with logged_status(
+            Console(quiet=world_of(job.device, job.config.pipeline.timeout).rank != 0), "recording the model"
+        ):
             pipe, feed = _prepare(job, {}, device=job.device, compiles=job.config.pipeline.compile)
     else:
         pipe, feed = _prepare(job, _levers(job), device=job.device, compiles=job.config.pipeline.compile)
@@ -167,6 +172,7 @@ def _prepare(
         find_nan=config.training.find_nan,
         seed=config.training.seed,
         device=device,
+        timeout=config.pipeline.timeout,
     )
     return pipe, feed
 

@@ -12,6 +12,7 @@ from evenflow.pipe.fixed import refuse_shared_hooks
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import check_loss, check_metrics, check_trainable
 from evenflow.runtime.recordings import Program
+from evenflow.runtime.whereabouts import patiently
 
 
 class Batches:
@@ -62,7 +63,8 @@ class Batches:
     def _learn(self, program: Program, training: bool, microbatch: Any) -> int:
         """Record a microbatch of a new kind and cut it for the owners that are."""
         recordings = self._parts.recordings
-        graph = recordings.trace(program, microbatch)
+        with patiently(self._parts.mesh.world.whereabouts, "recording a new kind of microbatch"):
+            graph = recordings.trace(program, microbatch)
         if program is self._parts.loss:
             check_loss(graph)
             check_metrics(graph, self._parts.joining)

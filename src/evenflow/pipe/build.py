@@ -51,6 +51,7 @@ from evenflow.runtime.parameters import Accumulators
 from evenflow.runtime.recordings import Leaves, Program, Recordings
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.watchdog import TIMEOUT_SECONDS, watched
 from evenflow.runtime.weights import ReductionChoice, Weigher, rows_of
 from evenflow.runtime.world import World
 from evenflow.schedules import catalog
@@ -94,6 +95,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     offload: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    timeout: float | None = TIMEOUT_SECONDS,
 ) -> Pipeline:
     """Cut a model into stages and return the pipeline that trains it, its parameters in place.
 
@@ -168,6 +170,9 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       half of what "full" frees is; "none"; or names and patterns of modules. What changes state stays out.
     - `offload`: with "activations" what is saved for the backward waits in the host's memory.
     - `seed` keys all random draws; `device` is "cpu" or "cuda".
+    - `timeout`: for how many seconds a rank waits for another one that does not move: that is stopped, or
+      hangs, or vanished. Then all end, with one report of who waited where, and for whom (docs/failures.md).
+      With None there is no such watchdog.
 
     Raises `ConfigError` for what cannot work as given, `RecordError` where the model cannot be recorded.
 
@@ -205,7 +210,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     joining, on_bad_numbers = Joining.of(metrics), OnBadNumbers.of(bad_numbers, find_nan=find_nan)
     choices.check_split(model, split or ())
     kind, (plan, degrees, shard) = choices.device_kind(device), given_plan(plan, mesh, shard)
-    grid = mesh_of(choices.world_of(kind), degrees)
+    grid = mesh_of(watched(choices.world_of(kind, timeout), timeout), degrees)
     world, program = grid.pipeline, model_loss if loss is None else loss
     plan, levers = auto.planned(
         plan,

@@ -26,6 +26,7 @@ from evenflow.runtime import network
 from evenflow.runtime.host_memory import keep_freed_memory
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.microbatch import Microbatches
+from evenflow.runtime.watchdog import TIMEOUT_SECONDS, check_timeout, group_seconds
 from evenflow.runtime.world import ProcessGroupWorld, SingleProcess, World
 from evenflow.schedules import catalog
 from evenflow.schedules.catalog import ScheduleFunction
@@ -34,7 +35,7 @@ from evenflow.schedules.catalog import ScheduleFunction
 FLOPS_PER_ELEMENT = 16
 LEAVE_SECONDS = 10.0
 _MOST_STAGES = 2_000  # a schedule of them is made before the model is cut, in seconds
-TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it
+TIMEOUT = timedelta(minutes=5)  # a lost peer ends every survivor within it, where no watchdog does
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +95,19 @@ def device_kind(device: str | torch.device | None) -> str:
     return kind
 
 
-def world_of(kind: str) -> World:
-    """The processes of this run: torch.distributed's if it is set up or the elastic launcher started us."""
+def world_of(kind: str, timeout: float | None = TIMEOUT_SECONDS) -> World:
+    """The processes of this run: torch.distributed's if it is set up or the elastic launcher started us.
+
+    A group that is made here gives up later than a watchdog with this `timeout`, in seconds.
+    """
+    check_timeout(timeout)
     if kind == "cpu":
         keep_freed_memory()
     if not dist.is_available():
         return SingleProcess()
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        network.join("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", TIMEOUT)
+        waits = TIMEOUT if timeout is None else timedelta(seconds=group_seconds(timeout, kind))
+        network.join("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", waits)
         atexit.register(_leave)  # a group that nobody closes can abort the interpreter as it ends
     if dist.is_initialized() and kind == "cuda":
         torch.cuda.set_device(_cuda_index(dist.get_rank()))

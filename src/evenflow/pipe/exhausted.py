@@ -44,7 +44,8 @@ _FLOPS_PER_SECOND = 1e12  # of a device that nobody knows: remedies are told rel
 class Watch:
     """While it is entered, an error that tells of no memory becomes the report of it.
 
-    `executors` fills up meanwhile; `what` is done, where that is no op.
+    `executors` fills up meanwhile; `what` is done, where that is no op. A watchdog is told of it,
+    and whether it `is_new`: its code may have to be compiled.
     """
 
     def __init__(
@@ -56,14 +57,20 @@ class Watch:
         *,
         step: int,
         what: str | None = None,
+        is_new: bool = False,
     ) -> None:
         self._parts, self._proven, self._jobs = parts, proven, jobs
+        self._is_new = is_new
         self._executors, self._step, self._what = executors, step, what
 
     def __enter__(self) -> None:
-        pass
+        self._whereabouts = self._parts.mesh.world.whereabouts
+        if self._whereabouts is not None:
+            self._whereabouts.begin(self._step, self._what or "running its ops", is_warming=self._is_new)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._whereabouts is not None:
+            self._whereabouts.end()
         if error is not None and is_out_of_memory(error) and not isinstance(error, EvenflowError):
             traceback.clear_frames(trace)  # what they hold would stay for as long as the error does
             raise OutOfMemoryError("\n".join(self._lines(error))) from error

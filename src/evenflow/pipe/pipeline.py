@@ -29,6 +29,7 @@ from evenflow.pipe.meter import Meter
 from evenflow.pipe.outcome import outcome, prediction
 from evenflow.pipe.over_batches import OverBatches
 from evenflow.pipe.parts import Parts
+from evenflow.pipe.patient import patient
 from evenflow.pipe.position import Position
 from evenflow.pipe.reading import read_loss, read_prediction
 from evenflow.pipe.restorable import Restorable
@@ -65,6 +66,9 @@ class Pipeline(Restorable):
         self._position, self._saver = Position(parts.device), Saver(parts.mesh.world)
         self._batches, self._runs = Batches(parts), Runs(parts)
         self._guard = Guard(parts, self._runs)
+        if parts.mesh.world.whereabouts is not None:
+            parts.mesh.world.whereabouts.costs = parts.programs.costs
+            parts.mesh.world.whereabouts.end()
 
     def __repr__(self) -> str:
         stages = f"{len(self.cut)} stages" if len(self.cut) > 1 else "1 stage"
@@ -117,7 +121,10 @@ class Pipeline(Restorable):
             self._drop()
             raise
         self._step += 1
-        self._times.note(executors[0].proven, [executor.log for executor in executors], marks)
+        logs = [executor.log for executor in executors]
+        self._times.note(executors[0].proven, logs, marks)
+        if self._parts.mesh.world.whereabouts is not None:
+            self._parts.mesh.world.whereabouts.finished.append((self._step, logs))
         if self._updated:
             self._num_updates += 1
             self._logs.updated(self._num_updates, rates)
@@ -332,6 +339,7 @@ class Pipeline(Restorable):
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
         return Meter(self._parts, self._times)
 
+    @patient("exporting the model")
     def export(self, folder: str | Path) -> None:
         """Write a folder that others load: each rank the tensors that it owns; a collective call.
 
@@ -369,9 +377,11 @@ class Pipeline(Restorable):
         }
 
     def close(self) -> None:
-        """Leave the model's modules without hooks of ours."""
+        """Leave the model's modules without hooks of ours, and this process unwatched."""
         for stage in self._parts.stages.values():
             stage.streams.unhook()
+        if self._parts.mesh.world.whereabouts is not None:
+            self._parts.mesh.world.whereabouts.ended.set()
 
     # -- one step
 

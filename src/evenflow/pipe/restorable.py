@@ -18,6 +18,7 @@ from evenflow.graph.dtensors import is_dtensor
 from evenflow.pipe.accumulated import Accumulated
 from evenflow.pipe.logs import Logs
 from evenflow.pipe.parts import Parts
+from evenflow.pipe.patient import patient
 from evenflow.pipe.position import Position
 from evenflow.pipe.random_state import random_state, set_random_state
 from evenflow.pipe.refuse import refuse_together
@@ -101,10 +102,12 @@ class Restorable(ABC):
         if wait:
             self.saved()
 
+    @patient("saving a checkpoint")
     def saved(self) -> None:
         """Wait until what `save(wait=False)` began is written; raises what `save` does. A collective call."""
         self._saver.wait()
 
+    @patient("saving a checkpoint")
     def begin_to_save(self, folder: Path, extra: Any, after: Callable[[Path], None] | None) -> None:
         """What `save(wait=False)` does; `after` is called on the main rank when the folder is there."""
         problem, content = None, None
@@ -145,6 +148,7 @@ class Restorable(ABC):
     def _is_first(self) -> bool:
         return self._parts.mesh.world.is_first
 
+    @patient("loading a checkpoint")
     def load(self, folder: str | Path, *, optimizer: bool = True, data: bool = True) -> Any:
         """Go on where a checkpoint was saved, at any layout; returns its `extra`. A collective call.
 

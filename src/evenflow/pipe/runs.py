@@ -27,6 +27,7 @@ class Runs:
         self._scripts: dict[int, tuple[ProvenProgram, Mapping[int, Script]]] = {}  # by the program's id
         self._orders: dict[int, tuple[ProvenProgram, Sequence[int]]] = {}  # of sums, as above
         self._manifests: dict[tuple[Any, ...], Manifest] = {}
+        self._ran: set[tuple[int, int]] = set()  # programs, by their ids, with the recordings that they ran
 
     def run(
         self,
@@ -93,12 +94,14 @@ class Runs:
         placement = parts.programs.placement
         alone = parts.world.size == 1
         ranks = range(placement.num_ranks) if alone else (parts.world.rank,)
+        kinds = {(id(proven), job.recording) for job in jobs}
+        is_new = not kinds <= self._ran
         scripts = self._scripts_of(proven, ranks)
         draws = any(work.draws for job in jobs for work in job.works.values())
         executors: dict[int, Executor] = {}
         with (
             generators_restored(stage.device for stage in parts.stages.values() if draws),
-            Watch(parts, proven, jobs, executors, step=step),
+            Watch(parts, proven, jobs, executors, step=step, is_new=is_new),
         ):
             for rank in ranks:
                 executors[rank] = Executor(
@@ -121,10 +124,20 @@ class Runs:
                 for executor in executors.values():
                     executor.finish()
             else:
-                executors[parts.world.rank].run()
+                executor = executors[parts.world.rank]
+                self._tell_watchdog(executor, step)
+                executor.run()
+        self._ran |= kinds
         last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]
         return list(executors.values()), results
+
+    def _tell_watchdog(self, executor: Executor, step: int) -> None:
+        """Let others know where the executor is."""
+        parts = self._parts
+        if parts.mesh.world.whereabouts is not None:
+            holders = [parts.world.members[rank] for rank in parts.programs.placement.rank_of]
+            parts.mesh.world.whereabouts.follow(executor.log, step, holders)
 
     def _scripts_of(self, proven: ProvenProgram, ranks: Iterable[int]) -> Mapping[int, Script]:
         """The scripts of these ranks, made once for each program; alone, ranks take turns as in its proof."""

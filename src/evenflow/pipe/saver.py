@@ -6,6 +6,7 @@ process cost it more than what is written to them. The thread has a group of pro
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from evenflow.checkpoint.save import Content, write_checkpoint
 from evenflow.graph.dtensors import local_part
+from evenflow.runtime.whereabouts import awaited
 from evenflow.runtime.world import World
 
 
@@ -37,7 +39,8 @@ class Saver:
         Waits for what is being written.
         """
         if self._written is not None:
-            self._written.exception()  # whoever waits for it is told
+            with self._waiting():
+                self._written.exception()  # whoever waits for it is told
         copies, on_device = {}, False
         for key, tensor in tensors.items():
             part = local_part(tensor)
@@ -68,4 +71,9 @@ class Saver:
         """Wait until what was begun is written; raises what `write_checkpoint` does, on all ranks."""
         written, self._written = self._written, None
         if written is not None:
-            written.result()
+            with self._waiting():
+                written.result()
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        world = self._world
+        return awaited(world.whereabouts, world.members, "its part of a checkpoint to be written")

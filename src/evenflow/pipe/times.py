@@ -14,7 +14,7 @@ from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, We
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.pipe.clock_offsets import clock_offset
 from evenflow.pipe.occupied import occupied
-from evenflow.runtime.executor import Log
+from evenflow.runtime.log import Log
 from evenflow.runtime.world import World
 from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram

@@ -18,6 +18,10 @@ class Clock(ABC):
         """This moment: when what the device was given so far is done."""
 
     @abstractmethod
+    def has_passed(self, mark: Any) -> bool:
+        """Whether a mark was reached; waits for nothing."""
+
+    @abstractmethod
     def seconds(self, mark: Any) -> float:
         """When a mark was reached; waits for that."""
 
@@ -33,6 +37,10 @@ class HostClock(Clock):
     def mark(self) -> float:
         """See `Clock`."""
         return time.perf_counter()
+
+    def has_passed(self, mark: float) -> bool:
+        """See `Clock`."""
+        return True
 
     def seconds(self, mark: float) -> float:
         """See `Clock`."""
@@ -55,6 +63,10 @@ class CudaClock(Clock):
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def has_passed(self, mark: torch.cuda.Event) -> bool:
+        """See `Clock`."""
+        return bool(mark.query())
 
     def seconds(self, mark: torch.cuda.Event) -> float:
         """See `Clock`."""

@@ -5,7 +5,7 @@ links carry, `InFlight` holds what is between.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypedDict, assert_never
 
 import torch
@@ -32,11 +32,11 @@ from evenflow.ir.op import (
     WeightGrad,
     parts,
 )
-from evenflow.ir.timeline import Span
-from evenflow.runtime.clocks import Clock, HostClock, clock_of
+from evenflow.runtime.clocks import HostClock, clock_of
 from evenflow.runtime.data_ranks import DataRanks
 from evenflow.runtime.inflight import InFlight, Parcel
 from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.log import Log
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.no_memory import is_out_of_memory
 from evenflow.runtime.script import Key, Line, Script
@@ -84,36 +84,6 @@ class _Ends(TypedDict):
     weight: float
 
 
-@dataclass(slots=True)
-class Log:
-    """When each op of a rank began to wait, started and ended; of overlaps the parts too.
-
-    `marks` and those `inside` are the clock's; they are read when somebody asks.
-    """
-
-    rank: int
-    lines: Sequence[Line]
-    clock: Clock
-    marks: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    inside: list[tuple[SimpleOp, Any, Any]] = field(default_factory=list)
-
-    def times(self) -> list[tuple[float, float, float]]:
-        """For each op that has ended when it began to wait, started and ended, in seconds."""
-        read = self.clock.seconds
-        return [(read(began), read(start), read(end)) for began, start, end in self.marks]
-
-    def spans(self) -> list[Span]:
-        """One for each op."""
-        pairs = zip(self.lines, self.times(), strict=True)
-        return [Span(self.rank, line.op, start, end) for line, (_, start, end) in pairs]
-
-    def parts(self) -> list[Span]:
-        """One for each simple op that computed, those of overlaps too."""
-        read = self.clock.seconds
-        inside = (Span(self.rank, op, read(start), read(end)) for op, start, end in self.inside)
-        return [*(span for span in self.spans() if isinstance(span.op, SimpleOp)), *inside]
-
-
 class Executor:
     """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs.
 
@@ -157,6 +127,7 @@ class Executor:
         """Run the rank's whole program."""
         for line in self._lines:
             self._execute(line)
+        self.log.position[0] = len(self.log.marks)
         self.finish()
 
     def run_next(self) -> None:
@@ -190,14 +161,19 @@ class Executor:
     def _execute(self, line: Line) -> None:
         """Run one op and note when."""
         try:
+            log = self.log
+            log.position[0] = len(log.marks)
             start = began = self._mark()
             if self._fetches:
                 self._fetch(line.op)
             for arrival in line.takes:  # waiting for what it needs is no part of a computation
-                self._arrive(arrival, self.link.take(arrival))
+                log.awaited = arrival
+                parcel = self.link.take(arrival)
+                log.awaited = None
+                self._arrive(arrival, parcel)
                 start = self._mark()
             self._dispatch(line.op)
-            self.log.marks.append((began, start, self._mark()))
+            log.marks.append((began, start, self._mark()))
         except EvenflowError:
             raise
         except Exception as error:

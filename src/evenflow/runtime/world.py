@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from evenflow.errors import PeerError
 from evenflow.runtime.roll_call import RollCall
+from evenflow.runtime.whereabouts import Wait, Whereabouts
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class World(ABC):
 
     `members`: what the ranks are called among all processes of the run. Where these are parted into worlds
     like this one, `parts` has the members of each. `ways`: the groups from one rank to another that have been
-    made.
+    made. `whereabouts`, which the worlds of one process share, learn of each wait, where somebody watches.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class World(ABC):
     parts: Sequence[Sequence[int]]
     device = torch.device("cpu")  # carries what is sent
     roll_call: RollCall | None = None
+    whereabouts: Whereabouts | None = None
     ways: dict[tuple[int, int], dist.ProcessGroup]
     group: dist.ProcessGroup | None = None  # None: the group of all ranks, where there are several
 
@@ -169,7 +171,7 @@ class ProcessGroupWorld(World):
     def beside(self) -> World:
         assert self.size == dist.get_world_size(), "torch lets all processes make a group together"
         made = self.part(dist.new_group(backend="gloo"), self.parts)
-        made.device = torch.device("cpu")
+        made.device, made.whereabouts = torch.device("cpu"), None  # the main thread's are watched
         return made
 
     def _is_for_host(self, device: torch.device) -> bool:
@@ -212,12 +214,12 @@ class ProcessGroupWorld(World):
         return [list(map(int, row)) for row in table.tolist()]
 
     def send(self, tensor: torch.Tensor, target: int) -> None:
-        with self._reported(f"sending to {self._named(target)}"):
+        with self._reported(f"sending to {self._named(target)}", target):
             dist.send(tensor.to(self.device).contiguous(), self.members[target], group=self.group)
 
     def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
         into = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        with self._reported(f"receiving from {self._named(source)}"):
+        with self._reported(f"receiving from {self._named(source)}", source):
             dist.recv(into, self.members[source], group=self.group)
         return into.to(like.device)
 
@@ -267,20 +269,32 @@ class ProcessGroupWorld(World):
     def _named(self, rank: int) -> str:
         return f"rank {self.members[rank]}"
 
-    def _reported(self, doing: str) -> "reported":
-        return reported(self.members[self.rank], doing)
+    def _reported(self, doing: str, peer: int | None = None) -> "reported":
+        """What all do together waits for all: from one to another it may go through a third."""
+        ranks = self.members if peer is None else (self.members[peer],)
+        mine = self.members[self.rank]
+        others = tuple(rank for rank in ranks if rank != mine)
+        return reported(mine, doing, others, self.whereabouts)
 
 
 class reported:  # noqa: N801 (a context manager, used like a function)
-    """Turn torch.distributed's errors into one that says which rank was doing what."""
+    """Turn torch.distributed's errors into one that says which rank was doing what, and note its wait."""
 
-    def __init__(self, rank: int, doing: str) -> None:
+    def __init__(
+        self, rank: int, doing: str, others: tuple[int, ...] = (), whereabouts: Whereabouts | None = None
+    ) -> None:
         self.rank, self.doing = rank, doing
+        self._wait, self._whereabouts = Wait(others, doing), whereabouts
 
     def __enter__(self) -> "reported":
+        if self._whereabouts is not None:
+            self._whereabouts.counted += 1
+            self._whereabouts.waiting = self._wait
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._whereabouts is not None:
+            self._whereabouts.waiting = None
         if isinstance(error, RuntimeError | OSError) and not isinstance(error, PeerError):
             raise PeerError(f"rank {self.rank} lost its peer while {self.doing}: {error}") from error
 

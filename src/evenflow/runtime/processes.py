@@ -1,0 +1,65 @@
+"""Processes of this host, as Linux tells of them: in which state one is, and whether it is still the same."""
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+_STATES = {
+    "T": "is stopped (SIGSTOP, or Ctrl-Z)",
+    "t": "is stopped by a debugger",
+    "Z": "has ended",
+    "X": "has ended",
+    "D": "waits inside the system, for a disk or a device",
+    "R": "runs, but lets no Python thread run",
+    "S": "sleeps, and lets no Python thread run",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process; `started` tells it from a later one of the same number."""
+
+    pid: int
+    parent: int
+    started: int
+
+    def state(self) -> str | None:
+        """What it does, in words that follow on "its process"; None where the system does not say.
+
+        >>> this_process().state() in ("runs, but lets no Python thread run", None)
+        True
+        """
+        if not Path("/proc/self/stat").exists():
+            return None
+        found = _looked_up(self.pid)
+        if found is None or found[1] != self:
+            return _STATES["Z"]
+        return _STATES.get(found[0])
+
+    def end_sibling(self) -> None:
+        """End it, if the launcher that started this process has started it too.
+
+        A stopped process leaves no launcher's polite request unanswered: it does not hear it.
+        """
+        found = _looked_up(self.pid)
+        if found is not None and found[1] == self and self.parent == os.getppid() and self.pid != os.getpid():
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def this_process() -> Process:
+    """This one."""
+    found = _looked_up(os.getpid())
+    return Process(os.getpid(), os.getppid(), 0) if found is None else found[1]
+
+
+def _looked_up(pid: int) -> tuple[str, Process] | None:
+    """A process's state, in Linux's letter, and what tells it from others; None where there is none."""
+    try:
+        # The name, in brackets, may hold anything; what follows is numbered from 3 (proc_pid_stat(5)).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], Process(pid, int(fields[1]), int(fields[19]))
