@@ -29,10 +29,10 @@ arguments = {{ num_layers = 2, width = 32, length = 32 }}
 batch_size = 8
 length = 32
 [training]
-steps = 20
+steps = 60
 learning_rate = 1e-2
 warmup_steps = 2
-validate_every = 8
+validate_every = 25
 [pipeline]
 stages = {stages}
 num_microbatches = 4
@@ -125,10 +125,10 @@ def test_a_run_that_was_stopped_goes_on_with_other_stages(tmp_path, undisturbed,
     assert "before training" not in said
     assert [step.loss for step in read_steps(folder)] == undisturbed
     run = read_run(folder)
-    assert (run.num_steps, len(run.stages)) == (20, 1)
-    assert run.num_timed < 18, "only steps of this part are timed"
+    assert (run.num_steps, len(run.stages)) == (60, 1)
+    assert run.num_timed < 58, "only steps of this part are timed"
     assert quiet("train", "--resume", folder) == 2
-    assert "the run in it has ended, after 20 steps" in capfd.readouterr().err
+    assert "the run in it has ended, after 60 steps" in capfd.readouterr().err
 
 
 @pytest.mark.timeout(600)
@@ -157,7 +157,7 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path, undisturbed):
     assert "2 processes are left of 4: planning again for those" in text
     assert "going on from" in text
     steps = read_steps(tmp_path / "run")
-    assert [step.number for step in steps] == list(range(1, 21))
+    assert [step.number for step in steps] == list(range(1, 61))
     assert [step.loss for step in steps] == pytest.approx(undisturbed, rel=1e-4)
     assert len(read_run(tmp_path / "run").ranks) == 2
 

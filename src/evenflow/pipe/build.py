@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
-from evenflow.errors import ConfigError
-from evenflow.graph.cut import Cut
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
@@ -19,6 +17,7 @@ from evenflow.ir.op import InputGrad, parts
 from evenflow.ir.placement import Placement
 from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
+from evenflow.pipe.alike import check_alike, share_buffers
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.default_programs import model_loss
 from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
@@ -29,7 +28,7 @@ from evenflow.pipe.parts import Parts
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.planned import decided, given_plan
 from evenflow.pipe.precision import Precision
-from evenflow.pipe.programs import Programs, fingerprint
+from evenflow.pipe.programs import Programs
 from evenflow.pipe.reading import check_training
 from evenflow.pipe.recompute import Recompute, RecomputeChoice, check_recompute
 from evenflow.pipe.refuse import check_given, refuse_unfit
@@ -53,7 +52,6 @@ from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.watchdog import TIMEOUT_SECONDS, watched
 from evenflow.runtime.weights import ReductionChoice, Weigher, rows_of
-from evenflow.runtime.world import World
 from evenflow.schedules import catalog
 from evenflow.schedules.catalog import ScheduleFunction
 
@@ -249,11 +247,10 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     placement = programs.placement
     devices = choices.devices_of(kind, placement, grid, given.places(placement))
     own = grid.stages_of(grid.world.rank, placement)
-
     own_device = devices[own[0]]
     held = ModelParameters(model, grid, tensor_plan, types, own_device, load=load, seed=seed)
     fakes, parameters = held.fakes, held.by_name
-    _share_buffers(model, grid.world, own_device)
+    share_buffers(model, grid.world, own_device)
     accumulators = Accumulators(parameters, devices, exact=exact)
     share = given.max_leaf_share
     if share is None:
@@ -271,7 +268,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     with types.recording(kind):
         graph = _recorded(recordings, fakes, program, item, types, joining)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
-    _check_alike(cut, programs, grid.world)
+    check_alike(cut, programs, grid.world)
     programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
     accumulators.learn(cut)
     owner = {**recordings.stage_of_parameter, **accumulators.owner}
@@ -401,27 +398,4 @@ def _warn_of_differences(
             "labels that are not -100. Where the loss leaves out more (a causal model's first label of each "
             "row), give reduction=lambda microbatch: how many tokens it counts",
             stacklevel=3,
-        )
-
-
-def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -> None:
-    """Give every process the first one's buffers, which masks and tables are computed from on all of them."""
-    for buffer in model.buffers() if world.size > 1 else ():
-        moved = buffer.detach().to(device)
-        world.broadcast(moved, 0).wait()
-        buffer.detach().copy_(moved)
-
-
-def _check_alike(cut: Cut, programs: Programs, world: World) -> None:
-    """Refuse examples under which the processes recorded different programs: their stages would not fit."""
-    nodes, batches = [node.name for node in cut.graph.chain], [section.batch for section in cut.sections]
-    orders = programs.placement, programs.example.ranks, programs.costs
-    mine = fingerprint(nodes, cut.positions, batches, *orders)
-    found = [row[0] for row in world.gather_numbers([mine])]
-    if len(set(found)) > 1:
-        other = next(rank for rank, number in enumerate(found) if number != found[0])
-        raise ConfigError(
-            f"ranks 0 and {other} recorded different programs (here {len(cut.graph.chain)} nodes, cut at "
-            f"{cut.positions}): build the same model, pass an example of the same shapes, and name the same "
-            "schedule, or the same plan, on every rank"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evenflow.errors import EvenflowError
+from evenflow.errors import ConfigError, EvenflowError
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import is_plain
 from evenflow.pipe.check_report import CheckReport, Compared, FirstGradient, FirstNode
@@ -31,6 +31,22 @@ from evenflow.runtime.stage import Stage
 SHARED_TOLERANCE = 1e-6
 
 _Run = Callable[[Sequence[Job]], Sequence[Result] | None]
+
+
+def refuse_uncheckable(parts: Parts) -> None:
+    """Refuse what cannot be compared with the whole model in one process, on one device."""
+    remedy = "run `evenflow check MODULE:FUNCTION`, which needs one process and the CPU alone"
+    if parts.mesh.world.size > 1:
+        raise ConfigError(
+            f"check runs the whole model in one process; here are {parts.mesh.world.size}: {remedy}"
+        )
+    if len(set(parts.devices)) > 1:
+        raise ConfigError(f"check runs the whole model on one device; here are several: {remedy}")
+    if parts.recordings.compiles or parts.narrowing.dtype is not None:
+        raise ConfigError(
+            "check compares with the model itself, which compiles nothing and rounds nothing between "
+            "stages: leave compile= and boundary_dtype= out"
+        )
 
 
 def check_step(

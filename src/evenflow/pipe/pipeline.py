@@ -12,18 +12,19 @@ import torch
 from evenflow.bill import Bill
 from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.weights_out import export_adapter, export_model
-from evenflow.errors import ConfigError, PeerError
+from evenflow.errors import ConfigError
 from evenflow.graph.dtensors import is_first_holder, whole
 from evenflow.ir.timeline import Timeline
 from evenflow.pipe.accumulated import Accumulated
-from evenflow.pipe.agree import FED, Agreed
+from evenflow.pipe.agree import Agreed
 from evenflow.pipe.bad_numbers import Guard, Guarded
 from evenflow.pipe.batches import Batches
-from evenflow.pipe.check import check_step
+from evenflow.pipe.check import check_step, refuse_uncheckable
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
 from evenflow.pipe.delivered import Gather, check_gather
 from evenflow.pipe.exhausted import Watch
+from evenflow.pipe.feeding import fed
 from evenflow.pipe.logs import LogHook, Logs
 from evenflow.pipe.meter import Meter
 from evenflow.pipe.outcome import outcome, prediction
@@ -156,7 +157,7 @@ class Pipeline(Restorable):
         """
         together, graph = OverBatches(), None
         with self._evaluating():
-            for batch in self._fed(loader):
+            for batch in fed(self._parts.mesh.world, loader):
                 agreed = self._batches.agree(self._parts.loss, batch, training=False)
                 evaluation = self._parts.programs.evaluation
                 results = self._runs.run(agreed, evaluation, read_loss, step=self._step)[1]
@@ -193,30 +194,7 @@ class Pipeline(Restorable):
 
         After a `load` the first pass goes on where the run was saved, behind what was trained on.
         """
-        yield from self._fed(self._position.batches(loader))
-
-    def _fed(self, loader: Iterable[Any]) -> Iterator[Any]:
-        world = self._parts.mesh.world
-        if world.size == 1:
-            yield from loader
-            return
-        iterator = iter(loader) if self.is_main else None
-        while True:
-            batch, state = FED, "batch"
-            if iterator is not None:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    state = "end"
-                except Exception as error:
-                    world.share(f"{type(error).__name__}: {error}", source=0)
-                    raise
-            state = world.share(state, source=0)
-            if state == "end":
-                return
-            if state != "batch":
-                raise PeerError(f"rank 0's loader failed: {state}")
-            yield batch
+        yield from fed(self._parts.mesh.world, self._position.batches(loader))
 
     def log_to(self, hook: LogHook, *, every: int = 1) -> None:
         """Call `hook(step, numbers)` on the main rank for each `every`th update, which `step` counts.
@@ -283,18 +261,7 @@ class Pipeline(Restorable):
         True
         """
         parts = self._parts
-        remedy = "run `evenflow check MODULE:FUNCTION`, which needs one process and the CPU alone"
-        if parts.mesh.world.size > 1:
-            raise ConfigError(
-                f"check runs the whole model in one process; here are {parts.mesh.world.size}: {remedy}"
-            )
-        if len(set(parts.devices)) > 1:
-            raise ConfigError(f"check runs the whole model on one device; here are several: {remedy}")
-        if parts.recordings.compiles or parts.narrowing.dtype is not None:
-            raise ConfigError(
-                "check compares with the model itself, which compiles nothing and rounds nothing between "
-                "stages: leave compile= and boundary_dtype= out"
-            )
+        refuse_uncheckable(parts)
         prepared = self._batches.prepared(batch)
         if prepared is None:
             raise ConfigError("there is no batch to check: pass one batch, as to step")

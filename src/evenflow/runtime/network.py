@@ -13,6 +13,8 @@ import logging
 import os
 import socket
 import struct
+import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,22 +22,26 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import (  # type: ignore[attr-defined]  # torch hands them on
     PrefixStore,
-    TCPStore,
+    Store,
     rendezvous,
 )
+
+from evenflow.errors import PeerError
 
 _LOG = logging.getLogger(__name__)
 _VARIABLE = "GLOO_SOCKET_IFNAME"  # torch has no other way to tell Gloo
 _ASK_ADDRESS = 0x8915  # <linux/sockios.h>: SIOCGIFADDR
 _LOOPBACK = "127.0.0.1"
+_LOOKS_EVERY_SECONDS = 0.005
 _ANY_PORT = 9  # nothing is sent there
 
 
 def join(backend: str, timeout: timedelta) -> str:
     """Open the group of all ranks that the launcher has started; return where others reach this one."""
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    address = _own_address(store, rank, size)
+    shared, rank, size = next(rendezvous("env://", timeout=timeout))
+    shared.set_timeout(timeout)
+    store = PrefixStore(f"evenflow {attempt_of(shared, rank, size, timeout)}", shared)
+    address = _own_address(shared.host, store, rank, size)
     interface = interface_of(address)
     if interface is not None and not _is_loopback(address) and _VARIABLE not in os.environ:
         os.environ[_VARIABLE] = interface
@@ -45,10 +51,39 @@ def join(backend: str, timeout: timedelta) -> str:
     return address
 
 
-def _own_address(store: TCPStore, rank: int, size: int) -> str:
+def attempt_of(store: Store, rank: int, size: int, timeout: timedelta) -> int:
+    """A number that no earlier attempt of these ranks has had; collective.
+
+    The elastic launcher keeps one store for all attempts of a run (torch 2.13), so that addresses of ranks
+    that are gone still stand in it, and a new one may read them. What a rank asks here nobody has asked
+    before, and the first rank answers until each has heard. (The count of restarts that the launcher tells
+    is each host's own, and a host that joins later has another.)
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"evenflow asks {rank}", question)
+        number = int(store.get(f"evenflow answers {question}"))
+        store.add(f"evenflow heard {number}", 1)
+        return number
+    number, answered = store.add("evenflow attempts", 1), set()
+    end = time.monotonic() + timeout.total_seconds()
+    while (heard := store.add(f"evenflow heard {number}", 0)) < size - 1:
+        if time.monotonic() > end:
+            raise PeerError(f"rank 0 waited {timeout} for all ranks to join: {heard + 1} of {size} have")
+        for other in range(1, size):
+            if store.check([f"evenflow asks {other}"]):
+                question = store.get(f"evenflow asks {other}").decode()
+                if question not in answered:
+                    store.set(f"evenflow answers {question}", str(number))
+                    answered.add(question)
+        time.sleep(_LOOKS_EVERY_SECONDS)
+    return number
+
+
+def _own_address(meeting_place: str, store: Store, rank: int, size: int) -> str:
     """This rank's address on the way to others; a loopback's where all are on this host. Collective."""
-    mine = address_towards(store.host) or _LOOPBACK
-    keys = [f"evenflow/address/{number}" for number in range(size)]
+    mine = address_towards(meeting_place) or _LOOPBACK
+    keys = [f"address {number}" for number in range(size)]
     store.set(keys[rank], mine)
     if not _is_loopback(mine):
         return mine
