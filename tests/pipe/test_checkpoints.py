@@ -208,16 +208,18 @@ def test_a_loader_that_knows_where_it_is(tmp_path):
 
 def test_checkpoints_keeps_the_last(tmp_path):
     with evenflow.Checkpoints(make(), tmp_path, every=2, keep_last=2) as checkpoints:
+        checkpoints.pipe.save(tmp_path / "mine 99")
         for number, batch in enumerate(batches()):
             checkpoints.pipe.step(batch)
             checkpoints.updated({"number": number})
-    assert [each.name for each in checkpoints_in(tmp_path)] == ["step-00000008", "step-00000010"]
+    names = [each.name for each in checkpoints_in(tmp_path)]
+    assert names == ["step-00000008", "step-00000010", "mine 99"]
     shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000012.partial")
     (tmp_path / "step-00000011").mkdir()
     again = evenflow.Checkpoints(make(4), tmp_path, every=2)
     assert again.resume() == tmp_path / "step-00000010"
     assert again.extra == {"number": 9}
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000008", "step-00000010"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(names)
     assert evenflow.Checkpoints(make(), tmp_path / "none", every=2).resume() is None
 
 

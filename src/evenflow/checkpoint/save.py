@@ -15,7 +15,7 @@ import torch
 
 from evenflow.checkpoint.manifest import PLAN, STATE, TABLE, FileRecord, Manifest, write_manifest
 from evenflow.checkpoint.merged import merged
-from evenflow.checkpoint.whole import appearing
+from evenflow.checkpoint.whole import appearing, flush
 from evenflow.runtime.world import World
 
 
@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path, world: World, content: Content) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    from evenflow.checkpoint.storage import SnapshotPlanner, Writer, flush, write_json
+    from evenflow.checkpoint.storage import SnapshotPlanner, Writer, write_json
 
     with appearing(folder, world) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # so it is, on purpose

@@ -29,6 +29,7 @@ from torch.futures import Future
 
 from evenflow.checkpoint.manifest import TABLE, FileRecord
 from evenflow.checkpoint.table import DTYPES, Chunk, Saved, as_json, checksum
+from evenflow.checkpoint.whole import flush
 from evenflow.errors import ConfigError
 
 # Types that safetensors has; tensors of others are written as bytes, and the table knows their type.
@@ -225,12 +226,3 @@ def write_json(path: Path, content: Any) -> None:  # whatever JSON holds
     """Write a file of JSON, and see that it is on the disk."""
     path.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
     flush(path)
-
-
-def flush(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -1,5 +1,6 @@
 """A folder that is written under another name and appears when it is whole."""
 
+import os
 import shutil
 import time
 import uuid
@@ -71,6 +72,7 @@ def _take_place(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)
+    flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -97,3 +99,12 @@ def _comes(path: Path) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def flush(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

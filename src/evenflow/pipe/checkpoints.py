@@ -1,5 +1,6 @@
 """Checkpoints: a folder of them, one every so many updates, of which the newest few are kept."""
 
+import fnmatch
 import logging
 import shutil
 from pathlib import Path
@@ -84,7 +85,7 @@ class Checkpoints:
         Its `extra` is then this object's. What was not written to its end is removed. Raises what
         `Pipeline.load` does of the newest, where there are some and none can be read.
         """
-        found: list[Path] = self.pipe.share(checkpoints_in(self.folder) if self.pipe.is_main else None)
+        found: list[Path] = self.pipe.share(self._own() if self.pipe.is_main else None)
         if self.pipe.is_main:
             self._remove_unfinished()
         newest: ConfigError | PeerError | None = None
@@ -124,7 +125,7 @@ class Checkpoints:
         Raises `error` where there is no checkpoint, and when it is the fourth time to the same one.
         """
         self._settle(self._on_error)
-        found = checkpoints_in(self.folder) if self.pipe.is_main else []
+        found = self._own() if self.pipe.is_main else []
         newest: Path | None = self.pipe.share(found[-1] if found else None)
         if newest is None:
             error.add_note(f"There is no checkpoint in {self.folder} yet to roll back to.")
@@ -154,9 +155,13 @@ class Checkpoints:
             if self.pipe.is_main:
                 _LOG.warning("a checkpoint was not written, training goes on without: %s", error)
 
+    def _own(self) -> list[Path]:
+        """The whole ones, the newest last; what others have put beside them stays."""
+        return [each for each in checkpoints_in(self.folder) if fnmatch.fnmatch(each.name, _PATTERN)]
+
     def _thin_out(self, _: Path) -> None:
         try:
-            for each in checkpoints_in(self.folder)[: -self._keep_last] if self._keep_last else ():
+            for each in self._own()[: -self._keep_last] if self._keep_last else ():
                 _remove(each)
         except OSError as error:
             _LOG.warning("an old checkpoint could not be removed: %s", error)
