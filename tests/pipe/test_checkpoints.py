@@ -5,6 +5,7 @@ import json
 import random
 import resource
 import shutil
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -135,6 +136,47 @@ def test_without_the_optimizer(place):
         pipe.load(folder)
 
 
+def rates(parameters):
+    """A group for each of some parameters, with a rate of its own."""
+    several = [{"params": [each], "lr": 0.01 * (1 + len(each[0]) % 3)} for each in parameters]
+    return torch.optim.SGD(several)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+        warm,
+    ],
+)
+def test_groups_with_rates_of_their_own(tmp_path, scheduler):
+    """Stages have other groups at other cuts, and schedulers numbers for each."""
+    one = make(3, optimizer=rates, scheduler=scheduler, clip_norm=None)
+    for batch in batches()[:3]:
+        one.step(batch)
+    one.save(tmp_path / "saved")
+    expected = [float(one.step(batch).loss) for batch in batches()[3:]]
+    for stages in (1, 2, 4):
+        other = make(stages, optimizer=rates, scheduler=scheduler, clip_norm=None)
+        other.load(tmp_path / "saved")
+        assert [float(other.step(batch).loss) for batch in batches()[3:]] == expected, stages
+
+
+def test_a_scheduler_that_takes_its_state_apart(tmp_path):
+    def cyclic(optimizer):
+        return torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=2)
+
+    one, other = (
+        make(n, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), scheduler=cyclic)
+        for n in (2, 4)
+    )
+    one.step(batches()[0])
+    one.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    assert losses(other, batches()[1:]) == losses(one, batches()[1:])
+
+
 # -- data
 
 
@@ -203,6 +245,48 @@ def test_a_loader_that_knows_where_it_is(tmp_path):
     assert loader.read == STEPS - 4
 
 
+def test_a_loader_whose_state_spans_passes(tmp_path):
+    """Saved between two of them."""
+
+    class Endless(Counting):
+        def __iter__(self):
+            for _ in range(3):
+                self.at, self.read = self.at + 1, self.read + 1
+                yield batches()[self.at - 1]
+
+    pipe, loader = make(), Endless()
+    losses(pipe, loader)
+    pipe.save(tmp_path / "saved")
+    expected = losses(pipe, loader)
+    again = make()
+    again.load(tmp_path / "saved")
+    assert losses(again, Endless()) == expected
+    assert expected == losses(resumed(tmp_path / "saved"), batches()[3:6])
+
+
+def resumed(folder: Path):
+    pipe = make()
+    pipe.load(folder, data=False)
+    return pipe
+
+
+def test_a_pass_inside_of_another_is_not_counted(tmp_path):
+    pipe = make()
+    for number, batch in enumerate(pipe.feed(batches()), start=1):
+        pipe.step(batch)
+        for other in pipe.feed(batches()[:2]):
+            pipe.evaluate(other)
+        assert pipe.epoch == 0
+        if number == 4:
+            pipe.save(tmp_path / "saved")
+            break
+    again = make()
+    again.load(tmp_path / "saved")
+    assert len(losses(again, batches())) == STEPS - 4
+    assert len(losses(again, batches())) == STEPS
+    assert again.epoch == 2
+
+
 # -- many, in a folder
 
 
@@ -235,6 +319,72 @@ def test_resume_goes_back_where_the_newest_is_broken(tmp_path, caplog):
     flip(next((tmp_path / "step-00000002").glob("*.safetensors")), -1)
     with pytest.raises(ConfigError, match="damaged"):
         again.resume()
+
+
+def test_later_checkpoints_that_are_broken_push_nothing_out(tmp_path):
+    """After going back to an older one."""
+    for number, kept in ((0, 6), (2, 2)):
+        with evenflow.Checkpoints(make(), tmp_path, every=2, keep_last=kept // 2) as checkpoints:
+            checkpoints.resume()
+            for batch in batches()[number : number + (6 if number == 0 else 2)]:
+                checkpoints.pipe.step(batch)
+                checkpoints.updated()
+        for step in (4, 6) if number == 0 else ():
+            flip(next((tmp_path / f"step-{step:08}").glob("*.safetensors")), -1)
+    assert [each.name for each in checkpoints_in(tmp_path)] == ["step-00000004", "step-00000006"]
+    again = evenflow.Checkpoints(make(), tmp_path, every=2)
+    assert again.resume().name == "step-00000004"
+
+
+def test_what_was_cut_short_between_two_names_is_put_back(tmp_path):
+    with evenflow.Checkpoints(make(), tmp_path, every=1) as checkpoints:
+        checkpoints.pipe.step(batches()[0])
+        checkpoints.updated()
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.replaced")
+    (tmp_path / "step-00000001.keep").mkdir()
+    assert evenflow.Checkpoints(make(), tmp_path, every=1).resume() == tmp_path / "step-00000001"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000001", "step-00000001.keep"]
+
+
+def test_steps_that_update_nothing_save_nothing(tmp_path):
+    pipe = make(bad_numbers="skip")
+    checkpoints = evenflow.Checkpoints(pipe, tmp_path, every=1)
+    pipe.step(batches()[0], update=False)
+    checkpoints.updated()
+    pipe.step(batches()[0])
+    checkpoints.updated()
+    pipe.step({name: tensor * float("nan") for name, tensor in batches()[0].items()})
+    checkpoints.updated()
+    checkpoints.wait()
+    assert [each.name for each in checkpoints_in(tmp_path)] == ["step-00000001"]
+    assert pipe.num_updates == 1
+
+
+def test_save_replaces_nothing_but_checkpoints(tmp_path):
+    pipe = make()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("of work")
+    for name, said in (("project", r"holds something else \(thesis\.txt\)"), ("file", "it is a file")):
+        with pytest.raises(ConfigError, match=said):
+            pipe.save(tmp_path / name)
+    assert (tmp_path / "project" / "thesis.txt").read_text() == "years"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "project"]
+
+
+def test_a_save_that_failed_is_heard_of_at_the_next(tmp_path, monkeypatch):
+    pipe = make()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("evenflow.pipe.saver.write_checkpoint", fail)
+        pipe.save(tmp_path / "one", wait=False)
+        with pytest.raises(OSError, match="no space left"):
+            pipe.save(tmp_path / "two", wait=False)
+    pipe.save(tmp_path / "three")
+    assert [each.name for each in tmp_path.iterdir()] == ["three"]
 
 
 def test_what_is_saved_is_what_was_there(tmp_path):
@@ -281,7 +431,6 @@ def test_a_full_disk(tmp_path, caplog, on_error):
         checkpoints.wait()
         assert caplog.text.count("a checkpoint was not written, training goes on without") == 1
     newest = {"stop": 1, "continue": 4}[on_error]
-    assert [each.name for each in tmp_path.iterdir() if each.name.endswith(("1", "4"))]
     again = evenflow.Checkpoints(make(model=mlp(WIDTH, 256, 256, 1)), tmp_path, every=1)
     assert again.resume() == tmp_path / f"step-{newest:08}"
 
@@ -410,6 +559,9 @@ def test_tables_of_strangers(copied, place):
         "no type": lambda t: first(t).update(dtype="pickle"),
         "half": lambda t: first(t)["chunks"][0].update(shape=[4, 8]),
         "twice": lambda t: t["tensors"].append(first(t)),
+        "overlapping": lambda t: first(t).update(
+            chunks=[first(t)["chunks"][0] | {"shape": [4, 8], "offsets": [at, 0]} for at in (0, 2)]
+        ),
         "over": lambda t: first(t).update(chunks=first(t)["chunks"] * 2),
         "renamed": lambda t: first(t).update(name="model.else"),
         "huge in the file": lambda t: [
@@ -468,6 +620,36 @@ def test_other_models(place):
         pipe.load(folder)
     with pytest.raises(ConfigError, match=r"is no checkpoint: it has no manifest\.json; name one of those"):
         make().load(folder.parent)
+
+
+def test_buffers_of_another_shape(place):
+    folder, _ = saved(place, *ALL[0])
+    model = blocks()
+    model[4].register_buffer("more", torch.zeros(3))
+    model[4].register_buffer("passing", torch.zeros(3), persistent=False)
+    model[4].running_mean = torch.zeros(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pipe = make(1, model=model, loss=lambda model, batch: model[0](batch["x"]).mean())
+    with pytest.raises(ConfigError) as error:
+        pipe.load(folder)
+    assert "1 missing from it: 4.more; 1 of another shape: 4.running_mean is [8] there" in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("extra", [{(0, 1): 2}, {"a\x07b": torch.ones(1)}, {"a": {1, 2}}], ids=str)
+def test_what_could_not_be_read_back_is_not_written(tmp_path, extra):
+    with pytest.raises(ConfigError, match="of the run's state"):
+        make().save(tmp_path / "saved", extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_that_is_closed_leaves_no_thread(tmp_path):
+    before = set(threading.enumerate())
+    pipe = make()
+    pipe.save(tmp_path / "saved", wait=False)
+    pipe.close()
+    assert set(threading.enumerate()) == before
+    make().load(tmp_path / "saved")
 
 
 def test_what_is_no_plain_data(tmp_path):

@@ -45,12 +45,28 @@ def run(name: str, folder: Path) -> list[float]:
     return found
 
 
-def go_on(name: str, folder: Path) -> list[float]:
-    pipe = start(name)
-    pipe.load(folder)
-    found = steps(pipe, range(SAVED_AT, STEPS))
+def go_on(name: str, *folders: Path) -> list[list[float]]:
+    """From each of them, one after the other."""
+    pipe, found = start(name), []
+    for folder in folders:
+        pipe.load(folder)
+        found.append(steps(pipe, range(SAVED_AT, STEPS)))
     pipe.close()
     return found
+
+
+def fed(folder: Path) -> tuple[list[float], int, int, int]:
+    """What only the first rank reads goes on too, and all ranks know how far it is."""
+    pipe, loader = start("pp"), [text(number) for number in range(STEPS)] if dist.get_rank() == 0 else None
+    for number, batch in enumerate(pipe.feed(loader), start=1):
+        pipe.step(batch)
+        if number == SAVED_AT:
+            pipe.save(folder / "fed")
+    again = start("dp")
+    again.load(folder / "fed")
+    before = again.epoch
+    found = [float(again.step(batch).loss) for batch in again.feed(loader)]
+    return found, pipe.epoch, before, again.epoch
 
 
 def refused(folder: Path) -> str:
@@ -66,13 +82,11 @@ def refused(folder: Path) -> str:
 def on_ranks(folder: Path):
     dist.init_process_group("gloo")
     found = {("run", name): run(name, folder) for name in MESHES}
-    found |= {
-        (name, saved): go_on(name, folder / saved)
-        for name in MESHES
-        for saved in (*MESHES, ONE)
-        if name != saved
-    }
-    return found, refused(folder)
+    for name in MESHES:
+        others = [saved for saved in (*MESHES, ONE) if name != saved]
+        taken = go_on(name, *(folder / saved for saved in others))
+        found |= {(name, saved): losses for saved, losses in zip(others, taken, strict=True)}
+    return found, refused(folder), fed(folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +111,7 @@ def results(folder: Path):
 
 def test_any_mesh_goes_on_from_any_other(folder):
     expected, ranks = results(folder)
-    for found, _ in ranks:
+    for found, _, _ in ranks:
         for (name, saved), losses in found.items():
             most = 1e-5 if "tp" in (name, saved) else 1e-6
             assert losses == pytest.approx(expected, rel=most), f"{name} from {saved}"
@@ -109,7 +123,7 @@ def test_any_mesh_goes_on_from_any_other(folder):
 def test_one_process_goes_on_from_any_mesh(folder, name):
     expected, _ = results(folder)
     assert problems(open_checkpoint(folder / name)) == []
-    assert go_on(ONE, folder / name) == pytest.approx(expected, rel=1e-5 if name == "tp" else 1e-6)
+    assert go_on(ONE, folder / name) == [pytest.approx(expected, rel=1e-5 if name == "tp" else 1e-6)]
     keys = {name: saved.shape for name, saved in open_checkpoint(folder / name).table.items()}
     assert {name: shape for name, shape in keys.items() if not name.startswith("processes")} == {
         name: saved.shape
@@ -120,7 +134,14 @@ def test_one_process_goes_on_from_any_mesh(folder, name):
 
 def test_one_rank_cannot_read(folder):
     _, ranks = results(folder)
-    texts = [refusal for _, refusal in ranks]
+    texts = [refusal for _, refusal, _ in ranks]
     assert texts[0].startswith("ConfigError: load(")
     assert "model.model.embed_tokens.weight in tensors-00000.safetensors is damaged" in texts[0]
     assert all(each.startswith("PeerError: rank 0 refused what load(") for each in texts[1:])
+
+
+def test_all_ranks_know_how_far_a_loader_was_read(folder):
+    expected, ranks = results(folder)
+    for _, _, (losses, *epochs) in ranks:
+        assert losses == pytest.approx(expected, rel=1e-6)
+        assert epochs == [1, 0, 1]

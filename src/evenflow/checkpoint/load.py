@@ -1,6 +1,5 @@
 """Reading a checkpoint: first what it says, all of it checked, then the tensors that somebody asks for."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from evenflow.checkpoint.manifest import (
     read_manifest,
 )
 from evenflow.checkpoint.plain import keys_in
+from evenflow.checkpoint.save import no_dist_unsaid
 from evenflow.checkpoint.table import DTYPES, Saved, from_json
 from evenflow.errors import ConfigError
 
@@ -49,8 +49,7 @@ class Checkpoint:
             if saved is None or saved.shape != tuple(tensor.shape):
                 raise ConfigError(f"{self.folder}: {key} is missing, or of another shape")
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            with no_dist_unsaid():
                 load(
                     dict(into),
                     storage_reader=Reader(self.folder, self.table),
@@ -113,7 +112,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def misfit(checkpoint: Checkpoint, model: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> str | None:
-    """Why a checkpoint does not fit a model, with every name, if so; it must have the parameters `own`."""
+    """Why a checkpoint does not fit a model, with every name, if so; `own`: what it must have."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names |= set(model.state_dict(keep_vars=True))
     held = checkpoint.document.get("model")
@@ -140,6 +139,12 @@ def misfit(checkpoint: Checkpoint, model: torch.nn.Module, own: Mapping[str, tor
         return None
     kinds = f"it is of a {checkpoint.manifest.model}, and the model is a {type(model).__name__}"
     return f"{kinds}; {'; '.join(faults)}"
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Those buffers of a model that its `state_dict` has."""
+    kept = set(model.state_dict(keep_vars=True))
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def problems(checkpoint: Checkpoint, progress: Callable[[str], None] = lambda _: None) -> list[str]:

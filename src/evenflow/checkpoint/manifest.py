@@ -4,12 +4,14 @@ It is written last, so that a folder with a manifest is whole. Its own checksum 
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evenflow.checkpoint.whole import flush
 from evenflow.errors import ConfigError
 from evenflow.foreign import is_file_name, parse_json, read_text, shown
 from evenflow.plain_data import read_as
@@ -79,6 +81,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = {"version": VERSION, **asdict(manifest)}
     text = json.dumps({"checksum": _checksum(content), **content}, indent=2, allow_nan=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    flush(folder / FILE)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -117,7 +120,7 @@ def read_json(path: Path) -> Any:  # whatever the file holds
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, by the step of which they are, the newest last."""
+    """The whole checkpoints of a folder, by the first number in their names, the highest last."""
     found: Iterable[Path] = folder.glob(f"*/{FILE}") if folder.is_dir() else ()
     return sorted((each.parent for each in found if not is_unfinished(each.parent)), key=_order)
 
@@ -133,8 +136,8 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def _order(folder: Path) -> tuple[int, str]:
-    digits = "".join(each for each in folder.name if each.isdigit())
-    return int(digits or 0), folder.name
+    number = re.search(r"[0-9]+", folder.name)
+    return int(number[0]) if number else -1, folder.name
 
 
 def _near(folder: Path) -> str:

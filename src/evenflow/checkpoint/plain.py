@@ -36,6 +36,8 @@ def encode(tree: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:  # any
         case torch.Tensor():
             if key in tensors:
                 raise ConfigError(f"two tensors of the run's state would be saved as {key}")
+            if not key.isprintable():
+                raise ConfigError(f"a tensor of the run's state would be saved as {key!r}: rename it")
             tensors[key] = tree.detach()
             return {_TENSOR: key}
         case list():
@@ -60,6 +62,12 @@ def _under(key: str, each: object) -> str:
 
 
 def _pairs(tree: Mapping[Any, Any], key: str, tensors: dict[str, torch.Tensor]) -> list[list[Any]]:
+    for each in tree:
+        if not _hashable(each):
+            raise ConfigError(
+                f"{key} of the run's state has a {type(each).__name__} as a key, and a checkpoint "
+                "knows strings and numbers as such: keep it out of the state_dict"
+            )
     return [
         [encode(each, _under(key, each), tensors), encode(value, _under(key, each), tensors)]
         for each, value in tree.items()

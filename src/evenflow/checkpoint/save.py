@@ -4,7 +4,8 @@ What is written is a snapshot, so that it may be written by another thread while
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -48,8 +49,7 @@ def write_checkpoint(folder: Path, world: World, content: Content) -> None:
 
     from evenflow.checkpoint.storage import SnapshotPlanner, Writer, write_json
 
-    with appearing(folder, world) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # so it is, on purpose
+    with appearing(folder, world) as partial, no_dist_unsaid() if world.size == 1 else nullcontext():
         documents = world.gather(content.document)
         writer = Writer(partial)
         try:
@@ -75,6 +75,14 @@ def write_checkpoint(folder: Path, world: World, content: Content) -> None:
             records += [FileRecord.of(partial / name) for name in own_files]
             write_manifest(partial, _manifest(content, tuple(records)))
             flush(partial)
+
+
+@contextmanager
+def no_dist_unsaid() -> Iterator[None]:
+    """Let torch not warn that a process works alone, on purpose; filters are the whole process's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _manifest(content: Content, records: tuple[FileRecord, ...]) -> Manifest:

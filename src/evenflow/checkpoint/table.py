@@ -4,7 +4,6 @@ A tensor may be saved in chunks, by several ranks. The table comes from a file a
 whatever is read by it has been checked here, before anything is allocated.
 """
 
-import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -52,14 +51,24 @@ class Saved:
             raise ConfigError(
                 f"{self.name} has {len(self.shape)} dimensions and {len(self.chunks)} chunks: no tensor has"
             )
+        dims = len(self.shape)
         for chunk in self.chunks:
             self._check(chunk)
         if sum(math.prod(chunk.shape) for chunk in self.chunks) != math.prod(self.shape):
             raise ConfigError(f"the chunks of {self.name} are not the whole tensor of shape {[*self.shape]}")
-        filled = [chunk for chunk in self.chunks if math.prod(chunk.shape)]
-        for one, other in itertools.combinations(filled, 2):
-            if _overlap(one, other):
-                raise ConfigError(f"two chunks of {self.name} overlap, at {one.offsets} and {other.offsets}")
+        live: list[Chunk] = []  # those that reach beyond where the sweep along the first dimension is
+        for chunk in sorted((each for each in self.chunks if math.prod(each.shape)), key=_begins):
+            live = (
+                [each for each in live if each.offsets[0] + each.shape[0] > chunk.offsets[0]]
+                if dims
+                else live
+            )
+            for other in live:
+                if _overlap(chunk, other):
+                    raise ConfigError(
+                        f"two chunks of {self.name} overlap, at {chunk.offsets} and {other.offsets}"
+                    )
+            live.append(chunk)
 
     def _check(self, chunk: Chunk) -> None:
         dims = len(self.shape)
@@ -80,6 +89,10 @@ class Saved:
 @dataclass(frozen=True, slots=True)
 class _Whole:
     tensors: tuple[Saved, ...]
+
+
+def _begins(chunk: Chunk) -> tuple[int, ...]:
+    return chunk.offsets
 
 
 def _overlap(one: Chunk, other: Chunk) -> bool:

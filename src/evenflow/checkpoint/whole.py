@@ -14,6 +14,16 @@ from evenflow.runtime.world import World
 _SEEN_SECONDS = 10.0  # by then a network's file system shows on one host what another has made
 
 
+def replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> str | None:
+    """Why `folder` may not be replaced: something else than ours stands there; None where it may."""
+    if not folder.exists() or is_ours(folder):
+        return None
+    if not folder.is_dir():
+        return "it is a file"
+    held = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
+    return f"the folder exists and holds something else ({', '.join(held[:5])})" if held else None
+
+
 @contextmanager
 def appearing(folder: Path, world: World, *, all_write: bool = True) -> Iterator[Path]:
     """Yield an empty folder for every rank to write into, which then takes the place of `folder`; collective.

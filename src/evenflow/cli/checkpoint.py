@@ -9,7 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from evenflow.checkpoint import adapters
-from evenflow.checkpoint.load import Checkpoint, misfit, open_checkpoint, problems
+from evenflow.checkpoint.load import (
+    Checkpoint,
+    misfit,
+    open_checkpoint,
+    persistent_buffers,
+    problems,
+)
 from evenflow.checkpoint.manifest import checkpoints_in, is_checkpoint, read_manifest
 from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content, write_checkpoint
@@ -99,7 +105,7 @@ def import_weights(weights: Path, folder: Path, source: str | None, model_folder
     first = _first_names(model)
     found = find_weights(model, weights, first)
     tensors: dict[str, torch.Tensor] = {}
-    state = {"model": {first.get(name, name): each for name, each in found.read(_wanted(model))}}
+    state = {"model": {first.get(name, name): each for name, each in found.read(_held(model))}}
     state |= {key: {} for key in ("masters", "loss_scale", "optimizer", "settings", "optimizers")}
     document = encode(state | {"schedulers": {}, "processes": {}}, "", tensors)
     numbers = {"step": 0, "num_updates": 0, "seed": 0, "extra": None}
@@ -121,7 +127,16 @@ def _found(folder: Path) -> list[Path]:
     """Whole checkpoints of a folder, those of a run, or itself."""
     last = [folder / _LAST] if is_checkpoint(folder / _LAST) else []
     own = [folder] if is_checkpoint(folder) else []
-    return own or [*checkpoints_in(folder / CHECKPOINTS), *last] or checkpoints_in(folder)
+    found = [*checkpoints_in(folder / CHECKPOINTS), *last]
+    return own or sorted(found, key=_num_updates) or checkpoints_in(folder)
+
+
+def _num_updates(folder: Path) -> int:
+    """Of a checkpoint; one whose manifest is broken counts as the oldest."""
+    try:
+        return read_manifest(folder).num_updates
+    except ConfigError:
+        return -1
 
 
 def _newest(place: Path) -> Path:
@@ -154,25 +169,19 @@ def _first_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(parameter), name) for name, parameter in named}
 
 
-def _wanted(model: torch.nn.Module) -> set[str]:
-    return {
-        *dict(model.named_parameters()),
-        *(set(model.state_dict()) & {n for n, _ in model.named_buffers()}),
-    }
+def _held(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and persistent buffers of a model, by name."""
+    return {**dict(model.named_parameters()), **persistent_buffers(model)}
 
 
 def _fill(model: torch.nn.Module, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     """Give a model the checkpoint's numbers; what it then holds, by name."""
-    own = {
-        name: each
-        for name, each in (*model.named_parameters(), *model.named_buffers())
-        if name in _wanted(model)
-    }
-    problem = misfit(checkpoint, model, dict(model.named_parameters()))
+    own = _held(model)
+    problem = misfit(checkpoint, model, own)
     if problem is not None:
         raise ConfigError(f"{checkpoint.folder}: {problem}")
-    keys = {key: name for name in own if (key := f"model.{name}") in checkpoint.table}
+    keys = {f"model.{name}": name for name in own}
     with torch.no_grad():
         for key, tensor in checkpoint.tensors(list(keys)).items():
             own[keys[key]].copy_(tensor)
-    return {name: own[name] for name in keys.values()}
+    return own

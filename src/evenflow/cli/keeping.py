@@ -23,6 +23,15 @@ def check_kept(folder: Path, num_steps: int) -> None:
         )
 
 
+def check_left(folder: Path, num_made: int, num_steps: int) -> None:
+    """Refuse to go on with a run that has no steps left to make."""
+    if num_made >= num_steps:
+        raise ConfigError(
+            f"--resume {folder}: {num_made} steps are made, and {num_steps} are asked for; ask for more with "
+            "--steps"
+        )
+
+
 class Keeping:
     """Saves a run every so many steps, and goes on with one. Every rank has one."""
 
@@ -53,5 +62,5 @@ class Keeping:
         return f"going back to {self._checkpoints.roll_back(error)}: {error}"
 
     def wait(self) -> None:
-        """Wait for the last one."""
-        self._checkpoints.wait()
+        """Wait for the last one, and hear how it went."""
+        self._checkpoints.__exit__(None, None, None)

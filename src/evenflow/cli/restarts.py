@@ -50,7 +50,7 @@ def fitting(job: Job, num_processes: int) -> Job:
         num_processes,
         job.num_processes,
     )
-    open_again = Pipelining(exact=said.exact, link=said.link, compile=said.compile)
+    open_again = Pipelining(exact=said.exact, link=said.link, compile=said.compile, timeout=said.timeout)
     return dataclasses.replace(
         job,
         config=dataclasses.replace(job.config, pipeline=open_again),

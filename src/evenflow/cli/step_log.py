@@ -106,7 +106,11 @@ class StepLog:
 
     def last_losses(self, num: int) -> Sequence[float]:
         """Those of so many steps at the end, without those that were left out unless all were."""
-        good = [loss for at, loss in enumerate(self.losses, start=1) if at not in self._left_out]
+        good = [
+            loss
+            for at, loss in enumerate(self.losses, start=1)
+            if at not in self._left_out and math.isfinite(loss)
+        ]
         return (good or self.losses)[-num:]
 
     def recent_seconds(self) -> float:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 import evenflow
 from evenflow.cli.config import DataChoice, ExampleData, Pipelining, RunConfig, TextData, Training
 from evenflow.cli.config_text import write_config
-from evenflow.cli.keeping import Keeping
+from evenflow.cli.keeping import Keeping, check_left
 from evenflow.cli.logged import logged_status
 from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
 from evenflow.cli.source import ModelSource, build
@@ -220,6 +220,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     before = None if keeping is None else keeping.resume(console)
     if before is not None:
         log.go_on(before)
+        check_left(job.out, log.num_steps, training.steps)
     with ProgressReport(console, num_steps=training.steps, units=feed.units) as report:
         if before is None:
             report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")

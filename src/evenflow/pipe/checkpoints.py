@@ -1,19 +1,19 @@
 """Checkpoints: a folder of them, one every so many updates, of which the newest few are kept."""
 
-import fnmatch
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from evenflow.checkpoint.manifest import FILE, checkpoints_in
+from evenflow.checkpoint.manifest import FILE, checkpoints_in, is_checkpoint, is_unfinished
 from evenflow.errors import BadNumbersError, ConfigError, PeerError
 from evenflow.pipe.pipeline import Pipeline
 
 _LOG = logging.getLogger(__name__)
 _NAME = "step-{:08}"
-_PATTERN = "step-????????*"
+_OWN = re.compile(r"step-\d{8,}")
 
 _MOST_ROLL_BACKS = 3  # to one checkpoint
 
@@ -25,7 +25,7 @@ class Checkpoints:
 
     `keep_last`: how many are kept, by default all. `on_error`: what to do where one cannot be written, as on
     a full disk: "continue" warns and trains on, to try again when the next is due; "stop" raises then.
-    Entered, it waits at the end for the last one. Every rank has one.
+    Entered, it waits at the end for the last one, of which the same holds. Every rank has one.
 
     Raises `ConfigError` for a number that is none.
 
@@ -67,7 +67,7 @@ class Checkpoints:
         self.extra: Any = None  # what the checkpoint held with which `resume` goes on
         self._every, self._keep_last, self._on_error = every, keep_last, on_error
         self._is_saving = False
-        self._saved_at = -1  # of which update the last one is
+        self._saved_at = pipe.num_updates  # of which update the last one is, or it began there
         self._rolled_back: dict[int, int] = {}  # how often, to the checkpoint of which update
 
     def __enter__(self) -> Self:
@@ -77,7 +77,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.wait()
+            self._settle(self._on_error)
 
     def resume(self) -> Path | None:
         """Go on with the newest checkpoint that can be read; None where there is none. A collective call.
@@ -85,9 +85,9 @@ class Checkpoints:
         Its `extra` is then this object's. What was not written to its end is removed. Raises what
         `Pipeline.load` does of the newest, where there are some and none can be read.
         """
-        found: list[Path] = self.pipe.share(self._own() if self.pipe.is_main else None)
         if self.pipe.is_main:
-            self._remove_unfinished()
+            self._tidy()
+        found: list[Path] = self.pipe.share(self._own() if self.pipe.is_main else None)
         newest: ConfigError | PeerError | None = None
         for each in reversed(found):
             try:
@@ -97,6 +97,7 @@ class Checkpoints:
                 if self.pipe.is_main:
                     _LOG.warning("going back to an older checkpoint, because of the newest: %s", error)
             else:
+                self._saved_at = self.pipe.num_updates
                 return each
         if newest is not None:
             raise newest
@@ -157,18 +158,23 @@ class Checkpoints:
 
     def _own(self) -> list[Path]:
         """The whole ones, the newest last; what others have put beside them stays."""
-        return [each for each in checkpoints_in(self.folder) if fnmatch.fnmatch(each.name, _PATTERN)]
+        return [each for each in checkpoints_in(self.folder) if _OWN.fullmatch(each.name)]
 
-    def _thin_out(self, _: Path) -> None:
-        try:
-            for each in self._own()[: -self._keep_last] if self._keep_last else ():
-                _remove(each)
-        except OSError as error:
-            _LOG.warning("an old checkpoint could not be removed: %s", error)
+    def _thin_out(self, written: Path) -> None:
+        """Keep the last ones of those up to what was written: later ones are of another run, or broken."""
+        own = self._own()
+        up_to = own[: own.index(written) + 1]
+        for each in up_to[: -self._keep_last] if self._keep_last else ():
+            _remove(each)
 
-    def _remove_unfinished(self) -> None:
-        for each in self.folder.glob(_PATTERN):
-            if each.is_dir() and (each.suffix or not (each / FILE).is_file()):
+    def _tidy(self) -> None:
+        """Finish what was cut short: put back what was to be replaced, remove what was not written."""
+        for each in self.folder.iterdir() if self.folder.is_dir() else ():
+            if _OWN.fullmatch(each.stem) and each.suffix == ".replaced" and not each.with_suffix("").exists():
+                each.rename(each.with_suffix(""))
+            elif _OWN.fullmatch(each.stem) and (
+                is_unfinished(each) or (not each.suffix and not is_checkpoint(each))
+            ):
                 _remove(each)
 
 

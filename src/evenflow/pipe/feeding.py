@@ -1,6 +1,6 @@
 """Feeding: batches that the first rank alone reads, for `step`, which sends others their share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from evenflow.errors import PeerError
@@ -8,19 +8,24 @@ from evenflow.pipe.agree import FED
 from evenflow.runtime.world import World
 
 
-def fed(world: World, loader: Iterable[Any]) -> Iterator[Any]:
-    """Yield the loader's batches on the first rank, and on others what stands for them; collective.
+def fed(
+    world: World, loader: Iterable[Any], begin: Callable[[Iterable[Any]], Iterator[Any]]
+) -> Iterator[Any]:
+    """Yield the batches that `begin` makes of the loader on the first rank, elsewhere what stands for them.
+
+    A collective call.
 
     Raises what the loader does, and `PeerError` on the other ranks.
     """
     if world.size == 1:
-        yield from loader
+        yield from begin(loader)
         return
-    iterator = iter(loader) if world.is_first else None
+    iterator: Iterator[Any] | None = None
     while True:
         batch, state = FED, "batch"
-        if iterator is not None:
+        if world.is_first:
             try:
+                iterator = begin(loader) if iterator is None else iterator
                 batch = next(iterator)
             except StopIteration:
                 state = "end"

@@ -157,7 +157,7 @@ class Pipeline(Restorable):
         """
         together, graph = OverBatches(), None
         with self._evaluating():
-            for batch in fed(self._parts.mesh.world, loader):
+            for batch in fed(self._parts.mesh.world, loader, iter):
                 agreed = self._batches.agree(self._parts.loss, batch, training=False)
                 evaluation = self._parts.programs.evaluation
                 results = self._runs.run(agreed, evaluation, read_loss, step=self._step)[1]
@@ -194,7 +194,7 @@ class Pipeline(Restorable):
 
         After a `load` the first pass goes on where the run was saved, behind what was trained on.
         """
-        yield from fed(self._parts.mesh.world, self._position.batches(loader))
+        yield from self._position.counted(partial(fed, self._parts.mesh.world, loader))
 
     def log_to(self, hook: LogHook, *, every: int = 1) -> None:
         """Call `hook(step, numbers)` on the main rank for each `every`th update, which `step` counts.
@@ -344,7 +344,8 @@ class Pipeline(Restorable):
         }
 
     def close(self) -> None:
-        """Leave the model's modules without hooks of ours, and this process unwatched."""
+        """Wait for what is being saved; leave modules without hooks of ours, and this process unwatched."""
+        self._saver.close()
         for stage in self._parts.stages.values():
             stage.streams.unhook()
         if self._parts.mesh.world.whereabouts is not None:

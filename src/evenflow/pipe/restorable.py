@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from evenflow.checkpoint.load import misfit, open_checkpoint
+from evenflow.checkpoint.load import misfit, open_checkpoint, persistent_buffers
+from evenflow.checkpoint.manifest import is_checkpoint
 from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content
-from evenflow.errors import ConfigError, EvenflowError
+from evenflow.checkpoint.whole import replaceable
+from evenflow.errors import ConfigError
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.pipe.accumulated import Accumulated
 from evenflow.pipe.logs import Logs
@@ -110,18 +112,29 @@ class Restorable(ABC):
     @patient("saving a checkpoint")
     def begin_to_save(self, folder: Path, extra: Any, after: Callable[[Path], None] | None) -> None:
         """What `save(wait=False)` does; `after` is called on the main rank when the folder is there."""
-        problem, content = None, None
+        self._saver.wait()  # what was begun before: where it failed, all ranks hear of it here
+        world, content, failure = self._parts.mesh.world, None, None
+        in_the_way = replaceable(folder, is_checkpoint) if self._is_first else None
         try:
+            if in_the_way is not None:
+                raise ConfigError(f"{folder}: {in_the_way}; name another folder")
             content = self._content(extra)
-        except ConfigError as error:
-            problem = str(error)
-        refuse_together(self._parts.mesh.world, "save()", problem)
-        assert content is not None, "there is no problem"
+        except Exception as error:  # noqa: BLE001 (all ranks hear of it)
+            failure = error
+        if failure is not None and not isinstance(failure, ConfigError):
+            failure = ConfigError(f"{type(failure).__name__}: {failure}")
+        refuse_together(world, "save()", None if failure is None else str(failure))
+        assert content is not None, "there is no failure"
         self._saver.write(folder, content, after)
 
     def _content(self, extra: Any) -> Content:
         parts, world = self._parts, self._parts.mesh.world
         self._refuse_accumulating("save()")
+        if self._is_swapped and parts.updater.rules.masters is not None:
+            raise ConfigError(
+                "save() was called inside swapped(), whose numbers the float32 copies do not have: export() "
+                "there, or save outside"
+            )
         state = state_of(parts.updater, self._own_tensors(), step=self._step, num_updates=self._num_updates)
         own: dict[str, Any] = {"random": random_state(parts.device)}
         if self._is_first:
@@ -170,6 +183,7 @@ class Restorable(ABC):
         ...         loss=lambda model, b: model(b).mean(),
         ...         example=batch,
         ...         stages=stages,
+        ...         num_microbatches=4,
         ...         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         ...     )
         >>> one, two = build(1), build(2)
@@ -181,7 +195,9 @@ class Restorable(ABC):
         parts, problem, state = self._parts, None, None
         try:
             checkpoint = open_checkpoint(Path(folder))
-            problem = misfit(checkpoint, parts.model, dict(parts.updater.parameters))
+            problem = misfit(
+                checkpoint, parts.model, {**persistent_buffers(parts.model), **dict(parts.updater.parameters)}
+            )
             if problem is None:
                 state = read_state(checkpoint, parts, optimizer=optimizer)
                 check_state(state, folder)
@@ -189,14 +205,13 @@ class Restorable(ABC):
             problem = str(error)
         refuse_together(parts.mesh.world, f"load({str(folder)!r})", problem)
         assert state is not None, "there is no problem"
+        self._put_back(state, optimizer=optimizer)
         try:
-            self._put_back(state, optimizer=optimizer)
             if optimizer:
                 self._go_on(state, data=data)
-        except EvenflowError:
-            raise
-        except Exception as error:  # what a stranger has written in the place of a state
-            raise ConfigError(f"load({str(folder)!r}): its state is none: {error!r}") from error
+        except Exception as error:  # noqa: BLE001 (a stranger may have written it; all hear of it)
+            problem = f"this is no state: {type(error).__name__}: {error}"
+        refuse_together(parts.mesh.world, f"load({str(folder)!r})", problem)
         return state["extra"]
 
     def _go_on(self, state: Mapping[str, Any], *, data: bool) -> None:
@@ -207,11 +222,14 @@ class Restorable(ABC):
                     "seed=%d gives way to the checkpoint's, %d", stage.streams.run_seed, state["seed"]
                 )
             stage.streams.run_seed = state["seed"]
-        own = state["processes"].get(str(self._parts.mesh.world.rank), {}) if data else {}
+        if not data:
+            return
+        own = state["processes"].get(str(self._parts.mesh.world.rank), {})
         if "random" in own:
             set_random_state(own["random"], self._parts.device)
-        if "position" in own:
-            self._position.go_on(own["position"])
+        first = state["processes"].get("0", {})
+        if "position" in first:
+            self._position.go_on(first["position"])
 
     def state_dict(self) -> dict[str, Any]:
         """What this process tells of the run: its parameters, buffers, optimizers, schedulers and the step.

@@ -46,7 +46,7 @@ def read_state(checkpoint: Checkpoint, parts: Parts, *, optimizer: bool) -> dict
             raise ConfigError(f"{checkpoint.folder}: its state has no {section}")
     for section in _BY_NAME:
         document[section] = {n: each for n, each in document[section].items() if n in wanted[section]}
-    document["processes"] = {r: each for r, each in document["processes"].items() if r == rank}
+    document["processes"] = {r: each for r, each in document["processes"].items() if r in ("0", rank)}
     into: dict[str, torch.Tensor] = {}
     for section in ("model", "masters", "optimizer"):
         for name, each in document[section].items():

@@ -4,6 +4,7 @@ The copies are made between two steps, into memory that is kept for the next tim
 process cost it more than what is written to them. The thread has a group of processes of its own.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -16,6 +17,8 @@ from evenflow.checkpoint.save import Content, write_checkpoint
 from evenflow.graph.dtensors import local_part
 from evenflow.runtime.whereabouts import awaited
 from evenflow.runtime.world import World
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -36,21 +39,20 @@ class Saver:
     def snapshot(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies, on the host, of what this process has of each; until the next snapshot.
 
-        Waits for what is being written.
+        What was begun before must have been waited for.
         """
-        if self._written is not None:
-            with self._waiting():
-                self._written.exception()  # whoever waits for it is told
-        copies, on_device = {}, False
+        assert self._written is None, "its copies would change while they are written"
+        copies, devices = {}, set()
         for key, tensor in tensors.items():
             part = local_part(tensor)
             kept = self._copies.get(key)
             if kept is None or kept.shape != part.shape or kept.dtype != part.dtype:
                 kept = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
             copies[key] = kept.copy_(part, non_blocking=True)
-            on_device = on_device or part.is_cuda
-        if on_device:
-            torch.cuda.synchronize()
+            if part.is_cuda:
+                devices.add(part.device)
+        for device in devices:
+            torch.cuda.synchronize(device)
         self._copies = copies
         return copies
 
@@ -63,7 +65,10 @@ class Saver:
         def run() -> None:
             write_checkpoint(folder, world, content)
             if after is not None and world.is_first:
-                after(folder)
+                try:
+                    after(folder)
+                except Exception as error:  # noqa: BLE001 (the checkpoint is written, and others know so)
+                    _LOG.warning("%s is written, but not what follows: %s", folder, error)
 
         self._written = self._thread.pool.submit(run)
 
@@ -77,3 +82,10 @@ class Saver:
     def _waiting(self) -> AbstractContextManager[None]:
         world = self._world
         return awaited(world.whereabouts, world.members, "its part of a checkpoint to be written")
+
+    def close(self) -> None:
+        """Wait for what is being written, and let go of the thread and of the copies."""
+        if self._thread is not None:
+            self._thread.pool.shutdown()
+            self._thread = None
+        self._copies = {}

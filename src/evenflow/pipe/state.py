@@ -4,8 +4,9 @@ What a process gives is what it owns; the states of all processes, merged, are t
 states go by the parameter's name, because stages are a matter of the cut.
 """
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,30 +73,43 @@ def put_back(
             optimizers; nothing was changed.
         PeerError: So it is on another rank.
     """
-    own, masters = dict(updater.parameters), updater.rules.masters
-    tensors = state["model"]
-    refuse_together(
-        world, "load", _problem(own, tensors) or (_other_optimizers(updater, state) if optimizer else None)
-    )
+    problem = _problem(dict(updater.parameters), state["model"])
+    refuse_together(world, "load", problem or (_other_optimizers(updater, state) if optimizer else None))
+    try:
+        _fill_tensors(updater, buffers, state, optimizer=optimizer)
+        if optimizer:
+            _fill_optimizers(updater, state)
+    except Exception as error:  # noqa: BLE001 (a stranger may have written it; all hear of it)
+        problem = f"this is no state: {type(error).__name__}: {error}"
+    refuse_together(world, "load", problem)
+    updater.spread()
+
+
+def _fill_tensors(
+    updater: Updater, buffers: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, optimizer: bool
+) -> None:
+    tensors, masters = state["model"], updater.rules.masters
     with torch.no_grad():
-        for name, tensor in [*own.items(), *buffers.items()]:
+        for name, tensor in [*updater.parameters, *buffers.items()]:
             if name in tensors:
                 tensor.copy_(tensors[name])
         for name, master in masters.by_name.items() if masters is not None else ():
             known = optimizer and name in state["masters"]
             master.copy_(state["masters"][name] if known else tensors[name])
-    if optimizer:
-        if updater.rules.loss_scale is not None and state["loss_scale"]:
-            updater.rules.loss_scale.go_on(**state["loss_scale"])
-        held = [*own.items(), *(masters.by_name.items() if masters is not None else ())]
-        names = {id(parameter): name for name, parameter in held}
-        for member in _members(updater):
-            _fill(member, names, state["optimizer"], state["settings"])
-        for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False):
-            found = _of_scheduler(scheduler, stage, state["schedulers"])
-            if found is not None:
-                scheduler.load_state_dict(found)
-    updater.spread()
+
+
+def _fill_optimizers(updater: Updater, state: Mapping[str, Any]) -> None:
+    masters = updater.rules.masters
+    if updater.rules.loss_scale is not None and state["loss_scale"]:
+        updater.rules.loss_scale.go_on(**state["loss_scale"])
+    held = [*updater.parameters, *(masters.by_name.items() if masters is not None else ())]
+    names = {id(parameter): name for name, parameter in held}
+    for member in _members(updater):
+        _fill(member, names, state["optimizer"], state["settings"])
+    for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False):
+        found = _of_scheduler(scheduler, stage, state["schedulers"])
+        if found is not None:
+            scheduler.load_state_dict(found)
 
 
 def _members(updater: Updater) -> list[torch.optim.Optimizer]:
@@ -110,12 +124,27 @@ def _class_of(optimizer: torch.optim.Optimizer) -> str:
 
 def _of_scheduler(
     scheduler: torch.optim.lr_scheduler.LRScheduler, stage: int, states: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """All have made the same steps: where the cut was another, any for as many groups will do."""
-    number = len(scheduler.state_dict().get("base_lrs", ()))
-    named = [states[str(stage)]] if str(stage) in states else []
-    fitting = (each for each in (*named, *states.values()) if len(each.get("base_lrs", ())) == number)
-    return next(fitting, None)
+) -> Any:  # a state, or None
+    """A scheduler's state, of which lists that have a number for each group are made for the groups here.
+
+    All have made the same steps, so that where the cut was another the state of any stage will do. None where
+    there is none.
+    """
+    if not states:
+        return None
+    state = copy.deepcopy(states.get(str(stage), next(iter(states.values()))))
+    _suit(state, scheduler.optimizer.param_groups)
+    return state
+
+
+def _suit(state: Any, groups: Sequence[Mapping[str, Any]]) -> None:  # a scheduler's state, or a part of it
+    """Give it, and what is inside of it, the rates that these groups have."""
+    for each in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
+        _suit(each, groups)
+    if isinstance(state, dict) and "base_lrs" in state:
+        state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in groups]
+    if isinstance(state, dict) and "_last_lr" in state:
+        state["_last_lr"] = [group["lr"] for group in groups]
 
 
 def _other_optimizers(updater: Updater, state: Mapping[str, Any]) -> str | None:
