@@ -3,9 +3,9 @@
     python benchmarks/torture.py [NUM_KILLS]
 
 A run on four ranks saves every third step and restarts from its last checkpoint. A rank drawn at random is
-killed (SIGKILL) in the middle of a step, of a save, or while it loads. At the end its losses must be those of
-an undisturbed run bit for bit, each checkpoint must be readable, and no process, open socket or shared memory
-may be left.
+killed (SIGKILL) in turn in an op of a step, while a checkpoint is written, and at a random moment of starting
+again, in which it builds, loads or takes its first steps. At the end its losses must be those of an undisturbed
+run bit for bit, each checkpoint must be readable, and no process or shared memory may be left.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def switch_off(process: "subprocess.Popen[str]", place: Path, host: str = "one")
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.poll()
+    process.wait(20)
 
 
 def wait_for(process: "subprocess.Popen[str]", seen) -> None:
