@@ -4,8 +4,8 @@
 
 A run on four ranks saves every third step and restarts from its last checkpoint. A rank drawn at random is
 killed (SIGKILL) in turn in an op of a step, while a checkpoint is written, and at a random moment of starting
-again, in which it builds, loads or takes its first steps. At the end its losses must be those of an undisturbed
-run bit for bit, each checkpoint must be readable, and no process or shared memory may be left.
+again, in which it builds, loads or takes its first steps. At the end its losses must be those of an
+undisturbed run bit for bit, each checkpoint readable, and no process or shared memory left.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """Checkpoints between processes: any mesh goes on from any other, and from one process."""
 
+import resource
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -79,6 +81,35 @@ def refused(folder: Path) -> str:
     return f"{type(error.value).__name__}: {error.value}"
 
 
+@contextmanager
+def full(place: bool):
+    """Inside, a file can't have more than a part of a checkpoint's bytes, where the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]) if place else before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_disk(folder: Path, on_error: str) -> tuple[str, int, int]:
+    """One rank's, while the second and the third checkpoint are written: what is raised, and what stays."""
+    pipe, raised = start("pp"), ""
+    checkpoints = evenflow.Checkpoints(pipe, folder / f"full {on_error}", every=1, on_error=on_error)
+    try:
+        for number in range(4):
+            pipe.step(text(number))
+            with full(number in (1, 2) and dist.get_rank() == 2):
+                checkpoints.updated()
+                pipe._saver._written.exception()  # it is written, or not
+        checkpoints.wait()
+    except Exception as error:  # noqa: BLE001 (it is what the test looks at)
+        raised = f"{type(error).__name__}: {error}"
+    again = start("pp")
+    evenflow.Checkpoints(again, folder / f"full {on_error}", every=1).resume()
+    return raised, pipe.num_updates, again.num_updates
+
+
 def on_ranks(folder: Path):
     dist.init_process_group("gloo")
     found = {("run", name): run(name, folder) for name in MESHES}
@@ -86,7 +117,8 @@ def on_ranks(folder: Path):
         others = [saved for saved in (*MESHES, ONE) if name != saved]
         taken = go_on(name, *(folder / saved for saved in others))
         found |= {(name, saved): losses for saved, losses in zip(others, taken, strict=True)}
-    return found, refused(folder), fed(folder)
+    disks = {on_error: full_disk(folder, on_error) for on_error in ("continue", "stop")}
+    return found, refused(folder), fed(folder), disks
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +143,7 @@ def results(folder: Path):
 
 def test_any_mesh_goes_on_from_any_other(folder):
     expected, ranks = results(folder)
-    for found, _, _ in ranks:
+    for found, *_ in ranks:
         for (name, saved), losses in found.items():
             most = 1e-5 if "tp" in (name, saved) else 1e-6
             assert losses == pytest.approx(expected, rel=most), f"{name} from {saved}"
@@ -134,7 +166,7 @@ def test_one_process_goes_on_from_any_mesh(folder, name):
 
 def test_one_rank_cannot_read(folder):
     _, ranks = results(folder)
-    texts = [refusal for _, refusal, _ in ranks]
+    texts = [refusal for _, refusal, *_ in ranks]
     assert texts[0].startswith("ConfigError: load(")
     assert "model.model.embed_tokens.weight in tensors-00000.safetensors is damaged" in texts[0]
     assert all(each.startswith("PeerError: rank 0 refused what load(") for each in texts[1:])
@@ -142,6 +174,16 @@ def test_one_rank_cannot_read(folder):
 
 def test_all_ranks_know_how_far_a_loader_was_read(folder):
     expected, ranks = results(folder)
-    for _, _, (losses, *epochs) in ranks:
+    for _, _, (losses, *epochs), _ in ranks:
         assert losses == pytest.approx(expected, rel=1e-6)
         assert epochs == [1, 0, 1]
+
+
+def test_a_full_disk_of_one_rank(folder):
+    _, ranks = results(folder)
+    for number, (*_, disks) in enumerate(ranks):
+        assert disks["continue"] == ("", 4, 4), "training goes on, and the next one is whole"
+        raised, made, kept = disks["stop"]
+        assert (made, kept) == (3, 1), "the next save hears of it; the previous one stays valid"
+        expected = "File too large" if number == 2 else "PeerError: rank 2 failed to write"
+        assert expected in raised
