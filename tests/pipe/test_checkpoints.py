@@ -17,6 +17,7 @@ from torch import nn
 import evenflow
 from evenflow.checkpoint.load import open_checkpoint, problems
 from evenflow.checkpoint.manifest import FileRecord, checkpoints_in, read_manifest, write_manifest
+from evenflow.checkpoint.save import write_checkpoint
 from evenflow.errors import ConfigError
 from unsplit import mean_square, mlp
 
@@ -175,6 +176,54 @@ def test_a_scheduler_that_takes_its_state_apart(tmp_path):
     one.save(tmp_path / "saved")
     other.load(tmp_path / "saved")
     assert losses(other, batches()[1:]) == losses(one, batches()[1:])
+
+
+def test_draws_go_on_whatever_the_seed(tmp_path, caplog):
+    one, other = make(2), make(4, seed=7)
+    one.step(batches()[0])
+    one.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    assert "seed=7 gives way to the checkpoint's, 0" in caplog.text
+    assert losses(other, batches()[1:]) == losses(one, batches()[1:])
+
+
+class Wide(torch.optim.Optimizer):
+    """Keeps float32 sums of the gradients of parameters of fewer bits."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for each in group["params"]:
+                total = self.state[each].setdefault("total", torch.zeros_like(each, dtype=torch.float32))
+                total += each.grad.float() * 0.001
+                each.sub_(group["lr"] * total.to(each.dtype))
+
+
+def test_states_keep_their_type(tmp_path):
+    """Also where they have more bits than their parameter."""
+
+    def start():
+        model = mlp(WIDTH, 8, 1).bfloat16()
+        return make(model=model, optimizer=Wide, scheduler=None, clip_norm=None, loss=narrow)
+
+    def narrow(model, batch):
+        return mean_square(model, {name: tensor.bfloat16() for name, tensor in batch.items()})
+
+    one, other = start(), start()
+    for batch in batches()[:3]:
+        one.step(batch)
+    one.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    pairs = [
+        (mine["total"], its["total"])
+        for a, b in zip(one.optimizers.values(), other.optimizers.values(), strict=True)
+        for mine, its in zip(a.state.values(), b.state.values(), strict=True)
+    ]
+    assert len(pairs) == 4
+    assert all(torch.equal(mine, its) and its.dtype == torch.float32 for mine, its in pairs)
 
 
 # -- data
@@ -372,6 +421,24 @@ def test_save_replaces_nothing_but_checkpoints(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "project"]
 
 
+def test_a_save_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    pipe, rename = make(), Path.rename
+    pipe.step(batches()[0])
+    pipe.save(tmp_path / "saved")
+    pipe.step(batches()[1])
+
+    def refused(path, target):
+        if path.suffix == ".partial":
+            raise OSError("not now")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refused)
+        with pytest.raises(OSError, match="not now"):
+            pipe.save(tmp_path / "saved")
+    assert open_checkpoint(tmp_path / "saved").manifest.step == 1
+
+
 def test_a_save_that_failed_is_heard_of_at_the_next(tmp_path, monkeypatch):
     pipe = make()
 
@@ -387,15 +454,22 @@ def test_a_save_that_failed_is_heard_of_at_the_next(tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["three"]
 
 
-def test_what_is_saved_is_what_was_there(tmp_path):
-    """Written while steps go on that change all of it."""
-    pipe, expected = make(), make()
+def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
+    """Written when steps have changed all of it."""
+    pipe, expected, go_on = make(), make(), threading.Event()
+
+    def late(*given):
+        go_on.wait(60)
+        write_checkpoint(*given)
+
+    monkeypatch.setattr("evenflow.pipe.saver.write_checkpoint", late)
     for batch in batches()[:3]:
         pipe.step(batch)
         expected.step(batch)
     pipe.save(tmp_path / "saved", wait=False)
     for batch in batches()[3:]:
         pipe.step(batch)
+    go_on.set()
     pipe.saved()
     again = make()
     again.load(tmp_path / "saved")
@@ -551,6 +625,12 @@ def test_tables_of_strangers(copied, place):
 
     changes = {
         "outside": lambda t: first(t)["chunks"][0].update(file="../secret.safetensors"),
+        "of another form": lambda t: [
+            part.update(shape=[4, 16])
+            for each in t["tensors"]
+            if each["name"] == "optimizer.0.0.weight.exp_avg"
+            for part in (each, each["chunks"][0])
+        ],
         "huge": lambda t: first(t).update(shape=[10**9, 10**9]),
         "negative": lambda t: first(t)["chunks"][0].update(offsets=[-1, 0]),
         "elsewhere": lambda t: first(t)["chunks"][0].update(key="model.1.0.weight"),

@@ -1,5 +1,6 @@
 """Reading a checkpoint: first what it says, all of it checked, then the tensors that somebody asks for."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from evenflow.checkpoint.plain import keys_in
 from evenflow.checkpoint.save import no_dist_unsaid
 from evenflow.checkpoint.table import DTYPES, Saved, from_json
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # documents are large
@@ -98,10 +100,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         table = from_json(read_json(folder / TABLE))
     except ConfigError as error:
         raise ConfigError(f"{folder / TABLE}: {error}") from error
-    for saved in table.values():
-        for chunk in saved.chunks:
-            if chunk.file not in names:
-                raise ConfigError(f"{folder / TABLE}: {saved.name} lies in {chunk.file}, which is not there")
+    _check_sizes(folder, manifest, table)
     document = read_json(folder / STATE)
     if not isinstance(document, dict):
         raise ConfigError(f"{folder / STATE} is no state: it must be an object of JSON")
@@ -109,6 +108,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if unknown:
         raise ConfigError(f"{folder / STATE} speaks of tensors that the table does not have: {unknown[:3]}")
     return Checkpoint(folder, manifest, table, document)
+
+
+def _check_sizes(folder: Path, manifest: Manifest, table: Mapping[str, Saved]) -> None:
+    """Refuse tensors that lie elsewhere, or are larger than what is there: before anything is allocated."""
+    left = {file.name: file.num_bytes - file.checked_bytes for file in manifest.files}
+    for saved in table.values():
+        for chunk in saved.chunks:
+            if chunk.file not in left:
+                raise ConfigError(
+                    f"{folder / TABLE}: {saved.name} lies in {shown(chunk.file)}, which is no file of it"
+                )
+            left[chunk.file] -= math.prod(chunk.shape) * DTYPES[saved.dtype].itemsize
+    for name, size in left.items():
+        if size:
+            raise ConfigError(f"{folder / TABLE}: {name} is not as large as what lies in it")
 
 
 def misfit(checkpoint: Checkpoint, model: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> str | None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.foreign import is_file_name, shown
 from evenflow.plain_data import read_as
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -77,8 +76,6 @@ class Saved:
         )
         if not fits:
             raise ConfigError(f"a chunk of {self.name} does not lie in its shape, {[*self.shape]}")
-        if not is_file_name(chunk.file):
-            raise ConfigError(f"{self.name} lies in {shown(chunk.file)}, which is no file of this folder")
 
     @property
     def num_bytes(self) -> int:

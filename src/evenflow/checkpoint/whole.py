@@ -81,7 +81,12 @@ def _take_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
