@@ -617,6 +617,9 @@ def rewritten(folder: Path, name: str, change) -> None:
     write_manifest(folder, replace(manifest, files=files))
 
 
+TOO_LARGE = ("huge in the file", "other type", "twice as often")
+
+
 def test_tables_of_strangers(copied, place):
     original = saved(place, *ALL[0])[0]
 
@@ -655,6 +658,7 @@ def test_tables_of_strangers(copied, place):
         with pytest.raises(ConfigError) as error:
             make().load(copied)
         assert str(copied) in str(error.value), name
+        assert ("not as large as what lies in it" in str(error.value)) == (name in TOO_LARGE), name
 
 
 def test_states_of_strangers(copied, place):

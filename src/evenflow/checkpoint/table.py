@@ -50,23 +50,16 @@ class Saved:
             raise ConfigError(
                 f"{self.name} has {len(self.shape)} dimensions and {len(self.chunks)} chunks: no tensor has"
             )
-        dims = len(self.shape)
         for chunk in self.chunks:
             self._check(chunk)
         if sum(math.prod(chunk.shape) for chunk in self.chunks) != math.prod(self.shape):
             raise ConfigError(f"the chunks of {self.name} are not the whole tensor of shape {[*self.shape]}")
-        live: list[Chunk] = []  # those that reach beyond where the sweep along the first dimension is
+        # Those that reach beyond where the sweep along the first dimension is; without one there is one chunk.
+        live: list[Chunk] = []
         for chunk in sorted((each for each in self.chunks if math.prod(each.shape)), key=_begins):
-            live = (
-                [each for each in live if each.offsets[0] + each.shape[0] > chunk.offsets[0]]
-                if dims
-                else live
-            )
-            for other in live:
-                if _overlap(chunk, other):
-                    raise ConfigError(
-                        f"two chunks of {self.name} overlap, at {chunk.offsets} and {other.offsets}"
-                    )
+            live = [each for each in live if each.offsets[0] + each.shape[0] > chunk.offsets[0]]
+            if any(_overlap(chunk, other) for other in live):
+                raise ConfigError(f"two chunks of {self.name} overlap, one of them at {chunk.offsets}")
             live.append(chunk)
 
     def _check(self, chunk: Chunk) -> None:
