@@ -54,7 +54,7 @@ class Saved:
             self._check(chunk)
         if sum(math.prod(chunk.shape) for chunk in self.chunks) != math.prod(self.shape):
             raise ConfigError(f"the chunks of {self.name} are not the whole tensor of shape {[*self.shape]}")
-        # Those that reach beyond where the sweep along the first dimension is; without one there is one chunk.
+        # Those that reach beyond where the sweep along the first dimension is.
         live: list[Chunk] = []
         for chunk in sorted((each for each in self.chunks if math.prod(each.shape)), key=_begins):
             live = [each for each in live if each.offsets[0] + each.shape[0] > chunk.offsets[0]]
