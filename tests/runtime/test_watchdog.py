@@ -11,7 +11,7 @@ import pytest
 
 import evenflow
 from evenflow.errors import ConfigError, PeerError
-from evenflow.pipe import pipeline
+from evenflow.pipe import saver
 from evenflow.runtime.beats import Beat, Blame, blame, heard
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.watchdog import check_timeout
@@ -142,14 +142,14 @@ def slow_but_well(rank, folder):
 
 def warming(rank, folder):
     """The first step takes longer than the timeout, as compiling does, and so does a checkpoint."""
-    save = pipeline.save_checkpoint
+    save = saver.write_checkpoint
 
     def slow_save(*args, **options):
         if rank == 0:
             threading.Event().wait(1.5)
         save(*args, **options)
 
-    pipeline.save_checkpoint = slow_save
+    saver.write_checkpoint = slow_save
     whole = Stage.run_forward
 
     def slow(*args, **options):
@@ -368,6 +368,20 @@ def test_who_is_not_waited_for_is_not_to_blame():
 
 def test_a_ring_is_one_when_all_have_waited_for_long():
     assert blamed(beat(0, [1]), beat(1, [0], stood=9.0)) is None
+
+
+def test_a_ring_may_take_as_long_as_what_is_done_in_it():
+    """All wait for all while a checkpoint is written."""
+    assert blamed(beat(0, [1], patience=10), beat(1, [0], patience=10)) is None
+    late = beat(0, [1], patience=10, stood=100.0), beat(1, [0], patience=10, stood=100.0)
+    assert blamed(*late) == Blame(0, (), silent=False)
+
+
+@pytest.mark.parametrize("ahead", [(), (0,)])
+def test_the_silent_are_to_blame_where_no_wait_for_them_is_noted(ahead):
+    beats = beat(0, [1]), beat(1, ahead), beat(2)
+    assert blamed(*beats, silent=[2]) == Blame(0, (2,), silent=True)
+    assert blamed(beat(0, [1]), beat(1, ahead, stood=9.0), beat(2), silent=[2]) is None
 
 
 def test_a_pipeline_refuses_what_is_no_time():
