@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -111,6 +112,30 @@ def while_building(rank, folder, act, victim):
         return sgd(parameters)
 
     steps(make(optimizer=optimizer))
+
+
+def parted(rank, folder):
+    """Stages are parted over data ranks, which gather and reduce by torch's own calls."""
+    pipe = make(mesh={"dp": 2, "pp": 2}, shard="fsdp", stages=2)
+    steps(pipe)
+    if rank == 1:
+        within("0F1", lambda: stop(folder))
+        within("1F1", lambda: stop(folder))
+    steps(pipe, 2)
+
+
+def suspended(rank, folder):
+    """All are stopped for longer than the timeout, as by Ctrl-Z, while they wait for one; then they go on."""
+    pipe = make(timeout=1.0)
+    steps(pipe)
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    pipe.share(None)
+    if rank == 0:
+        pids = [(folder / f"pid{each}").read_text() for each in range(NUM_RANKS)]
+        waker = subprocess.Popen(["sh", "-c", "kill -STOP $@; sleep 3; kill -CONT $@", "sh", *pids])
+        waker.wait()
+    steps(pipe, 3)
+    (folder / f"done{rank}").touch()
 
 
 def loading(rank, folder):
@@ -254,6 +279,11 @@ def test_a_rank_that_stops_while_the_pipeline_is_built_is_named(tmp_path):
     assert_reported(tmp_path, ended, 0, at="building the pipeline")
 
 
+def test_a_rank_that_stops_where_others_gather_parameters_is_named(tmp_path):
+    ended = run(parted, tmp_path)
+    assert_reported(tmp_path, ended, 1, at="F1 of step 2")
+
+
 def test_a_rank_that_hangs_in_an_op_is_named_with_its_line(tmp_path):
     ended = run(in_an_op, tmp_path, hang, "1F2", "auto")
     said, known = assert_reported(
@@ -270,7 +300,7 @@ def test_a_loader_that_hangs_is_named_with_its_line(tmp_path):
     assert "waiting for what rank 0 shares" in said
 
 
-@pytest.mark.parametrize(("function", "num_ranks"), [(slow_but_well, 4), (warming, 2)])
+@pytest.mark.parametrize(("function", "num_ranks"), [(slow_but_well, 4), (warming, 2), (suspended, 4)])
 def test_who_gets_on_or_warms_up_is_left_alone(tmp_path, function, num_ranks):
     ended = run(function, tmp_path, num_ranks=num_ranks)
     assert [(rank.exit_code, rank.printed) for rank in ended] == [(0, "")] * num_ranks
