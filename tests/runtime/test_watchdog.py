@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 import evenflow
 from evenflow.errors import ConfigError, PeerError
 from evenflow.pipe import saver
+from evenflow.runtime import stacks, watchdog
+from evenflow.runtime.alarm import Answer, report
 from evenflow.runtime.beats import Beat, Blame, blame, heard
 from evenflow.runtime.stage import Stage
-from evenflow.runtime.watchdog import check_timeout
+from evenflow.runtime.watchdog import _Watchdog, check_timeout
+from evenflow.runtime.whereabouts import Wait, Whereabouts
 from forked import run_ranks
 from unsplit import mean_square, mlp, regression, sgd
 
@@ -327,6 +331,127 @@ def test_launch_raises_the_report(tmp_path, capfd):
     (note,) = caught.value.__notes__
     assert note.startswith("rank 0 (")
     assert capfd.readouterr().err.count("evenflow's watchdog: ") == 1
+
+
+# -- one watchdog, with a store in this process
+
+
+def watching(timeout=10.0, size=2):
+    """A watchdog of rank 0, which waits for rank 1, and time that it is told."""
+    where = Whereabouts(0)
+    where.end()
+    where.stepped(1, [])
+    where.waiting = Wait((1,), "something")
+    return _Watchdog(where, size, HashStore(), "watch", timeout)
+
+
+class Raised(Exception):
+    pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    told = Clock()
+    monkeypatch.setattr(watchdog, "time", told)
+    return told
+
+
+def looks(dog, clock, number, seconds=0.5):
+    """So many looks, one after the other; how many until an alarm."""
+
+    def raised(found):
+        raise Raised(found)
+
+    dog._raise = raised
+    for at in range(number):
+        clock.now += seconds
+        try:
+            dog._look()
+        except Raised:
+            return at
+    return None
+
+
+def test_a_verdict_counts_when_it_is_seen_twice(clock):
+    dog = watching()
+    assert looks(dog, clock, 20) is None
+    assert dog._found is None
+    assert looks(dog, clock, 1) is None
+    assert dog._found == Blame(0, (1,), silent=True)
+    assert looks(dog, clock, 1) == 0
+
+
+def test_a_process_that_did_not_run_measures_nothing(clock):
+    dog = watching()
+    assert looks(dog, clock, 15) is None
+    assert looks(dog, clock, 1, seconds=100.0) is None
+    assert looks(dog, clock, 19) is None
+    assert looks(dog, clock, 10) is not None
+
+
+def test_who_has_closed_its_pipeline_is_never_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog.Process, "end_sibling", lambda process: ended.append(process.pid))
+    dog = watching(size=4)
+    beats = {
+        1: beat(1, pid=11, machine=dog._machine, has_left=True),
+        2: beat(2, pid=12, machine=dog._machine),
+        3: beat(3, pid=13, machine="another"),
+    }
+    dog._end_siblings([1, 2, 3], beats)
+    assert ended == [12]
+    assert list(dog._sights([1, 2, 3], beats)) == [2]
+
+
+def test_an_error_of_one_look_is_not_the_end(monkeypatch):
+    dog, seen = watching(timeout=0.02), []
+
+    def look():
+        seen.append(len(seen))
+        if len(seen) == 6:
+            dog._where.ended.set()
+        if len(seen) in (1, 2, 4, 5):
+            raise RuntimeError("the store does not answer")
+
+    monkeypatch.setattr(dog, "_look", look)
+    monkeypatch.setattr(dog, "_look_alone", seen.append)
+    dog.run()
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert heard(dog._store.get("watch/beat/0")).has_left
+
+
+def test_with_many_ranks_each_asks_more_seldom():
+    assert watching(timeout=300.0, size=8)._asking_seconds == 1.0
+    assert watching(timeout=300.0, size=512)._asking_seconds == 8.0
+    assert watching(timeout=300.0, size=4096)._asking_seconds == 15.0
+
+
+def test_the_report_quotes_the_beats_on_which_the_alarm_was_raised():
+    beats = {0: beat(0, [1], stood=10.4), 1: beat(1, stood=10.2)}
+    answers = {0: Answer(beat(0, [1], stood=0.1), ""), 1: Answer(beat(1, stood=0.2), "")}
+    said = report(Blame(0, (1,), silent=False), beats, answers, timeout_seconds=10.0)
+    assert "waited 10.4 s" in said
+    assert "for 10.2 s, and waits for no rank" in said
+
+
+def test_stacks_do_not_wait_for_sources(monkeypatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(stacks, "_READ_SECONDS", 0.01)
+    monkeypatch.setattr(stacks.linecache, "getlines", lambda file: hangs.wait())
+    monkeypatch.setattr(stacks.linecache, "cache", {})
+    waits = threading.Thread(target=hangs.wait)
+    waits.start()
+    told = stacks.stacks_of(waits.ident)
+    hangs.set()
+    waits.join()
+    assert "threading.py:" in told
+    assert "in wait" in told
 
 
 # -- who is to blame
