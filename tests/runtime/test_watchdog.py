@@ -440,6 +440,18 @@ def test_the_report_quotes_the_beats_on_which_the_alarm_was_raised():
     assert "for 10.2 s, and waits for no rank" in said
 
 
+@pytest.mark.parametrize(
+    ("waits", "said"),
+    [
+        (("a checkpoint", "a checkpoint"), "all wait for the same: what they do together does not end"),
+        (("a batch", "a checkpoint"), "each rank waits for another one: they do not do the same things"),
+    ],
+)
+def test_a_ring_says_whether_all_do_the_same(waits, said):
+    beats = {rank: beat(rank, [1 - rank], waits_on=what) for rank, what in enumerate(waits)}
+    assert said in report(Blame(0, (), silent=False), beats, {}, timeout_seconds=10.0)
+
+
 def test_stacks_do_not_wait_for_sources(monkeypatch):
     hangs = threading.Event()
     monkeypatch.setattr(stacks, "_READ_SECONDS", 0.01)

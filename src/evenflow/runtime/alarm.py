@@ -58,7 +58,7 @@ def report(
     found = [f"rank {waiter.rank} ({waiter.host}) {waited} {waiter.at} for {waited_for}"]
     found += [_culprit(rank, last.get(rank), sights.get(rank), blamed) for rank in blamed.culprits]
     if not blamed.culprits:
-        found.append("each rank waits for another one: they do not do the same things in the same order")
+        found.append(_ring([beat.waits_on for beat in last.values() if beat.waits_for]))
     elif not blamed.silent:
         found.append(
             "if that may take so long, let the others wait: evenflow.pipeline(timeout=SECONDS), or timeout "
@@ -69,6 +69,12 @@ def report(
         for rank in sorted({*now, *blamed.culprits})
     ]
     return "\n".join([SIGN + "; ".join(found), "", *known])
+
+
+def _ring(waits: Sequence[str]) -> str:
+    if len(waits) > 1 and len(set(waits)) == 1:
+        return "all wait for the same: what they do together does not end (a slow disk, the network)"
+    return "each rank waits for another one: they do not do the same things in the same order"
 
 
 def _culprit(rank: int, beat: Beat | None, sight: Sight | None, blamed: Blame) -> str:
