@@ -123,8 +123,8 @@ def parted(rank, folder):
     pipe = make(mesh={"dp": 2, "pp": 2}, shard="fsdp", stages=2)
     steps(pipe)
     if rank == 1:
-        within("0F1", lambda: stop(folder))
-        within("1F1", lambda: stop(folder))
+        within("0F0", lambda: stop(folder))
+        within("1F0", lambda: stop(folder))
     steps(pipe, 2)
 
 
@@ -136,7 +136,7 @@ def suspended(rank, folder):
     pipe.share(None)
     if rank == 0:
         pids = [(folder / f"pid{each}").read_text() for each in range(NUM_RANKS)]
-        waker = subprocess.Popen(["sh", "-c", "kill -STOP $@; sleep 3; kill -CONT $@", "sh", *pids])
+        waker = subprocess.Popen(["sh", "-c", "sleep .6; kill -STOP $@; sleep 3; kill -CONT $@", "sh", *pids])
         waker.wait()
     steps(pipe, 3)
     (folder / f"done{rank}").touch()
@@ -285,7 +285,7 @@ def test_a_rank_that_stops_while_the_pipeline_is_built_is_named(tmp_path):
 
 def test_a_rank_that_stops_where_others_gather_parameters_is_named(tmp_path):
     ended = run(parted, tmp_path)
-    assert_reported(tmp_path, ended, 1, at="F1 of step 2")
+    assert_reported(tmp_path, ended, 1, at="F0 of step 2")
 
 
 def test_a_rank_that_hangs_in_an_op_is_named_with_its_line(tmp_path):
