@@ -21,6 +21,7 @@ from evenflow.pipe.bad_numbers import MOST_SKIPS
 from evenflow.pipe.first_bad import FromGradient, Noted, first_bad
 from evenflow.runtime.finite import Count, is_finite
 from evenflow.runtime.nan_watch import BadGradient, Place
+from evenflow.runtime.stage import Stage
 from small_models import assert_same_bits, train
 
 CUTS = [(1, "1f1b"), (2, "1f1b"), (2, "zb-auto"), (4, "zb-auto"), (4, "interleaved-1f1b"), (4, "zb-v")]
@@ -390,7 +391,65 @@ def test_watching_finds_nothing_in_sound_models(name):
     assert_same_bits(train(name, find_nan=True, **options), train(name, **options))
 
 
+@pytest.fixture
+def _unset_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Buffered(Fragile):
+    """Fills memory of its own in parts."""
+
+    def forward(self, batch):
+        h = self.a(batch["x"])
+        into = torch.empty(len(h), 16)
+        into[:, 8:] = torch.zeros_like(h)
+        into[:, :8] = h
+        return self.c(self.log(into[:, :8], batch["log"]) + torch.empty_like(h).fill_(0.5) * 0)
+
+
+@pytest.mark.usefixtures("_unset_memory_is_nan")
+def test_memory_that_nobody_has_written_is_not_to_blame():
+    pipe = make(Buffered(), stages=2, find_nan=True)
+    assert pipe.step(data()).bad_numbers is None
+    assert ": log:log made 8 bad of 16 numbers" in refusal(pipe, data(log=5))
+
+
 # -- what becomes of the step
+
+
+def test_an_error_of_the_run_that_looks_does_not_hide_the_bad_numbers(monkeypatch):
+    model = Fragile(norm=True)
+    pipe = make(model, stages=2)
+    pipe.step(data())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    whole, runs = Stage.run_backward, []
+
+    def failing(*args, **options):
+        runs.append(whole)
+        if len(runs) > 2 * NUM_MICROBATCHES:
+            raise RuntimeError("no memory for that")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(Stage, "run_backward", failing)
+    text = refusal(pipe, data(1, log=5))
+    assert text.startswith(
+        "step 1 has bad numbers: its loss is nan. Where they began could not be found: "
+        "RuntimeError: no memory for that"
+    )
+    assert_same(dict(model.named_buffers()), before)
+    assert all(gradient is None for _, gradient in pipe.named_gradients())
+
+
+def test_a_batch_that_can_be_split_once_alone_has_no_names():
+    pipe = make(stages=1)
+    batch = data()
+    batch["y"][6] = math.nan
+    prepare = pipe._batches.prepared
+    answers = iter([prepare(batch)])
+    pipe._batches.prepared = lambda _: next(answers)
+    assert "They came in with the batch's tensor number " in refusal(pipe, batch)
 
 
 @pytest.mark.parametrize("find_nan", [False, True])

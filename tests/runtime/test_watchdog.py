@@ -3,18 +3,23 @@
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 import evenflow
 from evenflow.errors import ConfigError, PeerError
-from evenflow.pipe import pipeline
+from evenflow.pipe import saver
+from evenflow.runtime import stacks, watchdog
+from evenflow.runtime.alarm import Answer, report
 from evenflow.runtime.beats import Beat, Blame, blame, heard
 from evenflow.runtime.stage import Stage
-from evenflow.runtime.watchdog import check_timeout
+from evenflow.runtime.watchdog import _Watchdog, check_timeout
+from evenflow.runtime.whereabouts import Wait, Whereabouts
 from forked import run_ranks
 from unsplit import mean_square, mlp, regression, sgd
 
@@ -113,6 +118,30 @@ def while_building(rank, folder, act, victim):
     steps(make(optimizer=optimizer))
 
 
+def parted(rank, folder):
+    """Stages are parted over data ranks, which gather and reduce by torch's own calls."""
+    pipe = make(mesh={"dp": 2, "pp": 2}, shard="fsdp", stages=2)
+    steps(pipe)
+    if rank == 1:
+        within("0F0", lambda: stop(folder))
+        within("1F0", lambda: stop(folder))
+    steps(pipe, 2)
+
+
+def suspended(rank, folder):
+    """All are stopped for longer than the timeout, as by Ctrl-Z, while they wait for one; then they go on."""
+    pipe = make(timeout=1.0)
+    steps(pipe)
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    pipe.share(None)
+    if rank == 0:
+        pids = [(folder / f"pid{each}").read_text() for each in range(NUM_RANKS)]
+        waker = subprocess.Popen(["sh", "-c", "sleep .6; kill -STOP $@; sleep 3; kill -CONT $@", "sh", *pids])
+        waker.wait()
+    steps(pipe, 3)
+    (folder / f"done{rank}").touch()
+
+
 def loading(rank, folder):
     """What rank 0 reads hangs."""
 
@@ -142,14 +171,14 @@ def slow_but_well(rank, folder):
 
 def warming(rank, folder):
     """The first step takes longer than the timeout, as compiling does, and so does a checkpoint."""
-    save = pipeline.save_checkpoint
+    save = saver.write_checkpoint
 
     def slow_save(*args, **options):
         if rank == 0:
             threading.Event().wait(1.5)
         save(*args, **options)
 
-    pipeline.save_checkpoint = slow_save
+    saver.write_checkpoint = slow_save
     whole = Stage.run_forward
 
     def slow(*args, **options):
@@ -254,6 +283,11 @@ def test_a_rank_that_stops_while_the_pipeline_is_built_is_named(tmp_path):
     assert_reported(tmp_path, ended, 0, at="building the pipeline")
 
 
+def test_a_rank_that_stops_where_others_gather_parameters_is_named(tmp_path):
+    ended = run(parted, tmp_path)
+    assert_reported(tmp_path, ended, 1, at="F0 of step 2")
+
+
 def test_a_rank_that_hangs_in_an_op_is_named_with_its_line(tmp_path):
     ended = run(in_an_op, tmp_path, hang, "1F2", "auto")
     said, known = assert_reported(
@@ -270,7 +304,7 @@ def test_a_loader_that_hangs_is_named_with_its_line(tmp_path):
     assert "waiting for what rank 0 shares" in said
 
 
-@pytest.mark.parametrize(("function", "num_ranks"), [(slow_but_well, 4), (warming, 2)])
+@pytest.mark.parametrize(("function", "num_ranks"), [(slow_but_well, 4), (warming, 2), (suspended, 4)])
 def test_who_gets_on_or_warms_up_is_left_alone(tmp_path, function, num_ranks):
     ended = run(function, tmp_path, num_ranks=num_ranks)
     assert [(rank.exit_code, rank.printed) for rank in ended] == [(0, "")] * num_ranks
@@ -297,6 +331,139 @@ def test_launch_raises_the_report(tmp_path, capfd):
     (note,) = caught.value.__notes__
     assert note.startswith("rank 0 (")
     assert capfd.readouterr().err.count("evenflow's watchdog: ") == 1
+
+
+# -- one watchdog, with a store in this process
+
+
+def watching(timeout=10.0, size=2):
+    """A watchdog of rank 0, which waits for rank 1, and time that it is told."""
+    where = Whereabouts(0)
+    where.end()
+    where.stepped(1, [])
+    where.waiting = Wait((1,), "something")
+    return _Watchdog(where, size, HashStore(), "watch", timeout)
+
+
+class Raised(Exception):
+    pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    told = Clock()
+    monkeypatch.setattr(watchdog, "time", told)
+    return told
+
+
+def looks(dog, clock, number, seconds=0.5):
+    """So many looks, one after the other; how many until an alarm."""
+
+    def raised(found):
+        raise Raised(found)
+
+    dog._raise = raised
+    for at in range(number):
+        clock.now += seconds
+        try:
+            dog._look()
+        except Raised:
+            return at
+    return None
+
+
+def test_a_verdict_counts_when_it_is_seen_twice(clock):
+    dog = watching()
+    assert looks(dog, clock, 20) is None
+    assert dog._found is None
+    assert looks(dog, clock, 1) is None
+    assert dog._found == Blame(0, (1,), silent=True)
+    assert looks(dog, clock, 1) == 0
+
+
+def test_a_process_that_did_not_run_measures_nothing(clock):
+    dog = watching()
+    assert looks(dog, clock, 15) is None
+    assert looks(dog, clock, 1, seconds=100.0) is None
+    assert looks(dog, clock, 19) is None
+    assert looks(dog, clock, 10) is not None
+
+
+def test_who_has_closed_its_pipeline_is_never_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog.Process, "end_sibling", lambda process: ended.append(process.pid))
+    dog = watching(size=4)
+    beats = {
+        1: beat(1, pid=11, machine=dog._machine, has_left=True),
+        2: beat(2, pid=12, machine=dog._machine),
+        3: beat(3, pid=13, machine="another"),
+    }
+    dog._end_siblings([1, 2, 3], beats)
+    assert ended == [12]
+    assert list(dog._sights([1, 2, 3], beats)) == [2]
+
+
+def test_an_error_of_one_look_is_not_the_end(monkeypatch):
+    dog, seen = watching(timeout=0.02), []
+
+    def look():
+        seen.append(len(seen))
+        if len(seen) == 6:
+            dog._where.ended.set()
+        if len(seen) in (1, 2, 4, 5):
+            raise RuntimeError("the store does not answer")
+
+    monkeypatch.setattr(dog, "_look", look)
+    monkeypatch.setattr(dog, "_look_alone", seen.append)
+    dog.run()
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert heard(dog._store.get("watch/beat/0")).has_left
+
+
+def test_with_many_ranks_each_asks_more_seldom():
+    assert watching(timeout=300.0, size=8)._asking_seconds == 1.0
+    assert watching(timeout=300.0, size=512)._asking_seconds == 8.0
+    assert watching(timeout=300.0, size=4096)._asking_seconds == 15.0
+
+
+def test_the_report_quotes_the_beats_on_which_the_alarm_was_raised():
+    beats = {0: beat(0, [1], stood=10.4), 1: beat(1, stood=10.2)}
+    answers = {0: Answer(beat(0, [1], stood=0.1), ""), 1: Answer(beat(1, stood=0.2), "")}
+    said = report(Blame(0, (1,), silent=False), beats, answers, timeout_seconds=10.0)
+    assert "waited 10.4 s" in said
+    assert "for 10.2 s, and waits for no rank" in said
+
+
+@pytest.mark.parametrize(
+    ("waits", "said"),
+    [
+        (("a checkpoint", "a checkpoint"), "all wait for the same: what they do together does not end"),
+        (("a batch", "a checkpoint"), "each rank waits for another one: they do not do the same things"),
+    ],
+)
+def test_a_ring_says_whether_all_do_the_same(waits, said):
+    beats = {rank: beat(rank, [1 - rank], waits_on=what) for rank, what in enumerate(waits)}
+    assert said in report(Blame(0, (), silent=False), beats, {}, timeout_seconds=10.0)
+
+
+def test_stacks_do_not_wait_for_sources(monkeypatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(stacks, "_READ_SECONDS", 0.01)
+    monkeypatch.setattr(stacks.linecache, "getlines", lambda file: hangs.wait())
+    monkeypatch.setattr(stacks.linecache, "cache", {})
+    waits = threading.Thread(target=hangs.wait)
+    waits.start()
+    told = stacks.stacks_of(waits.ident)
+    hangs.set()
+    waits.join()
+    assert "threading.py:" in told
+    assert "in wait" in told
 
 
 # -- who is to blame
@@ -368,6 +535,20 @@ def test_who_is_not_waited_for_is_not_to_blame():
 
 def test_a_ring_is_one_when_all_have_waited_for_long():
     assert blamed(beat(0, [1]), beat(1, [0], stood=9.0)) is None
+
+
+def test_a_ring_may_take_as_long_as_what_is_done_in_it():
+    """All wait for all while a checkpoint is written."""
+    assert blamed(beat(0, [1], patience=10), beat(1, [0], patience=10)) is None
+    late = beat(0, [1], patience=10, stood=100.0), beat(1, [0], patience=10, stood=100.0)
+    assert blamed(*late) == Blame(0, (), silent=False)
+
+
+@pytest.mark.parametrize("ahead", [(), (0,)])
+def test_the_silent_are_to_blame_where_no_wait_for_them_is_noted(ahead):
+    beats = beat(0, [1]), beat(1, ahead), beat(2)
+    assert blamed(*beats, silent=[2]) == Blame(0, (2,), silent=True)
+    assert blamed(beat(0, [1]), beat(1, ahead, stood=9.0), beat(2), silent=[2]) is None
 
 
 def test_a_pipeline_refuses_what_is_no_time():

@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import BadNumbersError
 from evenflow.graph.graph import Graph
+from evenflow.graph.tree import BatchLeaf
 from evenflow.pipe.agree import Agreed, Prepared
 from evenflow.pipe.bad_report import BadStep
-from evenflow.pipe.first_bad import BadSum, Noted, Origin, first_bad
+from evenflow.pipe.first_bad import BadSum, FromLeaf, Noted, Origin, first_bad
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import read_loss
 from evenflow.pipe.result import StepResult
@@ -113,25 +114,42 @@ class Guarded:
         )
 
     def told(self, result: StepResult, prepare: Callable[[], Prepared | None], num_batches: int) -> str:
-        """Where the step's bad numbers came from, in words; drops all gradients, puts buffers back."""
+        """Where the step's bad numbers came from, in words; drops all gradients, puts buffers back.
+
+        An error of the run that looks for them is told where it leaves no other process waiting.
+        """
         assert self._before is not None, "somebody asked"
         norm, updater = self._norm(result), self._parts.updater
         sums = () if norm is None or math.isfinite(norm) else tuple(self._worst())
-        updater.clear()
-        if self.watch is None:
-            self._before.put_back()
-            self._watch.begin()
-            training = self._parts.programs.training
-            self._runs.run(
-                *(self._agreed, training, read_loss), step=self._step, share=self._share, watch=self._watch
-            )
+        world, watched = self._parts.mesh.world, self.watch is not None
+        step = BadStep(self._step, float(result.loss), norm, num_batches, watched=watched)
+        try:
             updater.clear()
-        self._before.put_back()
+            if not watched:
+                self._run_again()
+        except Exception as error:
+            if world.size > 1:
+                error.add_note(f"evenflow: rank {world.rank} looked for the bad numbers of step {self._step}")
+                raise
+            return step.not_found(error)
+        finally:
+            updater.clear()
+            self._before.put_back()
         origin = self._origin(result, self._noted(sums))
-        leaves = self._parts.mesh.world.share(_leaf_names(prepare), source=0)
-        watched = self.watch is not None
-        step = BadStep(self._step, float(result.loss), norm, num_batches, leaves, watched=watched)
-        return step.told(origin, self._graph)
+        leaves: Sequence[str] = ()
+        if isinstance(origin, FromLeaf) and isinstance(origin.source, BatchLeaf):  # as all ranks find
+            leaves = world.share(_leaf_names(prepare) if world.rank == 0 else (), source=0)
+        return step.told(origin, self._graph, leaves)
+
+    def _run_again(self) -> None:
+        """Run the step as it was, and watch it."""
+        assert self._before is not None, "somebody asked"
+        self._before.put_back()
+        self._watch.begin()
+        training = self._parts.programs.training
+        self._runs.run(
+            *(self._agreed, training, read_loss), step=self._step, share=self._share, watch=self._watch
+        )
 
     def _norm(self, result: StepResult) -> float | None:
         if result.grad_norm is None or self._parts.updater.rules.loss_scale is not None:
@@ -210,8 +228,12 @@ def _is_finite(*numbers: Any) -> bool:  # tensors of one number, numbers, or Non
 
 
 def _leaf_names(prepare: Callable[[], Prepared | None]) -> list[str]:
-    """What the batch's tensors are called, as far as this process has one."""
-    prepared = prepare()
+    """What the batch's tensors are called; none where splitting it a second time fails."""
+    try:
+        prepared = prepare()
+    except Exception as error:  # noqa: BLE001 (a user's function; the others wait, and a number will do)
+        _LOG.debug("the batch could not be split once more: %s", error)
+        return []
     if prepared is None:
         return []
     paths, _ = pytree.tree_flatten_with_path(prepared.items[0])

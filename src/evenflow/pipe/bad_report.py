@@ -27,20 +27,25 @@ class BadStep:
     """What is known of a step whose numbers are bad.
 
     `loss` and `norm` are the step's (None where no norm was taken), `num_batches` those whose gradients are
-    in the norm, `leaves` the names of the batch's tensors, as far as somebody knows them; `watched`: whether
-    the step was watched as it ran, and not again.
+    in the norm; `watched`: whether the step was watched as it ran, and not again.
     """
 
     step: int
     loss: float
     norm: float | None
     num_batches: int
-    leaves: Sequence[str]
     watched: bool
 
-    def told(self, origin: Origin | None, graph_of: GraphOf) -> str:
-        """The whole message."""
-        return f"step {self.step} has bad numbers: {self._seen()}. {self._found(origin, graph_of)}"
+    def told(self, origin: Origin | None, graph_of: GraphOf, leaves: Sequence[str]) -> str:
+        """The whole message; `leaves` are the names of the batch's tensors, as far as somebody knows them."""
+        return f"step {self.step} has bad numbers: {self._seen()}. {self._found(origin, graph_of, leaves)}"
+
+    def not_found(self, error: Exception) -> str:
+        """The message where the run that looks for them fails."""
+        return (
+            f"step {self.step} has bad numbers: {self._seen()}. Where they began could not be found: "
+            f"{type(error).__name__}: {error}"
+        )
 
     def _seen(self) -> str:
         if not math.isfinite(self.loss):
@@ -49,10 +54,10 @@ class BadStep:
             return f"its loss is {self.loss:.6g}, but the norm of its gradients is {self.norm}"
         return f"its loss is {self.loss:.6g}, but not all that it was made of is finite"
 
-    def _found(self, origin: Origin | None, graph_of: GraphOf) -> str:
+    def _found(self, origin: Origin | None, graph_of: GraphOf, leaves: Sequence[str]) -> str:
         match origin:
             case FromLeaf(call, source, count):
-                what, remedy = self._leaf(source)
+                what, remedy = self._leaf(source, leaves)
                 return (
                     f"They came in with {what}, {count}, which {_named(call.place, graph_of)} is the first "
                     f"to use, in the forward of {_where(call.place)}. {remedy}"
@@ -80,7 +85,7 @@ class BadStep:
             case _:
                 assert_never(origin)
 
-    def _leaf(self, source: Source) -> tuple[str, str]:
+    def _leaf(self, source: Source, leaves: Sequence[str]) -> tuple[str, str]:
         match source:
             case ParameterSource(name):
                 return f"the parameter {name}", (
@@ -90,7 +95,7 @@ class BadStep:
             case BufferSource(name):
                 return f"the buffer {name}", "It came into the step so: go back to a checkpoint from before"
             case BatchLeaf(index):
-                name = self.leaves[index] if index < len(self.leaves) else f"number {index}"
+                name = leaves[index] if index < len(leaves) else f"number {index}"
                 return f"the batch's tensor {name}", "Leave such rows out where batches are made"
             case CallSource():
                 raise AssertionError("no leaf: a node made it")

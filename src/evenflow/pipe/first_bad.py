@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from evenflow.graph.graph import Graph, Node
+from evenflow.graph.graph import FunctionTarget, Graph, Node, Target
 from evenflow.graph.tree import ParameterSource, Source
 from evenflow.runtime.finite import Count
-from evenflow.runtime.nan_watch import BadCall, BadGradient, begins, is_infinite
+from evenflow.runtime.nan_watch import BadCall, BadGradient, begins, is_infinite, leaves_unset
 
 GraphOf: TypeAlias = Callable[[int], Graph]  # the recording of a microbatch
 
@@ -103,12 +103,16 @@ class _Forward:
         # By node: glue is called on several stages, others on tensor ranks, of which one may have the leaf.
         self._calls: dict[int, BadCall] = {}
         self._bad: dict[int, Count] = {}  # by value
+        self._unset: set[int] = set()  # bad values of memory that nobody has written yet
         for call in calls:
             if call.place.microbatch == microbatch:
                 known = self._calls.setdefault(call.place.node, call)
                 if call.leaves and not known.leaves:
                     self._calls[call.place.node] = call
                 self._bad.update(call.made)
+        for node in self._nodes():
+            if _is_unset(node.target) or not self._unset.isdisjoint(node.inputs):
+                self._unset |= self._calls[node.index].made.keys()
 
     def behind_the_loss(self) -> Origin | None:
         """What the loss's bad numbers come from; None where it has none."""
@@ -149,6 +153,8 @@ class _Forward:
         call, leaf = self._calls[node.index], self._leaf(node)
         if leaf is not None:
             return leaf
+        if not self._unset.isdisjoint(call.made):
+            return None
         taken = [self._bad[value] for value in node.inputs if value in self._bad]
         took = Count.together([*taken, *(count for _, count in call.leaves)])
         asked = any(map(is_infinite, node.args.leaves))
@@ -158,6 +164,11 @@ class _Forward:
     def _of(self, node: Node) -> Origin:
         call = self._calls[node.index]
         return FromCall(call, Count.together(call.made.values()))
+
+
+def _is_unset(target: Target) -> bool:
+    """Whether a node's results are memory that nobody has written."""
+    return isinstance(target, FunctionTarget) and leaves_unset(target.function)
 
 
 def _first(origins: Iterable[Origin | None]) -> Origin | None:

@@ -125,7 +125,7 @@ class Pipeline(Restorable):
         logs = [executor.log for executor in executors]
         self._times.note(executors[0].proven, logs, marks)
         if self._parts.mesh.world.whereabouts is not None:
-            self._parts.mesh.world.whereabouts.finished.append((self._step, logs))
+            self._parts.mesh.world.whereabouts.stepped(self._step, logs)
         if self._updated:
             self._num_updates += 1
             self._logs.updated(self._num_updates, rates)

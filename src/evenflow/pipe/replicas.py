@@ -74,7 +74,7 @@ def data_ranks(
     used: dict[str, torch.nn.Parameter] = {}
     for number, held in owned.items():
         whole = {held[name] for name in held if name in shared}
-        sharded[number] = made = ShardedStage(stages[number], mesh.devices["dp"], whole)
+        sharded[number] = made = ShardedStage(stages[number], mesh.devices["dp"], whole, mesh.data)
         used |= {key.replace("/", "."): parameter for key, parameter in made.gathered.items()}
         held |= {key.replace("/", "."): parameter for key, parameter in made.sharded.items()}
     kept = {stage: [each for each in each_named if each[0] in shared] for stage, each_named in named.items()}

@@ -46,9 +46,10 @@ def report(
 ) -> str:
     """The report: a paragraph that says it all, an empty line, and what is known of each rank.
 
-    `beats` are the last of all ranks, `answers` those of the ranks that answered the alarm.
+    `beats` are those on which the alarm was raised, `answers` those of the ranks that answered it.
     """
-    last = {**beats, **{rank: answer.beat for rank, answer in answers.items()}}
+    now = {**beats, **{rank: answer.beat for rank, answer in answers.items()}}
+    last = {**now, **beats}
     sights = {rank: sight for answer in answers.values() for rank, sight in answer.sights.items()}
     in_op = (beat for _, beat in sorted(last.items()) if beat.op and {*beat.waits_for} & {*blamed.culprits})
     waiter = next(in_op, last[blamed.waiter])  # who waits in an op knows for what
@@ -57,17 +58,23 @@ def report(
     found = [f"rank {waiter.rank} ({waiter.host}) {waited} {waiter.at} for {waited_for}"]
     found += [_culprit(rank, last.get(rank), sights.get(rank), blamed) for rank in blamed.culprits]
     if not blamed.culprits:
-        found.append("each rank waits for another one: they do not do the same things in the same order")
+        found.append(_ring([beat.waits_on for beat in last.values() if beat.waits_for]))
     elif not blamed.silent:
         found.append(
             "if that may take so long, let the others wait: evenflow.pipeline(timeout=SECONDS), or timeout "
             "under [pipeline]"
         )
     known = [
-        _known(rank, last.get(rank), sights.get(rank), answers.get(rank))
-        for rank in sorted({*last, *blamed.culprits})
+        _known(rank, now.get(rank), sights.get(rank), answers.get(rank))
+        for rank in sorted({*now, *blamed.culprits})
     ]
     return "\n".join([SIGN + "; ".join(found), "", *known])
+
+
+def _ring(waits: Sequence[str]) -> str:
+    if len(waits) > 1 and len(set(waits)) == 1:
+        return "all wait for the same: what they do together does not end (a slow disk, the network)"
+    return "each rank waits for another one: they do not do the same things in the same order"
 
 
 def _culprit(rank: int, beat: Beat | None, sight: Sight | None, blamed: Blame) -> str:
@@ -103,7 +110,8 @@ def _known(rank: int, beat: Beat | None, sight: Sight | None, answer: Answer | N
     if before:
         lines.append(f"  ops before that: {' '.join(before)}")
     if answer is None:
-        lines.append("  it did not answer")
+        state = f": its process {sight.state}" if sight is not None and sight.state else ""
+        lines.append(f"  it did not answer{state}")
     else:
         lines += [f"  {line}" for line in answer.stacks.splitlines()]
     return "\n".join(lines)

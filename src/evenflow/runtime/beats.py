@@ -70,7 +70,8 @@ def blame(
     """Who is to blame for the wait of a rank that has waited for longer than the timeout; None: nobody yet.
 
     Ranks that have not moved for so long, that is: while any that is waited for is at work, others have to
-    wait. `silent` are the ranks that have given no sign of life for long.
+    wait. `silent` are the ranks of all that have given no sign of life for long. Where somebody stands for
+    no reason that is known, they are it: not every wait is noted.
     """
     before = {waiter: waiter}  # who waits for it
     ahead = [waiter]
@@ -83,9 +84,12 @@ def blame(
     if gone:
         return Blame(before[gone[0]], tuple(sorted(gone)), silent=True)
     at_work = [beats[rank] for rank in ahead if not beats[rank].waits_for]
-    stuck = [beat for beat in at_work if beat.stood_seconds >= timeout_seconds * beat.patience]
+    still = {rank for rank in ahead if beats[rank].stood_seconds >= timeout_seconds * beats[rank].patience}
+    stuck = [beat for beat in at_work if beat.rank in still]
+    if not stuck and (at_work or len(still) < len(ahead)):
+        return None
+    if silent:
+        return Blame(waiter, tuple(sorted(silent)), silent=True)
     if stuck:
         return Blame(before[stuck[0].rank], tuple(sorted(beat.rank for beat in stuck)), silent=False)
-    if at_work or any(beats[rank].stood_seconds < timeout_seconds for rank in ahead):
-        return None
     return Blame(waiter, (), silent=False)

@@ -61,8 +61,8 @@ class Board:
     def __init__(self) -> None:
         self.file = -1  # of no file: for this process alone
         if sys.platform == "linux":
-            self.file = os.memfd_create("evenflow")
-            os.ftruncate(self.file, _NUM_BYTES)
+            with contextlib.suppress(OSError):  # a system that forbids it, or has no more open files
+                self.file = _file()
         self._memory = memoryview(mmap.mmap(self.file, _NUM_BYTES))
         self.numbers = self._memory[: 8 * _NUMBERS].cast("q")
         self._written: Sequence[str] | None = None
@@ -94,6 +94,16 @@ class Board:
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
+
+
+def _file() -> int:
+    file = os.memfd_create("evenflow")
+    try:
+        os.ftruncate(file, _NUM_BYTES)
+    except OSError:
+        os.close(file)
+        raise
+    return file
 
 
 def board_of(pid: int, file: int) -> Position | None:

@@ -14,6 +14,7 @@ Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Pa
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from evenflow.errors import ConfigError
 from evenflow.runtime.data_ranks import DataRanks, Replicated, Turns
 from evenflow.runtime.sums import Named
+from evenflow.runtime.whereabouts import awaited
 from evenflow.runtime.world import Pending, World
 
 
@@ -30,9 +32,13 @@ class ShardedStage:
     """One stage's parameters, parted. `module` holds them under names of its own, and nothing else is needed.
 
     `sharded` and `gathered` are the two forms of each, by the module's names; `whole` are left as they are.
+    `world` are the data ranks, those of `mesh`.
     """
 
-    def __init__(self, module: torch.nn.Module, mesh: DeviceMesh, whole: set[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, module: torch.nn.Module, mesh: DeviceMesh, whole: set[torch.nn.Parameter], world: World
+    ) -> None:
+        self._world = world
         names = [name for name, p in module.named_parameters(recurse=False) if p not in whole]
         _check_types([(name, module.get_parameter(name)) for name in names])
         made = fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
@@ -57,10 +63,11 @@ class ShardedStage:
 
     def gather(self) -> None:
         """Have all parameters in memory."""
-        if self._handle is not None:
-            self._handle.wait()
-            self._handle = None
-        self._module.unshard()
+        with self._awaited("its part of the parameters"):
+            if self._handle is not None:
+                self._handle.wait()
+                self._handle = None
+            self._module.unshard()
 
     def release(self) -> None:
         """Keep this rank's part alone."""
@@ -70,9 +77,13 @@ class ShardedStage:
 
     def reduce(self) -> None:
         """Sum the gradients of the gathered parameters, and give each of the sharded ones its part."""
-        for group in _groups(self._state):
-            group.post_backward()
-        self._state._root_post_backward_final_callback()  # noqa: SLF001 (as torch's own pipeline stage)
+        with self._awaited("its part of the gradients"):
+            for group in _groups(self._state):
+                group.post_backward()
+            self._state._root_post_backward_final_callback()  # noqa: SLF001 (as torch's own pipeline stage)
+
+    def _awaited(self, what: str) -> AbstractContextManager[None]:
+        return awaited(self._world.whereabouts, self._world.members, what)
 
 
 def _groups(state: Any) -> Sequence[Any]:  # torch's groups of parameters: one in older versions

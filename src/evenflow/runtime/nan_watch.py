@@ -25,6 +25,7 @@ from evenflow.runtime.weight_grads import is_leaf
 from evenflow.runtime.work import Work
 
 _MARK = "evenflow_watched"  # on autograd's functions
+_UNSET = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 _MOST_STEPS = 4  # from where a weight is used to the weight
 
 
@@ -214,7 +215,7 @@ class _Inside(TorchFunctionMode):
         given = _bad_of(leaves)  # before the call, which may change them
         result = func(*args, **(kwargs or {}))
         made = _bad_of(pytree.tree_leaves(result))
-        if begins(made, given, infinite=any(map(is_infinite, leaves))):
+        if not leaves_unset(func) and begins(made, given, infinite=any(map(is_infinite, leaves))):
             self._note(getattr(func, "__name__", repr(func)))
         return result
 
@@ -236,6 +237,15 @@ def begins(made: Count, took: Count, *, infinite: bool) -> bool:
     if made.num_nan:
         return not took.num_nan
     return bool(made.num_inf) and not took.num_bad and not infinite
+
+
+def leaves_unset(function: Callable[..., Any]) -> bool:
+    """Whether what a function returns is memory that nobody has written yet: any numbers may be in it.
+
+    >>> leaves_unset(torch.empty_like), leaves_unset(torch.Tensor.new_empty), leaves_unset(torch.zeros)
+    (True, True, False)
+    """
+    return getattr(function, "__name__", "") in _UNSET
 
 
 def is_infinite(leaf: object) -> bool:

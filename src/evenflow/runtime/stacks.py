@@ -4,12 +4,13 @@ import linecache
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+_READ_SECONDS = 0.5
 _MOST_LINES = 30  # of each stack, the innermost
 _OTHERS = (
     str(Path(__file__).parents[1]),
@@ -51,11 +52,31 @@ def stacks_of(main: int) -> str:
     False
     """
     frames = sys._current_frames()  # noqa: SLF001 (so documented)
+    _read_sources({each.f_code.co_filename for frame in frames.values() for each in _frames(frame)})
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     order = sorted(
         (ident for ident in frames if ident != threading.get_ident()), key=lambda each: each != main
     )
     return "\n".join(f"thread {names.get(ident, ident)}:\n{_stack(frames[ident])}" for ident in order)
+
+
+def _read_sources(files: Collection[str]) -> None:
+    """Read these files, as far as that can be done in time: some may lie on a disk that hangs."""
+
+    def read() -> None:
+        for file in files:
+            linecache.getlines(file)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(_READ_SECONDS)
+
+
+def _line_of(file: str, number: int) -> str:
+    """A line that has been read, or ""; reads nothing."""
+    known = linecache.cache.get(file, ())
+    lines = known[2] if len(known) == 4 else ()  # some are yet to be read: (a function,)
+    return lines[number - 1].strip() if 0 < number <= len(lines) else ""
 
 
 def _stack(frame: FrameType) -> str:
@@ -72,6 +93,6 @@ def _starts(file: str) -> bool:
 
 def _told(frame: FrameType) -> str:
     file, line = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(file, line).strip()
+    text = _line_of(file, line)
     short = "/".join(Path(file).parts[-3:]).removeprefix("//")
     return f"{short}:{line} in {frame.f_code.co_name}" + (f": {text}" if text else "")

@@ -18,10 +18,11 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -33,9 +34,8 @@ from evenflow.errors import ConfigError, PeerError
 from evenflow.runtime.alarm import Answer, Sight, answered, report
 from evenflow.runtime.beats import Beat, Blame, blame, heard
 from evenflow.runtime.board import board_of
-from evenflow.runtime.hosts import this_host
 from evenflow.runtime.log import Log
-from evenflow.runtime.processes import Process, this_process
+from evenflow.runtime.processes import Process, this_process, this_system
 from evenflow.runtime.stacks import place_of, stacks_of
 from evenflow.runtime.straggler import WINDOW_STEPS, Stragglers, Work, work_of
 from evenflow.runtime.whereabouts import Whereabouts
@@ -50,7 +50,12 @@ _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.02, 1.0  # between two of them
 # Of a timeout: after which a wait is looked into, and for how long a silent rank must have been silent; that
 # long at least a process may get no processor, or no turn in Python.
 _OBSERVED, _SILENT, _SILENT_SECONDS = 0.2, 0.75, 1.0
+_PAUSED_LOOKS = 5  # after so many that were missed the process was not running
+_FAILURES = 3  # of looks in a row, after which a rank goes by what it sees alone
+_MOST_ASKED = 64  # ranks that one may ask after in each second
 _ANSWER_SECONDS = 1.5
+# From the alarm on; then it ends whatever hangs, be it the store or a disk.
+_END_SECONDS = 4.5
 _ALARMED_SECONDS = 0.02  # between two looks, once the alarm is raised
 _STORE_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0
@@ -85,16 +90,17 @@ def watched(world: World, timeout: float | None) -> World:
     """
     if world.size == 1 or timeout is None:
         return world
+    prefix = f"evenflow/watch/{world.share(uuid.uuid4().hex, source=0)}"
     try:
         default = dist.distributed_c10d._get_default_store()  # noqa: SLF001 (torch has no public way)
         store = default.clone()  # type: ignore[attr-defined]  # torch's own annotations know no such thing
         store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-        number = store.add(f"evenflow/watched/{world.rank}", 1)
+        store.check([prefix])
     except (RuntimeError, NotImplementedError) as error:
         _LOG.warning("no watchdog watches rank %d: its store cannot be asked twice (%s)", world.rank, error)
         return world
     world.whereabouts = Whereabouts(world.rank)
-    watchdog = _Watchdog(world.whereabouts, world.size, store, f"evenflow/watch/{number}", timeout)
+    watchdog = _Watchdog(world.whereabouts, world.size, store, prefix, timeout)
     thread = threading.Thread(target=watchdog.run, name="evenflow's watchdog", daemon=True)
     thread.start()
     # At the end of the process, too: a thread of torch's that comes back to Python then would crash it.
@@ -113,7 +119,10 @@ class _Watchdog:
         self._where, self._size, self._store, self._prefix = where, size, store, prefix
         self._timeout = timeout
         self._interval = min(max(timeout / _LOOKS, _SHORTEST_SECONDS), _LONGEST_SECONDS)
-        self._host, self._machine, self._process = socket.gethostname(), this_host(), this_process()
+        self._host, self._machine, self._process = socket.gethostname(), this_system(), this_process()
+        # With many ranks each asks more seldom after all others: else what the store is asked grows with
+        # their square.
+        self._asking_seconds = max(self._interval, min(size / _MOST_ASKED, timeout / _LOOKS))
         self._number = 0
         self._place: object = None
         self._since = time.monotonic()
@@ -121,19 +130,35 @@ class _Watchdog:
         self._steps, self._judged, self._work = 0, 0, Work(0.0, 0.0)
         self._stragglers = Stragglers()
         self._changed: dict[int, tuple[int, float]] = {}  # of each rank: its last beat, and since when
+        self._asked: Mapping[int, Beat] = {}  # what the ranks last told, and when they were asked
+        self._asked_at = self._looked_at = self._since
+        self._found: Blame | None = None
 
     def run(self) -> None:
         """Look, until the pipeline is gone."""
+        failures = 0
         try:
             while not self._where.ended.wait(self._interval):
-                self._look()
-            self._store.set(self._key("beat"), self._beat(has_left=True).told())
-        except (RuntimeError, OSError) as error:  # the store is gone, and with it the launcher
-            self._look_alone(error)
+                try:
+                    self._look()
+                    failures = 0
+                except Exception as error:  # noqa: BLE001 (a rank that is watched no more looks dead)
+                    failures, self._looked_at = failures + 1, time.monotonic()
+                    if failures >= _FAILURES:
+                        with contextlib.suppress(Exception):
+                            self._look_alone(error)
+            with contextlib.suppress(RuntimeError, OSError):  # the store is gone, and with it the launcher
+                self._store.set(self._key("beat"), self._beat(has_left=True).told())
         finally:
             self._where.board.close()
 
     def _look(self) -> None:
+        now = time.monotonic()
+        was_running = now - self._looked_at < max(_PAUSED_LOOKS * self._interval, _SILENT_SECONDS)
+        self._looked_at = now
+        if not was_running:  # stopped, or suspended: what it would measure is that
+            self._forget(now)
+            return
         mine = self._beat()
         self._store.set(self._key("beat"), mine.told())
         if self._store.check([self._key("alarm", None)]):
@@ -141,9 +166,12 @@ class _Watchdog:
         if mine.rank == 0 and mine.steps >= self._judged + WINDOW_STEPS:
             self._judge(mine.steps)
         if not mine.waits_for or mine.stood_seconds < self._timeout * _OBSERVED:
-            self._changed.clear()
+            self._forget(self._since)
+            return
+        if self._found is None and now - self._asked_at < self._asking_seconds:
             return
         beats, now = self._beats(), time.monotonic()
+        self._asked, self._asked_at = beats, now
         for rank in range(self._size):
             number = beats[rank].number if rank in beats else 0
             if self._changed.get(rank, (-1, now))[0] != number:
@@ -152,12 +180,22 @@ class _Watchdog:
             return
         long = max(_SILENT * self._timeout, _SILENT_SECONDS)
         silent = {rank for rank, (_, since) in self._changed.items() if now - since >= long}
-        found = blame(beats, silent, mine.rank, timeout_seconds=self._timeout)
-        if found is not None:
-            self._raise(found)
+        before, self._found = (
+            self._found,
+            blame(beats, silent, mine.rank, timeout_seconds=self._timeout),
+        )
+        if self._found is not None and self._found == before:  # seen twice: no look was cut in two
+            self._raise(self._found)
+
+    def _forget(self, since: float) -> None:
+        """What was seen of a wait counts no more; this process has stood where it stands since then."""
+        self._since, self._found = since, None
+        self._changed.clear()
+        self._asked = {}
 
     def _beat(self, *, has_left: bool = False) -> Beat:
-        self._measure()
+        with contextlib.suppress(Exception):  # what is measured decides nothing here
+            self._measure()
         where, place, now = self._where, self._where.place, time.monotonic()
         if place != self._place:
             self._place, self._since = place, now
@@ -175,7 +213,7 @@ class _Watchdog:
             at=position.text,
             op=position.op,
             before=position.before,
-            line=place_of(where.thread) if stood > 2 * self._interval else "",
+            line=self._line() if stood > 2 * self._interval else "",
             stood_seconds=stood,
             waits_for=() if wait is None else wait.ranks,
             waits_on="" if wait is None else wait.what,
@@ -185,6 +223,11 @@ class _Watchdog:
             worked_seconds=self._work.seconds,
             planned_seconds=self._work.planned_seconds,
         )
+
+    def _line(self) -> str:
+        with contextlib.suppress(Exception):  # a stack changes while it is read
+            return place_of(self._where.thread)
+        return ""
 
     def _measure(self) -> None:
         """Read what the steps that have ended since took; here nobody waits for it."""
@@ -229,48 +272,71 @@ class _Watchdog:
 
     def _answer(self) -> NoReturn:
         """The alarm is raised: tell what is known here; the first who raised it makes a report of it. End."""
+        threading.Thread(target=_end_later, daemon=True).start()
         alarm = json.loads(self._store.get(self._key("alarm", None)))
         by = alarm.pop("by")
         found = Blame(alarm["waiter"], tuple(alarm["culprits"]), alarm["silent"])
         beats = self._beats()
-        silent = {rank: beats[rank] for rank in found.culprits if found.silent and rank in beats}
-        sights = {
-            rank: Sight(_process_of(beat).state(), board_of(beat.pid, beat.board))
-            for rank, beat in silent.items()
-            if beat.machine == self._machine
-        }
-        mine = Answer(self._beat(), stacks_of(self._where.thread), sights)
+        silent = set(found.culprits if found.silent else ())
+        mine = Answer(self._beat(), stacks_of(self._where.thread), self._sights(silent, beats))
         self._store.set(self._key("answer"), mine.told())
-        survivors = [rank for rank in range(self._size) if not (found.silent and rank in found.culprits)]
         if by == self._where.rank:
-            told = self._awaited("answer", survivors)
-            answers = {rank: answered(each) for rank, each in told.items()}
-            text = report(found, beats, answers, timeout_seconds=self._timeout)
-            _record(text)
-            _let_out(text)
-            self._store.set(self._key("report", None), text)
-            self._store.set(self._key("leaving"), "")
-            # Who is ended tears connections, and where one has ended a launcher ends all: nobody goes before
-            # all are ready.
-            self._awaited("leaving", survivors)
-            self._store.set(self._key("end", None), "")
-            _end_siblings(silent.values())
+            # Who has closed its pipeline does not answer, and is well.
+            left = {rank for rank, beat in beats.items() if beat.has_left}
+            self._write(found, {**beats, **self._asked}, {*range(self._size)} - silent - left)
         else:
-            self._follow()
+            lost = self._follow(silent)
             writer = beats.get(by, mine.beat)
             if (writer.machine, writer.parent) != (self._machine, self._process.parent):
-                _end_siblings(silent.values())  # the writer cannot
+                self._end_siblings(lost, beats)  # the writer cannot
         os._exit(1)
 
-    def _awaited(self, kind: str, ranks: Sequence[int]) -> Mapping[int, bytes]:
+    def _write(self, found: Blame, beats: Mapping[int, Beat], survivors: Collection[int]) -> None:
+        """Write the report, from the beats on which the alarm was raised, and end all."""
+        told = self._awaited("answer", survivors)
+        answers = {rank: answered(each) for rank, each in told.items()}
+        mute = {*survivors} - answers.keys()  # as good as silent
+        own = answers.get(self._where.rank)
+        if own is not None:
+            answers[self._where.rank] = replace(own, sights={**self._sights(mute, beats), **own.sights})
+        text = report(found, beats, answers, timeout_seconds=self._timeout)
+        _record(text)
+        _let_out(text)
+        self._store.set(self._key("report", None), text)
+        self._store.set(self._key("leaving"), "")
+        # Who is ended tears connections, and where one has ended a launcher ends all: nobody goes before
+        # all are ready.
+        self._awaited("leaving", answers.keys())
+        lost = sorted(mute | {*(found.culprits if found.silent else ())})
+        self._store.set(self._key("end", None), json.dumps(lost))
+        self._end_siblings(lost, beats)
+
+    def _sights(self, ranks: Collection[int], beats: Mapping[int, Beat]) -> Mapping[int, Sight]:
+        """What can be seen from here of these ranks' processes."""
+        return {
+            rank: Sight(_process_of(beat).state(), board_of(beat.pid, beat.board))
+            for rank, beat in beats.items()
+            if rank in ranks and beat.machine == self._machine and not beat.has_left
+        }
+
+    def _end_siblings(self, ranks: Collection[int], beats: Mapping[int, Beat]) -> None:
+        """End those of them that this process's launcher has started, but for who has closed its pipeline."""
+        for rank, beat in beats.items():
+            if rank in ranks and beat.machine == self._machine and not beat.has_left:
+                _process_of(beat).end_sibling()
+
+    def _awaited(self, kind: str, ranks: Collection[int]) -> Mapping[int, bytes]:
         """What these ranks tell of a kind, or those of them that do so in time."""
         end = time.monotonic() + _ANSWER_SECONDS
         while not set(ranks) <= (told := self._told(kind)).keys() and time.monotonic() < end:
             time.sleep(_ALARMED_SECONDS)
         return told
 
-    def _follow(self) -> None:
-        """Wait for the report, leave it where this host's launcher finds it, and wait for the end."""
+    def _follow(self, silent: Collection[int]) -> Collection[int]:
+        """Wait for the report, leave it where this host's launcher finds it, and wait for the end.
+
+        Returns the ranks that are lost: those that are silent, and those that did not answer.
+        """
         report_key, end_key = self._key("report", None), self._key("end", None)
         with contextlib.suppress(RuntimeError):  # who was to write it does not answer, either
             self._store.wait([report_key], timedelta(seconds=2 * _ANSWER_SECONDS))
@@ -278,17 +344,20 @@ class _Watchdog:
             _let_out()
             self._store.set(self._key("leaving"), "")
             self._store.wait([end_key], timedelta(seconds=_ANSWER_SECONDS))
+            lost: list[int] = json.loads(self._store.get(end_key))
+            return lost
+        return silent
 
     def _look_alone(self, error: Exception) -> None:
-        """Without a store nobody can be asked; a wait that takes too long ends this rank all the same."""
-        while not self._where.ended.wait(self._interval):
-            mine = self._beat()
-            if mine.waits_for and mine.stood_seconds > self._timeout * mine.patience:
-                lost = Blame(mine.rank, tuple(mine.waits_for), silent=True)
-                alone = Answer(mine, stacks_of(self._where.thread))
-                text = report(lost, {mine.rank: mine}, {mine.rank: alone}, timeout_seconds=self._timeout)
-                _let_out(f"{text}\nNobody could be asked, because the launcher's store is gone: {error}")
-                os._exit(1)
+        """Where nobody can be asked, a wait that takes too long ends this rank all the same."""
+        mine = self._beat()
+        theirs = [self._asked[rank].patience for rank in mine.waits_for if rank in self._asked]
+        if mine.waits_for and mine.stood_seconds > self._timeout * max(mine.patience, *theirs, 1):
+            lost = Blame(mine.rank, tuple(mine.waits_for), silent=True)
+            alone = Answer(mine, stacks_of(self._where.thread))
+            text = report(lost, {mine.rank: mine}, {mine.rank: alone}, timeout_seconds=self._timeout)
+            _let_out(f"{text}\nNobody could be asked through the launcher's store: {error}")
+            os._exit(1)
 
 
 def _process_of(beat: Beat) -> Process:
@@ -304,9 +373,9 @@ def _record(text: str) -> None:
             get_error_handler().record_exception(PeerError(text))
 
 
-def _end_siblings(silent: Iterable[Beat]) -> None:
-    for beat in silent:
-        _process_of(beat).end_sibling()
+def _end_later() -> NoReturn:
+    time.sleep(_END_SECONDS)
+    os._exit(1)
 
 
 def _let_out(text: str = "") -> None:

@@ -7,7 +7,7 @@ somebody asks.
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from evenflow.ir.costs import Costs
@@ -28,8 +28,9 @@ class Wait:
 class Whereabouts:
     """One process's; made by the thread that runs the pipeline. From the beginning it builds one.
 
-    `waiting` is what it and its peers do together just now: whoever waits for them sets it. `counted` goes up
-    with each such wait and each thing begun, so that a place is told from the next that looks the same.
+    `is_warming` until its first step has ended: what is done for the first time may take long. `waiting` is
+    what it and its peers do together just now: whoever waits for them sets it. `counted` goes up with each
+    such wait and each thing begun, so that a place is told from the next that looks the same.
     """
 
     def __init__(self, rank: int) -> None:
@@ -37,7 +38,8 @@ class Whereabouts:
         self.thread = threading.get_ident()
         self.board = Board()
         self.ended = threading.Event()
-        self.is_warming = True
+        self.step = 0  # the last one begun
+        self._is_new, self._has_stepped = True, False
         self.waiting: Wait | None = None
         self.counted = 0
         self.finished: deque[tuple[int, Sequence[Log]]] = deque(maxlen=WINDOW_STEPS)  # steps, to be measured
@@ -47,10 +49,15 @@ class Whereabouts:
         self._texts: dict[int, tuple[object, tuple[str, ...]]] = {}  # of lines, by their id
         self.board.say(0, "building the pipeline")
 
+    @property
+    def is_warming(self) -> bool:
+        """Whether it does something for the first time."""
+        return self._is_new or not self._has_stepped
+
     def begin(self, step: int, doing: str, *, is_warming: bool = False) -> None:
         """From now on the process does this; `is_warming`: for the first time, which may take long."""
         self.counted += 1
-        self.is_warming = is_warming
+        self._is_new, self.step = is_warming, step
         self.board.say(step, doing)
 
     def follow(self, log: Log, step: int, holders: Sequence[int]) -> None:
@@ -58,6 +65,7 @@ class Whereabouts:
         known = self._texts.get(id(log.lines))
         if known is None:
             known = self._texts[id(log.lines)] = log.lines, tuple(str(line.op) for line in log.lines)
+        self.step = step
         self.board.begin(step, known[1])
         log.position = self.board.numbers
         self._log, self._holders = log, holders
@@ -65,10 +73,15 @@ class Whereabouts:
     def end(self) -> None:
         """From now on it does nothing of Evenflow's."""
         self.counted += 1
-        self.is_warming = False
+        self._is_new = False
         self._log = None
         self.board.end()
-        self.board.say(self.board.read().step, "")
+        self.board.say(self.step, "")
+
+    def stepped(self, number: int, logs: Sequence[Log]) -> None:
+        """A step has ended, so many in all; these are its logs."""
+        self._has_stepped = True
+        self.finished.append((number, logs))
 
     @property
     def position(self) -> Position:
@@ -92,11 +105,16 @@ class Whereabouts:
             kind = "the activation" if awaited.payload is Payload.ACTIVATION else "the gradient"
             of = f"{kind} {awaited.source}>{awaited.target} of microbatch {awaited.microbatch}"
             return Wait((self._holders[awaited.source],), of)
-        sends = _sends([log.lines[at].op] if at < len(log.lines) else [line.op for line in log.lines])
-        targets = tuple(sorted({self._holders[send.target] for send in sends}))
-        if not targets:
-            return None
-        return Wait(targets, "room for what it sends" if at < len(log.lines) else "what it sent to arrive")
+        if at < len(log.lines):
+            op = log.lines[at].op
+            if isinstance(op, Exchange):
+                return self._of(_peers(op), f"their part of {op}")
+            return self._of(_sent_to(op), "room for what it sends")
+        return self._of({peer for line in log.lines for peer in _sent_to(line.op)}, "what it sent to arrive")
+
+    def _of(self, stages: Collection[int], what: str) -> Wait | None:
+        ranks = {self._holders[stage] for stage in stages}
+        return Wait(tuple(sorted(ranks)), what) if ranks else None
 
 
 @contextlib.contextmanager
@@ -105,7 +123,7 @@ def patiently(whereabouts: Whereabouts | None, doing: str) -> Iterator[None]:
     if whereabouts is None:
         yield
         return
-    whereabouts.begin(whereabouts.position.step, doing, is_warming=True)
+    whereabouts.begin(whereabouts.step, doing, is_warming=True)
     try:
         yield
     finally:
@@ -126,6 +144,12 @@ def awaited(whereabouts: Whereabouts | None, ranks: Sequence[int], what: str) ->
         whereabouts.waiting = None
 
 
-def _sends(ops: Sequence[Op]) -> list[Send]:
-    singles = [single for op in ops for single in (op.transfers if isinstance(op, Exchange) else (op,))]
-    return [single for single in singles if isinstance(single, Send)]
+def _sent_to(op: Op) -> set[int]:
+    """The stages that an op sends to."""
+    singles = op.transfers if isinstance(op, Exchange) else (op,)
+    return {single.target for single in singles if isinstance(single, Send)}
+
+
+def _peers(exchange: Exchange) -> set[int]:
+    """The stages at the other ends of transfers that all end together."""
+    return {each.target if isinstance(each, Send) else each.source for each in exchange.transfers}
