@@ -203,6 +203,8 @@ class Restorable(ABC):
                 check_state(state, folder)
         except ConfigError as error:
             problem = str(error)
+        except Exception as error:  # noqa: BLE001 (no memory for it, say; all hear of it)
+            problem = f"{type(error).__name__}: {error}"
         refuse_together(parts.mesh.world, f"load({str(folder)!r})", problem)
         assert state is not None, "there is no problem"
         self._put_back(state, optimizer=optimizer)
