@@ -143,11 +143,14 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path, undisturbed):
             "--rdzv-id=elastic",
             "--local-addr=127.0.0.1",
         ),
-        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=60",
-        *("-m", "evenflow", "train", config(tmp_path, stages=4), "--resume", "run"),
     )
-    stays = started(tmp_path, *launcher)
-    goes = started(tmp_path, *launcher, host="other")
+    patience = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2,join_timeout=60"
+    train = ("-m", "evenflow", "train", config(tmp_path, stages=4), "--resume", "run")
+    # The host that stays has the store in which hosts meet: without that one nobody can go on.
+    stays, goes = (
+        started(tmp_path, *launcher, f"--rdzv-conf={patience},is_host={is_host}", *train, host=host)
+        for is_host, host in (("true", "one"), ("false", "other"))
+    )
     try:
         wait_for(stays, lambda: checkpoints_in(tmp_path / "run" / "checkpoints"))
     finally:

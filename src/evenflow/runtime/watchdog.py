@@ -161,7 +161,7 @@ class _Watchdog:
             return
         mine = self._beat()
         self._store.set(self._key("beat"), mine.told())
-        if self._store.check([self._key("alarm", None)]):
+        if self._store.check([self._shared("alarm")]):
             self._answer()
         if mine.rank == 0 and mine.steps >= self._judged + WINDOW_STEPS:
             self._judge(mine.steps)
@@ -248,10 +248,13 @@ class _Watchdog:
             for found in self._stragglers.judge(step, works):
                 _LOG.warning("%s", found.told(beats[found.rank].host))
 
-    def _key(self, kind: str, rank: int | None = -1) -> str:
-        """A key in the store: of this rank, another one, or (None) of all."""
-        whose = "all" if rank is None else str(self._where.rank if rank < 0 else rank)
-        return f"{self._prefix}/{kind}/{whose}"
+    def _key(self, kind: str, rank: int | None = None) -> str:
+        """A rank's key in the store, by default this one's."""
+        return f"{self._prefix}/{kind}/{self._where.rank if rank is None else rank}"
+
+    def _shared(self, kind: str) -> str:
+        """A key that all ranks have together."""
+        return f"{self._prefix}/{kind}/all"
 
     def _beats(self) -> Mapping[int, Beat]:
         return {rank: heard(told) for rank, told in self._told("beat").items()}
@@ -266,14 +269,14 @@ class _Watchdog:
     def _raise(self, found: Blame) -> NoReturn:
         """Raise the alarm, unless another rank has; then answer."""
         self._store.compare_set(
-            self._key("alarm", None), "", json.dumps(asdict(found) | {"by": self._where.rank})
+            self._shared("alarm"), "", json.dumps(asdict(found) | {"by": self._where.rank})
         )
         self._answer()
 
     def _answer(self) -> NoReturn:
         """The alarm is raised: tell what is known here; the first who raised it makes a report of it. End."""
         threading.Thread(target=_end_later, daemon=True).start()
-        alarm = json.loads(self._store.get(self._key("alarm", None)))
+        alarm = json.loads(self._store.get(self._shared("alarm")))
         by = alarm.pop("by")
         found = Blame(alarm["waiter"], tuple(alarm["culprits"]), alarm["silent"])
         beats = self._beats()
@@ -302,13 +305,13 @@ class _Watchdog:
         text = report(found, beats, answers, timeout_seconds=self._timeout)
         _record(text)
         _let_out(text)
-        self._store.set(self._key("report", None), text)
+        self._store.set(self._shared("report"), text)
         self._store.set(self._key("leaving"), "")
         # Who is ended tears connections, and where one has ended a launcher ends all: nobody goes before
         # all are ready.
         self._awaited("leaving", answers.keys())
         lost = sorted(mute | {*(found.culprits if found.silent else ())})
-        self._store.set(self._key("end", None), json.dumps(lost))
+        self._store.set(self._shared("end"), json.dumps(lost))
         self._end_siblings(lost, beats)
 
     def _sights(self, ranks: Collection[int], beats: Mapping[int, Beat]) -> Mapping[int, Sight]:
@@ -337,7 +340,7 @@ class _Watchdog:
 
         Returns the ranks that are lost: those that are silent, and those that did not answer.
         """
-        report_key, end_key = self._key("report", None), self._key("end", None)
+        report_key, end_key = self._shared("report"), self._shared("end")
         with contextlib.suppress(RuntimeError):  # who was to write it does not answer, either
             self._store.wait([report_key], timedelta(seconds=2 * _ANSWER_SECONDS))
             _record(self._store.get(report_key).decode())
