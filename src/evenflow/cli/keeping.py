@@ -61,6 +61,6 @@ class Keeping:
         """Go on from the last checkpoint after a step with bad numbers; what to tell of it."""
         return f"going back to {self._checkpoints.roll_back(error)}: {error}"
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Wait for the last one, and hear how it went."""
-        self._checkpoints.__exit__(None, None, None)
+        self._checkpoints.close()

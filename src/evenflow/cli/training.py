@@ -240,7 +240,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
             if validates:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
     if keeping is not None:
-        keeping.wait()
+        keeping.close()
     # Before the last validation, which would be the last step.
     predicted, measured = pipe.timelines()
     console.print(bill_table(*pipe.bills()))

@@ -14,7 +14,6 @@ from evenflow.pipe.pipeline import Pipeline
 _LOG = logging.getLogger(__name__)
 _NAME = "step-{:08}"
 _OWN = re.compile(r"step-\d{8,}")
-
 _MOST_ROLL_BACKS = 3  # to one checkpoint
 
 OnError = Literal["continue", "stop"]
@@ -77,7 +76,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._settle(self._on_error)
+            self.close()
 
     def resume(self) -> Path | None:
         """Go on with the newest checkpoint that can be read; None where there is none. A collective call.
@@ -143,6 +142,10 @@ class Checkpoints:
         """Wait until the last one is written; raises what keeps it from that. A collective call."""
         self._settle("stop")
 
+    def close(self) -> None:
+        """Wait until the last one is written, or could not be: see `on_error`. A collective call."""
+        self._settle(self._on_error)
+
     def _settle(self, on_error: OnError) -> None:
         """Hear how the last save went: all ranks at the same place, so that all do the same."""
         if not self._is_saving:
@@ -169,7 +172,7 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Finish what was cut short: put back what was to be replaced, remove what was not written."""
-        for each in self.folder.iterdir() if self.folder.is_dir() else ():
+        for each in list(self.folder.iterdir()) if self.folder.is_dir() else ():
             if _OWN.fullmatch(each.stem) and each.suffix == ".replaced" and not each.with_suffix("").exists():
                 each.rename(each.with_suffix(""))
             elif _OWN.fullmatch(each.stem) and (
