@@ -7,13 +7,9 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
 import workloads
 
-import evenflow
 from evenflow.checkpoint.load import open_checkpoint
 from evenflow.launcher import launch
 from evenflow.pipe.choices import world_of
@@ -22,26 +18,10 @@ RANKS, MICROBATCHES, EVERY, PAIRS = 4, 16, 10, 12
 _MIB = 2**20
 
 
-def _pipe() -> tuple[evenflow.Pipeline, Any]:
-    torch.set_num_threads(1)
-    work = workloads.gpt(MICROBATCHES)
-    batch = {"x": work.inputs, "y": work.targets}
-    pipe = evenflow.pipeline(
-        work.chain,
-        loss=lambda model, b: work.loss(model(b["x"]), b["y"]),
-        example=batch,
-        optimizer=lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-4),
-        stages=dist.get_world_size(),
-        schedule="1f1b",
-        num_microbatches=MICROBATCHES,
-    )
-    return pipe, batch
-
-
 def _blocks(folder: Path) -> list[tuple[float, float, float, float]]:
     """For each pair: a block without, one with a save, and of that the call and the wait at its end."""
     world_of("cpu")
-    pipe, batch = _pipe()
+    pipe, batch = workloads.gpt_pipeline("1f1b", MICROBATCHES)
 
     def steps() -> None:
         for _ in range(EVERY):

@@ -7,11 +7,8 @@ import os
 import statistics
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 import workloads
 
-import evenflow
 from evenflow.launcher import launch
 from evenflow.pipe.choices import world_of
 
@@ -20,26 +17,10 @@ STEPS, WARM_UPS, EVERY, FEWEST = 500, 100, 10, 2
 _MIB = 2**20
 
 
-def _pipe(schedule: str, num_microbatches: int) -> tuple[evenflow.Pipeline, dict[str, torch.Tensor]]:
-    torch.set_num_threads(1)
-    work = workloads.gpt(num_microbatches)
-    batch = {"x": work.inputs, "y": work.targets}
-    pipe = evenflow.pipeline(
-        work.chain,
-        loss=lambda model, b: work.loss(model(b["x"]), b["y"]),
-        example=batch,
-        optimizer=lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-4),
-        stages=dist.get_world_size(),
-        schedule=schedule,
-        num_microbatches=num_microbatches,
-    )
-    return pipe, batch
-
-
 def _peak(schedule: str, num_microbatches: int) -> int:
     """This rank's peak in a step, of which the gradients are there from the beginning."""
     world_of("cpu")
-    pipe, batch = _pipe(schedule, num_microbatches)
+    pipe, batch = workloads.gpt_pipeline(schedule, num_microbatches)
     for _ in range(2):
         pipe.step(batch, update=False)
     return pipe.meter.peak_bytes(lambda: pipe.step(batch, update=False))[1]
@@ -48,7 +29,7 @@ def _peak(schedule: str, num_microbatches: int) -> int:
 def _resident(schedule: str) -> tuple[list[float], list[float]]:
     """The steps at which it was looked, and the MiB that this process then had."""
     world_of("cpu")
-    pipe, batch = _pipe(schedule, FEWEST)
+    pipe, batch = workloads.gpt_pipeline(schedule, FEWEST)
     steps, sizes = [], []
     for step in range(STEPS):
         float(pipe.step(batch).loss)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import emulated
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+
+import evenflow
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 VOCABULARY, WIDTH, LENGTH, BLOCKS = 8192, 256, 128, 8
@@ -91,6 +94,23 @@ def gpt(num_microbatches: int) -> Workload:
 
     costs = _unit_costs(chain, tokens[:1, :-1], tokens[:1, 1:], loss)
     return Workload(chain, tokens[:, :-1], tokens[:, 1:], loss, lambda number: balanced(costs, number))
+
+
+def gpt_pipeline(schedule: str, num_microbatches: int) -> tuple[evenflow.Pipeline, dict[str, torch.Tensor]]:
+    """Workload A on this run's ranks, a thread and a stage each, with AdamW; and its batch."""
+    torch.set_num_threads(1)
+    work = gpt(num_microbatches)
+    batch = {"x": work.inputs, "y": work.targets}
+    pipe = evenflow.pipeline(
+        work.chain,
+        loss=lambda model, b: work.loss(model(b["x"]), b["y"]),
+        example=batch,
+        optimizer=lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-4),
+        stages=dist.get_world_size(),
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+    )
+    return pipe, batch
 
 
 def asleep(num_stages: int, num_microbatches: int, *, width: int = 4, seconds: float) -> Workload:

@@ -1,24 +1,17 @@
 """Reading a checkpoint: first what it says, all of it checked, then the tensors that somebody asks for."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evenflow.checkpoint.manifest import (
-    PLAN,
-    STATE,
-    TABLE,
-    Manifest,
-    read_json,
-    read_manifest,
-)
+from evenflow.checkpoint.manifest import STATE, TABLE, Manifest, read_json, read_manifest
 from evenflow.checkpoint.plain import keys_in
 from evenflow.checkpoint.save import no_dist_unsaid
-from evenflow.checkpoint.table import DTYPES, Saved, from_json
+from evenflow.checkpoint.table import DTYPES, Chunk, Saved, from_json
 from evenflow.errors import ConfigError
 from evenflow.foreign import shown
 
@@ -72,12 +65,6 @@ class Checkpoint:
         }
         self.read(found)
         return found
-
-    @property
-    def plan(self) -> Path | None:
-        """The file of the plan that the run followed."""
-        path = self.folder / PLAN
-        return path if any(file.name == PLAN for file in self.manifest.files) else None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -161,34 +148,23 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def problems(checkpoint: Checkpoint, progress: Callable[[str], None] = lambda _: None) -> list[str]:
+def problems(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's tensors: each is read, and compared with its checksum."""
-    from evenflow.checkpoint.storage import opened
+    from evenflow.checkpoint.storage import opened, read_chunk
 
-    by_file: dict[str, list[Saved]] = {}
+    by_file: dict[str, list[tuple[Saved, Chunk]]] = {}
     for saved in checkpoint.table.values():
         for chunk in saved.chunks:
-            by_file.setdefault(chunk.file, []).append(saved)
+            by_file.setdefault(chunk.file, []).append((saved, chunk))
     found = []
     for name, each in sorted(by_file.items()):
-        progress(name)
         try:
             with opened(checkpoint.folder / name) as file:
-                for saved in each:
-                    found += _wrong(file, saved, name)
+                for saved, chunk in each:
+                    try:
+                        read_chunk(file, saved, chunk)
+                    except ConfigError as error:
+                        found.append(str(error))
         except ConfigError as error:
             found.append(str(error))
-    return found
-
-
-def _wrong(file: Any, saved: Saved, name: str) -> list[str]:  # an open file of tensors
-    from evenflow.checkpoint.storage import read_chunk
-
-    found = []
-    for chunk in saved.chunks:
-        if chunk.file == name:
-            try:
-                read_chunk(file, saved, chunk)
-            except ConfigError as error:
-                found.append(str(error))
     return found

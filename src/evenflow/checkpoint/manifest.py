@@ -121,8 +121,8 @@ def read_json(path: Path) -> Any:  # whatever the file holds
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, by the first number in their names, the highest last."""
-    found: Iterable[Path] = folder.glob(f"*/{FILE}") if folder.is_dir() else ()
-    return sorted((each.parent for each in found if not is_unfinished(each.parent)), key=_order)
+    found: Iterable[Path] = folder.iterdir() if folder.is_dir() else ()
+    return sorted(filter(is_checkpoint, found), key=_order)
 
 
 def is_checkpoint(folder: Path) -> bool:

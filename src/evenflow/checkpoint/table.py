@@ -70,11 +70,6 @@ class Saved:
         if not fits:
             raise ConfigError(f"a chunk of {self.name} does not lie in its shape, {[*self.shape]}")
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all its elements."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
 
 @dataclass(frozen=True, slots=True)
 class _Whole:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from evenflow.checkpoint import adapters, huggingface
 from evenflow.checkpoint.files import INDEX, WEIGHTS
-from evenflow.checkpoint.whole import appearing
+from evenflow.checkpoint.whole import appearing, in_the_way
 from evenflow.errors import ConfigError
 from evenflow.runtime.world import World
 
@@ -38,21 +38,10 @@ OF_AN_ADAPTER = (adapters.WEIGHTS, adapters.CONFIG, "README.md")
 
 def check_replaceable(folder: Path, world: World, kinds: Collection[str]) -> None:
     """Refuse, on every rank, to put an export in the place of anything but another such one; collective."""
-    problem = world.share(_in_the_way(folder.resolve(), kinds) if world.rank == 0 else None, 0)
+    other = "what this export does not write"
+    problem = world.share(in_the_way(folder.resolve(), kinds, other) if world.rank == 0 else None, 0)
     if problem is not None:
         raise ConfigError(f"export({str(folder)!r}): {problem}; name another folder")
-
-
-def _in_the_way(folder: Path, kinds: Collection[str]) -> str | None:
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        return "it is a file"
-    held = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
-    foreign = [name for name in held if not any(fnmatch.fnmatch(name, kind) for kind in kinds)]
-    if foreign:
-        return f"the folder exists and holds what this export does not write ({', '.join(foreign[:5])})"
-    return None
 
 
 def export_model(

@@ -1,10 +1,11 @@
 """A folder that is written under another name and appears when it is whole."""
 
+import fnmatch
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from evenflow.runtime.world import World
 _SEEN_SECONDS = 10.0  # by then a network's file system shows on one host what another has made
 
 
-def replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> str | None:
-    """Why `folder` may not be replaced: something else than ours stands there; None where it may."""
-    if not folder.exists() or is_ours(folder):
+def in_the_way(folder: Path, kinds: Collection[str], other: str) -> str | None:
+    """Why `folder` may not be replaced: it holds `other`, in words, than these kinds; None where it may."""
+    if not folder.exists():
         return None
     if not folder.is_dir():
         return "it is a file"
     held = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
-    return f"the folder exists and holds something else ({', '.join(held[:5])})" if held else None
+    foreign = [name for name in held if not any(fnmatch.fnmatch(name, kind) for kind in kinds)]
+    return f"the folder exists and holds {other} ({', '.join(foreign[:5])})" if foreign else None
 
 
 @contextmanager

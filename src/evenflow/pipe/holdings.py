@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from evenflow.checkpoint.load import persistent_buffers
 from evenflow.graph.cut import Cut
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices
@@ -22,8 +23,7 @@ def true_buffers(model: torch.nn.Module, cut: Cut, grid: Mesh, placement: Placem
     homes = {
         name: rank_of[s.stage] for s in cut.sections for node in s.nodes for name in node.changed_buffers
     }
-    kept = set(model.state_dict())
-    names = (name for name, _ in model.named_buffers() if name in kept)
+    names = persistent_buffers(model)
     return frozenset(name for name in names if world.size == 1 or homes.get(name, 0) == world.rank)
 
 

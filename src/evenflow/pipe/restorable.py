@@ -14,7 +14,7 @@ from evenflow.checkpoint.load import misfit, open_checkpoint, persistent_buffers
 from evenflow.checkpoint.manifest import is_checkpoint
 from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content
-from evenflow.checkpoint.whole import replaceable
+from evenflow.checkpoint.whole import in_the_way
 from evenflow.errors import ConfigError
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.pipe.accumulated import Accumulated
@@ -114,10 +114,11 @@ class Restorable(ABC):
         """What `save(wait=False)` does; `after` is called on the main rank when the folder is there."""
         self._saver.wait()  # what was begun before: where it failed, all ranks hear of it here
         world, content, failure = self._parts.mesh.world, None, None
-        in_the_way = replaceable(folder, is_checkpoint) if self._is_first else None
+        is_free = not self._is_first or is_checkpoint(folder)
+        found = None if is_free else in_the_way(folder, (), "something else")
         try:
-            if in_the_way is not None:
-                raise ConfigError(f"{folder}: {in_the_way}; name another folder")
+            if found is not None:
+                raise ConfigError(f"{folder}: {found}; name another folder")
             content = self._content(extra)
         except Exception as error:  # noqa: BLE001 (all ranks hear of it)
             failure = error

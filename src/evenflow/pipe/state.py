@@ -154,11 +154,6 @@ def _other_optimizers(updater: Updater, state: Mapping[str, Any]) -> str | None:
         if saved and _class_of(each) not in saved:
             its = " and ".join(sorted(saved))
             return f"it has states of {its}, and optimizer= makes {_class_of(each)}; {remedy}"
-    for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False):
-        if state["schedulers"] and _of_scheduler(scheduler, stage, state["schedulers"]) is None:
-            return (
-                f"its learning-rate schedulers have other groups of parameters than stage {stage}'s; {remedy}"
-            )
     return None
 
 
