@@ -6,40 +6,26 @@ import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evenflow.errors import ConfigError
 from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.memory import memory_curve
 from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
 from evenflow.view.palette import INK, RED
+from evenflow.view.picture_format import picture_format
 from evenflow.view.units import Unit, format_seconds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = ("svg", "png", "pdf")
 _WIDTH_INCHES = 13.0
 _MEMORY_INCHES = 2.6
 _NUM_COLUMNS = 800  # moments at which a curve is drawn, where it has more
 _NUM_NAMED = 8  # ranks in the legend of the memory
 
 MICROBATCHES = Unit("microbatches", 1.0)
-
-
-def picture_format(path: str | PathLike[str]) -> str:
-    """Return the format that a path asks for by its suffix; `ConfigError` for one that can't be drawn.
-
-    >>> picture_format("out.svg")
-    'svg'
-    """
-    suffix = Path(path).suffix.removeprefix(".").lower()
-    if suffix not in FORMATS:
-        raise ConfigError(f"cannot draw {path}: end its name in {', '.join('.' + name for name in FORMATS)}")
-    return suffix
 
 
 def draw_schedule_picture(
