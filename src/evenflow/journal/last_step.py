@@ -31,10 +31,12 @@ class LaneRecord:
             raise ConfigError(f"a lane's columns must be as long as its {len(self.ops)} ops")
         times = zip(self.ops, self.came_seconds, self.start_seconds, self.end_seconds, strict=True)
         for op, came, start, end in times:
+            if len(op) > _MOST_LETTERS:
+                raise ConfigError(f"an op of {len(op)} letters: there is none of more than {_MOST_LETTERS}")
             parse_op(op)  # raises for what is none
             if not came <= start <= end:
                 raise ConfigError(
-                    f"{op} comes at {came:g}, starts at {start:g} and ends at {end:g} s: in turn"
+                    f"{op} comes at {came:g} s, starts at {start:g} and ends at {end:g}: not in turn"
                 )
 
     def lane(self) -> Lane:
@@ -95,9 +97,7 @@ class LastStep:
         if not num_ranks or len(self.predicted) != num_ranks:
             raise ConfigError(f"{len(self.predicted)} lanes are predicted, and {num_ranks} are measured")
         if num_bills not in (1, num_ranks) or len(self.predicted_bills) != num_bills:
-            raise ConfigError(
-                f"{len(self.predicted_bills)} and {num_bills} bills are not those of {num_ranks} ranks"
-            )
+            raise ConfigError(f"{len(self.predicted_bills)} and {num_bills} bills, of {num_ranks} ranks")
         if self.caps_bytes and len(self.caps_bytes) != num_ranks:
             raise ConfigError(f"caps_bytes names {len(self.caps_bytes)} ranks, and there are {num_ranks}")
         num_stages = len(self.stages)
@@ -147,4 +147,5 @@ def first_start(lanes: Sequence[Sequence[tuple[Op, float, float, float]]]) -> fl
     return min(starts, default=0.0)
 
 
+_MOST_LETTERS = 4096  # of a group of transfers
 _DIGITS = 8  # ten nanoseconds: below it a clock tells nothing

@@ -47,7 +47,7 @@
     at("bounds").textContent = answer.bounds;
     at("command").textContent = answer.command;
     if (view) view.update(answer.timeline);
-    else view = Timeline.mount(at("timeline"), answer.timeline);
+    else window.drawn = view = Timeline.mount(at("timeline"), answer.timeline);
   }
 
   async function ask() {

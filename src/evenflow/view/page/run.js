@@ -49,8 +49,8 @@
           style: { width: `${100 * share}%`, background: BILL[name] } }, share > 0.06 ? seconds(each[name]) : "");
       })),
       make("span", {}, seconds(total(each))));
-    const legend = make("p", {}, ...names.flatMap(name => [
-      make("i", { style: { background: BILL[name] } }), make("span", {}, name), make("span", { className: "soft" }, ` ${TOLD[name]}   `)]));
+    const legend = make("p", {}, ...names.map(name => make("span", { className: "entry" },
+      make("i", { style: { background: BILL[name] } }), name, make("span", { className: "soft" }, ` ${TOLD[name]}`))));
     at("bill").append(legend);
     run.bills.measured.forEach((each, rank) => {
       const who = run.bills.measured.length > 1 ? `rank ${rank}` : "the process";

@@ -1,8 +1,8 @@
 // Timeline: a lane for each rank and, below, what each rank holds; of a run's page and of the playground.
 //
 // uPlot (MIT, its license lies beside this file) has the canvas, the axes, the scales and the cursor; the boxes
-// are drawn here. What is narrower than a pixel is drawn as the kind of op that fills most of its column, so
-// that a frame costs by what is seen, and a hundred thousand ops can be dragged about.
+// are drawn here. Ops narrower than a pixel are mixed column by column into an image of one row, so that a frame
+// costs by what is seen, and a hundred thousand ops can be dragged about.
 "use strict";
 
 const Timeline = (() => {
@@ -12,12 +12,13 @@ const Timeline = (() => {
   const POWERS = Array.from({ length: 60 }, (_, at) => 2 ** at);
   const NUM_SHADES = 8;
   const GUTTER = 84, LANE = 22, HALF_LANE = 13, GAP = 9, STRIP = 4;
-  const INK = "#222", IDLE = "#e9e9e9", MOVING = "#7b3fa5", WAITING = "#d88", FONT = "11px system-ui, sans-serif";
+  const INK = "#222", IDLE = "#e9e9e9", FONT = "11px system-ui, sans-serif";
 
   // -- units
 
   const scaled = (value, units) => {
-    const [size, name] = units.find(([size]) => Math.abs(value) >= size) || units[units.length - 1];
+    const found = value === 0 ? units.find(([size]) => size === 1) : units.find(([size]) => Math.abs(value) >= size);
+    const [size, name] = found || units[units.length - 1];
     const number = value / size;
     const digits = Math.abs(number) >= 100 ? 1 : Math.abs(number) >= 10 ? 2 : 3;
     return `${number.toFixed(size === 1 && Number.isInteger(number) ? 0 : digits)} ${name}`;
@@ -69,7 +70,7 @@ const Timeline = (() => {
     const drawn = { boxes: group(boxes), strips: group(strips.sort((one, two) => startOf(lane, one) - startOf(lane, two))) };
     const top = Math.max(1, numMicrobatches - 1);
     drawn.boxes.tone = Uint8Array.from(boxes, ({ parts }) => {
-      const shade = Math.round((parts[0].microbatch / top) * (NUM_SHADES - 1));
+      const shade = Math.round(Math.min(1, parts[0].microbatch / top) * (NUM_SHADES - 1));
       return "FBIWO".indexOf(parts.length > 1 ? "O" : parts[0].kind) * NUM_SHADES + shade;
     });
     drawn.strips.tone = Uint8Array.from(drawn.strips.rows, row => (row.waits ? 1 : 0));
@@ -90,50 +91,79 @@ const Timeline = (() => {
     return low;
   }
 
-  function tones(colours) {
-    const mix = (light, dark, share) =>
-      `rgb(${light.map((part, at) => Math.round(255 * (part + (dark[at] - part) * share))).join()})`;
-    return [..."FBIWO"].flatMap(kind =>
-      Array.from({ length: NUM_SHADES }, (_, shade) => mix(...colours[kind], shade / (NUM_SHADES - 1))));
-  }
+  const toneOf = parts => ({
+    parts,
+    css: `rgb(${parts.join()})`,
+    dark: 0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2] < 128,  // luma: ITU-R BT.601
+  });
 
-  const isDark = tone => {
-    const [red, green, blue] = tone.match(/\d+/g).map(Number);
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 128;
-  };
+  const MOVING = toneOf([123, 63, 165]), WAITING = toneOf([221, 136, 136]);
+
+  function tones(colours) {
+    const mix = (light, dark, share) => light.map((part, at) => Math.round(255 * (part + (dark[at] - part) * share)));
+    return [..."FBIWO"].flatMap(kind =>
+      Array.from({ length: NUM_SHADES }, (_, shade) => toneOf(mix(...colours[kind], shade / (NUM_SHADES - 1)))));
+  }
 
   // -- drawing
 
-  // Draws rows as boxes of one height, batched by colour; returns those that are wide enough for a name.
+  // Columns of pixels in which many ops lie: each gets the mean of their colours, as a screen would mix them.
+  class Columns {
+    constructor(width) {
+      this.sums = new Float32Array(4 * width);
+      this.image = new ImageData(width, 1);
+      this.canvas = new OffscreenCanvas(width, 1);
+    }
+
+    add(column, [red, green, blue], share) {
+      const sums = this.sums, at = 4 * column;
+      this.some = true;
+      sums[at] += red * share;
+      sums[at + 1] += green * share;
+      sums[at + 2] += blue * share;
+      sums[at + 3] += share;
+    }
+
+    draw(ctx, left, top, height) {
+      if (!this.some) return;
+      const { sums, image: { data }, canvas } = this;
+      for (let at = 0; at < sums.length; at += 4) {
+        const share = sums[at + 3] || 1;
+        data[at] = sums[at] / share;
+        data[at + 1] = sums[at + 1] / share;
+        data[at + 2] = sums[at + 2] / share;
+        data[at + 3] = 255 * Math.min(1, sums[at + 3]);
+      }
+      canvas.getContext("2d").putImageData(this.image, 0, 0);
+      ctx.imageSmoothingEnabled = false;
+      ctx.drawImage(canvas, left, top, canvas.width, height);
+      sums.fill(0);
+      this.some = false;
+    }
+  }
+
+  // Draws rows as boxes of one height, batched by colour, and notes in `area` those wide enough for a name.
   function draw(ctx, group, fills, area, top, height, names) {
-    const { left, width, from, perSecond } = area;
+    const { left, width, from, perSecond, columns } = area;
     const paths = fills.map(() => null);
-    const rect = (tone, x, wide) => (paths[tone] ||= new Path2D()).rect(x, top, wide, height);
     const until = from + width / perSecond;
-    let columnAt = -1, filled = 0, most = 0, mostTone = -1;
-    const flush = () => {
-      if (filled > 0.5) rect(mostTone, left + columnAt, 1);
-      filled = most = 0;
-    };
     for (let row = firstAfter(group.end, from); row < group.start.length && group.start[row] < until; row++) {
       const x = (Math.max(group.start[row], from) - from) * perSecond;
       const wide = (Math.min(group.end[row], until) - Math.max(group.start[row], from)) * perSecond;
-      if (wide >= 1) {
-        rect(group.tone[row], left + x, wide > 3 ? wide - 0.5 : wide);
-        if (wide > names) area.named.push({ group, row, x: left + x, wide, top, height });
+      const tone = group.tone[row];
+      if (wide < 1.5) {
+        const column = Math.floor(x), here = Math.min(wide, column + 1 - x);
+        columns.add(column, fills[tone].parts, here);
+        if (wide > here && column + 1 < width) columns.add(column + 1, fills[tone].parts, wide - here);
         continue;
       }
-      if (Math.floor(x) !== columnAt) {
-        flush();
-        columnAt = Math.floor(x);
-      }
-      filled += wide;
-      if (wide > most) [most, mostTone] = [wide, group.tone[row]];
+      (paths[tone] ||= new Path2D()).rect(left + x, top, wide > 3 ? wide - 0.5 : wide, height);
+      if (wide > names) area.named.push({ group, row, x: left + x, wide, top, height });
     }
-    flush();
+    columns.draw(ctx, left, top, height);
     paths.forEach((path, tone) => {
       if (!path) return;
-      ctx.fillStyle = fills[tone];
+      ctx.fillStyle = fills[tone].css;
       ctx.fill(path);
     });
   }
@@ -149,7 +179,7 @@ const Timeline = (() => {
       + '<button data-by="0" title="all of the step">all</button></span></div>'
       + '<div class="lanes"></div><div class="memory"></div><div class="tip" hidden></div>';
     const [bar, lanesPlace, memoryPlace, tip] = place.children;
-    let shown, chart, memoryChart, extent, view;
+    let shown, chart, memoryChart, extent, view, columns;
 
     function take(given) {
       const ranks = given.ranks.map(rank => ({
@@ -190,8 +220,10 @@ const Timeline = (() => {
 
     function area(u) {
       const ratio = devicePixelRatio, { left, width, top } = u.bbox;
+      const numColumns = Math.ceil(width / ratio);
+      if (columns?.canvas.width !== numColumns) columns = new Columns(numColumns);
       return { ratio, left: left / ratio, width: width / ratio, top: top / ratio, from: view[0],
-        perSecond: width / ratio / (view[1] - view[0]), named: [] };
+        perSecond: width / ratio / (view[1] - view[0]), named: [], columns };
     }
 
     function drawLanes(u) {
@@ -204,7 +236,7 @@ const Timeline = (() => {
       shown.ranks.forEach((rank, number) => {
         ctx.textAlign = "right";
         ctx.fillStyle = INK;
-        ctx.fillText(`rank ${number}`, drawing.left - 8, drawing.top + rank.lanes[0].top + LANE / 2 - (rank.lanes.length > 1 ? 0 : 0));
+        ctx.fillText(`rank ${number}`, drawing.left - 8, drawing.top + rank.lanes[0].top + LANE / 2);
         if (rank.lanes.length > 1) {
           ctx.fillStyle = "#888";
           ctx.fillText("predicted", drawing.left - 8, drawing.top + rank.lanes[1].top + HALF_LANE / 2);
@@ -226,7 +258,7 @@ const Timeline = (() => {
             const full = parts.map(part => `${part.stage}${part.kind}${part.microbatch}`).join("&");
             const name = lane.drawn.numStages > 1 || parts.length > 1 ? full : `${parts[0].microbatch}`;
             if (name.length * 6.6 + 3 > wide) continue;
-            ctx.fillStyle = isDark(shown.fills[group.tone[row]]) ? "#fff" : INK;
+            ctx.fillStyle = shown.fills[group.tone[row]].dark ? "#fff" : INK;
             ctx.fillText(name, x + wide / 2, top + height / 2 - (height > 16 ? 1 : 0));
           }
         }
@@ -300,26 +332,24 @@ const Timeline = (() => {
       ctx.clip();
       held.forEach((rank, number) => {
         const { seconds: moments, bytes: amounts } = rank.given.held;
-        ctx.beginPath();
-        ctx.strokeStyle = memoryTone(number, held.length);
-        ctx.lineWidth = 1.5;
-        let at = Math.max(0, firstAfter(moments, drawing.from) - 1), lastX = -Infinity, low = 0, high = 0;
-        ctx.moveTo(drawing.left, y(amounts[at] ?? 0));
-        for (; at < moments.length; at++) {
+        // Boxes and no path: a path of thousands of lines takes a hundred times as long to draw.
+        ctx.fillStyle = memoryTone(number, held.length);
+        let at = Math.max(0, firstAfter(moments, drawing.from) - 1), now = amounts[at] ?? 0;
+        let column = drawing.left, low = now, high = now;
+        const upTo = x => {  // what one column spans, and on from there
+          ctx.fillRect(column, y(high) - 0.75, 1.5, y(low) - y(high) + 1.5);
+          ctx.fillRect(column, y(now) - 0.75, x - column, 1.5);
+        };
+        for (; at < moments.length && column <= drawing.left + drawing.width; at++) {
           const x = drawing.left + (moments[at] - drawing.from) * drawing.perSecond;
-          if (x - lastX < 0.5) {  // many in one column: all that they span
-            [low, high] = [Math.min(low, amounts[at]), Math.max(high, amounts[at])];
-            ctx.lineTo(lastX, y(low));
-            ctx.lineTo(lastX, y(high));
-            ctx.lineTo(lastX, y(amounts[at]));
-            continue;
+          if (x >= column + 1.5) {
+            upTo(x);
+            [column, low, high] = [x, now, now];
           }
-          ctx.lineTo(x, y(amounts[Math.max(0, at - 1)]));
-          ctx.lineTo(x, y(amounts[at]));
-          [lastX, low, high] = [x, amounts[at], amounts[at]];
-          if (x > drawing.left + drawing.width) break;
+          now = amounts[at];
+          [low, high] = [Math.min(low, now), Math.max(high, now)];
         }
-        ctx.stroke();
+        upTo(column + 1.5);
       });
       ctx.strokeStyle = "#cc2626";
       ctx.fillStyle = "#cc2626";
@@ -419,10 +449,10 @@ const Timeline = (() => {
     function legend() {
       const used = new Set(shown.ranks.flatMap(rank => rank.lanes.flatMap(lane =>
         [...new Set(lane.drawn.boxes.tone)].map(tone => Math.floor(tone / NUM_SHADES)))));
-      const entries = [...used].sort().map(kind => [shown.fills[kind * NUM_SHADES + NUM_SHADES / 2], Object.values(KINDS)[kind]]);
+      const entries = [...used].sort().map(kind => [shown.fills[kind * NUM_SHADES + NUM_SHADES / 2].css, Object.values(KINDS)[kind]]);
       const strips = new Set(shown.ranks.flatMap(rank => rank.lanes.flatMap(lane => [...new Set(lane.drawn.strips.tone)])));
-      if (strips.has(0)) entries.push([MOVING, "transfer"]);
-      if (strips.has(1)) entries.push([WAITING, "waits for a value"]);
+      if (strips.has(0)) entries.push([MOVING.css, "transfer"]);
+      if (strips.has(1)) entries.push([WAITING.css, "waits for a value"]);
       entries.push([IDLE, "idle"]);
       bar.firstChild.innerHTML = entries.map(([tone, name]) => `<span><i style="background:${tone}"></i>${name}</span>`).join("")
         + '<span class="hint">drag to move, Ctrl + wheel to zoom, double-click for all</span>';
@@ -444,7 +474,13 @@ const Timeline = (() => {
       for (const each of [chart, memoryChart]) if (each && each.width !== width) each.setSize({ width, height: each.height });
     }).observe(place);
     update(data);
-    return { update, look, get view() { return [...view]; }, get extent() { return [...extent]; } };
+    return {
+      update,
+      get view() { return [...view]; },
+      get extent() { return [...extent]; },
+      // How far below the plot's top each lane has its middle: those of rank 0, of rank 1, ...
+      get middles() { return shown.ranks.flatMap(rank => rank.lanes.map(lane => lane.top + (lane.height - STRIP) / 2)); },
+    };
   }
 
   return { mount, seconds, bytes, percent };
