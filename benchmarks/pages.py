@@ -4,7 +4,7 @@
     python benchmarks/pages.py docs/      # draw docs/run_page.png and docs/playground.png instead
 
 The browser is headless Chromium, which draws on the processor. Frames are counted while the timeline is
-dragged to and fro, zoomed in so far that half of it can be seen; they come at most at the display's 60 a second.
+dragged to and fro, zoomed in so far that half of it can be seen; there are at most 60 a second.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import Forward, Op, Payload, Send
 from evenflow.ir.timeline import Lane, Timeline
 from evenflow.journal.folder import read_last_step, read_plan_of, read_run, read_steps
-from evenflow.journal.last_step import EdgeRecord, HeldStage, LastStep, lane_record
+from evenflow.journal.last_step import EdgeRecord, HeldStage, LaneRecord, LastStep, lane_record
 from evenflow.journal.page import run_page
 from evenflow.journal.run import RankRecord, Run, Spread, StageRecord, Step
 from evenflow.memory import memory_curve
