@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
@@ -14,15 +15,19 @@ from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.memory import memory_curve
+from evenflow.view.columns import typical_seconds
 from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
 from evenflow.view.palette import INK, RED
+from evenflow.view.svg import compact
 from evenflow.view.units import Unit, format_seconds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = ("svg", "png", "pdf")
-_WIDTH_INCHES = 13.0
+_MIN_WIDTH_INCHES, _MAX_WIDTH_INCHES = 9.0, 13.0
+_MARGIN_INCHES = 1.8  # of the panels: what stands beside them
+_OP_INCHES = 0.22  # of the typical op: room for its name
 _MEMORY_INCHES = 2.6
 _NUM_COLUMNS = 800  # moments at which a curve is drawn, where it has more
 _NUM_NAMED = 8  # ranks in the legend of the memory
@@ -78,7 +83,7 @@ def draw_schedule_picture(
     # An evaluation keeps no activations: its memory has nothing to show.
     ratios = [lanes_inches, _MEMORY_INCHES] if schedule.trains else [lanes_inches]
     figure = Figure(
-        figsize=(_WIDTH_INCHES, 2.2 + sum(ratios)),
+        figsize=(_width_inches(timeline), 2.2 + sum(ratios)),
         dpi=DPI,
         layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12),
     )
@@ -99,11 +104,25 @@ def draw_schedule_picture(
     figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=10)
     # The layout settles how wide the panel is, and that says which names fit.
     figure.draw_without_rendering()
-    write_names(panels[0], timeline, unit)
+    said = write_names(panels[0], timeline, unit)
+    panels[0].set_title(said, loc="right", fontsize=9, color=INK)
     figure.set_layout_engine("none")
-    # The same schedule makes the same file: no date, and no random names inside.
-    with rc_context({"svg.hashsalt": "evenflow"}):
-        figure.savefig(path, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
+    if suffix != "svg":
+        figure.savefig(path, format=suffix)
+        return
+    # The same schedule makes the same file: no date, and no random names inside. Letters stay letters, which
+    # can be searched and read aloud.
+    settings = {"svg.hashsalt": "evenflow", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    with rc_context(settings), io.StringIO() as written:
+        figure.savefig(written, format=suffix, metadata={"Date": None})
+        Path(path).write_text(compact(written.getvalue()), encoding="utf-8")
+
+
+def _width_inches(timeline: Timeline) -> float:
+    """Return a width at which names fit on the boxes; not wider than it must be, as pages scale it down."""
+    typical = typical_seconds(timeline.lanes)
+    num_ops = timeline.makespan_seconds / typical if typical > 0 else 0.0
+    return min(max(_MARGIN_INCHES + num_ops * _OP_INCHES, _MIN_WIDTH_INCHES), _MAX_WIDTH_INCHES)
 
 
 def _title(schedule: Schedule) -> str:
