@@ -71,8 +71,8 @@ def draw_lanes(axes: Axes, timeline: Timeline, unit: Unit) -> None:
         axes.spines[side].set_visible(False)
 
 
-def write_names(axes: Axes, timeline: Timeline, unit: Unit) -> str:
-    """Write a name on each box, if there is room, and return what the names say.
+def write_names(axes: Axes, timeline: Timeline, unit: Unit) -> None:
+    """Write a name on each box, if there is room, and above the lanes what the names say.
 
     A name is the microbatch; where a rank holds several stages it is the whole op (2F0) if that fits on every
     box, or else the microbatch with the stage small beneath it. The panel must have its final size.
@@ -111,9 +111,9 @@ def write_names(axes: Axes, timeline: Timeline, unit: Unit) -> str:
             write(str(box.part), xytext=(0, 0), fontsize=size)
         elif num_fitting >= num_digits:
             write(str(box.part.microbatch), xytext=(0, 0), fontsize=size)
-    if not has_several_stages:
-        return "a number is a microbatch"
-    return "2F0: stage 2, forward, microbatch 0" if fit_all else "microbatch, and beneath it the stage"
+    several = "2F0: stage 2, forward, microbatch 0" if fit_all else "microbatch, and beneath it the stage"
+    said = several if has_several_stages else "a number is a microbatch"
+    axes.set_title(said, loc="right", fontsize=9, color=INK)
 
 
 def legend_patches(*timelines: Timeline) -> list[Patch]:

@@ -104,16 +104,17 @@ def draw_schedule_picture(
     figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=10)
     # The layout settles how wide the panel is, and that says which names fit.
     figure.draw_without_rendering()
-    said = write_names(panels[0], timeline, unit)
-    panels[0].set_title(said, loc="right", fontsize=9, color=INK)
+    write_names(panels[0], timeline, unit)
     figure.set_layout_engine("none")
     if suffix != "svg":
         figure.savefig(path, format=suffix)
         return
     # The same schedule makes the same file: no date, and no random names inside. Letters stay letters, which
     # can be searched and read aloud.
-    settings = {"svg.hashsalt": "evenflow", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
-    with rc_context(settings), io.StringIO() as written:
+    with (
+        rc_context({"svg.hashsalt": "evenflow", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}),
+        io.StringIO() as written,
+    ):
         figure.savefig(written, format=suffix, metadata={"Date": None})
         Path(path).write_text(compact(written.getvalue()), encoding="utf-8")
 
@@ -142,6 +143,7 @@ def _idleness(timeline: Timeline) -> str:
 
 def _draw_memory(axes: Axes, timeline: Timeline, costs: Costs, unit: Unit, memory_unit: Unit) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     num_ranks = timeline.num_ranks
     tones = colormaps["viridis"]
@@ -166,6 +168,8 @@ def _draw_memory(axes: Axes, timeline: Timeline, costs: Costs, unit: Unit, memor
             )
             axes.axhline(cap / memory_unit.size, color=RED, linestyle="--", linewidth=1.2, label=label)
     axes.set_ylim(bottom=0.0)
+    if memory_unit is MICROBATCHES:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_title(f"Activations held ({memory_unit.name})", loc="left", fontsize=11, color=INK)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=8)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
