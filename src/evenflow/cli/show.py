@@ -19,7 +19,7 @@ from evenflow.journal.page import run_page
 from evenflow.journal.run import Run, Step
 from evenflow.plan.plan import Plan
 from evenflow.view.picture import draw_timelines
-from evenflow.view.picture_format import picture_format
+from evenflow.view.picture_file import picture_format
 from evenflow.view.terminal import draw_lanes
 from evenflow.view.units import Unit, byte_unit, format_seconds, time_unit
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evenflow.ir.timeline import Timeline
 from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
 from evenflow.view.palette import INK
-from evenflow.view.picture_format import picture_format
+from evenflow.view.picture_file import picture_format, save_picture
 from evenflow.view.units import Unit
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    suffix = picture_format(path)
+    picture_format(path)  # refuses what cannot be drawn, before it takes its time
     num_lanes = predicted.num_ranks + measured.num_ranks
     # Lanes get thinner as they get more, so that sixty-four still make a picture and not a banner.
     lane_inches = max(0.16, min(0.5, 16.0 / num_lanes))
@@ -71,7 +71,7 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
     for axes, timeline in ((upper, predicted), (lower, measured)):
         write_names(axes, timeline, _MS)
     figure.set_layout_engine("none")
-    figure.savefig(path, format=suffix)
+    save_picture(figure, path)
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, name: str) -> None:
