@@ -28,7 +28,8 @@ UNROLLED = {
 def test_what_megatron_documents(text, stages):
     assert parse_layout(text) == stages
     assert parse_layout(format_layout(stages)) == stages
-    assert len(format_layout(stages)) <= len(text)
+    if text in DOCUMENTED:
+        assert len(format_layout(stages)) <= len(text)
 
 
 @st.composite
