@@ -21,6 +21,7 @@ from types import MappingProxyType
 from evenflow.errors import ConfigError
 from evenflow.foreign import shown
 from evenflow.ir.placement import Placement
+from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
 from evenflow.plan.layers import Layers, cut_only_at, layers_of, planned_layers
 from evenflow.plan.own_order import planned_schedule
@@ -224,14 +225,17 @@ def within(made: Plan, target: Target) -> Within:
     faults = [target.fault_of_degrees(made.degrees), target.fault_of_savings(choice)]
     if (made.recompute == "none") != (not any(stage.recompute for stage in made.stages)):
         faults.append(f"its stages contradict recompute = {made.recompute!r}")
-    schedule = None
-    if fault := target.fault_of_schedule(choice):
-        faults.append(_fault_of_order(made) if target.reads_orders else fault)
-    elif made.schedule in target.schedules:
-        schedule = target.schedules[made.schedule][0]
+    unnamed = target.fault_of_schedule(choice)
+    named = (
+        target.schedules[made.schedule][0] if unnamed is None and made.schedule in target.schedules else None
+    )
+    if not target.reads_orders:
+        faults.append(unnamed)
     way, layers, positions = None, Layers((), 0), tuple[int, ...]()
     try:
-        planned_schedule(made)  # raises for stages on other ranks than its own
+        order = planned_schedule(made)  # raises for stages on other ranks than its own
+        if unnamed is not None and target.reads_orders:
+            faults += _faults_of_order(order)
         if made.degrees.pipeline > 1 or made.layers:
             layers, positions = planned_layers(made)
             way = _way_to_cut(target, layers, positions)
@@ -242,17 +246,16 @@ def within(made: Plan, target: Target) -> Within:
             f"{target.name} cannot run this plan: {'; '.join(told)}. Plan for it: "
             f"evenflow plan ... --target {target.name}"
         )
-    return Within(target, made, layers, positions, way, schedule)
+    return Within(target, made, layers, positions, way, named)
 
 
-def _fault_of_order(made: Plan) -> str | None:
-    """Why a system that reads torch's schedule files cannot run a plan's order, if it cannot."""
-    schedule = planned_schedule(made)
-    faults = torch_faults(schedule)
-    if torch_style(schedule.placement) is None:
-        ranks = shown(schedule.placement.rank_of)
+def _faults_of_order(order: Schedule) -> list[str]:
+    """Why a system that reads torch's schedule files cannot run an order of work; empty where it can."""
+    faults = torch_faults(order)
+    if torch_style(order.placement) is None:
+        ranks = shown(order.placement.rank_of)
         faults.append(f"it places stages in loops or in a V, not on ranks {ranks}")
-    return "; ".join(faults) or None
+    return faults
 
 
 def torch_style(placement: Placement) -> str | None:
