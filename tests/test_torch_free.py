@@ -7,7 +7,7 @@ MODULES = (
     "evenflow.ir, evenflow.cluster.read, evenflow.rules, evenflow.soundness, evenflow.schedules, "
     "evenflow.schedules.catalog, "
     "evenflow.simulate, evenflow.lower, evenflow.validate, evenflow.view.text, evenflow.view.picture, "
-    "evenflow.journal.deviation, evenflow.journal.folder"
+    "evenflow.journal.deviation, evenflow.journal.folder, evenflow.torch_schedule"
 )
 
 
@@ -17,3 +17,11 @@ def test_planning_imports_neither_torch_nor_matplotlib() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_plan_is_exported_without_torch() -> None:
+    code = "import evenflow.cli.main, evenflow.cli.export, sys; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "False"

@@ -258,6 +258,32 @@ def plan_command(
     plan_run(flags, asked)
 
 
+@app.command("export")
+def export_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLAN.toml|SCHEDULE.csv",
+            help="What `evenflow plan -o` or `evenflow schedule --save` wrote.",
+        ),
+    ],
+    to: Annotated[
+        Literal["torch", "torchtitan", "megatron", "deepspeed"],
+        typer.Option(help="The system; torch is torch.distributed.pipelining, which reads a schedule."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it to a new file.")
+    ] = None,
+) -> None:
+    """Say a saved plan in another system's words: settings to paste, or the order of work for torch.
+
+    Nothing is planned anew. What the system cannot run is refused, with every reason.
+    """
+    from evenflow.cli.export import export
+
+    export(source, to, out)
+
+
 @app.command("profile")
 def profile_command(
     source: Source = None,
