@@ -11,7 +11,6 @@ from evenflow.needs import need_torch
 app = typer.Typer(
     name="checkpoint",
     no_args_is_help=True,
-    add_help_option=False,
     rich_markup_mode=None,  # as of `evenflow` itself
 )
 

@@ -45,7 +45,6 @@ app = typer.Typer(
     name="evenflow",
     help="Pipeline parallelism for PyTorch: an ordinary model, cut into balanced stages.",
     no_args_is_help=True,
-    add_help_option=False,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help in frames and colours would take rich a tenth of a second to import
