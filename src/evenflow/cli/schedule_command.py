@@ -61,7 +61,10 @@ def schedule_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="auto: the same seed finds the same. Default: 0.")] = None,
 ) -> None:
-    """Draw a schedule, and tell its idle time, its memory and how far it is from the best possible."""
+    """Draw a schedule and price it.
+
+    It tells the schedule's idle time, its memory and how far it is from the best possible.
+    """
     from evenflow.cli.schedule import schedule
     from evenflow.cli.schedule_flags import Flags
 

@@ -1,10 +1,16 @@
-"""The flags of `evenflow train` that say what becomes of a long run: checkpoints, restarts, bad numbers."""
+"""The flags of `evenflow train` alone: the demonstration, and what becomes of a long run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+Demo = Annotated[
+    bool,
+    typer.Option(
+        "--demo", help="Train the small built-in GPT, which needs no file: half a minute on two CPU cores."
+    ),
+]
 SaveEvery = Annotated[
     int | None, typer.Option(metavar="STEPS", help="Save a checkpoint every so many steps.")
 ]

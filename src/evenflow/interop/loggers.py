@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evenflow.errors import ConfigError
+from evenflow.errors import MissingPackageError
 from evenflow.pipe.logs import LogHook
 
 
 def log_to_tensorboard(folder: str | Path) -> LogHook:
     """A hook for `Pipeline.log_to` that writes each number as a curve into a TensorBoard folder.
 
-    The folder is made when the hook is first called, which is on the main rank alone. Raises `ConfigError`
-    where tensorboard is not installed.
+    The folder is made when the hook is first called, which is on the main rank alone. Raises
+    `MissingPackageError` where tensorboard is not installed.
 
         pipe.log_to(evenflow.log_to_tensorboard("runs/mine"), every=10)
     """
@@ -37,7 +37,7 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
     """A hook for `Pipeline.log_to` that logs to a Weights & Biases run of its own.
 
     `options` are those of `wandb.init`, which is called when the hook first is: on the main rank alone.
-    Raises `ConfigError` where wandb is not installed.
+    Raises `MissingPackageError` where wandb is not installed.
 
         pipe.log_to(evenflow.log_to_wandb("my-project", name="first try"), every=10)
     """
@@ -55,6 +55,6 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
 
 def _need(package: str, function: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(
+        raise MissingPackageError(
             f"{function}() needs the package {package}, which is not installed: pip install {package}"
         )
