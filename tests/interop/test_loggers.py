@@ -37,7 +37,8 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     losses = trained(hook)
     events = EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
-    assert {"loss", "learning_rate", "rows_per_second"} == set(events.Tags()["scalars"])
+    names = {"loss", "learning_rate", "rows_per_second", "step_seconds", "bubble", "bubble/rank0", "peak_bytes/rank0"}
+    assert names == set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(losses, start=1))
 
 

@@ -106,8 +106,12 @@ def told():
         float(pipe.step(regression(8), update=False).loss),
         *(float(pipe.step(regression(rows)).loss) for rows in (4, 8, 8)),
     ]
-    speeds = [numbers.pop("rows_per_second") for _, numbers in heard]
-    assert all(speed > 0 for speed in speeds)
+    for _, numbers in heard:
+        assert numbers.pop("rows_per_second") > 0
+        assert numbers.pop("step_seconds") > 0
+        assert 0 <= numbers.pop("bubble/rank0") < 1
+        assert numbers.pop("peak_bytes/rank0") > 2**20  # Python and torch alone
+        numbers.pop("bubble", None)  # known in a single process
     return losses, heard, rarely
 
 

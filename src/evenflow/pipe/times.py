@@ -65,6 +65,14 @@ class Times:
         """Keep what this process's ranks noted of a step."""
         self._steps.append(_Step(proven, logs, marks))
 
+    def computed(self, *, is_behind: bool) -> list[tuple[float, float]]:
+        """(start, end) of what this process computed in its last step, in seconds on its own clock.
+
+        Where its device `is_behind` the host: in the step before, which has ended there or is about to.
+        """
+        step = self._steps[-2 if is_behind and len(self._steps) > 1 else -1]
+        return [each for log in step.logs for each in log.computed]
+
     def timelines(self, world: World) -> tuple[Timeline, Timeline]:
         """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
 
