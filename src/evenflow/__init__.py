@@ -13,7 +13,8 @@ if TYPE_CHECKING:
         ScheduleError,
     )
     from evenflow.graph.deferred import deferred_init
-    from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
+    from evenflow.interop.loggers import log_to_json, log_to_tensorboard, log_to_wandb
+    from evenflow.interop.progress import progress
     from evenflow.interop.trainer import PipelineTrainer
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
@@ -37,9 +38,11 @@ __all__ = [
     "StepResult",
     "deferred_init",
     "launch",
+    "log_to_json",
     "log_to_tensorboard",
     "log_to_wandb",
     "pipeline",
+    "progress",
 ]
 
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
@@ -55,8 +58,9 @@ _HOMES = {
     "StepResult": "evenflow.pipe.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
-    **dict.fromkeys(("log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
+    **dict.fromkeys(("log_to_json", "log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
     "pipeline": "evenflow.pipe.build",
+    "progress": "evenflow.interop.progress",
 }
 
 

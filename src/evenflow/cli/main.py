@@ -25,7 +25,18 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
-from evenflow.cli.train_flags import BadNumbers, FindNan, KeepLast, MaxRestarts, Resume, SaveEvery, Timeout
+from evenflow.cli.train_flags import (
+    BadNumbers,
+    FindNan,
+    KeepLast,
+    LogJson,
+    MaxRestarts,
+    Resume,
+    SaveEvery,
+    Tensorboard,
+    TensorboardFolder,
+    Timeout,
+)
 from evenflow.errors import EvenflowError
 from evenflow.foreign import visible
 
@@ -105,6 +116,9 @@ def train_command(
     bad_numbers: BadNumbers = None,
     find_nan: FindNan = False,
     timeout: Timeout = None,
+    log_json: LogJson = None,
+    tensorboard: Tensorboard = False,
+    tensorboard_folder: TensorboardFolder = None,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
 
@@ -137,6 +151,8 @@ def train_command(
             bad_numbers=bad_numbers,
             find_nan=find_nan or None,
             timeout=timeout,
+            log_json=log_json,
+            tensorboard=tensorboard_folder or tensorboard or None,
         )
     )
 

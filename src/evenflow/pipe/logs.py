@@ -94,8 +94,9 @@ class Logs:
         if due:
             gauges = self._gauges.own() if asked is None else asked
             numbers = {**_of_batches(self._batches), **rates, **gauges}
+            now = time.perf_counter()  # one for all: what a hook does with it is part of the next step
             for told in due:
-                told.tell(number, numbers)
+                told.tell(number, numbers, now)
         self._batches.clear()
 
     def _due(self, number: int) -> list["_Told"]:
@@ -145,8 +146,7 @@ class _Told:
         for name, amount in amounts.items():
             self._amounts[name] = self._amounts.get(name, 0.0) + amount
 
-    def tell(self, number: int, numbers: Mapping[str, float]) -> None:
-        now = time.perf_counter()
+    def tell(self, number: int, numbers: Mapping[str, float], now: float) -> None:
         assert self._since is not None, "a step has begun"
         seconds = now - self._since - self._paused_seconds
         speeds = {f"{name}_per_second": amount / seconds for name, amount in self._amounts.items()}
