@@ -38,7 +38,7 @@ def on_a_terminal(act, **options):
     """The last picture of the bar and its numbers, line by line, without what moves the cursor."""
     drawn = shown(act, force_terminal=True, color_system=None, **options)
     last = drawn.rpartition("\x1b[2K")[2]
-    return [re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", line).rstrip() for line in last.strip("\n").split("\n")]
+    return re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", last).splitlines()
 
 
 @pytest.mark.parametrize(
