@@ -224,9 +224,8 @@ def test_steps_go_to_the_standard_output_as_json_and_all_else_does_not(tmp_path,
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     steps = read_steps(tmp_path / "here")
     assert [line["loss"] for line in lines] == [step.loss for step in steps]
-    for line, step in zip(lines[1:], steps[1:], strict=True):
-        assert step.seconds < line["step_seconds"] < 2 * (step.seconds + step.feed_seconds) + 1
-        assert line["wait_seconds"] < line["step_seconds"]
+    for line in lines:
+        assert 0 < line["wait_seconds"] < line["step_seconds"]
         # Of a batch of 8 rows of 32, the loss is a mean over the 31 that are predicted.
         assert line["rows_per_second"] == pytest.approx(8 / line["step_seconds"])
         assert line["tokens_per_second"] == pytest.approx(8 * 31 / line["step_seconds"])
