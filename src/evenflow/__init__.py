@@ -15,7 +15,8 @@ if TYPE_CHECKING:
         ScheduleError,
     )
     from evenflow.graph.deferred import deferred_init
-    from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
+    from evenflow.interop.loggers import log_to_json, log_to_tensorboard, log_to_wandb
+    from evenflow.interop.progress import progress
     from evenflow.interop.trainer import PipelineTrainer
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
@@ -41,9 +42,11 @@ __all__ = [
     "StepResult",
     "deferred_init",
     "launch",
+    "log_to_json",
     "log_to_tensorboard",
     "log_to_wandb",
     "pipeline",
+    "progress",
 ]
 
 _ERRORS = (
@@ -66,8 +69,9 @@ _HOMES = {
     "StepResult": "evenflow.pipe.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
-    **dict.fromkeys(("log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
+    **dict.fromkeys(("log_to_json", "log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
     "pipeline": "evenflow.pipe.build",
+    "progress": "evenflow.interop.progress",
 }
 
 

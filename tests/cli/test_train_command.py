@@ -1,6 +1,7 @@
 """`evenflow train`: what its flags mean, and that every refusal is in words and starts and writes nothing."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from evenflow.cli import restarts as restarts_module
 from evenflow.cli import train as train_module
-from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, TextData
+from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, Logging, TextData
 from evenflow.cli.main import main
 from evenflow.cli.train import Flags, make_job
 from evenflow.errors import PeerError
@@ -155,7 +156,8 @@ def test_a_launcher_says_how_many_ranks_there_are(monkeypatch):
 def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
     arguments = (
         "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 6 --stages-per-rank 2 "
-        "--schedule gpipe --microbatches 2 --out here --device cpu"
+        "--schedule gpipe --microbatches 2 --out here --device cpu --log-json log.jsonl "
+        "--tensorboard-folder curves"
     )
     main_returns(["train", CONFIG, *arguments.split()])
     ((job, nproc),) = started
@@ -173,8 +175,11 @@ def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
         num_microbatches=2,
         out=Path("here"),
         device="cpu",
+        log_json=Path("log.jsonl"),
+        tensorboard=Path("curves"),
     )
     assert job == make_job(flags)
+    assert job.config.logs == Logging(Path("log.jsonl"), Path("curves"))
     assert dataclasses.replace(flags, steps=4) != flags
 
 
@@ -247,6 +252,7 @@ def test_the_version_is_printed(capsys):
         ([CONFIG, "--steps", "0"], "training.steps = 0 must be at least 1"),
         ([CONFIG, "--stages", "0"], "pipeline.stages = 0 must be at least 1"),
         ([CONFIG, "--device", "tpu"], "--device tpu: there are cpu and cuda"),
+        ([CONFIG, "--log-json", "/"], "cannot write the log to /: it is a folder; name a file"),
         ([CONFIG, "--data", "none.txt"], "data path none.txt does not exist"),
         ([GPT, "--data", "none.txt"], "data path none.txt does not exist"),
         ([GPT, "--batch-size", "3"], "--batch-size shapes batches of text, and this run has none"),
@@ -304,6 +310,14 @@ def test_a_wrong_function_is_refused_in_words(capsys, started, in_an_empty_folde
     path = tmp_path / "wrong_source.py"
     path.write_text(f"import torch\nfrom torch import nn\ndef make(): return {body}\n")
     assert message in refused(capsys, f"{path}:make")
+    assert started == []
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_curves_without_tensorboard_are_refused(capsys, started, monkeypatch, in_an_empty_folder):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    message = "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"
+    assert message in refused(capsys, CONFIG, "--tensorboard")
     assert started == []
     assert list(in_an_empty_folder.iterdir()) == []
 

@@ -31,9 +31,12 @@ from evenflow.cli.train_flags import (
     Demo,
     FindNan,
     KeepLast,
+    LogJson,
     MaxRestarts,
     Resume,
     SaveEvery,
+    Tensorboard,
+    TensorboardFolder,
     Timeout,
 )
 from evenflow.errors import EvenflowError
@@ -117,6 +120,9 @@ def train_command(
     bad_numbers: BadNumbers = None,
     find_nan: FindNan = False,
     timeout: Timeout = None,
+    log_json: LogJson = None,
+    tensorboard: Tensorboard = False,
+    tensorboard_folder: TensorboardFolder = None,
 ) -> None:
     """Train a model as a pipeline: one process per rank.
 
@@ -151,6 +157,8 @@ def train_command(
             bad_numbers=bad_numbers,
             find_nan=find_nan or None,
             timeout=timeout,
+            log_json=log_json,
+            tensorboard=tensorboard_folder or tensorboard or None,
         )
     )
 

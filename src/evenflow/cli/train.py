@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from evenflow import demo
 from evenflow.cli.config import (
@@ -24,6 +23,7 @@ from evenflow.cli.config import (
 )
 from evenflow.cli.keeping import CONFIG, check_kept
 from evenflow.cli.restarts import fitting, launch_again
+from evenflow.cli.run_logs import check_logs, console_of, user_output
 from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
 from evenflow.journal.folder import claim, is_free
@@ -66,6 +66,8 @@ class Flags:
     bad_numbers: str | None = None
     find_nan: bool | None = None
     timeout: float | None = None
+    log_json: Path | None = None
+    tensorboard: bool | Path | None = None
 
 
 def train(flags: Flags) -> None:
@@ -79,7 +81,8 @@ def train(flags: Flags) -> None:
         job = _under_launcher(job, flags, place)
         launch(run_rank, job, nproc=job.num_processes)
         return
-    prepare_here(job)[0].close()
+    with user_output(job.config.logs):
+        prepare_here(job)[0].close()
     if job.num_processes > _MOST_PROCESSES:
         raise ConfigError(
             f"{job.num_ranks} pipeline ranks, and data and tensor ranks beside, are "
@@ -88,7 +91,7 @@ def train(flags: Flags) -> None:
     if job.saves and flags.resume is None:
         job = dataclasses.replace(job, out=claim(job.out))
     ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
-    console = Console()
+    console = console_of(job.config.logs)
     console.print(f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False)
     launch_again(job, flags.max_restarts, console)
 
@@ -114,6 +117,7 @@ def make_job(flags: Flags) -> Job:
     plan = None if flags.plan is None else read_plan_file(flags.plan)
     config = _overridden(_config(flags), flags)
     _check_saving(config, flags)
+    check_logs(config.logs)
     if plan is None:
         schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
         catalog.get(schedule)  # an unknown one is refused here, with the list
@@ -253,6 +257,9 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         pipeline=_with_microbatches(dataclasses.replace(config.pipeline, **_given(pipeline)), flags),
         checkpoints=dataclasses.replace(
             config.checkpoints, **_given({"every": flags.save_every, "keep_last": flags.keep_last})
+        ),
+        logs=dataclasses.replace(
+            config.logs, **_given({"json": flags.log_json, "tensorboard": flags.tensorboard})
         ),
     )
 
