@@ -2,7 +2,7 @@
 
 import re
 import shlex
-import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,11 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
+from evenflow.cli.config import Saving
 from evenflow.cli.main import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
@@ -64,11 +65,6 @@ def torchruns():
     return [shlex.split(re.sub(r"\$\w+", "2", line))[1:] for line in found]
 
 
-@pytest.mark.parametrize("script", [*blocks("sh"), *blocks("bash")])
-def test_a_shell_reads_what_is_to_be_typed(script):
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
-
-
 @pytest.mark.parametrize("words", torchruns(), ids=" ".join)
 def test_torchrun_and_evenflow_know_the_flags(words):
     given = get_args_parser().parse_args(words)
@@ -80,3 +76,9 @@ def test_torchrun_and_evenflow_know_the_flags(words):
         typer.main.get_command(app).commands[command].make_context(command, arguments)
     else:
         assert given.training_script == "train.py"
+
+
+def test_the_configuration_of_checkpoints():
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    Saving(**tomllib.loads(block)["checkpoints"])
