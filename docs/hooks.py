@@ -5,9 +5,9 @@ outside of docs/ that a page links to becomes a page too, and the link is bent t
 """
 
 import logging
+import posixpath
 import re
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from griffe import Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
@@ -17,59 +17,76 @@ from mkdocs.structure.pages import Page
 _LOG = logging.getLogger("mkdocs.hooks")  # warnings end a strict build
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#\s:]+)(?=[)#])")
 _LANGUAGES = {".py": "python", ".toml": "toml"}
-_CHANGELOG = "CHANGELOG.md"
+CHANGELOG = "CHANGELOG.md"
+_ITEM = re.compile(r"(?P<indent> *)(?:[-*+]|\d+\.) ")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the changelog, and each file outside of docs/ that a page links to."""
     root = Path(config.docs_dir).parent
-    files.append(File.generated(config, _CHANGELOG, content=(root / _CHANGELOG).read_text()))
-    pages = [file for file in files if file.is_documentation_page()]
-    for page in pages:
+    files.append(File.generated(config, CHANGELOG, content=(root / CHANGELOG).read_text()))
+    for page in list(files.documentation_pages()):
         for match in _LINK.finditer(page.content_string):
-            if (outside := _outside(page.src_uri, match["path"])) and not files.get_file_from_path(
-                _page_of(outside)
-            ):
-                files.append(File.generated(config, _page_of(outside), content=_shown(root / outside, outside)))
+            path = in_repository(page.src_uri, match["path"])
+            place = in_site(path)
+            if not path.startswith("docs/") and (root / path).is_file() and place not in files.src_uris:
+                files.append(File.generated(config, place, content=_shown(root / path, path)))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, files: Files, **_others: object) -> str:
     """Bend links that lead out of docs/ to the pages that stand for those files."""
+    own = page.file.src_uri
+    for line in misread_lists(markdown):
+        _LOG.warning(
+            "%s: a list needs an empty line before, and four spaces inside of another: %s", own, line
+        )
 
     def bent(match: re.Match[str]) -> str:
-        outside = _outside(page.file.src_uri, match["path"])
-        if outside is None:
-            return match["path"]
-        depth = len(PurePosixPath(page.file.src_uri).parts) - 1
-        return "../" * depth + _page_of(outside)
+        place = in_site(in_repository(own, match["path"]))
+        return posixpath.relpath(place, posixpath.dirname(own)) if place in files.src_uris else match["path"]
 
     return _LINK.sub(bent, markdown)
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Warn of a list that Markdown here, unlike GitHub's, takes for the rest of a paragraph."""
-    for found in re.finditer(r"<(?:p|li)>[^<]*(?:<(?!/?(?:p|li|ul|ol)\b)[^<]*)*?\n *(?:[-*]|\d+\.) [^\n]*", html):
-        _LOG.warning("%s: a list needs an empty line before it, and four spaces inside of another: %s",
-                     page.file.src_uri, found[0][-80:])  # fmt: skip
-    return html
+def misread_lists(markdown: str) -> list[str]:
+    r"""Lines that GitHub takes for items of a list, and Markdown here for something else.
+
+    >>> misread_lists("1. One:\n   - a\n\nText:\n- b\n\n```\n- c\n- d\n```\n")
+    ['   - a', '- b']
+    """
+    found, before, fenced = [], "", False
+    for line in markdown.splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        if not fenced and (item := _ITEM.match(line)):
+            deep = len(item["indent"]) in {1, 2, 3}
+            in_text = not item["indent"] and before and not before[0].isspace() and not _ITEM.match(before)
+            if deep or in_text:
+                found.append(line)
+        before = line
+    return found
 
 
-def _outside(page: str, link: str) -> str | None:
-    """The path from the repository's root where a page's link leads out of docs/; else None."""
-    base = PurePosixPath(".") if page == _CHANGELOG else PurePosixPath("docs", page).parent
-    parts: list[str] = []
-    for part in (base / link).parts:
-        if part == ".." and parts:
-            parts.pop()
-        else:
-            parts.append(part)
-    path = "/".join(parts)
-    return path.removeprefix("docs/") if page == _CHANGELOG else None if parts[0] == "docs" else path
+def in_repository(page: str, link: str) -> str:
+    """Where a page's link leads, from the repository's root.
+
+    >>> in_repository("api/index.md", "../../examples/gpt.py"), in_repository("CHANGELOG.md", "docs/own.md")
+    ('examples/gpt.py', 'docs/own.md')
+    """
+    folder = "" if page == CHANGELOG else posixpath.join("docs", posixpath.dirname(page))
+    return posixpath.normpath(posixpath.join(folder, link))
 
 
-def _page_of(path: str) -> str:
-    """The page of the site that stands for a file of the repository."""
+def in_site(path: str) -> str:
+    """The page, or the file, of the site that stands for a file of the repository.
+
+    >>> in_site("docs/own.md"), in_site("docs/timeline.png"), in_site("examples/gpt.py"), in_site("README.md")
+    ('own.md', 'timeline.png', 'examples/gpt.py.md', 'index.md')
+    """
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if path == "README.md":
+        return "index.md"
     return path if path.endswith(".md") else f"{path}.md"
 
 
@@ -84,24 +101,13 @@ def _shown(file: Path, path: str) -> str:
 class Doctests(Extension):
     """Examples of docstrings as blocks of code: Markdown takes `>>>` for quotations."""
 
-    def on_object(self, *, obj: Object, **kwargs: Any) -> None:  # griffe hands more than is used
+    def on_object(self, *, obj: Object, **_others: object) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = _fenced(obj.docstring.value)
+            obj.docstring.value = fenced(obj.docstring.value)
 
 
-def _fenced(text: str) -> str:
-    """Put fences around each example and its output, which end with an empty line.
-
-    >>> print(_fenced("Add.\\n\\n>>> 1 + 1\\n2\\n\\nMore."))
-    Add.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    <BLANKLINE>
-    More.
-    """
+def fenced(text: str) -> str:
+    """Put fences around each example and its output, which end with an empty line."""
     lines, inside = [], ""
     for line in [*text.splitlines(), ""]:
         indent = line[: len(line) - len(line.lstrip())]

@@ -1,7 +1,7 @@
 """The pages of the documentation as programs: their blocks, read and run in order.
 
-Run as a script (`python pages.py PAGE EXPRESSION…`) this process runs the page's blocks in the folder that it is in, and
-writes what the expressions are afterwards to the last line of its output, as JSON.
+Run as a script (`python pages.py PAGE EXPRESSION…`) this process runs the page's blocks in the folder that it
+is in, and writes what the expressions are afterwards to the last line of its output, as JSON.
 """
 
 import json
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
+import typer.core
 import yaml
 
 _BLOCK = re.compile(
@@ -26,7 +27,7 @@ _ROOT = Path(__file__).parents[1]
 _TESTS = re.compile(r"tests/[\w/]+(?:\.py)?")
 _NOT_RUN = re.compile(r"^ *<!-- not run", re.MULTILINE)
 
-# What a page may hold: the first two are run; `bash` is a script for elsewhere (Slurm), of which the syntax is checked.
+# What a page may hold. The first two are run; `bash` is for elsewhere (Slurm): its syntax is checked.
 RUN = ("python", "sh")
 LANGUAGES = (*RUN, "bash", "text", "toml", "yaml", "csv", "json", "")
 
@@ -81,7 +82,11 @@ def _fault(block: Block) -> str | None:
             except SyntaxError as error:
                 return str(error)
         case "toml" | "json" | "yaml":
-            read = {"toml": tomllib.loads, "json": json.loads, "yaml": lambda text: list(yaml.safe_load_all(text))}
+            read = {
+                "toml": tomllib.loads,
+                "json": json.loads,
+                "yaml": lambda text: list(yaml.safe_load_all(text)),
+            }
             try:
                 read[block.language](block.text)
             except (ValueError, yaml.YAMLError) as error:
@@ -119,7 +124,7 @@ def _unknown_flag(script: str) -> str | None:
 
 def _parsed(command, words):
     """Parse the words as a command's, and what is left as those of its own commands."""
-    while hasattr(command, "commands"):
+    while isinstance(command, typer.core.TyperGroup):
         name, *words = words
         command = command.commands[name]
     command.make_context(command.name, words)
@@ -144,4 +149,4 @@ def run_blocks(page: Path) -> dict[str, object]:
 if __name__ == "__main__":
     sys.path[0] = str(Path.cwd())
     left = run_blocks(Path(sys.argv[1]))
-    print(json.dumps([eval(expression, left) for expression in sys.argv[2:]]))
+    sys.stdout.write(f"\n{json.dumps([eval(expression, left) for expression in sys.argv[2:]])}\n")

@@ -1,9 +1,10 @@
 """README.md and every page under docs/: what can be typed there does what the page says.
 
-The blocks of a page that are marked `python` or `sh` run as they stand, in order: in one process of their own, the blocks
-of Python with one set of names, those of the shell by `bash -e`, in an empty folder with a copy of `examples/`. Nothing is
-shortened or replaced: where a page shows a run of minutes, that block carries `<!-- not run: REASON -->` in front, and only its
-syntax is checked: by Python's compiler, or by `bash -n` and Evenflow's own parser of arguments.
+The blocks of a page that are marked `python` or `sh` run as they stand, in order: in a process of their own,
+the blocks of Python with one set of names, those of the shell by `bash -e`, in an empty folder with a copy of
+`examples/`. Nothing is shortened or replaced: where a page shows a run of minutes, that block carries
+`<!-- not run: REASON -->` in front, and only its syntax is checked: by Python's compiler, or by `bash -n` and
+Evenflow's own parser of arguments.
 """
 
 import json
@@ -13,11 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pages
 import pytest
 
 import evenflow
-from evenflow.checkpoint.manifest import checkpoints_in
+import pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,10 +51,11 @@ def after_training(page, folder, alone):
 
 
 def after_checkpoints(page, folder, first):
-    assert first == [8, 2]
-    saved = [each.name for each in checkpoints_in(folder / "checkpoints")]
-    assert saved == ["step-00000003", "step-00000006"]
-    assert run(page, folder, *AFTER[page.name][0]) == first, "it went on behind six updates"
+    saved = sorted((folder / "checkpoints").glob("*/manifest.json"))
+    assert (first, [each.parent.name for each in saved]) == ([8, 2], ["step-00000003", "step-00000006"])
+    written_at = [each.stat().st_mtime_ns for each in saved]
+    assert run(page, folder, *AFTER[page.name][0]) == first
+    assert [each.stat().st_mtime_ns for each in saved] == written_at, "it went on behind six updates"
 
 
 # What is asked of a page beyond that it runs: expressions, and what is done with them.
