@@ -33,7 +33,7 @@ check: setup
 
 # The pages of docs/ as a site: build/site/index.html. A warning is an error; nothing comes from the network.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving
 
