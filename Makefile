@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: torture torture-files bench-saving train test check docs bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: bench-pages torture torture-files bench-saving train test check docs bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -35,7 +35,7 @@ check: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving
+bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving bench-pages
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
@@ -66,6 +66,10 @@ torture: setup
 
 bench-saving: setup
 	$(BIN)/python benchmarks/saving.py
+
+# In Chromium, which is to be installed; `python benchmarks/pages.py docs/` draws the pictures of the docs.
+bench-pages: setup
+	$(BIN)/python benchmarks/pages.py
 
 bench-steady: setup
 	$(BIN)/python benchmarks/steady.py

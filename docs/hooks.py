@@ -11,7 +11,7 @@ from pathlib import Path
 
 from griffe import Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 _LOG = logging.getLogger("mkdocs.hooks")  # warnings end a strict build
@@ -30,7 +30,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             path = in_repository(page.src_uri, match["path"])
             place = in_site(path)
             if not path.startswith("docs/") and (root / path).is_file() and place not in files.src_uris:
-                files.append(File.generated(config, place, content=_shown(root / path, path)))
+                content = _shown(root / path, path)
+                made = File.generated(config, place, content=content, inclusion=InclusionLevel.NOT_IN_NAV)
+                files.append(made)
     return files
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from evenflow.cli.checkpoint_app import app as checkpoint_app
 from evenflow.cli.collecting import no_collecting
+from evenflow.cli.play_command import play_command
 from evenflow.cli.schedule_command import schedule_command
 from evenflow.cli.shared_flags import (
     BatchSize,
@@ -25,6 +26,7 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
+from evenflow.cli.show_command import show_command
 from evenflow.cli.train_flags import BadNumbers, FindNan, KeepLast, MaxRestarts, Resume, SaveEvery, Timeout
 from evenflow.errors import EvenflowError
 from evenflow.foreign import visible
@@ -139,16 +141,6 @@ def train_command(
             timeout=timeout,
         )
     )
-
-
-@app.command("show")
-def show_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `evenflow train` has written.")],
-) -> None:
-    """Show what a run's steps took: step, ranks and stages, beside what its plan expected."""
-    from evenflow.cli.show import show
-
-    show(run)
 
 
 @app.command("check")
@@ -309,6 +301,8 @@ def profile_command(
 
 
 app.command("schedule")(schedule_command)
+app.command("show")(show_command)
+app.command("play")(play_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from evenflow.errors import ConfigError, EvenflowError, ScheduleError
 from evenflow.foreign import read_text
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
+from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.memory import memory_faults, peak_bytes
 from evenflow.schedule_file import format_schedule, parse_schedule
@@ -103,8 +104,9 @@ def _read_schedule(path: Path) -> Schedule:
         raise ConfigError(f"cannot read the schedule {path}: {error}") from None
 
 
-def _report(made: Schedule, costs: Costs) -> Report:
+def report_of(made: Schedule, costs_on: Callable[[Placement], Costs]) -> Report:
     """Price a schedule whose stages are a chain; `ScheduleError` if it cannot be executed."""
+    costs = costs_on(made.placement)
     flow = Flow.chain(made.placement.num_stages)
     timeline = simulate(made, flow, costs)
     # An evaluation keeps no activations, so that no cap is too low for it.
@@ -124,7 +126,7 @@ def _report(made: Schedule, costs: Costs) -> Report:
 
 
 def _show(console: Console, flags: Flags, made: Schedule, prices: Prices) -> None:
-    report = _report(made, prices.costs_on(made.placement))
+    report = report_of(made, prices.costs_on)
     if report.memory_faults:
         raise _over_the_cap(report)
     unit = _memory_unit(prices, report)
@@ -161,13 +163,13 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Prices) -> None:
-    reports = [] if own is None else [_report(own, prices.costs_on(own.placement))]
+    reports = [] if own is None else [report_of(own, prices.costs_on)]
     left_out = {}
     for name in catalog.SCHEDULES:
         try:
             made = _make(name, sizes, prices)
             if made.trains:
-                reports.append(_report(made, prices.costs_on(made.placement)))
+                reports.append(report_of(made, prices.costs_on))
             else:
                 left_out[name] = "it evaluates, and does not train"
         except EvenflowError as error:

@@ -13,7 +13,7 @@ from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.schedules import catalog
-from evenflow.view.schedule_picture import picture_format
+from evenflow.view.picture_file import picture_format
 
 # Some minutes of work; beyond, a slip of the finger is likelier than a wish.
 _MAX_OPS = 5_000_000
