@@ -186,6 +186,7 @@ def draw(page: Page, folder: Path, run: Path) -> None:
     """Write the pictures of the docs: a run's page with an op under the pointer, and the playground."""
     made, steps = read_run(run), read_steps(run)
     text = run_page(made, steps, read_last_step(run, made), read_plan_of(run, made))
+    page.set_viewport_size({"width": 1280, "height": 1410})
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "page.html"
         path.write_text(text, encoding="utf-8")
@@ -195,7 +196,8 @@ def draw(page: Page, folder: Path, run: Path) -> None:
         assert box is not None, "it is shown"
         page.mouse.move(box["x"] + 0.42 * box["width"], box["y"] + 18)
         page.wait_for_timeout(200)
-        page.screenshot(path=folder / "run_page.png", full_page=True)
+        page.screenshot(path=folder / "run_page.png")
+    page.set_viewport_size({"width": 1280, "height": 780})
     server = serving(0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     page.goto(address_of(server))
@@ -203,7 +205,7 @@ def draw(page: Page, folder: Path, run: Path) -> None:
     page.fill("[name=cap]", "5")
     page.wait_for_function("document.getElementById('command').textContent.includes('--cap 5')")
     page.wait_for_timeout(300)
-    page.screenshot(path=folder / "playground.png", full_page=True)
+    page.screenshot(path=folder / "playground.png")
     server.shutdown()
     server.server_close()
 

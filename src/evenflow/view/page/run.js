@@ -70,7 +70,7 @@
       run.cut.map((stage, number) => [
         `${number}`, `${stage.rank}`, make("span", { title: stage.modules.join("\n") }, modules(stage.modules)), `${stage.num_nodes}`,
         stage.num_parameters.toLocaleString("en"),
-        make("span", {}, make("span", { className: "share", style: { width: `${Math.round(70 * stage.share / most)}px` } }), percent(stage.share)),
+        make("span", { style: { whiteSpace: "nowrap" } }, make("span", { className: "share", style: { width: `${Math.round(70 * stage.share / most)}px` } }), percent(stage.share)),
         seconds(stage.forward), stage.backward === null ? "-" : seconds(stage.backward), sent(number).join("; ") || "-"])));
   }
 

@@ -360,7 +360,8 @@ const Timeline = (() => {
         ctx.moveTo(drawing.left, y(cap));
         ctx.lineTo(drawing.left + drawing.width, y(cap));
         ctx.stroke();
-        ctx.fillText("cap", drawing.left + 4, y(cap) - 4);
+        ctx.textAlign = "right";
+        ctx.fillText("cap", drawing.left + drawing.width - 4, y(cap) + 12);
       }
       ctx.restore();
     }
