@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: bench-pages torture torture-files bench-saving train test check docs bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: docs bench-pages test-wheel bench-start torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -25,6 +25,10 @@ test: setup
 torture-files: setup
 	EVENFLOW_NUM_FILES=20000 $(BIN)/python -m pytest --timeout=0 tests/test_hostile_files.py
 
+# The wheel in clean environments, one without torch: a minute, and the network.
+test-wheel: setup
+	$(BIN)/python -m pytest tests/wheel_install.py
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +39,10 @@ check: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving bench-pages
+bench: bench-start bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving bench-pages
+
+bench-start: setup
+	$(BIN)/python benchmarks/start_up.py
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py

@@ -8,12 +8,15 @@ if TYPE_CHECKING:
         BadNumbersError,
         ConfigError,
         EvenflowError,
+        MissingPackageError,
+        OutOfMemoryError,
         PeerError,
         RecordError,
         ScheduleError,
     )
     from evenflow.graph.deferred import deferred_init
-    from evenflow.interop.loggers import log_to_tensorboard, log_to_wandb
+    from evenflow.interop.loggers import log_to_json, log_to_tensorboard, log_to_wandb
+    from evenflow.interop.progress import progress
     from evenflow.interop.trainer import PipelineTrainer
     from evenflow.launcher import launch
     from evenflow.pipe.build import pipeline
@@ -29,6 +32,8 @@ __all__ = [
     "ConfigError",
     "EvenflowError",
     "Microbatches",
+    "MissingPackageError",
+    "OutOfMemoryError",
     "PeerError",
     "Pipeline",
     "PipelineTrainer",
@@ -37,31 +42,43 @@ __all__ = [
     "StepResult",
     "deferred_init",
     "launch",
+    "log_to_json",
     "log_to_tensorboard",
     "log_to_wandb",
     "pipeline",
+    "progress",
 ]
 
+_ERRORS = (
+    "BadNumbersError",
+    "ConfigError",
+    "EvenflowError",
+    "MissingPackageError",
+    "OutOfMemoryError",
+    "PeerError",
+    "RecordError",
+    "ScheduleError",
+)
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
     "Checkpoints": "evenflow.pipe.checkpoints",
-    **dict.fromkeys(
-        ("BadNumbersError", "ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"),
-        "evenflow.errors",
-    ),
+    **dict.fromkeys(_ERRORS, "evenflow.errors"),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
     "PipelineTrainer": "evenflow.interop.trainer",
     "StepResult": "evenflow.pipe.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
-    **dict.fromkeys(("log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
+    **dict.fromkeys(("log_to_json", "log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),
     "pipeline": "evenflow.pipe.build",
+    "progress": "evenflow.interop.progress",
 }
 
 
 def __getattr__(name: str) -> Any:  # whatever the name stands for
     if name in _HOMES:
+        if name not in _ERRORS:
+            import_module("evenflow.needs").need_torch(f"evenflow.{name}")
         # Not kept in globals(): a submodule of the same name (`launch`) would take its place.
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'evenflow' has no attribute {name!r}")

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenflow.cli.config import (
+    STDOUT,
     ExampleData,
     FolderModel,
     FunctionModel,
+    Logging,
     Pipelining,
     TextData,
     Training,
@@ -41,6 +43,13 @@ def test_a_model_is_enough(read, tmp_path):
     assert config.pipeline == Pipelining()
 
 
+def test_logs_may_go_to_the_standard_output_and_to_the_run_s_own_folder(read):
+    assert read(MODEL + '[logs]\njson = "-"\ntensorboard = true').logs == Logging(STDOUT, True)
+    assert read(MODEL + "[logs]\ntensorboard = false").logs == read(MODEL).logs == Logging(None, False)
+    with pytest.raises(ConfigError, match=r"logs\.json = True must be a path"):
+        read(MODEL + "[logs]\njson = true")
+
+
 def test_every_key_is_read(read, tmp_path):
     config = read(
         """
@@ -63,11 +72,15 @@ def test_every_key_is_read(read, tmp_path):
         recompute = ["layers.*.mlp"]
         offload = "activations"
         timeout = 20
+        [logs]
+        json = "log.jsonl"
+        tensorboard = "/curves"
         """
     )
     assert config.name == "mine"
     assert config.model == FunctionModel("package.module:make", {"width": 3})
     assert config.data == TextData((tmp_path / "a.txt", Path("/b")), batch_size=3, length=5, held_out=0.25)
+    assert config.logs == Logging(json=tmp_path / "log.jsonl", tensorboard=Path("/curves"))
     assert config.training == Training(
         steps=7, learning_rate=1.0, warmup_steps=2, weight_decay=0.5, seed=9, validate_every=4
     )
@@ -160,7 +173,7 @@ def test_a_binary_file_is_refused(tmp_path):
 
 
 @given(
-    table=st.sampled_from(["data", "training", "pipeline"]),
+    table=st.sampled_from(["data", "training", "pipeline", "logs"]),
     value=st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.lists(st.text())),
     choice=st.randoms(use_true_random=False),
 )
@@ -168,7 +181,7 @@ def test_a_section_is_read_or_refused_in_words(table, value, choice):
     """Whatever value stands under a key, the answer is a value of the field's type or a ConfigError."""
     from evenflow.cli import config
 
-    kind = {"data": TextData, "training": Training, "pipeline": Pipelining}[table]
+    kind = {"data": TextData, "training": Training, "pipeline": Pipelining, "logs": Logging}[table]
     key = choice.choice([field.name for field in dataclasses.fields(kind)])
     try:
         section = config._section(kind, {key: value}, table)

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenflow.cli.config import (
+    STDOUT,
     ExampleData,
     FolderModel,
     FunctionModel,
+    Logging,
     Pipelining,
     RunConfig,
     TextData,
@@ -34,20 +36,25 @@ def read_back(config, folder):
 
 
 @pytest.mark.parametrize(
-    ("model", "data"),
+    ("model", "data", "logs"),
     [
-        (FunctionModel("my_module:build"), ExampleData()),
-        (FunctionModel("/models/gpt.py:build", ARGUMENTS), TextData()),
-        (FolderModel(Path("/models/llama")), TextData(paths=(Path("/texts/a"), Path("/b.txt")), length=7)),
+        (FunctionModel("my_module:build"), ExampleData(), Logging()),
+        (FunctionModel("/models/gpt.py:build", ARGUMENTS), TextData(), Logging(STDOUT, True)),
+        (
+            FolderModel(Path("/models/llama")),
+            TextData(paths=(Path("/texts/a"), Path("/b.txt")), length=7),
+            Logging(Path("/log.jsonl"), Path("/curves")),
+        ),
     ],
 )
-def test_it_is_read_as_it_was_written(tmp_path, model, data):
+def test_it_is_read_as_it_was_written(tmp_path, model, data, logs):
     config = RunConfig(
         "mine",
         model,
         data,
         Training(steps=3, learning_rate=1e-7, seed=5),
         Pipelining(stages=3, schedule="zb-v", microbatch_size=2, split=("a.b", "c"), recompute="full"),
+        logs=logs,
     )
     assert read_back(config, tmp_path) == config
 

@@ -1,6 +1,7 @@
 """`evenflow train`: what its flags mean, and that every refusal is in words and starts and writes nothing."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from evenflow.cli import restarts as restarts_module
 from evenflow.cli import train as train_module
-from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, TextData
+from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, Logging, TextData
 from evenflow.cli.main import main
 from evenflow.cli.train import Flags, make_job
 from evenflow.errors import PeerError
@@ -155,7 +156,8 @@ def test_a_launcher_says_how_many_ranks_there_are(monkeypatch):
 def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
     arguments = (
         "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 6 --stages-per-rank 2 "
-        "--schedule gpipe --microbatches 2 --out here --device cpu"
+        "--schedule gpipe --microbatches 2 --out here --device cpu --log-json log.jsonl "
+        "--tensorboard-folder curves"
     )
     main_returns(["train", CONFIG, *arguments.split()])
     ((job, nproc),) = started
@@ -173,8 +175,11 @@ def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
         num_microbatches=2,
         out=Path("here"),
         device="cpu",
+        log_json=Path("log.jsonl"),
+        tensorboard=Path("curves"),
     )
     assert job == make_job(flags)
+    assert job.config.logs == Logging(Path("log.jsonl"), Path("curves"))
     assert dataclasses.replace(flags, steps=4) != flags
 
 
@@ -209,6 +214,19 @@ def test_a_folder_takes_the_place_of_the_model(without_cuda, tmp_path, source):
     assert job.out == Path("runs/llama" if source is None else "runs/train_gpt")
 
 
+def test_the_demonstration_needs_nothing_else(started, without_cuda):
+    with pytest.raises(SystemExit) as exited:
+        main(["train", "--demo", "--steps", "7"])
+    assert exited.value.code == 0
+    ((job, num_processes),) = started
+    assert (job.config.name, job.out, num_processes) == ("demo", Path("runs/demo"), 2)
+    assert job.config.model == FunctionModel(
+        "evenflow.demo.gpt:build", {"num_layers": 4, "width": 96, "length": 64}
+    )
+    assert job.config.data == TextData(batch_size=16, length=64)
+    assert job.config.training.steps == 7
+
+
 def test_the_version_is_printed(capsys):
     main_returns(["--version"])
     assert capsys.readouterr().out == "evenflow 0.1.0\n"
@@ -220,11 +238,13 @@ def test_the_version_is_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER"),
+        ([], "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, --model FOLDER, or --demo"),
         (["none.toml"], "cannot read the configuration none.toml: No such file or directory"),
         (["gpt"], "'gpt' names no model: give a CONFIG.toml, MODULE:FUNCTION or FILE.py:FUNCTION"),
         (["none.py:build"], "there is no file none.py to take a model from"),
         ([GPT, "--model", "llama"], "two models are given"),
+        ([CONFIG, "--demo"], f"--demo trains a model of its own, and {CONFIG} names another: leave one out"),
+        (["--demo", "--model", "llama"], "--demo trains a model of its own, and --model llama names another"),
         ([CONFIG, "--model", "llama"], "llama is no Hugging Face model folder: it holds no config.json"),
         (["--model", "llama"], "llama is no Hugging Face model folder: it holds no config.json"),
         ([CONFIG, "--schedule", "gpip"], "no schedule 'gpip'; did you mean 'gpipe'?"),
@@ -232,6 +252,7 @@ def test_the_version_is_printed(capsys):
         ([CONFIG, "--steps", "0"], "training.steps = 0 must be at least 1"),
         ([CONFIG, "--stages", "0"], "pipeline.stages = 0 must be at least 1"),
         ([CONFIG, "--device", "tpu"], "--device tpu: there are cpu and cuda"),
+        ([CONFIG, "--log-json", "/"], "cannot write the log to /: it is a folder; name a file"),
         ([CONFIG, "--data", "none.txt"], "data path none.txt does not exist"),
         ([GPT, "--data", "none.txt"], "data path none.txt does not exist"),
         ([GPT, "--batch-size", "3"], "--batch-size shapes batches of text, and this run has none"),
@@ -289,6 +310,14 @@ def test_a_wrong_function_is_refused_in_words(capsys, started, in_an_empty_folde
     path = tmp_path / "wrong_source.py"
     path.write_text(f"import torch\nfrom torch import nn\ndef make(): return {body}\n")
     assert message in refused(capsys, f"{path}:make")
+    assert started == []
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_curves_without_tensorboard_are_refused(capsys, started, monkeypatch, in_an_empty_folder):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    message = "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"
+    assert message in refused(capsys, CONFIG, "--tensorboard")
     assert started == []
     assert list(in_an_empty_folder.iterdir()) == []
 

@@ -189,6 +189,53 @@ def test_a_run_that_is_told_nothing_plans_itself(tmp_path, here):
     assert f"{plan.num_microbatches} microbatch" in done.stdout
 
 
+TALKING = """
+import sys
+sys.path.insert(0, {folder!r})
+import gpt
+
+def loss(model, microbatch):
+    print("talking in a step")
+    return gpt.loss(model, microbatch)
+
+def build(**arguments):
+    print("talking while it is built")
+    model, _, example = gpt.build(**arguments)
+    return model, loss, example
+"""
+
+
+def test_steps_go_to_the_standard_output_as_json_and_all_else_does_not(tmp_path, here):
+    tiny = write_tiny(tmp_path)
+    tiny.write_text(tiny.read_text().replace(GPT, "talking.py:build"))
+    (tmp_path / "talking.py").write_text(TALKING.format(folder=str(ROOT / "examples")))
+    done = here(
+        "train", tiny, "--steps", 4, "--log-json", "-", "--tensorboard", "--out", "here", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "talking while it is built" in done.stderr
+    assert re.search(
+        r"^step 4/4  loss .*  bubble \d+\.\d %  memory \d+\.\d\d MiB \(rank [01]\)  ETA 0:00:00$",
+        done.stderr,
+        re.MULTILINE,
+    )
+    assert DONE.match(done.stderr.splitlines()[-1])
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    steps = read_steps(tmp_path / "here")
+    assert [line["loss"] for line in lines] == [step.loss for step in steps]
+    for line in lines:
+        assert 0 < line["wait_seconds"] < line["step_seconds"]
+        # Of a batch of 8 rows of 32, the loss is a mean over the 31 that are predicted.
+        assert line["rows_per_second"] == pytest.approx(8 / line["step_seconds"])
+        assert line["tokens_per_second"] == pytest.approx(8 * 31 / line["step_seconds"])
+        assert line["grad_norm"] > 0
+        assert 0 <= line["bubble/rank0"] < 1
+    assert [line["learning_rate"] for line in lines[:2]] == [0.005, 0.01]
+    assert [list(line).count("peak_bytes/rank1") for line in lines] == [1, 0, 0, 1]
+    assert len(list((tmp_path / "here" / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
 def test_a_function_alone_learns_its_example_by_heart(tmp_path, here):
     done = here("train", GPT, "--steps", 3, "--stages", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

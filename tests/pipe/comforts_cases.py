@@ -4,6 +4,7 @@ Each returns plain data, the same on every rank unless it says otherwise.
 """
 
 import copy
+import time
 
 import torch
 from torch import nn
@@ -106,9 +107,53 @@ def told():
         float(pipe.step(regression(8), update=False).loss),
         *(float(pipe.step(regression(rows)).loss) for rows in (4, 8, 8)),
     ]
-    speeds = [numbers.pop("rows_per_second") for _, numbers in heard]
-    assert all(speed > 0 for speed in speeds)
+    for _, numbers in heard:
+        assert numbers.pop("rows_per_second") > 0
+        assert numbers.pop("step_seconds") > 0
+        assert 0 <= numbers.pop("bubble/rank0") < 1
+        assert numbers.pop("peak_bytes/rank0") > 2**20  # Python and torch alone
+        numbers.pop("bubble", None)  # known in a single process
     return losses, heard, rarely
+
+
+def gauged():
+    """What hooks were told of all ranks and of the main one, and what the timelines say of the same steps.
+
+    Of the timelines, for each process: what it computed, and the longest time from a first op to a last.
+    """
+    pipe = make(nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)))
+    heard, of_all, measured = [], [], []
+    pipe.log_to(lambda step, numbers: heard.append(dict(numbers)))
+    pipe.log_to(
+        lambda step, numbers: of_all.append((step, dict(numbers))),
+        every=lambda number: number % 2 == 1,
+        all_ranks=True,
+    )
+    loader = [regression()] * 3
+    for batch in pipe.feed(loader):
+        pipe.step(batch)
+        lanes = pipe.timelines()[1].lanes
+        busy, windows = [lane.busy_seconds for lane in lanes], [lane.window_seconds for lane in lanes]
+        if not torch.distributed.is_initialized():  # one process, whose ranks take turns
+            busy = [sum(busy)]
+            windows = [(min(start for start, _ in windows), max(end for _, end in windows))]
+        measured.append((busy, max(end - start for start, end in windows)))
+    return heard, of_all, measured
+
+
+def evaluated_between():
+    """The seconds that a hook was told of two steps and of their batches, and what evaluations took."""
+    pipe = make()
+    told = []
+    pipe.log_to(lambda step, numbers: told.append((numbers["step_seconds"], numbers["wait_seconds"])))
+    evaluated_seconds = 0.0
+    for batch in pipe.feed([regression()] * 2):
+        pipe.step(batch)
+        start = time.perf_counter()
+        for _ in range(50):
+            pipe.evaluate(batch)
+        evaluated_seconds = time.perf_counter() - start
+    return told, evaluated_seconds
 
 
 # -- averaged parameters

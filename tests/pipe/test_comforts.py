@@ -23,6 +23,8 @@ CASES = (
     cases.data_set_without_a_batch,
     cases.predictions,
     cases.told,
+    cases.gauged,
+    cases.evaluated_between,
     cases.averaged,
     cases.refused_on_one_rank,
     cases.interrupted,
@@ -165,6 +167,33 @@ def test_hooks_are_told_on_the_main_rank(run):
     assert [other[1:] for other in others] == [([], [])] * len(others)
 
 
+def test_gauges_are_those_of_the_timelines(run):
+    (heard, of_all, measured), *others = run(cases.gauged)
+    assert [each[:2] for each in others] == [([], [])] * len(others)
+    assert [step for step, _ in of_all] == [1, 3]
+    for number, numbers in enumerate(heard, start=1):
+        busy, longest = measured[number - 1]
+        idle = [pytest.approx(1 - each / longest, abs=1e-4) for each in busy]
+        asked = number % 2 == 1 or not others
+        if asked:
+            assert [numbers[f"bubble/rank{rank}"] for rank in range(len(busy))] == idle
+            assert numbers["bubble"] == pytest.approx(1 - sum(busy) / len(busy) / longest, abs=1e-4)
+        else:
+            assert 0 <= numbers["bubble/rank0"] < 1
+        assert ("bubble" in numbers, "bubble/rank1" in numbers) == (asked, asked and bool(others))
+        assert ("peak_bytes/rank1" in numbers) == ("bubble/rank1" in numbers)
+    for (step, numbers), shown in zip(of_all, (heard[0], heard[2]), strict=True):
+        gauges = {name: value for name, value in numbers.items() if "rank" in name or name == "bubble"}
+        assert gauges.items() <= shown.items(), step
+
+
+def test_an_evaluation_is_no_part_of_a_step(run):
+    (told, evaluated_seconds), *_ = run(cases.evaluated_between)
+    (_, first_wait), (step_seconds, wait_seconds) = told
+    assert first_wait > 0
+    assert 0 < wait_seconds < step_seconds < evaluated_seconds
+
+
 def test_hooks_that_cannot_work():
     with refused("hook= must be a function, not a str"):
         cases.make().log_to("runs")
@@ -172,6 +201,8 @@ def test_hooks_that_cannot_work():
         cases.make().log_to(print, every=0)
     with refused("every=1.5 must be a whole number"):
         cases.make().log_to(print, every=1.5)
+    with refused("num_steps=0 and every=10 must be at least 1"), evenflow.progress(cases.make(), num_steps=0):
+        pass
 
 
 def test_tokens_are_counted_where_the_loss_is_a_mean_over_them():

@@ -192,6 +192,21 @@ class Saving:
             raise ConfigError(f"checkpoints.on_error = {self.on_error!r} must be 'continue' or 'stop'")
 
 
+STDOUT = Path("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """What is written of each step while a run trains.
+
+    `json`: a file that gets a line of JSON for each, "-" for the standard output. `tensorboard`: a folder of
+    curves, or true for one in the run's own.
+    """
+
+    json: Path | None = None
+    tensorboard: bool | Path = False
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """All that `evenflow train` needs to know; `name` is that of the run and of its folder under runs/."""
@@ -202,6 +217,7 @@ class RunConfig:
     training: Training = field(default_factory=Training)
     pipeline: Pipelining = field(default_factory=Pipelining)
     checkpoints: Saving = field(default_factory=Saving)
+    logs: Logging = field(default_factory=Logging)
 
 
 def read_config(path: Path) -> RunConfig:
@@ -225,6 +241,7 @@ def read_config(path: Path) -> RunConfig:
             training=_section(Training, content.get("training", {}), "training"),
             pipeline=_section(Pipelining, content.get("pipeline", {}), "pipeline"),
             checkpoints=_section(Saving, content.get("checkpoints", {}), "checkpoints"),
+            logs=_logs(content.get("logs", {}), path.parent),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -247,12 +264,13 @@ _MODEL_KEYS = ("function", "arguments", "folder")
 def _known_keys() -> Mapping[str, tuple[str, ...]]:
     """The keys of each table of the TOML; the top level's under ''."""
     return {
-        "": ("name", "model", "data", "training", "pipeline", "checkpoints"),
+        "": ("name", "model", "data", "training", "pipeline", "checkpoints", "logs"),
         "model": _MODEL_KEYS,
         "data": tuple(each.name for each in fields(TextData)),
         "training": tuple(each.name for each in fields(Training)),
         "pipeline": tuple(each.name for each in fields(Pipelining)),
         "checkpoints": tuple(each.name for each in fields(Saving)),
+        "logs": tuple(each.name for each in fields(Logging)),
     }
 
 
@@ -330,6 +348,13 @@ def _data(table: object, folder: Path) -> DataChoice:
     )
 
 
+def _logs(table: object, folder: Path) -> Logging:
+    said = _section(Logging, table, "logs")
+    json = said.json if said.json in (None, STDOUT) else folder / said.json
+    tensorboard = folder / said.tensorboard if isinstance(said.tensorboard, Path) else said.tensorboard
+    return Logging(json, tensorboard)
+
+
 S = TypeVar("S")
 _LARGEST_WHOLE = 2**63 - 1
 
@@ -346,8 +371,13 @@ def _convert(value: object, hint: Any, place: str) -> object:
     """The TOML value as the field's type; the reason where it cannot be."""
     if isinstance(hint, types.UnionType):
         options = [option for option in get_args(hint) if option is not types.NoneType]
-        lists = [option for option in options if (get_origin(option) is tuple) == isinstance(value, list)]
-        hint = (lists or options)[0]
+        fitting = [
+            option
+            for option in options
+            if (get_origin(option) is tuple) == isinstance(value, list)
+            if (option is bool) == isinstance(value, bool)
+        ]
+        hint = (fitting or options)[0]
     if get_origin(hint) is Literal:
         hint = str  # the dataclass says which
     if get_origin(hint) is tuple:

@@ -1,23 +1,15 @@
-"""What the user sees of a run: how the model was cut, the progress, and the line that sums it up.
+"""What the user sees of a run before and after it trains: the cut, what was checked, its last line."""
 
-On a terminal a bar moves; in a file or a pipe there is a line now and then instead.
-"""
-
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from evenflow.view.units import format_bytes
 
-# So many lines, evenly spread, stand in for the bar where output goes to a file.
-_NUM_LINES = 10
 _MAX_WIDTH = 200
 
 
@@ -28,6 +20,14 @@ class Units:
     item: str
     num_items_per_batch: int
     loss: str
+
+    def speed(self, numbers: Mapping[str, float]) -> str:
+        """How many items a second a step's numbers (see `Pipeline.log_to`) come to, in words.
+
+        >>> Units("tok", 2048, "nats/byte").speed({"step_seconds": 0.1})
+        '20,480 tok/s'
+        """
+        return f"{self.num_items_per_batch / numbers['step_seconds']:,.0f} {self.item}/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,47 +146,3 @@ def print_whole(console: Console, table: Table) -> None:
     console.width = max(width, console.measure(table).maximum)
     console.print(table, crop=False)
     console.width = width
-
-
-class ProgressReport:
-    """The moving part of the output, to be used in a `with` block around the training loop."""
-
-    def __init__(self, console: Console, *, num_steps: int, units: Units) -> None:
-        self._console = console
-        self._num_steps = num_steps
-        self._units = units
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=console.quiet or not console.is_terminal,
-        )
-        self._next_line = 1
-        self._task = self._progress.add_task("train", total=num_steps, numbers="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def step(self, number: int, *, loss: float, step_seconds: float) -> None:
-        """Report that `number` steps are done; `loss` is the last one's."""
-        items_per_second = self._units.num_items_per_batch / step_seconds
-        pace = f"{items_per_second:,.0f} {self._units.item}/s  {1000 * step_seconds:.0f} ms/step"
-        numbers = f"loss {loss:.3f}  {pace}"
-        self._progress.update(self._task, completed=number, numbers=numbers)
-        if not self._console.is_terminal and number >= self._next_line:
-            self.line(f"step {number}/{self._num_steps}  {numbers}")
-            lines_done = number * _NUM_LINES // self._num_steps
-            self._next_line = math.ceil((lines_done + 1) * self._num_steps / _NUM_LINES)
-
-    def line(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -43,7 +43,6 @@ class StepLog:
         self._num_before = 0  # steps of this run that were made before it went on
         self._seconds: list[tuple[float, float]] = []
         self._waited_seconds = 0.0
-        self._num_reported = 0
         self._peak_bytes: int | None = None
         self._unread: list[torch.Tensor] = []
         self._losses: list[float] = []
@@ -95,7 +94,7 @@ class StepLog:
         """Let the steps of `state` be the first of this run."""
         self._losses = state["losses"].tolist()
         self._seconds = [(waited, took) for waited, took in state["seconds"].tolist()]
-        self._num_before = self._num_reported = len(self._seconds)
+        self._num_before = len(self._seconds)
 
     @property
     def losses(self) -> Sequence[float]:
@@ -112,12 +111,6 @@ class StepLog:
             if at not in self._left_out and math.isfinite(loss)
         ]
         return (good or self.losses)[-num:]
-
-    def recent_seconds(self) -> float:
-        """The median of the steps since this was last asked, waits for batches included."""
-        recent = self._seconds[self._num_reported :]
-        self._num_reported = len(self._seconds)
-        return statistics.median(waited + took for waited, took in recent)
 
     def finish(self, name: str, schedule: str, units: Units) -> tuple[Run, tuple[Step, ...]]:
         """What the run was, and its steps, at least one; a collective call, the same on all ranks."""

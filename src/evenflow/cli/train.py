@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from evenflow import demo
 from evenflow.cli.config import (
     DataChoice,
     ExampleData,
@@ -23,6 +23,7 @@ from evenflow.cli.config import (
 )
 from evenflow.cli.keeping import CONFIG, check_kept
 from evenflow.cli.restarts import fitting, launch_again
+from evenflow.cli.run_logs import check_logs, console_of, user_output
 from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
 from evenflow.journal.folder import claim, is_free
@@ -43,6 +44,7 @@ class Flags:
 
     source: str | None = None
     model: Path | None = None
+    demo: bool = False
     data: Sequence[Path] = ()
     steps: int | None = None
     batch_size: int | None = None
@@ -64,6 +66,8 @@ class Flags:
     bad_numbers: str | None = None
     find_nan: bool | None = None
     timeout: float | None = None
+    log_json: Path | None = None
+    tensorboard: bool | Path | None = None
 
 
 def train(flags: Flags) -> None:
@@ -77,7 +81,8 @@ def train(flags: Flags) -> None:
         job = _under_launcher(job, flags, place)
         launch(run_rank, job, nproc=job.num_processes)
         return
-    prepare_here(job)[0].close()
+    with user_output(job.config.logs):
+        prepare_here(job)[0].close()
     if job.num_processes > _MOST_PROCESSES:
         raise ConfigError(
             f"{job.num_ranks} pipeline ranks, and data and tensor ranks beside, are "
@@ -86,7 +91,7 @@ def train(flags: Flags) -> None:
     if job.saves and flags.resume is None:
         job = dataclasses.replace(job, out=claim(job.out))
     ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
-    console = Console()
+    console = console_of(job.config.logs)
     console.print(f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False)
     launch_again(job, flags.max_restarts, console)
 
@@ -112,6 +117,7 @@ def make_job(flags: Flags) -> Job:
     plan = None if flags.plan is None else read_plan_file(flags.plan)
     config = _overridden(_config(flags), flags)
     _check_saving(config, flags)
+    check_logs(config.logs)
     if plan is None:
         schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
         catalog.get(schedule)  # an unknown one is refused here, with the list
@@ -194,11 +200,15 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
 
 def _config(flags: Flags) -> RunConfig:
     """The run that the source names, before the other flags."""
+    if flags.demo:
+        return _demo(flags)
     match flags.source, flags.model:
         case None, None if flags.resume is not None and (flags.resume / CONFIG).is_file():
             return read_config(flags.resume / CONFIG)
         case None, None:
-            raise ConfigError("nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER")
+            raise ConfigError(
+                "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, --model FOLDER, or --demo"
+            )
         case None, Path() as folder:
             return RunConfig(name=folder.resolve().name, model=FolderModel(folder), data=TextData())
         case str(source), model if source.endswith(".toml"):
@@ -212,6 +222,13 @@ def _config(flags: Flags) -> RunConfig:
             return RunConfig(name=_file_name(function), model=FunctionModel(source), data=ExampleData())
         case source, model:
             raise ConfigError(f"two models are given, {source} and --model {model}: leave one out")
+
+
+def _demo(flags: Flags) -> RunConfig:
+    if flags.source is not None or flags.model is not None:
+        other = flags.source or f"--model {flags.model}"
+        raise ConfigError(f"--demo trains a model of its own, and {other} names another: leave one out")
+    return read_config(demo.CONFIG)
 
 
 def _file_name(name: str) -> str:
@@ -240,6 +257,9 @@ def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
         pipeline=_with_microbatches(dataclasses.replace(config.pipeline, **_given(pipeline)), flags),
         checkpoints=dataclasses.replace(
             config.checkpoints, **_given({"every": flags.save_every, "keep_last": flags.keep_last})
+        ),
+        logs=dataclasses.replace(
+            config.logs, **_given({"json": flags.log_json, "tensorboard": flags.tensorboard})
         ),
     )
 

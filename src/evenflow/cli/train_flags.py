@@ -1,10 +1,16 @@
-"""The flags of `evenflow train` that say what becomes of a long run: checkpoints, restarts, bad numbers."""
+"""The flags of `evenflow train` alone: the demonstration, logs, and what becomes of a long run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+Demo = Annotated[
+    bool,
+    typer.Option(
+        "--demo", help="Train the small built-in GPT, which needs no file: half a minute on two CPU cores."
+    ),
+]
 SaveEvery = Annotated[
     int | None, typer.Option(metavar="STEPS", help="Save a checkpoint every so many steps.")
 ]
@@ -33,4 +39,18 @@ Timeout = Annotated[
         metavar="SECONDS",
         help="How long a rank may wait for one that does not move, before all end. Default: 300.",
     ),
+]
+LogJson = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write a line of JSON for each step to this file; - is the standard output, which then has "
+        "nothing else.",
+    ),
+]
+Tensorboard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write curves for TensorBoard, into the run's folder.")
+]
+TensorboardFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Write curves for TensorBoard into this folder.")
 ]

@@ -11,23 +11,25 @@ import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils import _pytree as pytree
 
 import evenflow
-from evenflow.cli.config import DataChoice, ExampleData, Pipelining, RunConfig, TextData, Training
+from evenflow.cli.config import DataChoice, ExampleData, Logging, Pipelining, RunConfig, TextData, Training
 from evenflow.cli.config_text import write_config
 from evenflow.cli.keeping import Keeping, check_left
 from evenflow.cli.logged import logged_status
-from evenflow.cli.report import ProgressReport, Summary, Units, print_cut
+from evenflow.cli.report import Summary, Units, print_cut
+from evenflow.cli.run_logs import console_of, json_hook, user_output
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.step_log import StepLog
 from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
 from evenflow.errors import BadNumbersError, ConfigError, EvenflowError
+from evenflow.interop.progress import ProgressReport
 from evenflow.journal.folder import claim, write_run
 from evenflow.pipe.choices import world_of
 from evenflow.plan.plan import Plan
@@ -103,17 +105,20 @@ def run_rank(job: Job) -> None:
     Raises:
         EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
     """
-    if job.plans_itself:
-        with logged_status(
-            Console(quiet=world_of(job.device, job.config.pipeline.timeout).rank != 0), "recording the model"
-        ):
-            pipe, feed = _prepare(job, {}, device=job.device, compiles=job.config.pipeline.compile)
-    else:
-        pipe, feed = _prepare(job, _levers(job), device=job.device, compiles=job.config.pipeline.compile)
-    try:
-        _train(pipe, feed, job)
-    finally:
-        pipe.close()
+    json = json_hook(job.config.logs)  # before anything else is told to leave the standard output alone
+    with user_output(job.config.logs):
+        if job.plans_itself:
+            is_main = world_of(job.device, job.config.pipeline.timeout).rank == 0
+            with logged_status(console_of(job.config.logs, is_main=is_main), "recording the model"):
+                pipe, feed = _prepare(job, {}, device=job.device, compiles=job.config.pipeline.compile)
+        else:
+            pipe, feed = _prepare(job, _levers(job), device=job.device, compiles=job.config.pipeline.compile)
+        try:
+            if json is not None:
+                pipe.log_to(json)
+            _train(pipe, feed, job)
+        finally:
+            pipe.close()
 
 
 def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
@@ -207,7 +212,7 @@ def _levers(job: Job) -> dict[str, Any]:
 
 
 def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
-    console = Console(quiet=not pipe.is_main)
+    console = console_of(job.config.logs, is_main=pipe.is_main)
     if job.plans_itself and pipe.plan is not None:
         chosen, seconds = describe(choice_of(pipe.plan)), pipe.plan.prediction.step_seconds
         console.print(
@@ -216,12 +221,15 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     print_cut(console, pipe.cut)
     training = job.config.training
     log = StepLog(pipe, num_steps=training.steps, device=job.device)
+    folder = _folder(pipe, job) if job.saves or job.config.logs.tensorboard is True else None
+    _log_curves(pipe, job.config.logs, folder)
     keeping = Keeping(pipe, job.out, job.config) if job.saves else None
     before = None if keeping is None else keeping.resume(console)
     if before is not None:
         log.go_on(before)
         check_left(job.out, log.num_steps, training.steps)
-    with ProgressReport(console, num_steps=training.steps, units=feed.units) as report:
+    with ProgressReport(console, num_steps=training.steps, speed=feed.units.speed) as report:
+        pipe.log_to(report, every=partial(_is_shown, training), all_ranks=True)
         if before is None:
             report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
         for number, batch in enumerate(log.batches(feed.batches), start=log.num_steps + 1):
@@ -234,10 +242,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
                 continue
             if keeping is not None and number < training.steps:  # the last one is saved at the end
                 keeping.updated(log.state)
-            validates = number % training.validate_every == 0 and number < training.steps
-            if validates or number == 1 or number % _READ_EVERY == 0 or number == training.steps:
-                report.step(number, loss=log.losses[-1], step_seconds=log.recent_seconds())
-            if validates:
+            if number % training.validate_every == 0 and number < training.steps:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
     if keeping is not None:
         keeping.close()
@@ -256,7 +261,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
         step_seconds=run.step.median,
         bubble=measured.bubble,
     )
-    folder: Path = pipe.share((job.out if job.saves else claim(job.out)) if pipe.is_main else None)
+    folder = folder or _folder(pipe, job)
     pipe.save(folder / "checkpoint")
     if pipe.is_main:
         title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"
@@ -266,6 +271,29 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
         write_run(folder, run, steps, last_step=last_step, plan=pipe.plan, config=write_config(job.config))
     report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
     report.line(summary.line(feed.units))
+
+
+def _is_shown(training: Training, number: int) -> bool:
+    """Whether the progress tells of an update."""
+    every = (_READ_EVERY, training.validate_every)
+    return number in (1, training.steps) or any(number % each == 0 for each in every)
+
+
+def _folder(pipe: "evenflow.Pipeline", job: Job) -> Path:
+    """The run's folder, which is there from now on; a collective call."""
+    folder: Path = pipe.share((job.out if job.saves else claim(job.out)) if pipe.is_main else None)
+    return folder
+
+
+def _log_curves(pipe: "evenflow.Pipeline", logs: Logging, folder: Path | None) -> None:
+    match logs.tensorboard:
+        case False:
+            return
+        case True:
+            assert folder is not None, "it was made for them"
+            pipe.log_to(evenflow.log_to_tensorboard(folder / "tensorboard"))
+        case Path() as named:
+            pipe.log_to(evenflow.log_to_tensorboard(named))
 
 
 def _validate(pipe: "evenflow.Pipeline", feed: Feed) -> float:

@@ -1,23 +1,105 @@
-"""Hooks for `Pipeline.log_to` that write to TensorBoard and to Weights & Biases."""
+"""Hooks for `Pipeline.log_to` that write lines of JSON, to TensorBoard and to Weights & Biases."""
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, MissingPackageError
 from evenflow.pipe.logs import LogHook
+
+STDOUT = "-"
+
+
+def log_to_json(path: str | Path) -> LogHook:
+    """A hook for `Pipeline.log_to` that writes each step's numbers as a line of JSON, to a file or to "-".
+
+    "-" is the standard output. Lines are added to a file that is there; each is whole as soon as the step has
+    ended. JSON knows no NaN and no infinity: such a number is null, and `not_finite` says which it was. The
+    file is made when the hook is first called, which is on the main rank alone. Raises `ConfigError` for a
+    path that cannot be a file, and, in the step, for what cannot be written.
+
+        pipe.log_to(evenflow.log_to_json("mine.jsonl"))
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     hook = log_to_json(f"{folder}/mine.jsonl")
+    ...     hook(1, {"loss": 2.5})
+    ...     hook(2, {"loss": float("nan")})
+    ...     print(Path(folder, "mine.jsonl").read_text(), end="")
+    {"step": 1, "loss": 2.5}
+    {"step": 2, "loss": null, "not_finite": {"loss": "nan"}}
+    """
+    if str(path) == STDOUT:
+        stream = sys.stdout  # as it is now: a moving bar puts something else there
+
+        def print_line(step: int, numbers: Mapping[str, float]) -> None:
+            with _refusing("the standard output"):
+                stream.write(f"{_line(step, numbers)}\n")
+                stream.flush()
+
+        return print_line
+
+    file, is_whole = Path(path), False
+    _check_file(file)
+
+    def add_line(step: int, numbers: Mapping[str, float]) -> None:
+        nonlocal is_whole
+        with _refusing(str(file)):
+            start = "" if is_whole else _begun(file)
+            with file.open("a", encoding="utf-8") as opened:  # for each line: nobody would close it
+                opened.write(f"{start}{_line(step, numbers)}\n")
+        is_whole = True
+
+    return add_line
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write the log to {name}: {error.strerror}") from error
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"cannot write the log to {path}: it is a folder; name a file")
+    for place in path.parents:
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"cannot write the log to {path}: {place} is a file, not a folder")
+
+
+def _begun(file: Path) -> str:
+    """Make the file's folder; what ends the last line, where a run was stopped in the middle of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.is_file() or file.stat().st_size == 0:
+        return ""
+    with file.open("rb") as opened:
+        opened.seek(-1, os.SEEK_END)
+        return "" if opened.read() == b"\n" else "\n"
+
+
+def _line(step: int, numbers: Mapping[str, float]) -> str:
+    bad = {name: str(float(number)) for name, number in numbers.items() if not math.isfinite(number)}
+    shown = {name: None if name in bad else number for name, number in numbers.items()}
+    return json.dumps({"step": step, **shown, **({"not_finite": bad} if bad else {})}, allow_nan=False)
 
 
 def log_to_tensorboard(folder: str | Path) -> LogHook:
     """A hook for `Pipeline.log_to` that writes each number as a curve into a TensorBoard folder.
 
-    The folder is made when the hook is first called, which is on the main rank alone. Raises `ConfigError`
-    where tensorboard is not installed.
+    The folder is made when the hook is first called, which is on the main rank alone. Raises
+    `MissingPackageError` where tensorboard is not installed.
 
         pipe.log_to(evenflow.log_to_tensorboard("runs/mine"), every=10)
     """
-    _need("tensorboard", "log_to_tensorboard")
+    check_installed("tensorboard", "log_to_tensorboard()")
     writer: Any = None  # torch's class, which imports tensorboard
 
     def hook(step: int, numbers: Mapping[str, float]) -> None:
@@ -37,11 +119,11 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
     """A hook for `Pipeline.log_to` that logs to a Weights & Biases run of its own.
 
     `options` are those of `wandb.init`, which is called when the hook first is: on the main rank alone.
-    Raises `ConfigError` where wandb is not installed.
+    Raises `MissingPackageError` where wandb is not installed.
 
         pipe.log_to(evenflow.log_to_wandb("my-project", name="first try"), every=10)
     """
-    _need("wandb", "log_to_wandb")
+    check_installed("wandb", "log_to_wandb()")
     run: Any = None  # wandb's class
 
     def hook(step: int, numbers: Mapping[str, float]) -> None:
@@ -53,8 +135,9 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
     return hook
 
 
-def _need(package: str, function: str) -> None:
+def check_installed(package: str, what: str) -> None:
+    """Raise `ConfigError`, saying what needs the package, where it is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{function}() needs the package {package}, which is not installed: pip install {package}"
+        raise MissingPackageError(
+            f"{what} needs the package {package}, which is not installed: pip install {package}"
         )

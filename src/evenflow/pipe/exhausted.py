@@ -8,7 +8,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -33,6 +32,7 @@ from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
 from evenflow.plan.request import Choice, Request
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.no_memory import is_out_of_memory
+from evenflow.runtime.resident import resident_bytes
 from evenflow.runtime.weights import rows_of
 from evenflow.validate import ProvenProgram
 
@@ -132,7 +132,7 @@ def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.dev
         memory = torch.cuda.memory_stats(device)
         names = "allocated_bytes.all.current", "allocated_bytes.all.peak"
         return _Measured(known, *(float(memory[name]) for name in names))
-    return _Measured(known, _of_process("VmRSS"), _of_process("VmHWM"))
+    return _Measured(known, float(resident_bytes("now")), float(resident_bytes("most")))
 
 
 def _optimizer_bytes(parts: Parts) -> float:
@@ -147,14 +147,6 @@ def _bytes_of(things: Iterable[object]) -> float:
     sparse = [part for t in given for part in (t._indices(), t._values())]  # noqa: SLF001 (as they are)
     dense = [t for t in (*tensors, *sparse) if t.layout is torch.strided]
     return float(sum({storage_of(t): t.untyped_storage().nbytes() for t in dense}.values()))
-
-
-def _of_process(name: str) -> float:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith(f"{name}:"):
-                return float(line.split()[1]) * 1024
-    return 0.0
 
 
 def _limit_bytes(device: torch.device) -> float:

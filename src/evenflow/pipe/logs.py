@@ -1,45 +1,78 @@
 """Logging hooks: each is told a step's numbers, on the main rank alone.
 
-The whole protocol is one call, `hook(step, numbers)`; `evenflow.interop.loggers` has those for TensorBoard
-and Weights & Biases. Reading a loss waits for the device, so that nothing is read for a step that no hook
-wants to hear of.
+The whole protocol is one call, `hook(step, numbers)`; `evenflow.interop.loggers` has those for lines of JSON,
+TensorBoard and Weights & Biases, and `evenflow.interop.progress` one for people. Reading a loss waits for the
+device, so that nothing is read for a step that no hook wants to hear of; nor are other ranks asked.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
+from evenflow.pipe.gauges import Gauges
 from evenflow.pipe.refuse import check_callable, check_whole
 from evenflow.pipe.result import StepResult
 from evenflow.runtime.weights import Shares
 
 # Called with the number of updates so far and the numbers by name.
 LogHook: TypeAlias = Callable[[int, Mapping[str, float]], None]
+# Every so many updates, or those for whose number it is true.
+Every: TypeAlias = int | Callable[[int], bool]
+T = TypeVar("T")
 
 
 class Logs:
-    """The hooks of a pipeline, and what they have not been told yet."""
+    """The hooks of a pipeline, and what they have not been told yet; they are the main rank's."""
 
-    def __init__(self) -> None:
+    def __init__(self, gauges: Gauges, *, is_main: bool) -> None:
+        self._gauges, self._is_main = gauges, is_main
         self._hooks: list[_Told] = []
+        self._asks: list[Callable[[int], bool]] = []  # for the updates after which all ranks tell
         self._batches: list[tuple[StepResult, Shares]] = []  # since the last update
 
-    def add(self, hook: LogHook, every: int) -> None:
+    def add(self, hook: LogHook, every: Every, *, all_ranks: bool) -> None:
         """Tell `hook` of every so many updates; raises `ConfigError` for what cannot be called."""
         check_callable(needed=True, hook=hook)
-        check_whole(every=every)
-        if every < 1:
-            raise ConfigError(f"every={every} must be at least 1")
-        self._hooks.append(_Told(hook, every))
+        is_due = _is_due(every)
+        if all_ranks:
+            self._asks.append(is_due)
+        if self._is_main:
+            self._hooks.append(_Told(hook, is_due))
 
     def begin(self) -> None:
-        """A step begins: the first one starts the clocks."""
+        """A step, or the wait for its batch, begins: the first one starts the clocks."""
         for told in self._hooks:
             told.start()
+
+    def fed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; how long each is waited for is noted."""
+        with closing(batches):  # type: ignore[type-var]  # a generator
+            while True:
+                self.begin()
+                start = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                waited = time.perf_counter() - start
+                for told in self._hooks:
+                    told.wait(waited)
+                yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no training, and no time of a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            for told in self._hooks:
+                told.pause(time.perf_counter() - start)
 
     def note(self, result: StepResult, shares: Shares) -> None:
         """A batch went through."""
@@ -55,32 +88,56 @@ class Logs:
     def updated(self, number: int, rates: Mapping[str, float]) -> None:
         """The batches noted so far made the `number`th update, with these learning rates."""
         due = self._due(number)
+        asked = self._gauges.of_all() if any(is_due(number) for is_due in self._asks) else None
+        for told in self._hooks:
+            told.num_updates += 1
         if due:
-            numbers = {**_of_batches(self._batches), **rates}
+            gauges = self._gauges.own() if asked is None else asked
+            numbers = {**_of_batches(self._batches), **rates, **gauges}
+            now = time.perf_counter()  # one for all: what a hook does with it is part of the next step
             for told in due:
-                told.tell(number, numbers)
+                told.tell(number, numbers, now)
         self._batches.clear()
 
     def _due(self, number: int) -> list["_Told"]:
-        return [told for told in self._hooks if number % told.every == 0]
+        return [told for told in self._hooks if told.is_due(number)]
 
     def drop(self) -> None:
         """The batches since the last update are given up."""
         self._batches.clear()
 
 
-class _Told:
-    """One hook, and how much went through since it was last told."""
+def _is_due(every: Every) -> Callable[[int], bool]:
+    if callable(every):
+        return every
+    check_whole(every=every)
+    if every < 1:
+        raise ConfigError(f"every={every} must be at least 1")
+    return lambda number: number % every == 0
 
-    def __init__(self, hook: LogHook, every: int) -> None:
-        self.every = every
+
+class _Told:
+    """One hook, and how much went through since it was last told, in which time."""
+
+    def __init__(self, hook: LogHook, is_due: Callable[[int], bool]) -> None:
+        self.is_due = is_due
+        self.num_updates = 0
         self._hook = hook
         self._since: float | None = None
+        self._paused_seconds = 0.0
+        self._waited_seconds: float | None = None
         self._amounts: dict[str, float] = {}
 
     def start(self) -> None:
         if self._since is None:
             self._since = time.perf_counter()
+
+    def wait(self, seconds: float) -> None:
+        self._waited_seconds = (self._waited_seconds or 0.0) + seconds
+
+    def pause(self, seconds: float) -> None:
+        if self._since is not None:
+            self._paused_seconds += seconds
 
     def count(self, shares: Shares) -> None:
         amounts = {"rows": float(shares.num_rows)}
@@ -89,11 +146,15 @@ class _Told:
         for name, amount in amounts.items():
             self._amounts[name] = self._amounts.get(name, 0.0) + amount
 
-    def tell(self, number: int, numbers: Mapping[str, float]) -> None:
-        now = time.perf_counter()
-        seconds = now - (self._since if self._since is not None else now)
-        speeds = {f"{name}_per_second": amount / seconds for name, amount in self._amounts.items() if seconds}
-        self._since = now
+    def tell(self, number: int, numbers: Mapping[str, float], now: float) -> None:
+        assert self._since is not None, "a step has begun"
+        seconds = now - self._since - self._paused_seconds
+        speeds = {f"{name}_per_second": amount / seconds for name, amount in self._amounts.items()}
+        speeds["step_seconds"] = seconds / self.num_updates
+        if self._waited_seconds is not None:
+            speeds["wait_seconds"] = self._waited_seconds / self.num_updates
+        self._since, self._paused_seconds, self._waited_seconds = now, 0.0, None
+        self.num_updates = 0
         self._amounts.clear()
         self._hook(number, {**numbers, **speeds})
 

@@ -26,8 +26,9 @@ from evenflow.pipe.default_programs import call_model
 from evenflow.pipe.delivered import Gather, check_gather
 from evenflow.pipe.exhausted import Watch
 from evenflow.pipe.feeding import fed
+from evenflow.pipe.gauges import Gauges
 from evenflow.pipe.last_step import last_step
-from evenflow.pipe.logs import LogHook, Logs
+from evenflow.pipe.logs import Every, LogHook, Logs
 from evenflow.pipe.meter import Meter
 from evenflow.pipe.outcome import outcome, prediction
 from evenflow.pipe.over_batches import OverBatches
@@ -62,7 +63,7 @@ class Pipeline(Restorable):
         self._times = Times(len(parts.devices))
         self._step = 0  # counts calls of `step`: names the draws
         self._num_updates = 0
-        self._logs = Logs()
+        self._logs = Logs(Gauges(parts, self._times), is_main=self.is_main)
         self._is_swapped = False
         self._accumulated = Accumulated()
         self._updated = False
@@ -196,25 +197,29 @@ class Pipeline(Restorable):
 
         After a `load` the first pass goes on where the run was saved, behind what was trained on.
         """
-        yield from self._position.counted(partial(fed, self._parts.mesh.world, loader))
+        batches = self._position.counted(partial(fed, self._parts.mesh.world, loader))
+        yield from self._logs.fed(batches)
 
-    def log_to(self, hook: LogHook, *, every: int = 1) -> None:
+    def log_to(self, hook: LogHook, *, every: Every = 1, all_ranks: bool = False) -> None:
         """Call `hook(step, numbers)` on the main rank for each `every`th update, which `step` counts.
 
-        Numbers are floats by name: `loss` (of all batches since the last update), `learning_rate` (of the
-        main rank's first stage; `learning_rate/0`, … where groups differ), `rows_per_second` and, where the
-        loss is a mean over them, `tokens_per_second` (since the hook was last called), and `metrics/…`.
-        Every rank may call this. Raises `ConfigError` for a hook that is no function.
+        `every` may also say for which numbers, as a function. Numbers have names: `loss` (of all batches
+        since the last update), `grad_norm` where it is known, `learning_rate` (of the main rank's first
+        stage; `learning_rate/0`, … where groups differ), `metrics/…`; since the hook was last called,
+        evaluations left out, `rows_per_second`, `tokens_per_second` where the loss is a mean over them, and
+        for an update `step_seconds` and, of those, `wait_seconds` for what `feed` yields; of the last step,
+        `bubble/rank0`, `peak_bytes/rank0` and, where it is known, `cap_bytes/rank0` (see docs/training.md).
+        With `all_ranks` those of each rank, and `bubble` over all: then every rank must call this, alike,
+        which else they may. Raises `ConfigError` for a hook that is no function.
 
         >>> from evenflow.pipe.build import pipeline
         >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
         >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
         >>> pipe.log_to(lambda step, numbers: print(step, *numbers))
         >>> _ = pipe.step(batch)
-        1 loss rows_per_second
+        1 loss bubble bubble/rank0 peak_bytes/rank0 rows_per_second step_seconds
         """
-        if self.is_main:
-            self._logs.add(hook, every)
+        self._logs.add(hook, every, all_ranks=all_ranks)
 
     # -- looking inside
 
@@ -397,7 +402,7 @@ class Pipeline(Restorable):
         modes = [(module, module.training) for module in self._parts.model.modules()]
         self._parts.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._logs.paused():
                 yield
         finally:
             for module, training in modes:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evenflow.ir.op import Recv, SimpleOp
+from evenflow.ir.op import ComputeOp, Recv, SimpleOp
 from evenflow.ir.timeline import Span
 from evenflow.runtime.clocks import Clock
 from evenflow.runtime.script import Line
@@ -40,6 +40,12 @@ class Log:
         """For each op that has ended when it began to wait, started and ended, in seconds."""
         read = self.clock.seconds
         return [(read(began), read(start), read(end)) for began, start, end in self.marks]
+
+    @property
+    def computed(self) -> list[tuple[float, float]]:
+        """(start, end) of each op that computed, in seconds."""
+        pairs = zip(self.lines, self.times(), strict=True)
+        return [(start, end) for line, (_, start, end) in pairs if isinstance(line.op, ComputeOp)]
 
     def spans(self) -> list[Span]:
         """One for each op."""

@@ -66,17 +66,12 @@ class Straggler:
 
 def work_of(steps: Sequence[Sequence[Log]], costs: Costs | None) -> Work:
     """What a rank computed for in some steps, each the logs of its ranks."""
-    taken = [sum(_computed(log) for log in logs) for logs in steps]
+    taken = [sum(end - start for log in logs for start, end in log.computed) for logs in steps]
     planned = 0.0
     if costs is not None:
         ops = [line.op for log in steps[-1] for line in log.lines]
         planned = sum(costs.seconds(op) for op in ops if isinstance(op, ComputeOp))
     return Work(statistics.median(taken), planned)
-
-
-def _computed(log: Log) -> float:
-    pairs = zip(log.lines, log.times(), strict=True)
-    return sum(end - start for line, (_, start, end) in pairs if isinstance(line.op, ComputeOp))
 
 
 class Stragglers:

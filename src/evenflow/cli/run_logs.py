@@ -1,0 +1,33 @@
+"""What a run writes of each step, and where all else goes that it has to say."""
+
+import contextlib
+import sys
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+
+from evenflow.cli.config import STDOUT, Logging
+from evenflow.interop.loggers import check_installed, log_to_json
+from evenflow.pipe.logs import LogHook
+
+
+def check_logs(logs: Logging) -> None:
+    """Raise `ConfigError` for what cannot be written, before anything starts."""
+    json_hook(logs)
+    if logs.tensorboard is not False:
+        check_installed("tensorboard", "--tensorboard")
+
+
+def json_hook(logs: Logging) -> LogHook | None:
+    """What writes the lines of JSON, if any are asked for."""
+    return None if logs.json is None else log_to_json(logs.json)
+
+
+def console_of(logs: Logging, *, is_main: bool = True) -> Console:
+    """Where a person reads of the run: on the error stream where steps go to the standard output."""
+    return Console(stderr=logs.json == STDOUT, quiet=not is_main)
+
+
+def user_output(logs: Logging) -> AbstractContextManager[object]:
+    """Inside, what the model's own code prints goes where a person reads."""
+    return contextlib.redirect_stdout(sys.stderr) if logs.json == STDOUT else contextlib.nullcontext()

@@ -1,0 +1,170 @@
+"""Progress: what a person who watches a training run sees of it; a hook for `Pipeline.log_to`.
+
+On a terminal a bar moves, with the numbers below it; elsewhere there is a line now and then instead.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+import evenflow
+from evenflow.errors import ConfigError
+from evenflow.pipe.refuse import check_whole
+from evenflow.view.units import format_bytes
+
+# So many lines, evenly spread, stand in for the bar where output goes to a file.
+_NUM_LINES = 10
+_REDRAW_SECONDS = 0.1
+_GAP = "  "
+
+
+@contextlib.contextmanager
+def progress(
+    pipe: "evenflow.Pipeline", *, num_steps: int, every: int = 10, console: Console | None = None
+) -> "Iterator[ProgressReport]":
+    """Show a training loop's progress while inside: loss, speed, idle share, memory, and the time left.
+
+    `num_steps` is the number of the last update (see `Pipeline.log_to`). The first, the last and each
+    `every`th are looked at, which waits for the device and asks all ranks: so every rank enters this, and
+    the main one shows it, on `console` or the standard output. `line(text)` of what it gives prints above.
+
+        with evenflow.progress(pipe, num_steps=1000) as shown:
+            for batch in pipe.feed(loader):
+                pipe.step(batch)
+    """
+    check_whole(num_steps=num_steps, every=every)
+    if min(num_steps, every) < 1:
+        raise ConfigError(f"num_steps={num_steps} and every={every} must be at least 1")
+    console = (console or Console()) if pipe.is_main else Console(quiet=True)
+    with ProgressReport(console, num_steps=num_steps) as report:
+        pipe.log_to(
+            report,
+            every=lambda number: report.is_open and (number % every == 0 or number in (1, num_steps)),
+            all_ranks=True,
+        )
+        yield report
+
+
+def speed_of(numbers: Mapping[str, float]) -> str:
+    """How much is trained on in a second: tokens where those are counted, else rows."""
+    for name in ("tokens", "rows"):
+        if (amount := numbers.get(f"{name}_per_second")) is not None:
+            return f"{amount:,.0f} {name}/s"
+    return ""
+
+
+class ProgressReport:
+    """The moving part of the output, to be used in a `with` block around the training loop.
+
+    `speed` says how fast it goes, in words, from a step's numbers.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        num_steps: int,
+        speed: Callable[[Mapping[str, float]], str] = speed_of,
+    ) -> None:
+        self._console, self._num_steps, self._speed = console, num_steps, speed
+        self._number, self._numbers, self._left = 0, list[str](), ""
+        self._next_line = 1
+        self._drawn = -math.inf
+        self._live = Live(console=console, auto_refresh=False, get_renderable=self._bar)
+        self.is_open = False
+
+    def __enter__(self) -> Self:
+        self.is_open = True
+        if self._moves:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_open = False
+        if self._moves:
+            self._live.refresh()
+            self._live.stop()
+
+    @property
+    def _moves(self) -> bool:
+        return self._console.is_terminal and not self._console.quiet
+
+    def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Show that `step` updates are done, with the last one's numbers."""
+        self._number = step
+        self._numbers = [each for each in (*_told(numbers), *_gauged(numbers)) if each]
+        self._numbers.insert(1, self._speed(numbers))
+        seconds = round((self._num_steps - step) * numbers["step_seconds"])
+        self._left = f"ETA {timedelta(seconds=max(0, seconds))}"
+        if self._moves:
+            if time.monotonic() - self._drawn > _REDRAW_SECONDS:
+                self._live.refresh()
+                self._drawn = time.monotonic()
+        elif step >= self._next_line:
+            self.line(_GAP.join([f"step {step}/{self._num_steps}", *self._numbers, self._left]))
+            lines_done = step * _NUM_LINES // self._num_steps
+            self._next_line = math.ceil((lines_done + 1) * self._num_steps / _NUM_LINES)
+
+    def line(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _bar(self) -> Group:
+        """The bar and, below it, the numbers, none of them broken where the lines of the terminal end."""
+        first = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None):
+            first.add_column(ratio=ratio, no_wrap=True)
+        bar = ProgressBar(total=self._num_steps, completed=min(self._number, self._num_steps))
+        first.add_row(Text(f"step {self._number}/{self._num_steps}"), bar, Text(self._left))
+        return Group(first, *map(Text, _in_lines(self._numbers, self._console.width)))
+
+
+def _told(numbers: Mapping[str, float]) -> Iterator[str]:
+    milliseconds = 1000 * numbers["step_seconds"]
+    yield f"loss {numbers['loss']:.3f}"
+    yield f"{milliseconds:.{0 if milliseconds >= 10 else 1}f} ms/step"
+
+
+def _gauged(numbers: Mapping[str, float]) -> Iterator[str]:
+    """The idle share of all ranks, or of the first; the memory of the rank that is fullest."""
+    if "bubble" in numbers:
+        yield f"bubble {numbers['bubble']:.1%}".replace("%", " %")
+    elif "bubble/rank0" in numbers:
+        yield f"bubble {numbers['bubble/rank0']:.1%} (rank 0)".replace("%", " %")
+    peaks = {
+        name.removeprefix("peak_bytes/"): held
+        for name, held in numbers.items()
+        if name.startswith("peak_bytes/")
+    }
+    if peaks:
+        fullest = max(peaks, key=lambda rank: peaks[rank] / numbers.get(f"cap_bytes/{rank}", 1.0))
+        cap = numbers.get(f"cap_bytes/{fullest}")
+        of = "" if cap is None else f" of {format_bytes(cap)}"
+        yield f"memory {format_bytes(peaks[fullest])}{of} ({fullest.replace('rank', 'rank ')})"
+
+
+def _in_lines(parts: Sequence[str], width: int) -> list[str]:
+    """The parts, as many on each line as have room.
+
+    >>> _in_lines(["loss 2.5", "3 ms/step", "bubble 5.0 %"], 20)
+    ['loss 2.5  3 ms/step', 'bubble 5.0 %']
+    """
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(_GAP) + len(part) <= width:
+            lines[-1] += _GAP + part
+        else:
+            lines.append(part)
+    return lines
