@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: bench-pages test-wheel bench-start torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -25,13 +25,20 @@ test: setup
 torture-files: setup
 	EVENFLOW_NUM_FILES=20000 $(BIN)/python -m pytest --timeout=0 tests/test_hostile_files.py
 
+# The wheel in clean environments, one without torch: a minute, and the network.
+test-wheel: setup
+	$(BIN)/python -m pytest tests/wheel_install.py
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving
+bench: bench-start bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving bench-pages
+
+bench-start: setup
+	$(BIN)/python benchmarks/start_up.py
 
 bench-search: setup
 	$(BIN)/python benchmarks/simulate.py
@@ -62,6 +69,10 @@ torture: setup
 
 bench-saving: setup
 	$(BIN)/python benchmarks/saving.py
+
+# In Chromium, which is to be installed; `python benchmarks/pages.py docs/` draws the pictures of the docs.
+bench-pages: setup
+	$(BIN)/python benchmarks/pages.py
 
 bench-steady: setup
 	$(BIN)/python benchmarks/steady.py

@@ -29,7 +29,9 @@ from evenflow.errors import ConfigError, EvenflowError, ScheduleError
 from evenflow.foreign import parse_toml, read_text, visible
 from evenflow.ir import Flow, Placement
 from evenflow.ir.costs import Costs
-from evenflow.journal.folder import read_plan_of, read_run, read_steps, write_run
+from evenflow.journal.chrome_trace import chrome_trace
+from evenflow.journal.folder import read_last_step, read_plan_of, read_run, read_steps, write_run
+from evenflow.journal.page import run_page
 from evenflow.plan.plan_file import read_plan, read_plan_file
 from evenflow.schedule_file import parse_schedule
 from evenflow.simulate import simulate
@@ -42,7 +44,7 @@ from hostile_runs import (
     plan_texts,
     schedule_texts,
 )
-from small_runs import PLAN, RUN, STEPS
+from small_runs import LAST_STEP, PLAN, RUN, STEPS
 
 NUM_FILES = int(os.environ.get("EVENFLOW_NUM_FILES", "1000"))
 
@@ -178,19 +180,27 @@ def test_of_damaged_configurations_none_crashes_or_leads_out_of_the_folder(tmp_p
     each_is_read_or_told(tmp_path / "run.toml", 300, damaged_toml((CONFIG,)), use)
 
 
-@pytest.mark.parametrize("name", ["run.json", "steps.jsonl", "plan.toml"])
+@pytest.mark.parametrize("name", ["run.json", "steps.jsonl", "last_step.json", "plan.toml"])
 def test_of_damaged_runs_none_crashes_or_reaches_the_terminal(tmp_path: Path, name: str) -> None:
-    write_run(tmp_path, RUN, STEPS, plan=PLAN, config="")
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config="")
     whole = (tmp_path / name).read_text()
 
     def use(path: Path) -> None:
         run = read_run(tmp_path)
         file = io.StringIO()
-        print_run(Console(file=file), run, read_steps(tmp_path), read_plan_of(tmp_path, run))
+        steps, last_step, plan = (
+            read_steps(tmp_path),
+            read_last_step(tmp_path, run),
+            read_plan_of(tmp_path, run),
+        )
+        print_run(Console(file=file), run, steps, plan)
         assert visible(file.getvalue()) == file.getvalue()
+        page = run_page(run, steps, last_step, plan)
+        assert page.count("<script") == 2  # the data's and the page's own
+        chrome_trace(last_step)
 
     damaged = damaged_bytes(whole.encode())
-    if name == "run.json":
+    if name in ("run.json", "last_step.json"):
         trees = damaged_tree(json.loads(whole)).map(lambda tree: json.dumps(tree).encode())
         damaged = st.one_of(damaged, trees)
     elif name == "plan.toml":

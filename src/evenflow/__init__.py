@@ -8,6 +8,8 @@ if TYPE_CHECKING:
         BadNumbersError,
         ConfigError,
         EvenflowError,
+        MissingPackageError,
+        OutOfMemoryError,
         PeerError,
         RecordError,
         ScheduleError,
@@ -30,6 +32,8 @@ __all__ = [
     "ConfigError",
     "EvenflowError",
     "Microbatches",
+    "MissingPackageError",
+    "OutOfMemoryError",
     "PeerError",
     "Pipeline",
     "PipelineTrainer",
@@ -45,13 +49,20 @@ __all__ = [
     "progress",
 ]
 
+_ERRORS = (
+    "BadNumbersError",
+    "ConfigError",
+    "EvenflowError",
+    "MissingPackageError",
+    "OutOfMemoryError",
+    "PeerError",
+    "RecordError",
+    "ScheduleError",
+)
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
     "Checkpoints": "evenflow.pipe.checkpoints",
-    **dict.fromkeys(
-        ("BadNumbersError", "ConfigError", "EvenflowError", "PeerError", "RecordError", "ScheduleError"),
-        "evenflow.errors",
-    ),
+    **dict.fromkeys(_ERRORS, "evenflow.errors"),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
     "PipelineTrainer": "evenflow.interop.trainer",
@@ -66,6 +77,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:  # whatever the name stands for
     if name in _HOMES:
+        if name not in _ERRORS:
+            import_module("evenflow.needs").need_torch(f"evenflow.{name}")
         # Not kept in globals(): a submodule of the same name (`launch`) would take its place.
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'evenflow' has no attribute {name!r}")

@@ -13,6 +13,10 @@ class ConfigError(EvenflowError, ValueError):
     """An argument, a configuration file or a batch that cannot work as given: the caller's to mend."""
 
 
+class MissingPackageError(ConfigError, ImportError):
+    """A package that was not installed along, because only a part of Evenflow needs it."""
+
+
 class ScheduleError(EvenflowError, ValueError):
     """A schedule or program that must not run; the message lists all of its faults."""
 

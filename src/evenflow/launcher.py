@@ -38,6 +38,7 @@ from evenflow.errors import (
     BadNumbersError,
     ConfigError,
     EvenflowError,
+    MissingPackageError,
     OutOfMemoryError,
     PeerError,
     RecordError,
@@ -58,6 +59,7 @@ _PEER_LOST_PHRASES = ("connection closed by peer", "connection reset by peer", "
 _ERRORS = (
     EvenflowError,
     ConfigError,
+    MissingPackageError,
     ScheduleError,
     RecordError,
     OutOfMemoryError,

@@ -10,17 +10,22 @@ that begin with `#` are comments; two of them say something:
 
 The placement is the rank of each stage. Where it is left out, a stage is on the rank whose row names it. The
 number of microbatches is what the ops say.
+
+Files of torch.distributed.pipelining are read too (`torch_cells` says what differs), but for those with
+communication in them, which are refused: Evenflow, like torch, places its own.
 """
 
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from evenflow.errors import ConfigError
-from evenflow.foreign import shown
-from evenflow.ir.op import ComputeOp, parse_op, parts
+from evenflow.foreign import read_text, shown
+from evenflow.ir.op import ComputeOp, Op, parse_op, parts
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
+from evenflow.torch_cells import is_added_by_torch, parse_torch_fused
 
 _KEYS = ("name", "placement")
 _MAX_FAULTS = 20
@@ -91,6 +96,15 @@ def parse_schedule(text: str, *, name: str) -> Schedule:
     return Schedule(table.name or name, placement, num_microbatches, ranks)
 
 
+def read_schedule_file(path: Path) -> Schedule:
+    """Read a schedule from a file; `ConfigError` as `parse_schedule`, and for a file that can't be read."""
+    text = read_text(path, "schedule")
+    try:
+        return parse_schedule(text, name=path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"cannot read the schedule {path}: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class _Cell:
     op: ComputeOp
@@ -147,20 +161,15 @@ class _Table:
             word = cell.strip(' \t"')
             if not word:
                 continue
+            op: Op | None
             try:
                 op = parse_op(word)
             except ValueError:  # also from `int`, of thousands of digits
-                op = None
+                op = parse_torch_fused(word)
             if isinstance(op, ComputeOp):
                 row.append(_Cell(op, number, column))
-                continue
-            what = "not a compute op" if op is None else "added by Evenflow, and no part of a schedule"
-            remedy = (
-                "write stage, one of F, B, I and W, microbatch ('2F0'), or two fused ('2F3&5B1')"
-                if op is None
-                else "leave it out"
-            )
-            self.faults.append(f"line {number}, column {column}: {shown(word)} is {what}: {remedy}")
+            else:
+                self.faults.append(f"line {number}, column {column}: {shown(word)} is {_what_else(word, op)}")
         self.rows.append(row)
 
     def _stages(self) -> Iterator[tuple[int, _Cell, int]]:
@@ -218,6 +227,18 @@ class _Table:
             "microbatches from 0"
             for gap in _gaps(set(cells))
         ]
+
+
+def _what_else(word: str, op: Op | None) -> str:
+    """What a cell is that holds no compute op, and what to do about it."""
+    if op is not None:
+        return "added by Evenflow, and no part of a schedule: leave it out"
+    if is_added_by_torch(word):
+        return (
+            "communication of torch's, and Evenflow places its own: let torch write the file without, "
+            '`schedule._dump_csv(file, format="compute_only")`'
+        )
+    return "not a compute op: write stage, one of F, B, I and W, microbatch ('2F0'), or two fused ('2F3&5B1')"
 
 
 def _is_name(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from evenflow.cli.main import main
 from evenflow.cli.show import print_run
 from evenflow.journal.folder import write_run
-from small_runs import PLAN, RUN, STAGES, STEPS
+from small_runs import LAST_STEP, PLAN, RUN, STAGES, STEPS
 
 
 def shown(run=RUN, steps=STEPS, plan=PLAN, width=100):
@@ -84,11 +85,44 @@ def test_without_losses_none_is_shown():
 
 
 def test_the_command_reads_a_folder(tmp_path, capsys):
-    write_run(tmp_path, RUN, STEPS, plan=PLAN, config="")
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config="")
     with pytest.raises(SystemExit) as exited:
         main(["show", str(tmp_path)])
     assert exited.value.code == 0
-    assert capsys.readouterr().out.startswith("mine: 1f1b")
+    told = capsys.readouterr().out
+    assert told.startswith("mine: 1f1b")
+    assert "rank 1 |" in told  # the drawing
+    assert f"wrote {tmp_path / 'page.html'}" in told.replace("\n", "")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_command_writes_a_picture_and_a_trace(tmp_path, capsys):
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config="")
+    page, picture, trace = (tmp_path / name for name in ("p.html", "step.svg", "step.json"))
+    with pytest.raises(SystemExit) as exited:
+        main(["show", str(tmp_path), "--page", str(page), "--picture", str(picture), "--trace", str(trace)])
+    assert exited.value.code == 0
+    assert page.exists()
+    assert not (tmp_path / "page.html").exists()
+    assert "Measured: makespan" in picture.read_text()
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--picture", "step.gif", "end its name in .svg, .png, .pdf"),
+        ("--picture", "none/step.svg", "No such file or directory; name another file"),
+        ("--page", "none/page.html", "No such file or directory; name another file"),
+        ("--trace", "none/step.json", "No such file or directory; name another file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys, option, name, message):
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config="")
+    with pytest.raises(SystemExit) as exited:
+        main(["show", str(tmp_path), option, str(tmp_path / name)])
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

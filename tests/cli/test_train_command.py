@@ -214,6 +214,19 @@ def test_a_folder_takes_the_place_of_the_model(without_cuda, tmp_path, source):
     assert job.out == Path("runs/llama" if source is None else "runs/train_gpt")
 
 
+def test_the_demonstration_needs_nothing_else(started, without_cuda):
+    with pytest.raises(SystemExit) as exited:
+        main(["train", "--demo", "--steps", "7"])
+    assert exited.value.code == 0
+    ((job, num_processes),) = started
+    assert (job.config.name, job.out, num_processes) == ("demo", Path("runs/demo"), 2)
+    assert job.config.model == FunctionModel(
+        "evenflow.demo.gpt:build", {"num_layers": 4, "width": 96, "length": 64}
+    )
+    assert job.config.data == TextData(batch_size=16, length=64)
+    assert job.config.training.steps == 7
+
+
 def test_the_version_is_printed(capsys):
     main_returns(["--version"])
     assert capsys.readouterr().out == "evenflow 0.1.0\n"
@@ -225,11 +238,13 @@ def test_the_version_is_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER"),
+        ([], "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, --model FOLDER, or --demo"),
         (["none.toml"], "cannot read the configuration none.toml: No such file or directory"),
         (["gpt"], "'gpt' names no model: give a CONFIG.toml, MODULE:FUNCTION or FILE.py:FUNCTION"),
         (["none.py:build"], "there is no file none.py to take a model from"),
         ([GPT, "--model", "llama"], "two models are given"),
+        ([CONFIG, "--demo"], f"--demo trains a model of its own, and {CONFIG} names another: leave one out"),
+        (["--demo", "--model", "llama"], "--demo trains a model of its own, and --model llama names another"),
         ([CONFIG, "--model", "llama"], "llama is no Hugging Face model folder: it holds no config.json"),
         (["--model", "llama"], "llama is no Hugging Face model folder: it holds no config.json"),
         ([CONFIG, "--schedule", "gpip"], "no schedule 'gpip'; did you mean 'gpipe'?"),

@@ -8,35 +8,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenflow.errors import ConfigError
-from evenflow.journal.folder import claim, is_free, read_plan_of, read_run, read_steps, write_run
+from evenflow.journal.folder import (
+    claim,
+    is_free,
+    read_last_step,
+    read_plan_of,
+    read_run,
+    read_steps,
+    write_run,
+)
 from evenflow.journal.run import Run
-from small_runs import PLAN, RUN, STAGES, STEPS
+from small_runs import LAST_STEP, PLAN, RUN, STAGES, STEPS
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write_run(tmp_path, RUN, STEPS, plan=PLAN, config='name = "mine"\n')
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config='name = "mine"\n')
     return tmp_path
 
 
 def test_a_run_is_read_as_it_was_written(folder):
     assert read_run(folder) == RUN
     assert read_steps(folder) == STEPS
+    assert read_last_step(folder, RUN) == LAST_STEP
     assert read_plan_of(folder, RUN) == PLAN
-    written = {"config.toml", "plan.toml", "run.json", "steps.jsonl"}
+    written = {"config.toml", "last_step.json", "plan.toml", "run.json", "steps.jsonl"}
     assert {path.name for path in folder.iterdir()} == written
     assert (folder / "config.toml").read_text() == 'name = "mine"\n'
-    assert json.loads((folder / "run.json").read_text())["version"] == 1
+    assert json.loads((folder / "run.json").read_text())["version"] == 2
 
 
 def test_a_run_without_a_plan_has_none(tmp_path):
-    write_run(tmp_path, RUN, STEPS, plan=None, config="")
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=None, config="")
     assert read_plan_of(tmp_path, RUN) is None
 
 
 def test_what_cannot_be_written_leaves_no_run(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_run(tmp_path, dataclasses.replace(RUN, feed_seconds=float("nan")), STEPS, plan=None, config="")
+        write_run(
+            tmp_path,
+            dataclasses.replace(RUN, feed_seconds=float("nan")),
+            STEPS,
+            last_step=LAST_STEP,
+            plan=None,
+            config="",
+        )
     with pytest.raises(ConfigError, match=r"holds no run\.json"):
         read_run(tmp_path)
 
@@ -67,14 +83,14 @@ def change(path, key, value):
     inner = content
     for each in way:
         inner = inner[int(each)] if each.isdigit() else inner[each]
-    inner[last] = value
+    inner[int(last) if last.isdigit() else last] = value
     path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, "version = 2, and this Evenflow reads runs of version 1"),
+        ("version", 3, "version = 3, and this Evenflow reads runs of version 2"),
         ("nmae", "mine", "unknown key 'nmae'; did you mean 'name'?"),
         ("name", 3, "name = 3 must be a string"),
         ("machine", "\x1b[2J", r"machine = '\\x1b\[2J' must hold no control characters"),
@@ -96,6 +112,30 @@ def test_what_is_wrong_in_a_run_is_said_with_its_place(folder, key, value, messa
     with pytest.raises(ConfigError, match=message) as refused:
         read_run(folder)
     assert str(refused.value).startswith(f"{folder / 'run.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("measured.0.ops.0", "0F0" * 2000, "an op of 6000 letters"),
+        ("measured.0.ops.0", "fast", "'fast' is not an op"),
+        ("measured.0.came_seconds.0", 1e9, r"0F0 comes at 1e\+09 s, starts at 0 and .*: not in turn"),
+        ("measured.0.end_seconds", [], "a lane's columns must be as long as its 12 ops"),
+        ("measured.0.held_bytes.0", -1, r"measured\[0\].held_bytes\[0\] = -1 must be at least 0"),
+        ("measured", [], "2 lanes are predicted, and 0 are measured"),
+        ("predicted_bills", [], "0 and 2 bills, of 2 ranks"),
+        ("caps_bytes", [1.0], "caps_bytes names 1 ranks, and there are 2"),
+        ("stages.1.rank", 2, r"stages \[1\] are on ranks beyond the last, 1"),
+        ("edges.0.target", 2, "an edge 0>2, and there are 2 stages"),
+        ("edges.0.payload", "G", "payload = 'G' must be one of 'F', 'B'"),
+        ("stages.1.rank", 0, r"on ranks \[0, 0\], and the run had 2 on ranks \[0, 1\]: it is of another run"),
+    ],
+)
+def test_what_is_wrong_in_a_last_step_is_said(folder, key, value, message):
+    change(folder / "last_step.json", key, value)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_last_step(folder, RUN)
+    assert str(refused.value).startswith(f"{folder / 'last_step.json'}")
 
 
 def test_a_missing_key_is_named(folder):
@@ -161,7 +201,7 @@ KEYS = [field.name for field in dataclasses.fields(Run)]
 @given(key=st.sampled_from(KEYS), value=PLAIN)
 def test_any_value_is_read_or_refused(tmp_path_factory, key, value):
     folder = tmp_path_factory.mktemp("any")
-    write_run(folder, RUN, (), plan=None, config="")
+    write_run(folder, RUN, (), last_step=LAST_STEP, plan=None, config="")
     change(folder / "run.json", key, value)
     try:
         assert isinstance(read_run(folder), Run)

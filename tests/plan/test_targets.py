@@ -166,7 +166,7 @@ def test_settings_for_torchtitan_name_each_layer_once(case):
             "tok_embeddings",
             *(f"layers.{n}" for n in range(NUM_BLOCKS)),
             "norm",
-            "output",
+            "lm_head",
         ]
         assert int(given["num_pp_microbatches"]) == found.plan.num_microbatches
 

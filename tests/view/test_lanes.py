@@ -71,6 +71,49 @@ def test_of_several_stages_the_whole_op_is_written() -> None:
     assert {str(span.op) for span in timeline.spans} == {text.get_text() for text in axes.texts[2:]}
 
 
+@pytest.mark.parametrize(
+    ("stages_per_rank", "num_microbatches", "said"),
+    [
+        (1, 3, "a number is a microbatch"),
+        (2, 2, "2F0: stage 2, forward, microbatch 0"),
+        (2, 12, "microbatch, and beneath it the stage"),
+    ],
+)
+def test_the_names_are_explained(stages_per_rank: int, num_microbatches: int, said: str) -> None:
+    timeline = gpipe(num_microbatches, stages_per_rank)
+    axes = drawn(timeline)
+    write_names(axes, timeline, SECONDS)
+    assert axes.get_title(loc="right") == said
+
+
+def test_a_stage_stands_small_beneath_its_microbatch() -> None:
+    timeline = gpipe(8, stages_per_rank=2)
+    axes = drawn(timeline)
+    num_texts = len(axes.texts)
+    write_names(axes, timeline, SECONDS)
+    upper, lower = axes.texts[num_texts:][::2], axes.texts[num_texts:][1::2]
+    ops = [span.op for rank in range(2) for span in timeline.compute_on(rank)]
+    assert [(text.get_text(), below.get_text()) for text, below in zip(upper, lower, strict=True)] == [
+        (str(op.microbatch), str(op.stage)) for op in ops
+    ]
+    assert all(text.xy == below.xy for text, below in zip(upper, lower, strict=True))
+    assert all(text.xyann[1] > 0 > below.xyann[1] for text, below in zip(upper, lower, strict=True))
+    assert lower[0].get_fontsize() < upper[0].get_fontsize()
+
+
+@pytest.mark.parametrize(
+    ("stages_per_rank", "labels"),
+    [
+        (1, ["rank 0", "rank 1"]),
+        (2, ["rank 0\nstages 0, 2", "rank 1\nstages 1, 3"]),
+        (5, ["rank 0", "rank 1"]),
+    ],
+)
+def test_several_stages_of_a_rank_stand_beside_its_lane(stages_per_rank: int, labels: list[str]) -> None:
+    axes = drawn(gpipe(2, stages_per_rank))
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels
+
+
 def test_thousands_of_ops_are_an_image_of_their_mixed_colours() -> None:
     spans = [Span(0, Forward(0, 0), at * 1.0, at * 1.0 + 0.5) for at in range(8000)]
     axes = drawn(Timeline.of(1, spans))

@@ -1,5 +1,6 @@
 """The picture of a schedule: its formats, its two panels, and the memory that it shows."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,20 @@ def test_an_svg_is_the_same_each_time(tmp_path: Path) -> None:
     draw(other)
     assert one.read_bytes() == other.read_bytes()
     assert ET.parse(one).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(("num_microbatches", "inches"), [(2, 9.0), (13, 1.8 + 42 * 0.22), (200, 13.0)])
+def test_a_picture_is_as_wide_as_its_names_need(num_microbatches: int, inches: float) -> None:
+    timeline = simulate(get("zb-h1")(4, 1, num_microbatches), Flow.chain(4), Costs.uniform(4))
+    assert schedule_picture._width_inches(timeline) == pytest.approx(inches)
+
+
+def test_microbatches_are_counted_in_whole_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "out.svg"
+    draw(path, "sequential")
+    written = re.findall(r">([^<>]+)</text>", path.read_text())
+    memory = written[written.index("Activations held (microbatches)") - 2 :]
+    assert memory[:2] == ["0", "1"]
 
 
 def test_it_leaves_pyplot_alone(tmp_path: Path) -> None:

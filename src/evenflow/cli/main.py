@@ -2,21 +2,21 @@
 
 import gc
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from evenflow import __version__
 from evenflow.cli.checkpoint_app import app as checkpoint_app
 from evenflow.cli.collecting import no_collecting
+from evenflow.cli.play_command import play_command
 from evenflow.cli.schedule_command import schedule_command
 from evenflow.cli.shared_flags import (
     BatchSize,
     Data,
     Device,
+    Help,
     Length,
     Microbatches,
     Model,
@@ -25,8 +25,10 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
+from evenflow.cli.show_command import show_command
 from evenflow.cli.train_flags import (
     BadNumbers,
+    Demo,
     FindNan,
     KeepLast,
     LogJson,
@@ -38,7 +40,7 @@ from evenflow.cli.train_flags import (
     Timeout,
 )
 from evenflow.errors import EvenflowError
-from evenflow.foreign import visible
+from evenflow.needs import need_torch
 
 # Of the commands that ended because of an error: 2, which shells use for "called wrongly", and what
 # follows it in the same file of errors.
@@ -50,7 +52,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # help in frames and colours would take rich a tenth of a second to import
 )
 
 
@@ -59,7 +61,7 @@ app.add_typer(checkpoint_app)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"evenflow {metadata.version('evenflow')}")
+        typer.echo(f"evenflow {__version__}")
         raise typer.Exit
 
 
@@ -69,6 +71,7 @@ def _options(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
+    show_help: Help = False,
 ) -> None:
     """The options that stand before a command."""
 
@@ -77,6 +80,7 @@ def _options(
 def train_command(
     source: Source = None,
     model: Model = None,
+    demo: Demo = False,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -124,13 +128,15 @@ def train_command(
 
     Where nothing is said of stages, schedule and microbatches, the ranks measure the model and plan them.
     """
-    # torch takes seconds to import, which --help and --version need not wait for.
+    need_torch("evenflow train")
+    # What takes long to import, which --help and --version need not wait for.
     from evenflow.cli.train import Flags, train
 
     train(
         Flags(
             source=source,
             model=model,
+            demo=demo,
             data=tuple(data or ()),
             steps=steps,
             batch_size=batch_size,
@@ -157,16 +163,6 @@ def train_command(
     )
 
 
-@app.command("show")
-def show_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `evenflow train` has written.")],
-) -> None:
-    """Show what a run's steps took: step, ranks and stages, beside what its plan expected."""
-    from evenflow.cli.show import show
-
-    show(run)
-
-
 @app.command("check")
 def check_command(
     source: Source = None,
@@ -185,10 +181,12 @@ def check_command(
         bool, typer.Option("--exact", help="Let shared parameters get the same bits at every cut.")
     ] = False,
 ) -> None:
-    """Compare one step split with one step of the whole model: every gradient, buffer and output.
+    """Compare one step split with one step of the whole model.
 
-    It takes one process and the CPU. Exits with 0 where all is equal, 1 where something differs.
+    It compares every gradient, buffer and output, in one process and on the CPU. Exits with 0 where all is
+    equal, 1 where something differs.
     """
+    need_torch("evenflow check")
     from evenflow.cli.check import check
     from evenflow.cli.train import Flags
 
@@ -225,10 +223,11 @@ def doctor_command(
         float, typer.Option(metavar="SECONDS", help="How long a link may take to answer.")
     ] = 20.0,
 ) -> None:
-    """Check every link both ways: is the data right, how fast is it, and what helps where it is not.
+    """Check every link both ways: its data, its speed, what helps.
 
     Under torchrun it examines several machines. Exits with 0 where all links work, 1 where one does not.
     """
+    need_torch("evenflow doctor")
     from evenflow.cli.doctor import doctor
 
     raise typer.Exit(0 if doctor(device, ranks, out, timeout) else 1)
@@ -268,18 +267,46 @@ def plan_command(
         Path | None, typer.Option("--out", "-o", metavar="PLAN.toml", help="Write the plan to a new file.")
     ] = None,
 ) -> None:
-    """Choose how to train a model on a cluster: stages, cuts, schedule, microbatches, recomputation.
+    """Choose how to train a model on a cluster.
 
-    A cluster need not be there: times are then estimated from operations and bytes. Without one, as many
-    processes as `evenflow train` would start here measure the model, their links and the optimizer.
+    It chooses stages, cuts, schedule, microbatches and what is recomputed. A cluster need not be there: times
+    are then estimated from operations and bytes. Without one, as many processes as `evenflow train` would
+    start here measure the model, their links and the optimizer.
     """
     with no_collecting():
+        need_torch("evenflow plan")
         from evenflow.cli.plan import Asked, plan_run
         from evenflow.cli.train import Flags
 
     flags = Flags(source=source, model=model, data=tuple(data or ()), batch_size=batch_size, length=length)
     asked = Asked(cluster, memory, rows, pipeline_only=pipeline_only, target=target, out=out)
     plan_run(flags, asked)
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLAN.toml|SCHEDULE.csv",
+            help="What `evenflow plan -o` or `evenflow schedule --save` wrote.",
+        ),
+    ],
+    to: Annotated[
+        Literal["torch", "torchtitan", "megatron", "deepspeed"],
+        typer.Option(help="The system; torch is torch.distributed.pipelining, which reads a schedule."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it to a new file.")
+    ] = None,
+) -> None:
+    """Say a saved plan in another system's words: settings to paste, or the order of work for torch.
+
+    Nothing is planned anew. What the system cannot run is refused, with every reason.
+    """
+    from evenflow.cli.export import export
+
+    export(source, to, out)
 
 
 @app.command("profile")
@@ -301,10 +328,12 @@ def profile_command(
         typer.Option(metavar="FILE", help="Write it to a new file, for evenflow schedule --costs."),
     ] = None,
 ) -> None:
-    """Measure what each node of a model costs: time, memory, and bytes over each place to cut.
+    """Measure what each node of a model costs.
 
-    Measurements are kept in EVENFLOW_CACHE, by default ~/.cache/evenflow, and not made again.
+    That is its time, its memory, and the bytes over each place to cut. Measurements are kept in
+    EVENFLOW_CACHE, by default ~/.cache/evenflow, and not made again.
     """
+    need_torch("evenflow profile")
     from evenflow.cli.profile import profile
     from evenflow.cli.train import Flags
 
@@ -325,6 +354,8 @@ def profile_command(
 
 
 app.command("schedule")(schedule_command)
+app.command("show")(show_command)
+app.command("play")(play_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -340,6 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=list(arguments) if arguments is not None else None)
     except EvenflowError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        from evenflow.foreign import visible
+
         console = Console(stderr=True)
         # `Text`, because a message may hold square brackets, which rich would take for markup.
         # A message may quote what stands in a file, and a terminal obeys control characters.

@@ -36,7 +36,7 @@ from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import NoPlanError, describe, plan
 from evenflow.plan.rank_memory import TrainingState
-from evenflow.plan.request import Choice, Levers, Request, choice_of
+from evenflow.plan.request import RECOMPUTE_NAMES, Choice, Levers, Request, choice_of
 from evenflow.plan.scale import scaled
 from evenflow.plan.target_settings import settings
 from evenflow.plan.targets import Target, Within, plan_within, target_called, within_limits
@@ -169,7 +169,7 @@ def _levers(config: RunConfig, *, pipeline_only: bool) -> Levers:
         stages_per_rank=given.stages_per_rank,
         schedule=None if given.schedule == catalog.AUTO else given.schedule,
         microbatch_size=given.microbatch_size,
-        recompute=given.recompute if isinstance(given.recompute, str) else None,
+        recompute=next((name for name in RECOMPUTE_NAMES if name == given.recompute), None),
     )
     return levers.pipeline_only() if pipeline_only else levers
 

@@ -13,15 +13,16 @@ from evenflow.cli.schedule_report import Report, print_comparison, print_report
 from evenflow.cost_table import rank_activations
 from evenflow.critical_path import critical_path
 from evenflow.errors import ConfigError, EvenflowError, ScheduleError
-from evenflow.foreign import read_text
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
+from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.memory import memory_faults, peak_bytes
-from evenflow.schedule_file import format_schedule, parse_schedule
+from evenflow.schedule_file import format_schedule, read_schedule_file
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 from evenflow.soundness import refusal
+from evenflow.torch_schedule import format_torch_schedule
 from evenflow.transfers import count_transfers
 from evenflow.view.schedule_picture import MICROBATCHES, draw_schedule_picture
 from evenflow.view.units import Unit, byte_unit, format_seconds
@@ -43,7 +44,7 @@ def schedule(flags: Flags, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=PLAIN_WIDTH, no_color=True)
-    own = _read_schedule(flags.file) if flags.file else None
+    own = read_schedule_file(flags.file) if flags.file else None
     prices = read_prices(flags)
     sizes = read_sizes(flags, own, prices)
     if flags.compare:
@@ -95,16 +96,9 @@ def _make(name: str, sizes: Sizes, prices: Prices) -> Schedule:
     )
 
 
-def _read_schedule(path: Path) -> Schedule:
-    text = read_text(path, "schedule")
-    try:
-        return parse_schedule(text, name=path.stem)
-    except ConfigError as error:
-        raise ConfigError(f"cannot read the schedule {path}: {error}") from None
-
-
-def _report(made: Schedule, costs: Costs) -> Report:
+def report_of(made: Schedule, costs_on: Callable[[Placement], Costs]) -> Report:
     """Price a schedule whose stages are a chain; `ScheduleError` if it cannot be executed."""
+    costs = costs_on(made.placement)
     flow = Flow.chain(made.placement.num_stages)
     timeline = simulate(made, flow, costs)
     # An evaluation keeps no activations, so that no cap is too low for it.
@@ -124,13 +118,14 @@ def _report(made: Schedule, costs: Costs) -> Report:
 
 
 def _show(console: Console, flags: Flags, made: Schedule, prices: Prices) -> None:
-    report = _report(made, prices.costs_on(made.placement))
+    report = report_of(made, prices.costs_on)
     if report.memory_faults:
         raise _over_the_cap(report)
     unit = _memory_unit(prices, report)
     print_report(console, report, unit, in_bytes=prices.table is not None and prices.table.in_bytes)
     if flags.save:
-        _write(flags.save, lambda path: path.write_text(format_schedule(made), encoding="utf-8"))
+        text = format_torch_schedule(made) if flags.torch else format_schedule(made)
+        _write(flags.save, lambda path: path.write_text(text, encoding="utf-8"))
         console.print(f"saved to {flags.save}", soft_wrap=True, highlight=False, markup=False)
     if flags.draw:
         _write(
@@ -161,13 +156,13 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Prices) -> None:
-    reports = [] if own is None else [_report(own, prices.costs_on(own.placement))]
+    reports = [] if own is None else [report_of(own, prices.costs_on)]
     left_out = {}
     for name in catalog.SCHEDULES:
         try:
             made = _make(name, sizes, prices)
             if made.trains:
-                reports.append(_report(made, prices.costs_on(made.placement)))
+                reports.append(report_of(made, prices.costs_on))
             else:
                 left_out[name] = "it evaluates, and does not train"
         except EvenflowError as error:

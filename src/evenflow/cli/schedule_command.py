@@ -35,7 +35,10 @@ def schedule_command(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="S.csv", help="A schedule of your own: a row for each rank, cells like 2F0."),
+        typer.Option(
+            metavar="S.csv",
+            help="A schedule of your own, or of torch's: a row for each rank, cells like 2F0.",
+        ),
     ] = None,
     draw: Annotated[
         Path | None, typer.Option(metavar="OUT.svg", help="Draw it to a file: .svg, .png or .pdf.")
@@ -43,6 +46,9 @@ def schedule_command(
     save: Annotated[
         Path | None, typer.Option(metavar="S.csv", help="Write it to a new file, to edit by hand.")
     ] = None,
+    torch: Annotated[
+        bool, typer.Option("--torch", help="Save it as torch.distributed.pipelining reads it.")
+    ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Tabulate all methods at these costs.")] = False,
     objective: Annotated[
         Literal["span", "makespan"] | None,
@@ -55,7 +61,10 @@ def schedule_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="auto: the same seed finds the same. Default: 0.")] = None,
 ) -> None:
-    """Draw a schedule, and tell its idle time, its memory and how far it is from the best possible."""
+    """Draw a schedule and price it.
+
+    It tells the schedule's idle time, its memory and how far it is from the best possible.
+    """
     from evenflow.cli.schedule import schedule
     from evenflow.cli.schedule_flags import Flags
 
@@ -71,6 +80,7 @@ def schedule_command(
             file=file,
             draw=draw,
             save=save,
+            torch=torch,
             compare=compare,
             objective=objective,
             budget_seconds=budget,

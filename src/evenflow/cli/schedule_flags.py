@@ -13,7 +13,7 @@ from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.schedules import catalog
-from evenflow.view.schedule_picture import picture_format
+from evenflow.view.picture_file import picture_format
 
 # Some minutes of work; beyond, a slip of the finger is likelier than a wish.
 _MAX_OPS = 5_000_000
@@ -34,6 +34,7 @@ class Flags:
     file: Path | None = None
     draw: Path | None = None
     save: Path | None = None
+    torch: bool = False
     compare: bool = False
     objective: Objective | None = None
     budget_seconds: float | None = None
@@ -88,6 +89,8 @@ def _wrong_choice(flags: Flags) -> Iterator[str]:
     elif not flags.name and not flags.file:
         names = ", ".join(catalog.NAMES)
         yield f"no schedule is given: name one ({names}), or give --file S.csv, or --compare"
+    if flags.torch and not flags.save:
+        yield "--torch says how to save the schedule: give --save S.csv"
     if flags.name != catalog.AUTO:
         searching = {"--objective": flags.objective, "--budget": flags.budget_seconds, "--seed": flags.seed}
         for option, wish in searching.items():

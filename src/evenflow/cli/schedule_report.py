@@ -68,14 +68,15 @@ def print_report(console: Console, report: Report, memory_unit: Unit, *, in_byte
         ("span", timeline.span_seconds, timeline.span_bubble, span),
         ("makespan", timeline.makespan_seconds, timeline.bubble, makespan),
     ):
-        limit = "" if bound is None else f", {_gap(seconds, bound)}"
+        limit = "" if bound is None else f", {gap(seconds, bound)}"
         _item(console, name, f"{format_seconds(seconds)}, idle {100 * idle:.1f} %{limit}")
     _item(console, "peak held", _peaks(report, memory_unit))
     _item(console, "transfers", _transfers(report.transfers, in_bytes=in_bytes))
     _item(console, "critical path", _path(report.path, made.placement.num_ranks))
 
 
-def _gap(seconds: float, bound: Bound) -> str:
+def gap(seconds: float, bound: Bound) -> str:
+    """How far a time is from the least that it could be, in words."""
     least = f"at least {format_seconds(bound.seconds)} (because {bound.reason})"
     if seconds <= bound.seconds * (1 + ROUNDING):
         return f"{least}, so optimal for this placement"

@@ -5,6 +5,18 @@ from typing import Annotated
 
 import typer
 
+
+def _print_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+# Of a group of commands, in the place of typer's own: that one, where it is not given, has pydantic convert a
+# None, for which `evenflow train --help` would wait a tenth of a second.
+Help = Annotated[
+    bool, typer.Option("--help", callback=_print_help, is_eager=True, help="Show this message and exit.")
+]
 Source = Annotated[
     str | None,
     typer.Argument(

@@ -1,6 +1,7 @@
-"""`evenflow show`: what a run's steps took, beside what its plan expected."""
+"""`evenflow show`: what a run's steps took, beside what its plan expected; its page and its pictures."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,25 +11,74 @@ from rich.table import Table
 from rich.text import Text
 
 from evenflow.cli.report import print_whole
+from evenflow.errors import ConfigError
+from evenflow.journal.chrome_trace import chrome_trace
 from evenflow.journal.deviation import Beside, fits, furthest, rank_numbers, stage_numbers, step_numbers
-from evenflow.journal.folder import read_plan_of, read_run, read_steps
+from evenflow.journal.folder import read_last_step, read_plan_of, read_run, read_steps, write_text
+from evenflow.journal.page import run_page
 from evenflow.journal.run import Run, Step
 from evenflow.plan.plan import Plan
+from evenflow.view.picture import draw_timelines
+from evenflow.view.picture_file import picture_format
+from evenflow.view.terminal import draw_lanes
 from evenflow.view.units import Unit, byte_unit, format_seconds, time_unit
 
+_MIN_WIDTH = 40  # of a drawing in a terminal
 _NUM_LAST = 20  # the last loss is the mean of so many steps, because one batch's is noisy
 _LARGE = 0.1  # a deviation that is worth a colour
 _PERCENT = Unit("%", 0.01)
 _MISSING = "-"
 
 
-def show(folder: Path) -> None:
-    """Print the run of a folder.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What is written: the page; a picture and a trace of the last step, where they are asked for."""
 
-    Raises `ConfigError` where the folder holds no run, or what it holds is broken.
+    page: Path
+    picture: Path | None = None
+    trace: Path | None = None
+
+
+def show(folder: Path, files: Files) -> None:
+    """Print the run of a folder, and write its files; those that are there are replaced.
+
+    Raises `ConfigError` where the folder holds no run, or what it holds is broken, and for a file that cannot
+    be written.
     """
     run, steps = read_run(folder), read_steps(folder)
-    print_run(Console(), run, steps, read_plan_of(folder, run))
+    last_step, plan = read_last_step(folder, run), read_plan_of(folder, run)
+    console = Console()
+    if files.picture is not None:
+        picture_format(files.picture)  # refuses what cannot be drawn
+    print_run(console, run, steps, plan)
+    console.print()
+    _line(console, Text("The last step, as it was measured", "bold"))
+    width = max(_MIN_WIDTH, console.width)
+    console.print(draw_lanes(last_step.measured_timeline, width=width), no_wrap=True, crop=False)
+    console.print()
+    _written(console, files.page, run_page(run, steps, last_step, plan))
+    if files.trace is not None:
+        _written(console, files.trace, chrome_trace(last_step))
+    if files.picture is not None:
+        title = f"{run.name}: {run.schedule}, {len(run.stages)} stages"
+        predicted, measured = last_step.predicted_timeline, last_step.measured_timeline
+        with _refusing(files.picture):
+            draw_timelines(files.picture, predicted=predicted, measured=measured, title=title)
+        _line(console, Text(f"drew {files.picture}"))
+
+
+def _written(console: Console, path: Path, text: str) -> None:
+    with _refusing(path):
+        write_text(path, text)
+    _line(console, Text(f"wrote {path}"))
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; name another file") from None
 
 
 def print_run(console: Console, run: Run, steps: Sequence[Step], plan: Plan | None) -> None:

@@ -26,7 +26,7 @@ from evenflow.checkpoint.files import files_of, open_folder
 from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice
 from evenflow.cli.text import Tokenize, bytes_as_tokens
 from evenflow.cluster.sizes import told_bytes
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, MissingPackageError
 from evenflow.foreign import shown
 
 # A loss function is the user's: it takes the model and a microbatch, any tree, and returns a loss or
@@ -166,7 +166,7 @@ def _import_transformers() -> ModuleType:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise ConfigError(
+        raise MissingPackageError(
             "a Hugging Face folder needs the package transformers: pip install 'evenflow[hf]'"
         ) from error
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from evenflow import demo
 from evenflow.cli.config import (
     DataChoice,
     ExampleData,
@@ -43,6 +44,7 @@ class Flags:
 
     source: str | None = None
     model: Path | None = None
+    demo: bool = False
     data: Sequence[Path] = ()
     steps: int | None = None
     batch_size: int | None = None
@@ -198,11 +200,15 @@ def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
 
 def _config(flags: Flags) -> RunConfig:
     """The run that the source names, before the other flags."""
+    if flags.demo:
+        return _demo(flags)
     match flags.source, flags.model:
         case None, None if flags.resume is not None and (flags.resume / CONFIG).is_file():
             return read_config(flags.resume / CONFIG)
         case None, None:
-            raise ConfigError("nothing to train: give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER")
+            raise ConfigError(
+                "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, --model FOLDER, or --demo"
+            )
         case None, Path() as folder:
             return RunConfig(name=folder.resolve().name, model=FolderModel(folder), data=TextData())
         case str(source), model if source.endswith(".toml"):
@@ -216,6 +222,13 @@ def _config(flags: Flags) -> RunConfig:
             return RunConfig(name=_file_name(function), model=FunctionModel(source), data=ExampleData())
         case source, model:
             raise ConfigError(f"two models are given, {source} and --model {model}: leave one out")
+
+
+def _demo(flags: Flags) -> RunConfig:
+    if flags.source is not None or flags.model is not None:
+        other = flags.source or f"--model {flags.model}"
+        raise ConfigError(f"--demo trains a model of its own, and {other} names another: leave one out")
+    return read_config(demo.CONFIG)
 
 
 def _file_name(name: str) -> str:

@@ -1,10 +1,16 @@
-"""The flags of `evenflow train` for long runs: checkpoints, restarts, bad numbers, logs of each step."""
+"""The flags of `evenflow train` alone: the demonstration, what becomes of a long run, logs of each step."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+Demo = Annotated[
+    bool,
+    typer.Option(
+        "--demo", help="Train the small built-in GPT, which needs no file: half a minute on two CPU cores."
+    ),
+]
 SaveEvery = Annotated[
     int | None, typer.Option(metavar="STEPS", help="Save a checkpoint every so many steps.")
 ]

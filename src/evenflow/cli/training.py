@@ -247,8 +247,9 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     if keeping is not None:
         keeping.close()
     # Before the last validation, which would be the last step.
-    predicted, measured = pipe.timelines()
-    console.print(bill_table(*pipe.bills()))
+    last_step = pipe.last_step()
+    measured = last_step.measured_timeline
+    console.print(bill_table(last_step.predicted_bills, last_step.measured_bills))
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
     last_losses = log.last_losses(_NUM_LAST_LOSSES)
@@ -264,8 +265,10 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     pipe.save(folder / "checkpoint")
     if pipe.is_main:
         title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"
-        draw_timelines(folder / "timeline.png", predicted=predicted, measured=measured, title=title)
-        write_run(folder, run, steps, plan=pipe.plan, config=write_config(job.config))
+        draw_timelines(
+            folder / "timeline.png", predicted=last_step.predicted_timeline, measured=measured, title=title
+        )
+        write_run(folder, run, steps, last_step=last_step, plan=pipe.plan, config=write_config(job.config))
     report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
     report.line(summary.line(feed.units))
 

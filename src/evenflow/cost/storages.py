@@ -67,6 +67,10 @@ class Made(TorchDispatchMode):
             return max(0, torch.cuda.max_memory_allocated(self._device) - self._before_bytes)
         return self._seen_bytes
 
+    def held_bytes(self) -> int:
+        """What is there now of what was made and included, on the CPU."""
+        return sum(memory.num_bytes for memory in self.alive())
+
     def include(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count these tensors' memories too, which were there before."""
         for tensor in tensors:

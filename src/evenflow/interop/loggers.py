@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, MissingPackageError
 from evenflow.pipe.logs import LogHook
 
 STDOUT = "-"
@@ -94,8 +94,8 @@ def _line(step: int, numbers: Mapping[str, float]) -> str:
 def log_to_tensorboard(folder: str | Path) -> LogHook:
     """A hook for `Pipeline.log_to` that writes each number as a curve into a TensorBoard folder.
 
-    The folder is made when the hook is first called, which is on the main rank alone. Raises `ConfigError`
-    where tensorboard is not installed.
+    The folder is made when the hook is first called, which is on the main rank alone. Raises
+    `MissingPackageError` where tensorboard is not installed.
 
         pipe.log_to(evenflow.log_to_tensorboard("runs/mine"), every=10)
     """
@@ -119,7 +119,7 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
     """A hook for `Pipeline.log_to` that logs to a Weights & Biases run of its own.
 
     `options` are those of `wandb.init`, which is called when the hook first is: on the main rank alone.
-    Raises `ConfigError` where wandb is not installed.
+    Raises `MissingPackageError` where wandb is not installed.
 
         pipe.log_to(evenflow.log_to_wandb("my-project", name="first try"), every=10)
     """
@@ -136,8 +136,8 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
 
 
 def check_installed(package: str, what: str) -> None:
-    """Raise `ConfigError`, saying what needs the package, where it is not installed."""
+    """Raise `MissingPackageError`, saying what needs the package, where it is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(
+        raise MissingPackageError(
             f"{what} needs the package {package}, which is not installed: pip install {package}"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import evenflow
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, MissingPackageError
 from evenflow.interop.trainer_refusals import (
     check_optimizer,
     check_pipeline_arguments,
@@ -34,7 +34,7 @@ try:
 
     from evenflow.interop.alone import Alone
 except ImportError as error:
-    raise ConfigError(
+    raise MissingPackageError(
         f"PipelineTrainer needs transformers and accelerate ({error}): pip install 'evenflow[hf]'"
     ) from error
 

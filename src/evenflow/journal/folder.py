@@ -2,6 +2,7 @@
 
     run.json       what the run was and what its steps took (`Run`); written last: with it, all is there
     steps.jsonl    a line for each step (`Step`)
+    last_step.json the last one op by op (`LastStep`)
     plan.toml      the plan that the run followed, where there was one
     config.toml    what was asked for, as `evenflow train` reads it
     timeline.png   the last step, predicted and measured
@@ -17,17 +18,22 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from evenflow.errors import ConfigError
 from evenflow.foreign import parse_json, read_text, shown
+from evenflow.journal.last_step import LastStep
 from evenflow.journal.run import Run, Step
 from evenflow.plain_data import read_as
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file, write_plan
 
-_VERSION = 1
-_RUN, _STEPS, _PLAN, _CONFIG = "run.json", "steps.jsonl", "plan.toml", "config.toml"
-_MOST_STEPS_BYTES = 2**28  # of two million steps
+_VERSION = 2
+_RUN, _STEPS, _LAST_STEP = "run.json", "steps.jsonl", "last_step.json"
+_PLAN, _CONFIG = "plan.toml", "config.toml"
+_MOST_BYTES = 2**28  # of two million steps, or a step of as many ops
+
+T = TypeVar("T")
 
 
 def claim(folder: Path) -> Path:
@@ -65,12 +71,22 @@ def has_ended(folder: Path) -> bool:
     return (folder / _RUN).exists()
 
 
-def write_run(folder: Path, run: Run, steps: Iterable[Step], *, plan: Plan | None, config: str) -> None:
+def write_run(
+    folder: Path,
+    run: Run,
+    steps: Iterable[Step],
+    *,
+    last_step: LastStep,
+    plan: Plan | None,
+    config: str,
+) -> None:
     """Write what is known of a run into its folder; `config` is the text of its configuration."""
     write_text(folder / _CONFIG, config)
     if plan is not None:
         write_text(folder / _PLAN, write_plan(plan))
     write_text(folder / _STEPS, "".join(f"{json.dumps(asdict(step), allow_nan=False)}\n" for step in steps))
+    content = {"version": _VERSION, **asdict(last_step)}
+    write_text(folder / _LAST_STEP, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     content = {"version": _VERSION, **asdict(run)}
     write_text(folder / _RUN, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -94,7 +110,27 @@ def read_run(folder: Path) -> Run:
     path = folder / _RUN
     if not path.exists():
         raise ConfigError(f"{folder} holds no {_RUN}: {_where(folder)}")
-    content = _json(path, read_text(path, "run"))
+    return _record(path, Run)
+
+
+def read_last_step(folder: Path, run: Run) -> LastStep:
+    """Read the last step of a run, op by op.
+
+    Raises `ConfigError` as `read_run`, and where it has other stages or ranks than the run.
+    """
+    path = folder / _LAST_STEP
+    found = _record(path, LastStep)
+    mine, its = ([stage.rank for stage in each.stages] for each in (run, found))
+    if mine != its or len(run.ranks) != len(found.measured):
+        raise ConfigError(
+            f"{path} has {len(its)} stages on ranks {its}, and the run had {len(mine)} on ranks {mine}: it "
+            "is of another run"
+        )
+    return found
+
+
+def _record(path: Path, kind: type[T]) -> T:
+    content = _json(path, read_text(path, "run", most_bytes=_MOST_BYTES))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no record of a run: it must be an object of JSON")
     version = content.pop("version", None)
@@ -103,7 +139,7 @@ def read_run(folder: Path) -> Run:
             f"{path}: version = {shown(version)}, and this Evenflow reads runs of version {_VERSION}"
         )
     try:
-        return read_as(Run, content, _least)
+        return read_as(kind, content, _least)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -112,7 +148,7 @@ def read_steps(folder: Path) -> tuple[Step, ...]:
     """Read a run's steps; raises `ConfigError` with the line for what is wrong."""
     path = folder / _STEPS
     steps = []
-    text = read_text(path, "run's steps", most_bytes=_MOST_STEPS_BYTES)
+    text = read_text(path, "run's steps", most_bytes=_MOST_BYTES)
     for number, line in enumerate(text.splitlines(), start=1):
         place = f"{path}, line {number}"
         try:
@@ -156,6 +192,9 @@ def _json(place: object, text: str) -> object:
 
 
 def _least(kind: type[int] | type[float], place: str) -> float:
-    if place == "loss":
+    if place == "loss" or "_seconds[" in place or "_bills[" in place:  # a bill's rest, before the first op
         return -math.inf
-    return 1 if kind is int and not place.endswith((".rank", ".peak_bytes")) else 0
+    return 1 if kind is int and not place.endswith(_FROM_ZERO) and "held_bytes[" not in place else 0
+
+
+_FROM_ZERO = (".rank", ".peak_bytes", ".source", ".target", ".num_nodes", ".num_parameters", ".num_bytes")

@@ -1,5 +1,6 @@
 """Meter: what a pipeline's steps took, in seconds and in bytes, over all its processes."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.cost.storages import Made
 from evenflow.pipe.parts import Parts
+from evenflow.pipe.runs import Runs
 from evenflow.pipe.times import Measured, Times
 
 T = TypeVar("T")
@@ -24,8 +26,8 @@ class Meter:
     (True, 1)
     """
 
-    def __init__(self, parts: Parts, times: Times) -> None:
-        self._parts, self._times = parts, times
+    def __init__(self, parts: Parts, times: Times, runs: Runs) -> None:
+        self._parts, self._times, self._runs = parts, times, runs
 
     def gather(self, thing: Any) -> list[Any]:
         """Every process's thing (whatever pickle takes), in the order of ranks, on every rank."""
@@ -48,21 +50,31 @@ class Meter:
 
         The peak is the most bytes of tensors that were there at once, the pipeline's own that were there
         before included. On CUDA the allocator tells it, of all that the process holds on its devices. On the
-        CPU every kernel is watched, which makes the step slower, and the same to the last bit.
+        CPU every kernel is watched, which makes the step slower, and the same to the last bit. What is there
+        after each op of a step is noted, for `Pipeline.last_step`.
         """
         devices = {stage.device for stage in self._parts.stages.values()}
         if all(device.type == "cuda" for device in devices):
             for device in devices:
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
-            result = act()
+            with self._gauged(lambda: sum(map(torch.cuda.memory_allocated, devices))):
+                result = act()
             for device in devices:
                 torch.cuda.synchronize(device)
             return result, sum(map(torch.cuda.max_memory_allocated, devices))
-        with Made(torch.device("cpu")) as made:
+        with Made(torch.device("cpu")) as made, self._gauged(made.held_bytes):
             made.include(tensor for tensor in self._held() if not tensor.is_meta)
             result = act()
         return result, made.peak_bytes
+
+    @contextlib.contextmanager
+    def _gauged(self, gauge: Callable[[], int]) -> Iterator[None]:
+        self._runs.gauge = gauge
+        try:
+            yield
+        finally:
+            self._runs.gauge = None
 
     def _held(self) -> Iterator[torch.Tensor]:
         """What this process holds between steps: parameters, gradients, buffers, optimizers' states."""

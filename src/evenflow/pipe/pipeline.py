@@ -15,6 +15,7 @@ from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError
 from evenflow.graph.dtensors import is_first_holder, whole
 from evenflow.ir.timeline import Timeline
+from evenflow.journal.last_step import LastStep
 from evenflow.pipe.accumulated import Accumulated
 from evenflow.pipe.agree import Agreed
 from evenflow.pipe.bad_numbers import Guard, Guarded
@@ -26,6 +27,7 @@ from evenflow.pipe.delivered import Gather, check_gather
 from evenflow.pipe.exhausted import Watch
 from evenflow.pipe.feeding import fed
 from evenflow.pipe.gauges import Gauges
+from evenflow.pipe.last_step import last_step
 from evenflow.pipe.logs import Every, LogHook, Logs
 from evenflow.pipe.meter import Meter
 from evenflow.pipe.outcome import outcome, prediction
@@ -306,10 +308,18 @@ class Pipeline(Restorable):
         """
         return self._times.bills(self._parts.world)
 
+    def last_step(self) -> LastStep:
+        """The last step op by op, predicted and measured, with its bills and the cut; a collective call.
+
+        What it holds in memory is there once `meter.peak_bytes` has watched a step like it.
+        Raises `ConfigError` before the first step.
+        """
+        return last_step(self._parts, self._times)
+
     @property
     def meter(self) -> Meter:
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
-        return Meter(self._parts, self._times)
+        return Meter(self._parts, self._times, self._runs)
 
     @patient("exporting the model")
     def export(self, folder: str | Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from evenflow.errors import ConfigError
-from evenflow.foreign import shown
 from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
 from evenflow.ir.costs import Costs
@@ -16,7 +15,7 @@ from evenflow.pipe.recompute import RecomputeChoice
 from evenflow.pipe.refuse import check_callable, check_whole
 from evenflow.pipe.replicas import SHARDINGS
 from evenflow.plan.known_costs import known_costs
-from evenflow.plan.own_order import OwnOrder, own_schedule
+from evenflow.plan.own_order import OwnOrder, check_stage_ranks, own_schedule
 from evenflow.plan.plan import Plan, positions_in
 from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules.catalog import ScheduleFunction
@@ -51,12 +50,7 @@ class Decided:
         """
         if self.plan is None:
             return None
-        planned = tuple(stage.rank for stage in self.plan.stages)
-        if planned != placement.rank_of:
-            raise ConfigError(
-                f"the plan's stages are on ranks {shown(planned)}, and its schedule {self.plan.schedule!r} "
-                f"puts them on {shown(placement.rank_of)}: write these"
-            )
+        check_stage_ranks(self.plan, placement)
         return [rank.place for rank in self.plan.ranks]
 
     def positions(self, graph: Graph, num_stages: int) -> tuple[int, ...]:

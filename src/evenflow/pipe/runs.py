@@ -28,6 +28,7 @@ class Runs:
         self._orders: dict[int, tuple[ProvenProgram, Sequence[int]]] = {}  # of sums, as above
         self._manifests: dict[tuple[Any, ...], Manifest] = {}
         self._ran: set[tuple[int, int]] = set()  # programs, by their ids, with the recordings that they ran
+        self.gauge: Callable[[], int] | None = None  # of memory, asked after each op
 
     def run(
         self,
@@ -118,6 +119,7 @@ class Runs:
                     narrowing=parts.narrowing,
                     data=parts.updater.data,
                 )
+                executors[rank].log.gauge = self.gauge
             if alone:
                 for rank, _ in proven.order:
                     executors[rank].run_next()

@@ -10,7 +10,7 @@ from evenflow.bill import Bill, Ran, bills, of_timeline
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
-from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, SimpleOp, WeightGrad
+from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, Op, SimpleOp, WeightGrad
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.pipe.clock_offsets import clock_offset
 from evenflow.pipe.occupied import occupied
@@ -20,6 +20,8 @@ from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram
 
 KEPT_STEPS = 16
+# Ops, with the seconds at which a rank came to each, at which it started and ended.
+Rows = Sequence[tuple[Op, float, float, float]]
 
 
 @dataclass(slots=True)
@@ -60,10 +62,13 @@ class Times:
     def __init__(self, num_stages: int) -> None:
         self._num_stages = num_stages
         self._steps: deque[_Step] = deque(maxlen=KEPT_STEPS)
+        self._gauged: _Step | None = None  # the last whose memory was looked at
 
     def note(self, proven: ProvenProgram, logs: Sequence[Log], marks: Marks) -> None:
         """Keep what this process's ranks noted of a step."""
         self._steps.append(_Step(proven, logs, marks))
+        if logs[0].gauge is not None:
+            self._gauged = self._steps[-1]
 
     def computed(self, *, is_behind: bool) -> list[tuple[float, float]]:
         """(start, end) of what this process computed in its last step, in seconds on its own clock.
@@ -125,6 +130,23 @@ class Times:
         predicted, balanced = (_simulated(last.proven, each, world) for each in (costs, _balanced(costs)))
         measured = [ran for ranks, _ in gathered for ran in ranks]
         return _bills(of_timeline(predicted), flow, balanced, world), _bills(measured, flow, balanced, world)
+
+    def lanes(self, world: World) -> list[tuple[Rows, list[int]]]:
+        """What each rank did in the last step, and the bytes that it held after each op; collective.
+
+        These are of the last step of the same program whose memory was looked at; empty where there was none.
+        Raises `ConfigError` before the first step.
+        """
+        if not self._steps:
+            raise ConfigError("no step has run yet: there is nothing to show")
+        last, gauged = self._steps[-1], self._gauged
+        offset = clock_offset(world)
+        held = gauged.logs if gauged is not None and gauged.proven is last.proven else None
+        mine = [
+            (_ran(log, last.marks, offset).ops, [] if held is None else held[at].held_bytes)
+            for at, log in enumerate(last.logs)
+        ]
+        return [lane for lanes in world.gather(mine) for lane in lanes]
 
     def _before(self) -> list[_Step]:
         """The steps before the last, or that if there was none."""

@@ -15,6 +15,7 @@ from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.adapters import LORA_RANK, with_adapters
 from evenflow.plan.chain import Chain
 from evenflow.plan.parallel import Peers, tensor_parallel
+from evenflow.plan.plan import Recompute
 from evenflow.plan.planner import NoPlanError, choices, describe
 from evenflow.plan.price import Priced, chain_for, price
 from evenflow.plan.rank_memory import RankMemory, Sharding, TrainingState
@@ -186,10 +187,11 @@ def fitting(request: Request) -> Priced | None:
     return None
 
 
-def _savings(request: Request, choice: Choice) -> Iterator[tuple[Sharding, str]]:
+def _savings(request: Request, choice: Choice) -> Iterator[tuple[Sharding, Recompute]]:
     levers = request.levers
+    hows: tuple[Recompute, ...] = ("none", "full", "selective")
     shared: tuple[Sharding, ...] = ("fsdp", "zero1", "none") if choice.degrees.data > 1 else ("none",)
-    for recompute in ("none", "full", "selective") if levers.recompute is None else (levers.recompute,):
+    for recompute in hows if levers.recompute is None else (levers.recompute,):
         for sharding in shared if levers.sharding is None else (levers.sharding,):
             yield sharding, recompute
 

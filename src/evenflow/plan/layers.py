@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 from evenflow.plan.chain import Chain
+from evenflow.plan.plan import Plan, node_labels
 
 _BLOCK = re.compile(r"((?:[^\d.:#][^.:#]*\.)*\d+)(?=[.:#]|$)")
 
@@ -64,6 +66,48 @@ def layers_of(names: Sequence[str]) -> Layers:
         )
     begins = [node for node in range(first, end) if node == first or blocks[node] != blocks[node - 1]]
     return Layers(tuple(begins), end)
+
+
+def layer_labels(names: Sequence[str]) -> tuple[str, ...]:
+    """The first node of each block of a program, and the node behind the last, as a plan keeps them.
+
+    Empty for a program that `layers_of` refuses.
+
+    >>> layer_labels(["embed", "h.0.attention", "h.0.mlp", "h.1", "head"]), layer_labels(["conv", "pool"])
+    (('h.0.attention', 'h.1', 'head'), ())
+    """
+    try:
+        layers = layers_of(names)
+    except ConfigError:
+        return ()
+    labels = node_labels(names)
+    return tuple(labels[at] for at in (*layers.begins, layers.end))
+
+
+def planned_layers(plan: Plan) -> tuple[Layers, tuple[int, ...]]:
+    """A plan's whole layers, as if each was one node, and where the plan cuts them.
+
+    Raises `ConfigError` for a plan of a program without such layers, and for a cut within one.
+    """
+    if not plan.layers:
+        raise ConfigError(
+            "the plan names no whole layers: its program is no embedding, repeated blocks and a head, or an "
+            "older Evenflow has made it"
+        )
+    embeds = plan.stages[0].first != plan.layers[0]
+    at = {label: number + embeds for number, label in enumerate(plan.layers)}
+    positions: list[int] = []
+    for number, stage in enumerate(plan.stages[1:], 1):
+        if stage.first not in at:
+            raise ConfigError(
+                f"its stage {number} begins with {shown(stage.first)}, within a layer, and it cuts between "
+                "whole layers only"
+            )
+        positions.append(at[stage.first])
+    if positions != sorted(set(positions)):
+        raise ConfigError("its stages do not begin in the order of their layers")
+    end = len(plan.layers) - 1 + embeds
+    return Layers(tuple(range(embeds, end)), end), tuple(positions)
 
 
 def cut_only_at(chain: Chain, places: Iterable[int]) -> Chain:

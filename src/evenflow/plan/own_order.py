@@ -1,9 +1,11 @@
-"""The order of work that a plan brings itself, where its schedule was searched and is none of the catalog."""
+"""The order of work of a plan: one of the catalog, or one that it brings itself, where it was searched."""
 
 from dataclasses import dataclass, replace
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 from evenflow.ir.op import ComputeOp, parts
+from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.plan import Plan
 from evenflow.schedule_file import parse_schedule
@@ -39,6 +41,29 @@ def own_schedule(plan: Plan) -> Schedule | None:
             f"the plan's order has {made.num_microbatches} microbatches, and num_microbatches = "
             f"{plan.num_microbatches}"
         )
+    return made
+
+
+def check_stage_ranks(plan: Plan, placement: Placement) -> None:
+    """Raise `ConfigError` for a plan whose stages stand elsewhere than its schedule puts them."""
+    planned = tuple(stage.rank for stage in plan.stages)
+    if planned != placement.rank_of:
+        raise ConfigError(
+            f"the plan's stages are on ranks {shown(planned)}, and its schedule {plan.schedule!r} "
+            f"puts them on {shown(placement.rank_of)}: write these"
+        )
+
+
+def planned_schedule(plan: Plan) -> Schedule:
+    """The schedule of a plan: its own order, or that of the catalog.
+
+    Raises `ConfigError` as `own_schedule`, and for a schedule that cannot serve the plan's sizes or puts
+    stages elsewhere.
+    """
+    made = own_schedule(plan)
+    if made is None:
+        made = catalog.get(plan.schedule)(plan.degrees.pipeline, plan.stages_per_rank, plan.num_microbatches)
+    check_stage_ranks(plan, made.placement)
     return made
 
 

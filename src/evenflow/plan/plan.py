@@ -3,9 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from evenflow.errors import ConfigError
 from evenflow.plan.rank_memory import RankMemory, Sharding
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class RunnerUp:
     stages_per_rank: int
     schedule: str
     microbatch_size: int
-    recompute: str
+    recompute: Recompute
     step_seconds: float
 
 
@@ -120,7 +123,9 @@ class Plan:
 
     `order` has each rank's ops, as in a row of a schedule file, where the schedule was searched ("auto"); it
     is empty where `schedule` names one of the catalog. `links` are those between ranks on which a transfer
-    takes any time.
+    takes any time. For systems that cut between whole layers only: `recompute` tells by which rule the stages
+    recompute ("full": all of each layer that keeps anything), and `layers` names the first node of each
+    repeated block, and last the node behind them (empty where the program has no such blocks, see `Layers`).
     """
 
     degrees: Degrees
@@ -135,6 +140,8 @@ class Plan:
     links: tuple[PlannedLink, ...] = ()
     runners_up: tuple[RunnerUp, ...] = ()
     order: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    recompute: Recompute = "none"
 
 
 def node_labels(names: Sequence[str]) -> tuple[str, ...]:

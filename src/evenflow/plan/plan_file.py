@@ -21,6 +21,7 @@ _HEADER = """\
 # A plan of Evenflow. Stages begin with the node called "first" and end before the next stage's; seconds and
 # bytes are of one microbatch. After a change of [[stages]] the predictions are those of the plan before it.
 # Where there is an "order", it is what each rank runs: stage, F, B (or its halves I and W), microbatch.
+# "layers" are the first nodes of the repeated blocks, and the node behind them: other systems cut only there.
 """
 
 

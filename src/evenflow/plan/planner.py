@@ -28,12 +28,14 @@ from evenflow.plan.contradictions import contradiction
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
 from evenflow.plan.known_costs import planned_links
+from evenflow.plan.layers import layer_labels
 from evenflow.plan.plan import (
     Degrees,
     Plan,
     PlannedRank,
     PlannedStage,
     Prediction,
+    Recompute,
     RunnerUp,
     node_labels,
 )
@@ -115,7 +117,7 @@ def _step_seconds(priced: Priced) -> float:
 class _Candidate:
     choice: Choice
     chain: Chain
-    savings: tuple[tuple[Sharding, str], ...]  # that are left to try: sharding, recomputation
+    savings: tuple[tuple[Sharding, Recompute], ...]  # that are left to try: sharding, recomputation
     told: Expected | None = None  # of the choice, where it has one of them
 
 
@@ -226,11 +228,11 @@ class _Search:
         if self._nearest is None or share < self._nearest[0]:
             self._nearest = share, choice, error
 
-    def _savings(self, choice: Choice) -> Iterator[tuple[Sharding, str]]:
+    def _savings(self, choice: Choice) -> Iterator[tuple[Sharding, Recompute]]:
         levers = self._request.levers
         # "selective" may recompute everything: "full" is for those who can't choose.
         chooses = self._request.allows(replace(choice, recompute="selective"))
-        open_ones = ("none", "selective" if chooses else "full")
+        open_ones: tuple[Recompute, ...] = ("none", "selective" if chooses else "full")
         hows = open_ones if levers.recompute is None else (levers.recompute,)
         for recompute in hows:
             for sharding in _SHARDINGS if choice.degrees.data > 1 else _SHARDINGS[:1]:
@@ -377,6 +379,8 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         planned_links(best.links),
         tuple(_runner_up(priced) for priced in found[1:]),
         tuple(format_rows(best.schedule)) if choice.schedule == catalog.AUTO else (),
+        layer_labels(chain.names),
+        choice.recompute if best.recompute else "none",
     )
 
 

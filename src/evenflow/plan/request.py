@@ -8,10 +8,10 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.chain import Chain
 from evenflow.plan.overheads import Overheads
-from evenflow.plan.plan import Degrees, Plan
+from evenflow.plan.plan import Degrees, Plan, Recompute
 from evenflow.plan.rank_memory import Sharding, TrainingState
 
-RECOMPUTE_NAMES = ("none", "selective", "full")
+RECOMPUTE_NAMES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Levers:
     schedule: str | None = None
     microbatch_size: int | None = None
     num_microbatches: int | None = None
-    recompute: str | None = None
+    recompute: Recompute | None = None
     max_tensor: int = 8
     max_context: int = 1
     max_expert: int = 64
@@ -55,7 +55,7 @@ class Choice:
     schedule: str
     microbatch_size: int
     num_microbatches: int
-    recompute: str
+    recompute: Recompute
 
 
 def choice_of(made: Plan) -> Choice:

@@ -1,9 +1,35 @@
 """A plan in the words of the system that is to run it; `targets` has the sources."""
 
+import itertools
 import json
 
+from evenflow.plan.megatron_layout import format_layout
+from evenflow.plan.own_order import planned_schedule
 from evenflow.plan.plan import Plan
-from evenflow.plan.targets import Within
+from evenflow.plan.targets import Within, target_called, torch_style, within
+from evenflow.torch_schedule import format_torch_schedule
+
+TORCH = "torch"  # torch.distributed.pipelining itself, which has no settings but an order of work
+_TORCHTITAN_FILE = "schedule.csv"  # of an order that torchtitan has no name for
+# What makes torchtitan put stages on ranks; the order is then the file's. Its `_build_pipeline_schedule`.
+_STYLES = {"loop": "PipelineScheduleMulti", "v": "ZBVZeroBubble"}
+
+
+def export_plan(plan: Plan, to: str) -> str:
+    """Return a plan as another system takes it: settings, or for "torch" the schedule file of its runtime.
+
+    Raises `ConfigError` for a system that there is not, and for a plan that it cannot run, with every reason.
+
+    >>> from pathlib import Path
+    >>> from evenflow.plan.plan_file import read_plan_file
+    >>> print(export_plan(read_plan_file(Path("plan.toml")), "megatron"))  # doctest: +SKIP
+    --pipeline-model-parallel-size 2
+    --pipeline-model-parallel-layout "Et*3|tL"
+    ...
+    """
+    if to == TORCH:
+        return format_torch_schedule(planned_schedule(plan))
+    return settings(within(plan, target_called(to))) + "\n"
 
 
 def settings(within: Within) -> str:
@@ -43,11 +69,15 @@ def _torchtitan(within: Within) -> str:
     }
     if degrees.pipeline > 1:
         fields |= {
-            "pipeline_parallel_schedule": within.target.schedules[plan.schedule][0],
+            **_torchtitan_schedule(within),
             "pipeline_parallel_module_fqns_per_model_part": _modules(within),
             "num_pp_microbatches": plan.num_microbatches,
         }
     lines = [f"    {name}={json.dumps(value)}," for name, value in fields.items()]
+    if "pipeline_parallel_schedule_csv" in fields:
+        lines.append(
+            f"    # {_TORCHTITAN_FILE}: evenflow export PLAN.toml --to {TORCH} -o {_TORCHTITAN_FILE}"
+        )
     return "\n".join(
         [
             "parallelism=ParallelismConfig(",
@@ -59,8 +89,23 @@ def _torchtitan(within: Within) -> str:
     )
 
 
+def _torchtitan_schedule(within: Within) -> dict[str, str]:
+    """Its name of the schedule, or the file and what puts the stages where that has them."""
+    if within.schedule is not None:
+        return {"pipeline_parallel_schedule": within.schedule}
+    style = torch_style(planned_schedule(within.plan).placement)
+    assert style is not None, "checked"
+    return {
+        "pipeline_parallel_schedule": _STYLES[style],
+        "pipeline_parallel_schedule_csv": _TORCHTITAN_FILE,
+    }
+
+
 def _modules(within: Within) -> list[list[str]]:
-    """The modules of each stage, under the names of torchtitan's own language models."""
+    """The modules of each stage, under the names of torchtitan's own language models.
+
+    It leaves out what is named and not there, without a word (`_split_module`).
+    """
     stages: list[list[str]] = []
     block = 0
     for count in within.blocks:
@@ -68,7 +113,7 @@ def _modules(within: Within) -> list[list[str]]:
         block += count
     if within.layers.begins[0]:
         stages[0].insert(0, "tok_embeddings")
-    stages[-1] += ["norm", "output"]
+    stages[-1] += ["norm", "lm_head"]
     return stages
 
 
@@ -79,7 +124,7 @@ def _megatron(within: Within) -> str:
     if degrees.pipeline > 1:
         stages = ["t" * count for count in within.blocks]
         stages[0], stages[-1] = f"E{stages[0]}", f"{stages[-1]}L"
-        flags.append(f'--pipeline-model-parallel-layout "{"|".join(map(_short, stages))}"')
+        flags.append(f'--pipeline-model-parallel-layout "{format_layout(stages)}"')
     flags.append(f"--tensor-model-parallel-size {degrees.tensor}")
     if degrees.tensor > 1:
         flags.append("--sequence-parallel")
@@ -99,16 +144,6 @@ def _megatron(within: Within) -> str:
     return "\n".join(flags)
 
 
-def _short(stage: str) -> str:
-    """A stage of a layout with its decoder layers counted.
-
-    >>> _short("Ettt"), _short("t"), _short("L")
-    ('Et*3', 't', 'L')
-    """
-    count = stage.count("t")
-    return stage.replace("t" * count, f"t*{count}") if count > 1 else stage
-
-
 def _deepspeed(within: Within) -> str:
     """Arguments of its PipelineModule, and its JSON."""
     plan, degrees = within.plan, within.plan.degrees
@@ -123,10 +158,14 @@ def _deepspeed(within: Within) -> str:
     if degrees.pipeline == 1:
         return text
     interval = 1 if _recomputes(plan) else 0
+    layers = within.layers
+    listed = ["*blocks", "head"] if not layers.begins[0] else ["embedding", "*blocks", "head"]
+    parts = [0, *within.positions, layers.end + 1]
+    spread = ", ".join(str(end - start) for start, end in itertools.pairwise(parts))
     way = "type:BLOCK" if within.way_to_cut == "type:" else within.way_to_cut
     module = (
-        f"PipelineModule(layers=[embedding, *blocks, head], num_stages={degrees.pipeline}, "
+        f"PipelineModule(layers=[{', '.join(listed)}], num_stages={degrees.pipeline}, "
         f'partition_method="{way}", activation_checkpoint_interval={interval})'
     )
     named = "\n# BLOCK: the class of the blocks" if way == "type:BLOCK" else ""
-    return f"{module}{named}\n{text}"
+    return f"{module}{named}\n# parts: {parts}, so {spread} layers on the stages\n{text}"

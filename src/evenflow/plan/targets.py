@@ -19,12 +19,17 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
+from evenflow.ir.placement import Placement
+from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
-from evenflow.plan.layers import Layers, cut_only_at, layers_of
+from evenflow.plan.layers import Layers, cut_only_at, layers_of, planned_layers
+from evenflow.plan.own_order import planned_schedule
 from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.planner import NoPlanError, Progress, plan
 from evenflow.plan.rank_memory import Sharding
-from evenflow.plan.request import Choice, Limits, Request
+from evenflow.plan.request import Choice, Limits, Request, choice_of
+from evenflow.torch_schedule import torch_faults
 
 Fits = Callable[[int, int], bool]  # (pipeline ranks, microbatches): whether a schedule runs them
 Cuts = Callable[[Layers, int], tuple[int, ...] | None]  # (layers, stages): where it cuts, if it can
@@ -66,6 +71,7 @@ class Target:
     - `with_pipeline`, `alone`: what several data ranks may share beside other kinds of parallelism, and
       where there is none.
     - `other_degrees`: whether it has tensor, context and expert parallelism beside a pipeline.
+    - `reads_orders`: whether it runs any schedule of the file that `torch_schedule` writes.
     - `cuts`: its ways to cut by name; none where any cut between layers can be said.
 
     All of them can recompute whole layers, each of them or none.
@@ -76,6 +82,7 @@ class Target:
     with_pipeline: tuple[Sharding, ...]
     alone: tuple[Sharding, ...]
     other_degrees: bool = True
+    reads_orders: bool = False
     cuts: Mapping[str, Cuts] = field(default_factory=lambda: MappingProxyType({}))
 
     def lays_out(self, choice: Choice, *, heads: int = 0, experts: int = 0) -> bool:
@@ -83,16 +90,41 @@ class Target:
 
         Of a model with attention heads, tensor ranks must divide them; expert ranks divide the experts.
         """
-        degrees = choice.degrees
-        others = (degrees.tensor, degrees.context, degrees.expert)
-        if heads % degrees.tensor or experts % degrees.expert:
+        if heads % choice.degrees.tensor or experts % choice.degrees.expert:
             return False
-        if degrees.pipeline == 1:
-            return self.other_degrees or max(others) == 1
-        if choice.schedule not in self.schedules or (max(others) > 1 and not self.other_degrees):
-            return False
+        return self.fault_of_degrees(choice.degrees) is None and self.fault_of_schedule(choice) is None
+
+    def fault_of_degrees(self, degrees: Degrees) -> str | None:
+        """Why it cannot have such ranks beside each other, if it cannot."""
+        if self.other_degrees or max(degrees.tensor, degrees.context, degrees.expert) == 1:
+            return None
+        return "its pipelines have no tensor, context or expert ranks beside them"
+
+    def fault_of_schedule(self, choice: Choice) -> str | None:
+        """Why it has no such schedule by name, if it has none."""
+        if choice.degrees.pipeline == 1:
+            return None
+        if choice.schedule not in self.schedules:
+            return f"of our schedules it has {', '.join(self.schedules)}, and the plan's is {choice.schedule}"
         fits = self.schedules[choice.schedule][1]
-        return fits is None or fits(degrees.pipeline, choice.num_microbatches)
+        if fits is None or fits(choice.degrees.pipeline, choice.num_microbatches):
+            return None
+        return (
+            f"its {self.schedules[choice.schedule][0]} does not run {choice.num_microbatches} microbatches "
+            f"on {choice.degrees.pipeline} ranks"
+        )
+
+    def fault_of_savings(self, choice: Choice) -> str | None:
+        """Why it cannot share and recompute so, if it cannot."""
+        shared = self.shares(choice.degrees)
+        if choice.degrees.sharding not in shared:
+            return (
+                f"of {choice.degrees.data} such data ranks it shares {' or '.join(shared)}, and the plan "
+                f"{choice.degrees.sharding}"
+            )
+        if choice.recompute == "selective":
+            return "it recomputes each layer or none, and the plan some nodes"
+        return None
 
     def shares(self, degrees: Degrees) -> tuple[Sharding, ...]:
         """What it can share over data ranks."""
@@ -107,8 +139,7 @@ class Target:
             return self.lays_out(choice, heads=heads, experts=experts)
 
         def allows(choice: Choice) -> bool:
-            shared = choice.degrees.sharding in self.shares(choice.degrees)
-            return shared and choice.recompute in ("none", "full") and lays_out(choice)
+            return self.fault_of_savings(choice) is None and lays_out(choice)
 
         return Limits(lays_out, allows)
 
@@ -131,6 +162,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 ),
                 with_pipeline=("fsdp",),
                 alone=("none", "fsdp"),
+                reads_orders=True,
             ),
             Target(
                 "megatron",
@@ -164,14 +196,96 @@ def target_called(name: str) -> Target:
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """A plan that a target can express, the blocks of each stage, and its way to cut, if it has several."""
+    """A plan that a target can express, and how it says it.
+
+    - `layers`, `positions`: the layers, counted as if each was one node, and where they are cut.
+    - `way_to_cut`: its name for that, where it has several.
+    - `schedule`: its name for the order of work; None where it must read the order itself.
+    """
 
     target: Target
     plan: Plan
-    blocks: tuple[int, ...]
-    positions: tuple[int, ...]
     layers: Layers
+    positions: tuple[int, ...]
     way_to_cut: str | None
+    schedule: str | None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many blocks each stage holds."""
+        return self.layers.counts(self.positions)
+
+
+def within(made: Plan, target: Target) -> Within:
+    """A plan in the words of a target, whoever made it.
+
+    Raises `ConfigError` with every reason for which the target cannot run it, and with what plans for it.
+    """
+    choice = replace(choice_of(made), recompute=made.recompute)
+    faults = [target.fault_of_degrees(made.degrees), target.fault_of_savings(choice)]
+    if (made.recompute == "none") != (not any(stage.recompute for stage in made.stages)):
+        faults.append(f"its stages contradict recompute = {made.recompute!r}")
+    unnamed = target.fault_of_schedule(choice)
+    named = (
+        target.schedules[made.schedule][0] if unnamed is None and made.schedule in target.schedules else None
+    )
+    if not target.reads_orders:
+        faults.append(unnamed)
+    way, layers, positions = None, Layers((), 0), tuple[int, ...]()
+    try:
+        order = planned_schedule(made)  # raises for stages on other ranks than its own
+        if unnamed is not None and target.reads_orders:
+            faults += _faults_of_order(order)
+        if made.degrees.pipeline > 1 or made.layers:
+            layers, positions = planned_layers(made)
+            way = _way_to_cut(target, layers, positions)
+    except ConfigError as error:
+        faults.append(str(error))
+    if told := [fault for fault in faults if fault is not None]:
+        raise ConfigError(
+            f"{target.name} cannot run this plan: {'; '.join(told)}. Plan for it: "
+            f"evenflow plan ... --target {target.name}"
+        )
+    return Within(target, made, layers, positions, way, named)
+
+
+def _faults_of_order(order: Schedule) -> list[str]:
+    """Why a system that reads torch's schedule files cannot run an order of work; empty where it can."""
+    faults = torch_faults(order)
+    if torch_style(order.placement) is None:
+        ranks = shown(order.placement.rank_of)
+        faults.append(f"it places stages in loops or in a V, not on ranks {ranks}")
+    return faults
+
+
+def torch_style(placement: Placement) -> str | None:
+    """How torch's own words call a placement: "loop" or "v"; None for any other.
+
+    Source: `generate_stage_to_rank_mapping` of torch/distributed/pipelining/_utils.py.
+
+    >>> (
+    ...     torch_style(Placement.looped(2, 2)),
+    ...     torch_style(Placement.v_shape(2)),
+    ...     torch_style(Placement((0, 0, 1))),
+    ... )
+    ('loop', 'v', None)
+    """
+    num_ranks = placement.num_ranks
+    if placement == Placement.looped(num_ranks, max(1, placement.num_stages // num_ranks)):
+        return "loop"
+    return "v" if placement == Placement.v_shape(num_ranks) else None
+
+
+def _way_to_cut(target: Target, layers: Layers, positions: tuple[int, ...]) -> str | None:
+    if not target.cuts:
+        return None
+    for way, cuts in target.cuts.items():
+        if cuts(layers, len(positions) + 1) == positions:
+            return way
+    raise ConfigError(
+        f"it cuts by {' or '.join(target.cuts)} (PipelineModule's partition_method), and neither puts "
+        f"{', '.join(map(str, layers.counts(positions)))} blocks on the stages"
+    )
 
 
 def within_limits(request: Request, target: Target, *, heads: int = 0, experts: int = 0) -> Request:
@@ -198,35 +312,33 @@ def plan_within(
     """
     layers = layers_of(request.chain_of(min(request.microbatch_sizes)).names)
     limited = within_limits(request, target, heads=heads, experts=experts)
-    found: list[tuple[Plan, str | None]] = []
+    found: list[Plan] = []
     refused: ConfigError | None = None
-    for restricted, way in _restricted(limited, target, layers):
+    for restricted in _restricted(limited, target, layers):
         try:
-            found.append((plan(restricted, progress=progress), way))
+            found.append(plan(restricted, progress=progress))
         except ConfigError as error:  # of several ways to cut some may be too few
             if refused is None or not isinstance(refused, NoPlanError):
                 refused = error
     if not found:
         assert refused is not None, "each way was planned or refused"
         raise refused
-    best, way = min(found, key=lambda each: each[0].prediction.step_seconds)
-    ends = [sum(stage.num_nodes for stage in best.stages[:count]) for count in range(1, len(best.stages))]
-    return Within(target, best, layers.counts(ends), tuple(ends), layers, way)
+    return within(min(found, key=lambda each: each.prediction.step_seconds), target)
 
 
-def _restricted(request: Request, target: Target, layers: Layers) -> Iterator[tuple[Request, str | None]]:
+def _restricted(request: Request, target: Target, layers: Layers) -> Iterator[Request]:
     if not target.cuts:
-        yield request, None
+        yield request
         return
     # One stage a rank, and for each number of stages but one place for each cut.
     for num_stages in range(1, request.cluster.num_ranks + 1):
         if request.cluster.num_ranks % num_stages or request.levers.pipeline not in (None, num_stages):
             continue
         levers = replace(request.levers, pipeline=num_stages)
-        for way, cuts in target.cuts.items():
+        for cuts in target.cuts.values():
             places = cuts(layers, num_stages)
             if places is not None:
-                yield _cut_at(replace(request, levers=levers), places), way
+                yield _cut_at(replace(request, levers=levers), places)
 
 
 def _cut_at(request: Request, places: tuple[int, ...]) -> Request:

@@ -181,6 +181,8 @@ class Executor:
             raise
         for key in line.ends:
             self._flights.pop(key, None)
+        if log.gauge is not None:
+            log.held_bytes.append(log.gauge())
 
     def _fetch(self, op: Op) -> None:
         """Bring back what a backward takes, while it waits for its gradients."""

@@ -1,7 +1,7 @@
 """Log: when each op of a rank began to wait, started and ended."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ class Log:
     """When each op of a rank began to wait, started and ended; of overlaps the parts too.
 
     `marks` and those `inside` are the clock's; they are read when somebody asks. For a watchdog it says in
-    which op the rank is (`position[0]`) and for which arrival it waits.
+    which op the rank is (`position[0]`) and for which arrival it waits. With a `gauge` the bytes that it
+    tells after each op are noted too.
     """
 
     rank: int
@@ -26,6 +27,8 @@ class Log:
     inside: list[tuple[SimpleOp, Any, Any]] = field(default_factory=list)
     position: memoryview = field(default_factory=lambda: memoryview(array("q", [0])))
     awaited: Recv | None = None
+    gauge: Callable[[], int] | None = None
+    held_bytes: list[int] = field(default_factory=list)
 
     @property
     def num_passed(self) -> int:

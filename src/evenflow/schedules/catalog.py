@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
@@ -98,7 +99,7 @@ interleaved-zb, zb-v, v-half, v-min, dualpipe-v, forward-only, auto
         return SCHEDULES[name]
     # A cutoff of 0 always yields the nearest name, however far it is.
     nearest = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"no schedule {name!r}; did you mean {nearest!r}?\nThere are: {', '.join(NAMES)}")
+    raise ConfigError(f"no schedule {shown(name)}; did you mean {nearest!r}?\nThere are: {', '.join(NAMES)}")
 
 
 def default_stages_per_rank(name: str) -> int:

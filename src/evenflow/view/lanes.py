@@ -7,6 +7,7 @@ are mixed as the pixels' would be: a file of a hundred thousand boxes opens in n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from evenflow.ir.op import Overlap, SimpleOp, parts
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 
 DPI = 150
 NAME_POINTS = 8.0
+_DIGIT_WIDTH = 0.65  # of the default font, about, in units of its size
+_STAGE_SHARE = 0.75  # of a name's size, where the stage stands beneath it
 _LANE_FILL = 0.8
 _POINTS_PER_INCH = 72.0
+_MOST_RANKS_TOLD, _MOST_STAGES_TOLD = 16, 4  # whose stages stand beside their lanes
 _NUM_COLUMNS = 1600  # of a lane drawn as an image: about a pixel each
 _MIN_COLUMNS = 1.5  # of the typical op; below, a lane is drawn as an image
 
@@ -60,7 +64,7 @@ def draw_lanes(axes: Axes, timeline: Timeline, unit: Unit) -> None:
             color=INK,
             annotation_clip=False,
         )
-    axes.set_yticks(range(timeline.num_ranks), [f"rank {rank}" for rank in range(timeline.num_ranks)])
+    axes.set_yticks(range(timeline.num_ranks), _labels(timeline))
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelbottom=True)
     for side in ("top", "right", "left"):
@@ -68,9 +72,10 @@ def draw_lanes(axes: Axes, timeline: Timeline, unit: Unit) -> None:
 
 
 def write_names(axes: Axes, timeline: Timeline, unit: Unit) -> None:
-    """Write the microbatch on each box, or the whole op where a rank holds several stages, if there is room.
+    """Write a name on each box, if there is room, and above the lanes what the names say.
 
-    The panel must have its final size.
+    A name is the microbatch; where a rank holds several stages it is the whole op (2F0) if that fits on every
+    box, or else the microbatch with the stage small beneath it. The panel must have its final size.
     """
     num_microbatches, origin = _num_microbatches(timeline), origin_seconds(timeline)
     left, right = axes.get_xlim()
@@ -80,25 +85,35 @@ def write_names(axes: Axes, timeline: Timeline, unit: Unit) -> None:
     points_per_lane = window.height * points / timeline.num_ranks * _LANE_FILL
     # As many digits for each, or a row of equal boxes would lose its numbers half way.
     num_digits = len(str(num_microbatches - 1))
-    for rank, lane in enumerate(timeline.lanes):
-        boxes = _boxes(lane, rank, origin, unit)
-        has_several_stages = len({box.part.stage for box in boxes}) > 1
-        for box in boxes:
-            size = min(NAME_POINTS, 0.85 * points_per_lane * box.height / _LANE_FILL)
-            # Digits of the default font are about 0.65 of its size wide.
-            num_fitting = (box.width * points_per_unit - 3) / (0.65 * size)
-            if num_fitting < num_digits or size < 4.0:
-                continue
-            op = str(box.part)
-            axes.text(
-                box.start + box.width / 2,
-                box.top + box.height / 2,
-                op if has_several_stages and num_fitting >= len(op) else str(box.part.microbatch),
-                horizontalalignment="center",
-                verticalalignment="center_baseline",
-                fontsize=size,
-                color=contrast(colour_of(box.part, num_microbatches)),
-            )
+    boxes = [box for rank, lane in enumerate(timeline.lanes) for box in _boxes(lane, rank, origin, unit)]
+    room = [
+        (box, size, (box.width * points_per_unit - 2) / (_DIGIT_WIDTH * size))
+        for box in boxes
+        if (size := min(NAME_POINTS, 0.85 * points_per_lane * box.height / _LANE_FILL)) >= 4.0
+    ]
+    has_several_stages = any(len(stages) > 1 for stages in _stages(timeline))
+    fit_all = all(num_fitting >= len(str(box.part)) for box, _, num_fitting in room)
+    for box, size, num_fitting in room:
+        middle = (box.start + box.width / 2, box.top + box.height / 2)
+        write = partial(
+            axes.annotate,
+            xy=middle,
+            textcoords="offset points",
+            horizontalalignment="center",
+            verticalalignment="center_baseline",
+            color=contrast(colour_of(box.part, num_microbatches)),
+        )
+        if has_several_stages and not fit_all and points_per_lane * box.height >= 2 * size * _LANE_FILL:
+            if num_fitting >= num_digits:
+                write(str(box.part.microbatch), xytext=(0, 0.35 * size), fontsize=size)
+                write(str(box.part.stage), xytext=(0, -0.75 * size), fontsize=_STAGE_SHARE * size)
+        elif has_several_stages and num_fitting >= len(str(box.part)):
+            write(str(box.part), xytext=(0, 0), fontsize=size)
+        elif num_fitting >= num_digits:
+            write(str(box.part.microbatch), xytext=(0, 0), fontsize=size)
+    several = "2F0: stage 2, forward, microbatch 0" if fit_all else "microbatch, and beneath it the stage"
+    said = several if has_several_stages else "a number is a microbatch"
+    axes.set_title(said, loc="right", fontsize=9, color=INK)
 
 
 def legend_patches(*timelines: Timeline) -> list[Patch]:
@@ -137,6 +152,21 @@ def _overlapped(timeline: Timeline) -> set[SimpleOp]:
     return {part for op in overlaps for part in parts(op)}
 
 
+def _stages(timeline: Timeline) -> list[list[int]]:
+    """The stages of each rank, ascending."""
+    return [
+        sorted({part.stage for op, _, _ in computes(lane) for part in parts(op)}) for lane in timeline.lanes
+    ]
+
+
+def _labels(timeline: Timeline) -> list[str]:
+    """The ranks' names; where some hold several stages and there is room, with their stages."""
+    stages = _stages(timeline)
+    if timeline.num_ranks > _MOST_RANKS_TOLD or not 1 < max(map(len, stages), default=0) <= _MOST_STAGES_TOLD:
+        return [f"rank {rank}" for rank in range(timeline.num_ranks)]
+    return [f"rank {rank}\nstages {', '.join(map(str, held))}" for rank, held in enumerate(stages)]
+
+
 def _num_microbatches(timeline: Timeline) -> int:
     return 1 + max(
         (part.microbatch for lane in timeline.lanes for op, _, _ in computes(lane) for part in parts(op)),
@@ -167,6 +197,7 @@ def _draw_boxes(axes: Axes, boxes: list[_Box], num_microbatches: int) -> None:
             facecolors=[colour_of(box.part, num_microbatches) for box in level],
             edgecolors=PURPLE if level[0].is_half else WHITE,
             linewidth=0.8 if level[0].is_half else 0.6,
+            clip_on=False,  # they lie inside, and each would carry the name of its frame
         )
 
 

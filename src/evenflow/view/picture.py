@@ -1,4 +1,4 @@
-"""Picture: the predicted timeline above the measured one, on one time axis, as a PNG.
+"""Picture: the predicted timeline above the measured one, on one time axis, as a PNG, SVG or PDF.
 
 matplotlib is imported when a picture is drawn and not before, because planning must start in milliseconds.
 Its object interface is used with the Agg canvas, and never `pyplot`, which keeps figures in module state and
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from evenflow.ir.timeline import Timeline
 from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
 from evenflow.view.palette import INK
+from evenflow.view.picture_file import picture_format, save_picture
 from evenflow.view.units import Unit
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ _MS = Unit("ms", 1e-3)
 
 
 def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: Timeline, title: str) -> None:
-    """Write a PNG that shows a prediction above what happened, in milliseconds from each one's first op.
+    """Write a picture that shows a prediction above what happened, in milliseconds from each one's first op.
 
     There is a lane for each rank, in the colours of `palette`, darker from microbatch to microbatch, and
     numbered where there is room (with the whole op where a rank holds several stages); grey is idle, and an
     overlap shows both of its ops. The panels' titles give the makespan and the bubble. An existing file is
-    replaced. Raises `OSError` if the file can't be written.
+    replaced. Raises `ConfigError` for a suffix that is none of `.png`, `.svg` and `.pdf`, and `OSError` if
+    the file can't be written.
 
     >>> import tempfile, pathlib
     >>> from evenflow.ir import Costs, Flow
@@ -45,6 +47,7 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    picture_format(path)  # refuses what cannot be drawn, before it takes its time
     num_lanes = predicted.num_ranks + measured.num_ranks
     # Lanes get thinner as they get more, so that sixty-four still make a picture and not a banner.
     lane_inches = max(0.16, min(0.5, 16.0 / num_lanes))
@@ -68,7 +71,7 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
     for axes, timeline in ((upper, predicted), (lower, measured)):
         write_names(axes, timeline, _MS)
     figure.set_layout_engine("none")
-    figure.savefig(path, format="png")
+    save_picture(figure, path)
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, name: str) -> None:

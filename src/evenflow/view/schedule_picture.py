@@ -6,40 +6,29 @@ import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evenflow.errors import ConfigError
 from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.memory import memory_curve
+from evenflow.view.columns import typical_seconds
 from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
 from evenflow.view.palette import INK, RED
+from evenflow.view.picture_file import picture_format, save_picture
 from evenflow.view.units import Unit, format_seconds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = ("svg", "png", "pdf")
-_WIDTH_INCHES = 13.0
+_MIN_WIDTH_INCHES, _MAX_WIDTH_INCHES = 9.0, 13.0
+_MARGIN_INCHES = 1.8  # of the panels: what stands beside them
+_OP_INCHES = 0.22  # of the typical op: room for its name
 _MEMORY_INCHES = 2.6
 _NUM_COLUMNS = 800  # moments at which a curve is drawn, where it has more
 _NUM_NAMED = 8  # ranks in the legend of the memory
 
 MICROBATCHES = Unit("microbatches", 1.0)
-
-
-def picture_format(path: str | PathLike[str]) -> str:
-    """Return the format that a path asks for by its suffix; `ConfigError` for one that can't be drawn.
-
-    >>> picture_format("out.svg")
-    'svg'
-    """
-    suffix = Path(path).suffix.removeprefix(".").lower()
-    if suffix not in FORMATS:
-        raise ConfigError(f"cannot draw {path}: end its name in {', '.join('.' + name for name in FORMATS)}")
-    return suffix
 
 
 def draw_schedule_picture(
@@ -67,18 +56,17 @@ def draw_schedule_picture(
     ...     path.read_text()[:5]
     '<?xml'
     """
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    suffix = picture_format(path)
+    picture_format(path)  # refuses what cannot be drawn, before it takes its time
     num_ranks = timeline.num_ranks
     lanes_inches = num_ranks * max(0.16, min(0.5, 10.0 / num_ranks))
     # An evaluation keeps no activations: its memory has nothing to show.
     ratios = [lanes_inches, _MEMORY_INCHES] if schedule.trains else [lanes_inches]
     figure = Figure(
-        figsize=(_WIDTH_INCHES, 2.2 + sum(ratios)),
+        figsize=(_width_inches(timeline), 2.2 + sum(ratios)),
         dpi=DPI,
         layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12),
     )
@@ -101,9 +89,14 @@ def draw_schedule_picture(
     figure.draw_without_rendering()
     write_names(panels[0], timeline, unit)
     figure.set_layout_engine("none")
-    # The same schedule makes the same file: no date, and no random names inside.
-    with rc_context({"svg.hashsalt": "evenflow"}):
-        figure.savefig(path, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
+    save_picture(figure, path)
+
+
+def _width_inches(timeline: Timeline) -> float:
+    """Return a width at which names fit on the boxes; not wider than it must be, as pages scale it down."""
+    typical = typical_seconds(timeline.lanes)
+    num_ops = timeline.makespan_seconds / typical if typical > 0 else 0.0
+    return min(max(_MARGIN_INCHES + num_ops * _OP_INCHES, _MIN_WIDTH_INCHES), _MAX_WIDTH_INCHES)
 
 
 def _title(schedule: Schedule) -> str:
@@ -123,6 +116,7 @@ def _idleness(timeline: Timeline) -> str:
 
 def _draw_memory(axes: Axes, timeline: Timeline, costs: Costs, unit: Unit, memory_unit: Unit) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     num_ranks = timeline.num_ranks
     tones = colormaps["viridis"]
@@ -147,6 +141,8 @@ def _draw_memory(axes: Axes, timeline: Timeline, costs: Costs, unit: Unit, memor
             )
             axes.axhline(cap / memory_unit.size, color=RED, linestyle="--", linewidth=1.2, label=label)
     axes.set_ylim(bottom=0.0)
+    if memory_unit is MICROBATCHES:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_title(f"Activations held ({memory_unit.name})", loc="left", fontsize=11, color=INK)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=8)
     axes.grid(axis="y", color="0.9", linewidth=0.8)

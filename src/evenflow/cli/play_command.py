@@ -1,0 +1,20 @@
+"""`evenflow play`: its flags."""
+
+from typing import Annotated
+
+import typer
+
+
+def play_command(
+    port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT", help="Where it listens, on this machine alone. Default: any that is free."
+        ),
+    ] = 0,
+    opens: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser on it.")] = True,
+) -> None:
+    """Play with schedules on a local page: move ranks, microbatches, costs, memory; see the step at once."""
+    from evenflow.cli.play import play
+
+    play(port, opens=opens)

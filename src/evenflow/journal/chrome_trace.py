@@ -1,0 +1,112 @@
+"""A step in the Trace Event Format, which Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
+
+Source: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU:
+complete events ("X") in microseconds, counters ("C"), names of processes and threads ("M").
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, assert_never
+
+from evenflow.ir.op import (
+    Backward,
+    Exchange,
+    Forward,
+    Handoff,
+    InputGrad,
+    Op,
+    Overlap,
+    Recv,
+    ReduceGrads,
+    Send,
+    Unshard,
+    WeightGrad,
+    parse_op,
+)
+from evenflow.journal.last_step import LaneRecord, LastStep
+
+_Event = dict[str, Any]  # as the format has it: numbers, texts, objects of these
+_MEASURED, _PREDICTED = 1, 2  # processes of the trace
+
+
+def chrome_trace(last_step: LastStep) -> str:
+    """Return the trace: a process for what was measured and one for what was predicted, a thread for a rank.
+
+    Each op carries its stage, microbatch and, of transfers, bytes; waits stand before the ops that waited.
+    """
+    events: list[_Event] = []
+    for process, name, lanes in (
+        (_MEASURED, "measured", last_step.measured),
+        (_PREDICTED, "predicted", last_step.predicted),
+    ):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
+        for rank, lane in enumerate(lanes):
+            here = {"pid": process, "tid": rank}
+            events.append({"ph": "M", "name": "thread_name", **here, "args": {"name": f"rank {rank}"}})
+            events += _events(lane, here, _bytes_of(last_step))
+            events += (
+                {
+                    "ph": "C",
+                    "name": f"held by rank {rank}",
+                    **here,
+                    "ts": _micro(end),
+                    "args": {"bytes": held},
+                }
+                for end, held in zip(lane.end_seconds, lane.held_bytes, strict=False)
+            )
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+
+
+def _bytes_of(last_step: LastStep) -> dict[tuple[int, int, str], int]:
+    return {(edge.source, edge.target, edge.payload): edge.num_bytes for edge in last_step.edges}
+
+
+def _events(lane: LaneRecord, here: _Event, sizes: dict[tuple[int, int, str], int]) -> Iterator[_Event]:
+    columns = zip(lane.ops, lane.came_seconds, lane.start_seconds, lane.end_seconds, strict=True)
+    for text, came, start, end in columns:
+        op = parse_op(text)
+        if start > came:
+            yield _complete(f"wait for {text}", "wait", came, start, here, {})
+        yield _complete(text, _kind(op), start, end, here, _arguments(op, sizes))
+
+
+def _complete(name: str, kind: str, start: float, end: float, here: _Event, arguments: _Event) -> _Event:
+    times = {"ts": _micro(start), "dur": _micro(end - start)}
+    return {"ph": "X", "name": name, "cat": kind, **here, **times, "args": arguments}
+
+
+def _kind(op: Op) -> str:
+    match op:
+        case Send() | Recv() | Handoff() | Exchange():
+            return "transfer"
+        case ReduceGrads() | Unshard():
+            return "collective"
+        case _:
+            return type(op).__name__
+
+
+def _arguments(op: Op, sizes: dict[tuple[int, int, str], int]) -> _Event:
+    match op:
+        case Exchange(transfers):
+            return {str(each): _arguments(each, sizes) for each in transfers}
+        case (
+            Send(source, target, microbatch, payload)
+            | Recv(source, target, microbatch, payload)
+            | Handoff(source, target, microbatch, payload)
+        ):
+            size = sizes.get((source, target, payload.value), 0)
+            return {"from": source, "to": target, "microbatch": microbatch, "bytes": size}
+        case ReduceGrads(stage) | Unshard(stage):
+            return {"stage": stage}
+        case Overlap(first, second):
+            return {str(part): _arguments(part, sizes) for part in (first, second)}
+        case Forward(stage, microbatch) | Backward(stage, microbatch):
+            return {"stage": stage, "microbatch": microbatch}
+        case InputGrad(stage, microbatch) | WeightGrad(stage, microbatch):
+            return {"stage": stage, "microbatch": microbatch}
+        case _:
+            assert_never(op)
+
+
+def _micro(seconds: float) -> float:
+    return round(1e6 * seconds, 3)

@@ -1,0 +1,118 @@
+"""The page of a run: one HTML file that opens from disk, with all that its folder tells."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+from evenflow.journal.deviation import Beside, rank_numbers, stage_numbers, step_numbers
+from evenflow.journal.last_step import LaneRecord, LastStep
+from evenflow.journal.run import Run, Step
+from evenflow.plan.plan import Plan
+from evenflow.view.assets import colours, self_contained
+from evenflow.view.units import format_seconds
+
+
+def run_page(run: Run, steps: Sequence[Step], last_step: LastStep, plan: Plan | None) -> str:
+    """Return the page: timeline, memory, bill, cut, the run beside its plan, curves of all steps.
+
+    It asks nothing of a network. uPlot draws it (https://github.com/leeoniya/uPlot, MIT license).
+    """
+    data = {
+        "name": run.name,
+        "about": f"{run.started}, {run.machine}; evenflow {run.evenflow}",
+        "figures": _figures(run, steps, last_step),
+        "item": run.item,
+        "timeline": _timeline(run, last_step),
+        "bills": {
+            "predicted": [asdict(bill) for bill in last_step.predicted_bills],
+            "measured": [asdict(bill) for bill in last_step.measured_bills],
+        },
+        "cut": [
+            {
+                **asdict(held),
+                "forward": measured.forward_seconds,
+                "backward": measured.whole_backward_seconds,
+            }
+            for held, measured in zip(last_step.stages, run.stages, strict=True)
+        ],
+        "beside": _beside(run, plan),
+        "steps": {
+            "number": [step.number for step in steps],
+            "loss": [step.loss for step in steps],
+            "per_second": [_per_second(run, step) for step in steps],
+        },
+    }
+    return self_contained("run.html", title=f"{run.name} · Evenflow", scripts=["run.js"], data=data)
+
+
+def _figures(run: Run, steps: Sequence[Step], last_step: LastStep) -> list[tuple[str, str]]:
+    losses = [step.loss for step in steps if step.loss is not None]
+    measured = last_step.measured_timeline
+    figures = [
+        (run.schedule, f"{len(run.stages)} stages on {len(run.ranks)} ranks"),
+        (f"{run.num_microbatches}", "microbatches"),
+        (format_seconds(run.step.median), f"a step (median of {run.num_timed})"),
+        (f"{run.items_per_second:,.0f}", f"{run.item}/s"),
+        (f"{measured.bubble:.1%}", "idle in the last step"),
+    ]
+    if losses:
+        figures.append((f"{losses[0]:.3f} → {losses[-1]:.3f}", f"loss, {run.num_steps:,} steps"))
+    return figures
+
+
+def _timeline(run: Run, last_step: LastStep) -> dict[str, Any]:  # what timeline.js takes
+    return {
+        "microbatches": run.num_microbatches,
+        "colours": colours(),
+        "edges": {f"{edge.source}>{edge.target}{edge.payload}": edge.num_bytes for edge in last_step.edges},
+        "sent": [asdict(edge) for edge in last_step.edges],
+        "ranks": [
+            {
+                "measured": _lane(measured),
+                "predicted": _lane(predicted),
+                "held": _held(measured),
+                "peak": run.ranks[rank].peak_bytes,
+                "cap": last_step.caps_bytes[rank] if last_step.caps_bytes else None,
+            }
+            for rank, (measured, predicted) in enumerate(
+                zip(last_step.measured, last_step.predicted, strict=True)
+            )
+        ],
+    }
+
+
+def _lane(lane: LaneRecord) -> dict[str, Any]:
+    return {
+        "ops": lane.ops,
+        "came": lane.came_seconds,
+        "start": lane.start_seconds,
+        "end": lane.end_seconds,
+        "held_bytes": lane.held_bytes,
+    }
+
+
+def _held(lane: LaneRecord) -> dict[str, Any] | None:
+    return {"seconds": lane.end_seconds, "bytes": lane.held_bytes} if lane.held_bytes else None
+
+
+def _beside(run: Run, plan: Plan | None) -> list[dict[str, Any]]:
+    """What was planned and is measured too."""
+    ranks = rank_numbers(run, plan)
+    groups: tuple[tuple[str, Sequence[Beside]], ...] = (
+        ("seconds", step_numbers(run, plan)),
+        ("share", [idle for idle, _ in ranks]),
+        ("bytes", [memory for _, memory in ranks]),
+        ("seconds", list(chain.from_iterable(stage_numbers(run, plan)))),
+    )
+    return [
+        {"what": each.what, "planned": each.planned, "measured": each.measured, "unit": unit}
+        for unit, numbers in groups
+        for each in numbers
+        if each.planned is not None and each.measured is not None
+    ]
+
+
+def _per_second(run: Run, step: Step) -> float | None:
+    seconds = step.seconds + step.feed_seconds
+    return run.items_per_batch / seconds if seconds > 0 else None

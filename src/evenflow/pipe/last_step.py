@@ -1,0 +1,78 @@
+"""The last step of a pipeline as a record: the cut, and what each rank did when, and held."""
+
+from evenflow.cost.local_device import memory_bytes_of
+from evenflow.graph.cut import Cut
+from evenflow.ir.op import ComputeOp, Payload
+from evenflow.ir.timeline import Timeline
+from evenflow.journal.last_step import EdgeRecord, HeldStage, LaneRecord, LastStep, first_start, lane_record
+from evenflow.pipe.parts import Parts
+from evenflow.pipe.times import Times
+from evenflow.plan.blocks import block_of
+from evenflow.runtime.hosts import this_host
+from evenflow.runtime.narrowing import Narrowing
+
+
+def last_step(parts: Parts, times: Times) -> LastStep:
+    """Put it together; collective, and the same on every rank. Raises `ConfigError` before the first step."""
+    predicted, _ = times.timelines(parts.world)
+    bills = times.bills(parts.world)
+    lanes = times.lanes(parts.world)
+    origin = first_start([rows for rows, _ in lanes])
+    cut = parts.recordings.entries[0].cut
+    return LastStep(
+        predicted=_lanes_of(predicted),
+        measured=tuple(lane_record(rows, origin=origin, held_bytes=held) for rows, held in lanes),
+        predicted_bills=bills[0],
+        measured_bills=bills[1],
+        stages=tuple(
+            HeldStage(each.rank, _modules(cut, each.stage), each.num_nodes, each.num_parameters, each.share)
+            for each in parts.summaries
+        ),
+        edges=_edges(cut, parts.narrowing),
+        caps_bytes=_caps(parts),
+    )
+
+
+def _lanes_of(timeline: Timeline) -> tuple[LaneRecord, ...]:
+    lanes = []
+    for lane in timeline.lanes:
+        columns = zip(lane.ops, lane.start_seconds, lane.end_seconds, strict=True)
+        lanes.append([(op, start, start, end) for op, start, end in columns if isinstance(op, ComputeOp)])
+    origin = first_start(lanes)
+    return tuple(lane_record(rows, origin=origin) for rows in lanes)
+
+
+def _modules(cut: Cut, stage: int) -> tuple[str, ...]:
+    """What a stage is made of: whole blocks of the model's lists, and other nodes by their names."""
+    names = (node.name for node in cut.sections[stage].nodes)
+    return tuple(dict.fromkeys(block_of(name) or name for name in names))
+
+
+def _edges(cut: Cut, narrowing: Narrowing) -> tuple[EdgeRecord, ...]:
+    return tuple(
+        EdgeRecord(
+            section.stage,
+            target,
+            payload.value,
+            len(values),
+            sum(narrowing.num_bytes(cut.graph.values[value].info) for value in values),
+        )
+        for section in cut.sections
+        for payload, sends in (
+            (Payload.ACTIVATION, section.sends),
+            (Payload.GRADIENT, section.gradient_sends),
+        )
+        for target, values in sorted(sends.items())
+    )
+
+
+def _caps(parts: Parts) -> tuple[float, ...]:
+    """What each rank's device has; ranks on the CPU have their share of what their host has."""
+    if parts.plan is not None:
+        return tuple(rank.cap_bytes for rank in parts.plan.ranks)
+    mine = (this_host(), parts.device.type, memory_bytes_of(parts.device))
+    if parts.world.size == 1:
+        return ()  # ranks take turns in one process
+    places: list[tuple[str, str, float]] = parts.world.gather(mine)
+    hosts = [host for host, _, _ in parts.mesh.world.gather(mine)]
+    return tuple(memory / (hosts.count(host) if device == "cpu" else 1) for host, device, memory in places)

@@ -1,0 +1,133 @@
+"""Saved plans in other systems' words: as when they were planned, and refused where they cannot run."""
+
+import itertools
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from test_targets import CASES, NUM_BLOCKS, within
+
+from evenflow.errors import ConfigError
+from evenflow.plan import targets
+from evenflow.plan.megatron_layout import parse_layout
+from evenflow.plan.own_order import planned_schedule
+from evenflow.plan.plan import Degrees
+from evenflow.plan.plan_file import read_plan, write_plan
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers
+from evenflow.plan.target_settings import export_plan, settings
+from evenflow.plan.targets import TARGETS
+from evenflow.schedule_file import format_rows, parse_schedule
+from evenflow.schedules.zb_h1 import zb_h1
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A plan for Megatron of four stages, and one for DeepSpeed, as their files have them."""
+    asked = CASES["a long pipeline"]
+    return {name: read_plan(write_plan(within(name, asked).plan)) for name in ("megatron", "deepspeed")}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("case", ["a long pipeline", "scarce", "no pipeline", "two and two"])
+def test_a_saved_plan_has_the_settings_with_which_it_was_planned(name, case):
+    found = within(name, CASES[case])
+    assert export_plan(read_plan(write_plan(found.plan)), name) == settings(found) + "\n"
+
+
+def test_the_layers_follow_a_cut_that_a_person_moved(deep):
+    text = write_plan(deep["megatron"])
+    first = deep["megatron"].stages[1].first
+    later = deep["megatron"].layers[deep["megatron"].layers.index(first) + 1]
+    before, after = (
+        parse_layout(re.search('layout "(.*)"', export_plan(read_plan(each), "megatron"))[1])
+        for each in (text, text.replace(f'first = "{first}"', f'first = "{later}"'))
+    )
+    assert len(after[0]) == len(before[0]) + 1
+    assert "".join(after) == "".join(before) == "E" + "t" * NUM_BLOCKS + "L"
+
+
+def test_the_parts_of_deepspeed_hold_every_layer(deep):
+    made = deep["deepspeed"]
+    text = export_plan(made, "deepspeed")
+    parts = json.loads(re.search(r"# parts: (\[.*\]),", text)[1])
+    found = targets.within(made, TARGETS["deepspeed"])
+    assert (parts[0], parts[-1]) == (0, NUM_BLOCKS + 2)  # embedding and head are layers too
+    sizes = [end - start for start, end in itertools.pairwise(parts)]
+    blocks = list(found.blocks)
+    blocks[0], blocks[-1] = blocks[0] + 1, blocks[-1] + 1
+    assert sizes == blocks
+
+
+def test_torch_gets_the_order_of_a_plan(deep):
+    made = deep["megatron"]
+    read = parse_schedule(export_plan(made, "torch"), name="1f1b")
+    assert read.ranks == planned_schedule(made).ranks
+
+
+def owning(made, method):
+    """The plan with an order of its own."""
+    order = tuple(format_rows(method(made.degrees.pipeline, 1, made.num_microbatches)))
+    return replace(made, schedule="auto", order=order)
+
+
+def test_torchtitan_reads_an_order_that_it_has_no_name_for(deep):
+    own = owning(deep["megatron"], zb_h1)
+    text = export_plan(own, "torchtitan")
+    assert '    pipeline_parallel_schedule="PipelineScheduleMulti",\n' in text
+    assert '    pipeline_parallel_schedule_csv="schedule.csv",\n' in text
+    assert "evenflow export PLAN.toml --to torch -o schedule.csv" in text
+    assert parse_schedule(export_plan(own, "torch"), name="auto").ranks == planned_schedule(own).ranks
+    ranks = [replace(stage, rank=[1, 0, 2, 3][at]) for at, stage in enumerate(own.stages)]
+    swapped = replace(own, stages=tuple(ranks), order=tuple(own.order[at] for at in (1, 0, 2, 3)))
+    with pytest.raises(
+        ConfigError, match=r"it places stages in loops or in a V, not on ranks \(1, 0, 2, 3\)"
+    ):
+        export_plan(swapped, "torchtitan")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("megatron", {"recompute": "selective"}, "it recomputes each layer or none, and the plan some nodes"),
+        ("megatron", {"recompute": "full"}, "its stages contradict recompute = 'full'"),
+        ("megatron", {"layers": ()}, "the plan names no whole layers"),
+        ("megatron", {"schedule": "zb-h1"}, "it has 1f1b, interleaved-1f1b, and the plan's is zb-h1"),
+        ("deepspeed", {"degrees": Degrees(4, tensor=2)}, "no tensor, context or expert ranks beside them"),
+        (
+            "deepspeed",
+            {"degrees": Degrees(4, data=2, sharding="fsdp")},
+            "of 2 such data ranks it shares none or zero1, and the plan fsdp",
+        ),
+        ("deepspeed", {"schedule": "eager-1f1b"}, "it has 1f1b, and the plan's is eager-1f1b"),
+        ("torchtitan", {"degrees": Degrees(4, data=2)}, "it shares fsdp, and the plan none"),
+    ],
+)
+def test_what_a_system_cannot_run_is_refused_with_the_reason(deep, name, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        export_plan(replace(deep["megatron"], **change), name)
+    assert str(raised.value).startswith(f"{name} cannot run this plan: ")
+    assert str(raised.value).endswith(f". Plan for it: evenflow plan ... --target {name}")
+
+
+def test_a_cut_within_a_layer_is_refused():
+    asked = replace(CASES["a long pipeline"], levers=Levers(pipeline=4, data=1))
+    made = plan(asked, search_seconds=0.0)
+    inside = next(name for name in asked.chain_of(1).names if name.endswith(":add"))
+    cut = replace(made.stages[1], first=inside)
+    with pytest.raises(ConfigError, match=re.escape(f"its stage 1 begins with '{inside}', within a layer")):
+        export_plan(replace(made, stages=(made.stages[0], cut, *made.stages[2:])), "megatron")
+
+
+def test_deepspeed_refuses_cuts_that_it_has_no_name_for(deep):
+    made, layers = deep["deepspeed"], deep["deepspeed"].layers
+    firsts = [made.stages[0].first, *layers[1:4]]
+    stages = tuple(replace(stage, first=first) for stage, first in zip(made.stages, firsts, strict=True))
+    with pytest.raises(ConfigError, match=r"cuts by uniform or type: .* neither puts 1, 1, 1, 3 blocks"):
+        export_plan(replace(made, stages=stages), "deepspeed")
+
+
+def test_unknown_systems_are_refused(deep):
+    with pytest.raises(ConfigError, match="there are torchtitan, megatron, deepspeed"):
+        export_plan(deep["megatron"], "colossal")
