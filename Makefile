@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: bench-pages test-wheel bench-start torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: docs bench-pages test-wheel bench-start torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -34,6 +34,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages of docs/ as a site: build/site/index.html. A warning is an error; nothing comes from the network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: bench-start bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-mesh bench-saving bench-pages
 

@@ -1,8 +1,10 @@
 """The documentation: every file that a page links to is there, and what is to be typed can be read."""
 
+import ast
+import importlib.util
 import re
 import shlex
-import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
+import evenflow
+from evenflow.cli.config import Saving
 from evenflow.cli.main import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
@@ -64,11 +68,6 @@ def torchruns():
     return [shlex.split(re.sub(r"\$\w+", "2", line))[1:] for line in found]
 
 
-@pytest.mark.parametrize("script", [*blocks("sh"), *blocks("bash")])
-def test_a_shell_reads_what_is_to_be_typed(script):
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
-
-
 @pytest.mark.parametrize("words", torchruns(), ids=" ".join)
 def test_torchrun_and_evenflow_know_the_flags(words):
     given = get_args_parser().parse_args(words)
@@ -80,3 +79,56 @@ def test_torchrun_and_evenflow_know_the_flags(words):
         typer.main.get_command(app).commands[command].make_context(command, arguments)
     else:
         assert given.training_script == "train.py"
+
+
+def test_the_configuration_of_checkpoints():
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    Saving(**tomllib.loads(block)["checkpoints"])
+
+
+def texts_of_the_source():
+    """Every string of the source; of an f-string each part between what it fills in."""
+    found = set()
+    for path in (ROOT / "src" / "evenflow").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        alone = {
+            id(node.value) for node in nodes if isinstance(node, ast.Expr)
+        }  # docstrings say nothing to users
+        constants = (node for node in nodes if isinstance(node, ast.Constant) and id(node) not in alone)
+        found.update(node.value for node in constants if isinstance(node.value, str))
+    return found
+
+
+def unknown_messages(page):
+    """What the page's blocks of text quote and the source does not say; … stands for what varies."""
+    known = texts_of_the_source()
+    quoted = [
+        line for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) for line in block.splitlines()
+    ]
+    parts = [part.strip(" :,;.()") for line in quoted for part in re.split(r"…|%s", line)]
+    return quoted, [part for part in parts if part and not any(part in text for text in known)]
+
+
+def test_every_message_of_the_troubleshooting_stands_in_the_source():
+    quoted, unknown = unknown_messages((ROOT / "docs" / "troubleshooting.md").read_text())
+    assert len(quoted) > 50
+    assert not unknown
+    assert unknown_messages("```text\nrank … has a cold\n```")[1] == ["has a cold"]
+
+
+def test_the_reference_has_all_public_names():
+    named = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        named.update(re.findall(r"^::: (.+)$", page.read_text(), re.MULTILINE))
+    public = {f"evenflow.{name}" for name in evenflow.__all__}
+    errors = {name for name in public if name.endswith("Error")}
+    assert public - errors <= named
+    assert "evenflow.errors" in named
+    assert all(importlib.util.find_spec(name) for name in named - public)
+
+
+def test_every_page_of_the_site_is_in_its_menu():
+    menu = set(re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert menu == pages | {"CHANGELOG.md"}

@@ -1,4 +1,4 @@
-"""The flags of `evenflow train` alone: the demonstration, what becomes of a long run, logs of each step."""
+"""The flags of `evenflow train` alone: the demonstration, logs, and what becomes of a long run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
