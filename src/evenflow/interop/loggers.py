@@ -136,7 +136,7 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
 
 
 def check_installed(package: str, what: str) -> None:
-    """Raise `ConfigError`, saying what needs the package, where it is not installed."""
+    """Raise `MissingPackageError`, saying what needs the package, where it is not installed."""
     if importlib.util.find_spec(package) is None:
         raise MissingPackageError(
             f"{what} needs the package {package}, which is not installed: pip install {package}"
