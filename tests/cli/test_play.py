@@ -43,11 +43,13 @@ def question(**changed):
     return given | changed
 
 
-def asked(server, body, *, path="/simulate", kind="application/json", host=None, method="POST"):
+def asked(server, body, *, path="/simulate", kind="application/json", host=None, method="POST", length=None):
     """(status, what came back) of one request."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
     try:
         headers = {"Content-Type": kind, "Host": host or f"127.0.0.1:{server.server_address[1]}"}
+        if length is not None:
+            headers["Content-Length"] = length.encode("utf-8")
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         return response.status, response.read().decode()
@@ -99,6 +101,8 @@ def test_over_the_cap_says_who():
         ({"schedule": "1f2b"}, "no schedule '1f2b'; did you mean '1f1b'?"),
         ({"schedule": "zb-v", "stages_per_rank": 3}, "stages"),
         ({"cap": "much"}, "cap = 'much' must be a number"),
+        ({"cap": 0}, "cap = 0 must be above 0"),
+        ({"num_ranks": 129, "num_microbatches": 1}, "num_ranks = 129: the playground draws 128 at most"),
         ({"what": 1}, "unknown key 'what'"),
     ],
 )
@@ -121,7 +125,22 @@ def test_others_are_not_served(server):
     assert asked(server, "{}", kind="text/plain")[0] == 404  # what a page of another site may send unasked
     assert asked(server, None, path="/../etc/passwd", method="GET")[0] == 404
     assert asked(server, "x" * 70_000)[0] == 400
+    for length in ("9" * 5000, "-1", "many", "²"):
+        assert asked(server, "{}", length=length)[0] == 400
     assert server.server_address[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:80", "LOCALHOST:1234", "localhost"])
+def test_this_machine_is_served_by_any_of_its_names(server, host):
+    assert asked(server, json.dumps(question()), host=host)[0] == 200
+
+
+def test_the_command_shows_the_same():
+    found = answer(Question("1f1b", 2, 4, None, (1.23456789,), (1.0,), (1.0,), 0.0, 2.5))
+    assert (
+        found["command"]
+        == "evenflow schedule 1f1b --ranks 2 --microbatches 4 --costs 1.23456789,1,1,0 --cap 2.5"
+    )
 
 
 def test_a_port_that_is_taken_is_refused(server, capsys):
@@ -164,6 +183,9 @@ def test_levers_draw_another_step(server):
         page.wait_for_function("document.getElementById('command').textContent.includes('gpipe')")
         settled()
         assert "over its cap of 2" in page.inner_text("#error")
+        change("cap", "2,5")
+        assert "cap = '2,5' must be a number" in page.inner_text("#error")
+        change("cap", "2")
         slower = change("forward", "1, 1, 3, 1")
         assert page.inner_text("#command") == ""
         assert slower[1] != capped[1]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from evenflow.cli.main import main
 from evenflow.cli.show import print_run
-from evenflow.journal.folder import write_run
+from evenflow.journal.folder import read_run, write_run
 from small_runs import LAST_STEP, PLAN, RUN, STAGES, STEPS
 
 
@@ -112,6 +112,9 @@ def test_the_command_writes_a_picture_and_a_trace(tmp_path, capsys):
     ("option", "name", "message"),
     [
         ("--picture", "step.gif", "end its name in .svg, .png, .pdf"),
+        ("--trace", "run.json", "a run keeps its records under this name"),
+        ("--page", "last_step.json", "a run keeps its records under this name"),
+        ("--page", ".", "is a folder: name a file in it"),
         ("--picture", "none/step.svg", "No such file or directory; name another file"),
         ("--page", "none/page.html", "No such file or directory; name another file"),
         ("--trace", "none/step.json", "No such file or directory; name another file"),
@@ -122,7 +125,31 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys, option, name
     with pytest.raises(SystemExit) as exited:
         main(["show", str(tmp_path), option, str(tmp_path / name)])
     assert exited.value.code == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert message in told.err
+    assert read_run(tmp_path) == RUN
+
+
+def test_two_files_of_one_name_are_refused(tmp_path, capsys):
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config="")
+    with pytest.raises(SystemExit) as exited:
+        main(["show", str(tmp_path), "--page", str(tmp_path / "x"), "--trace", str(tmp_path / "x")])
+    assert exited.value.code == 2
+    assert "--page and --trace both name" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_of_somebody_else_is_shown_without_a_page(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path, RUN, STEPS, last_step=LAST_STEP, plan=PLAN, config="")
+    (tmp_path / "page.html.partial").mkdir()  # so that the page cannot be written
+    with pytest.raises(SystemExit) as exited:
+        main(["show", str(tmp_path), "--trace", str(tmp_path / "step.json")])
+    assert exited.value.code == 0
+    assert (
+        "page.html: Is a directory; name another file: --page FILE.html"
+        in capsys.readouterr().out.replace("\n", "")
+    )
+    assert (tmp_path / "step.json").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

@@ -39,6 +39,19 @@ def test_waits_transfers_and_memory_carry_their_numbers():
     assert held == list(lane.held_bytes)
 
 
+def test_nothing_is_before_zero_which_perfetto_would_drop():
+    early = LaneRecord(("R0>1F0", "1F0"), (-0.002, -0.001), (-0.002, 0.0), (-0.001, 0.01))
+    found = events(dataclasses.replace(LAST_STEP, measured=(LAST_STEP.measured[0], early)))
+    times = {
+        event["name"]: event["ts"]
+        for event in found
+        if event.get("tid") == 1 and event["pid"] == 1 and "ts" in event
+    }
+    assert min(event["ts"] for event in found if "ts" in event) == 0
+    assert times["R0>1F0"] == 0
+    assert times["1F0"] == 2000
+
+
 def test_ranks_and_processes_are_named():
     names = [event["args"]["name"] for event in events() if event["ph"] == "M"]
     assert names == ["measured", "rank 0", "rank 1", "predicted", "rank 0", "rank 1"]

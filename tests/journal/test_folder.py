@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenflow.errors import ConfigError
@@ -16,6 +16,7 @@ from evenflow.journal.folder import (
     read_run,
     read_steps,
     write_run,
+    write_text,
 )
 from evenflow.journal.run import Run
 from small_runs import LAST_STEP, PLAN, RUN, STAGES, STEPS
@@ -120,6 +121,12 @@ def test_what_is_wrong_in_a_run_is_said_with_its_place(folder, key, value, messa
         ("measured.0.ops.0", "0F0" * 2000, "an op of 6000 letters"),
         ("measured.0.ops.0", "fast", "'fast' is not an op"),
         ("measured.0.came_seconds.0", 1e9, r"0F0 comes at 1e\+09 s, starts at 0 and .*: not in turn"),
+        ("measured.0.start_seconds.1", 0.013, "comes at 0.014 s, starts at 0.013"),
+        (
+            "measured.0.end_seconds.0",
+            5.0,
+            "S0>1F0 comes at 0.014 s, starts at 0.014 and ends at 0.015: not in turn",
+        ),
         ("measured.0.end_seconds", [], "a lane's columns must be as long as its 12 ops"),
         ("measured.0.held_bytes.0", -1, r"measured\[0\].held_bytes\[0\] = -1 must be at least 0"),
         ("measured", [], "2 lanes are predicted, and 0 are measured"),
@@ -136,6 +143,13 @@ def test_what_is_wrong_in_a_last_step_is_said(folder, key, value, message):
     with pytest.raises(ConfigError, match=message) as refused:
         read_last_step(folder, RUN)
     assert str(refused.value).startswith(f"{folder / 'last_step.json'}")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):  # noqa: PT011 (which one, the system decides)
+        write_text(tmp_path / "taken", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_missing_key_is_named(folder):
@@ -198,6 +212,7 @@ PLAIN = st.recursive(
 KEYS = [field.name for field in dataclasses.fields(Run)]
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(key=st.sampled_from(KEYS), value=PLAIN)
 def test_any_value_is_read_or_refused(tmp_path_factory, key, value):
     folder = tmp_path_factory.mktemp("any")

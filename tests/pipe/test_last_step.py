@@ -54,6 +54,15 @@ def test_the_cut_says_what_is_where_and_what_is_sent():
     pipe.close()
 
 
+def test_edges_are_those_of_the_last_step():
+    pipe = trained(stages=2)
+    before = pipe.last_step().edges[0].num_bytes
+    longer = {name: torch.cat([part, part]) for name, part in regression().items()}
+    pipe.step(longer)
+    assert pipe.last_step().edges[0].num_bytes == 2 * before
+    pipe.close()
+
+
 def test_what_is_held_is_known_once_a_step_was_watched():
     pipe = trained(stages=2, schedule="gpipe")
     assert all(lane.held_bytes == () for lane in pipe.last_step().measured)

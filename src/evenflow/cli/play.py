@@ -4,7 +4,9 @@ The standard library's server is enough: it listens on the loopback interface, s
 question. It answers no page of another site, which a browser could be made to let ask.
 """
 
+import contextlib
 import json
+import re
 import threading
 import webbrowser
 from http import HTTPStatus
@@ -33,8 +35,8 @@ def play(port: int, *, opens: bool, console: Console | None = None) -> None:
     with serving(port) as server:
         address = address_of(server)
         console.print(f"the playground is at {address} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
-        if opens:
-            webbrowser.open(address)
+        if opens:  # from a thread: a browser in the terminal returns when it ends, and wants the page before
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -46,7 +48,7 @@ def serving(port: int) -> ThreadingHTTPServer:
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: there are 1 to 65535, and 0 for any that is free")
     try:
-        return _Server((_HOST, port), _Answers)
+        return _Server(port)
     except OSError as error:
         raise ConfigError(
             f"--port {port}: {error.strerror or error}; name another one, or 0 for any that is free"
@@ -61,13 +63,16 @@ def address_of(server: ThreadingHTTPServer) -> str:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def __init__(self, port: int) -> None:
+        self.searching = threading.Lock()  # searches would only slow one another down
+        super().__init__((_HOST, port), _Answers)
+
 
 class _Answers(BaseHTTPRequestHandler):
     """See the module."""
 
     protocol_version = "HTTP/1.1"
-    # Searches would only slow one another down.
-    _searching = threading.Lock()
+    server: _Server
 
     def do_GET(self) -> None:
         """Send the page."""
@@ -90,7 +95,7 @@ class _Answers(BaseHTTPRequestHandler):
         if not self._is_ours():
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _MOST_BYTES:
+        if not re.fullmatch("[0-9]{1,6}", length) or int(length) > _MOST_BYTES:
             self.close_connection = True
             self._send(HTTPStatus.BAD_REQUEST, "text/plain", "a question has a length, and a small one")
             return
@@ -104,7 +109,7 @@ class _Answers(BaseHTTPRequestHandler):
         try:
             question = read_as(Question, parse_json(body.decode("utf-8", "replace")), _least)
             if question.schedule == catalog.AUTO:
-                with self._searching:
+                with self.server.searching:
                     return answer(question)
             return answer(question)
         except EvenflowError as error:
@@ -112,7 +117,7 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _is_ours(self) -> bool:
         """Whether the browser asks this very address, and not the name of another site that leads here."""
-        name = self.headers.get("Host", "").rpartition(":")[0]
+        name = re.sub(":[0-9]*$", "", self.headers.get("Host", "")).lower()
         if name in (_HOST, "localhost"):
             return True
         self.close_connection = True
@@ -121,11 +126,12 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
         content = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(ConnectionError):  # the page was closed meanwhile
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # as the server calls it
         """Say nothing: the page shows what went wrong."""

@@ -2,23 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from evenflow.bounds import Bound
-from evenflow.cli.schedule import report_of
+from evenflow.cli.schedule import make, report_of
+from evenflow.cli.schedule_flags import Prices, Sizes
 from evenflow.cli.schedule_report import Report, gap
-from evenflow.cost_table import RankTimes, capped, price
+from evenflow.cost_table import RankTimes
 from evenflow.errors import ConfigError
-from evenflow.ir.costs import Costs
-from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.memory import memory_curve
 from evenflow.schedules import catalog
-from evenflow.view.assets import colours
+from evenflow.view.timeline_data import Data, lane_data, rank_data, timeline_data
 
 _MAX_OPS = 60_000  # more take longer than a change of a lever may
+_MAX_RANKS = 128  # more lanes are no picture
 _SEARCH_SECONDS = 2.0
+_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,10 @@ class Question:
     cap: float | None
 
     def __post_init__(self) -> None:
+        if self.num_ranks > _MAX_RANKS:
+            raise ConfigError(f"num_ranks = {self.num_ranks}: the playground draws {_MAX_RANKS} at most")
+        if self.cap == 0:
+            raise ConfigError("cap = 0 must be above 0: it counts microbatches")
         per_rank = self.stages_per_rank or catalog.default_stages_per_rank(self.schedule)
         num_ops = 3 * self.num_ranks * per_rank * self.num_microbatches
         if num_ops > _MAX_OPS:
@@ -54,18 +58,18 @@ class Question:
                     f"of the {self.num_ranks}"
                 )
 
-    def costs_on(self, placement: Placement) -> Costs:
-        """The costs of a placement's stages."""
+    @property
+    def prices(self) -> Prices:
+        """What the costs of a placement are made from."""
         forward, input_grad, weight_grad = (
             given * self.num_ranks if len(given) == 1 else given
             for given in (self.forward_seconds, self.input_grad_seconds, self.weight_grad_seconds)
         )
-        times = RankTimes(forward, input_grad, weight_grad)
-        costs = price(times, placement, latency_seconds=self.transfer_seconds)
-        return costs if self.cap is None else capped(costs, placement, self.cap)
+        table = RankTimes(forward, input_grad, weight_grad)
+        return Prices(table, (0.0, 0.0, 0.0), self.transfer_seconds, self.cap)
 
 
-def answer(question: Question) -> dict[str, Any]:  # what play.js takes
+def answer(question: Question) -> Data:
     """Simulate a step. Raises `EvenflowError` for what no schedule can serve.
 
     >>> asked = Question("gpipe", 2, 4, None, (1.0,), (1.0,), (1.0,), 0.0, None)
@@ -73,7 +77,7 @@ def answer(question: Question) -> dict[str, Any]:  # what play.js takes
     >>> found["makespan"], round(found["bubble"], 3), found["peaks"]
     (15.0, 0.2, [4.0, 4.0])
     """
-    report = report_of(_made(question), question.costs_on)
+    report = report_of(_made(question), question.prices.costs_on)
     timeline, bounds = report.timeline, report.bounds
     limits = []
     if bounds is not None:
@@ -96,20 +100,18 @@ def answer(question: Question) -> dict[str, Any]:  # what play.js takes
 
 
 def _made(question: Question) -> Schedule:
-    per_rank = question.stages_per_rank or catalog.default_stages_per_rank(question.schedule)
-    sizes = (question.num_ranks, question.stages_per_rank, question.num_microbatches)
-    if question.schedule == catalog.AUTO:
-        from evenflow.schedules.auto import best
+    sizes = Sizes(question.num_ranks, question.stages_per_rank, question.num_microbatches)
+    if question.schedule != catalog.AUTO:
+        return make(question.schedule, sizes, question.prices)
+    from evenflow.schedules.auto import best
 
-        found = best(*sizes, question.costs_on, time_budget_seconds=_SEARCH_SECONDS).schedule
-        return replace(found, name=catalog.AUTO)
-    return catalog.make(
-        question.schedule,
-        num_ranks=question.num_ranks,
-        stages_per_rank=per_rank,
-        num_microbatches=question.num_microbatches,
-        costs_on=question.costs_on,
-    )
+    return best(
+        sizes.num_ranks,
+        sizes.stages_per_rank,
+        sizes.num_microbatches,
+        question.prices.costs_on,
+        time_budget_seconds=_SEARCH_SECONDS,
+    ).schedule
 
 
 def _limit(name: str, took: float, bound: Bound) -> str:
@@ -121,7 +123,8 @@ def _command(question: Question) -> str:
     each = (question.forward_seconds, question.input_grad_seconds, question.weight_grad_seconds)
     if any(len(set(given)) > 1 for given in each):
         return ""
-    costs = ",".join(f"{given:g}" for given in (*(given[0] for given in each), question.transfer_seconds))
+    numbers = (*(given[0] for given in each), question.transfer_seconds)
+    costs = ",".join(map(_written, numbers))
     words = [
         f"evenflow schedule {question.schedule}",
         f"--ranks {question.num_ranks} --microbatches {question.num_microbatches} --costs {costs}",
@@ -129,45 +132,32 @@ def _command(question: Question) -> str:
     if question.stages_per_rank is not None:
         words.append(f"--stages-per-rank {question.stages_per_rank}")
     if question.cap is not None:
-        words.append(f"--cap {question.cap:g}")
+        words.append(f"--cap {_written(question.cap)}")
+    if question.schedule == catalog.AUTO:
+        words.append(f"--budget {_written(_SEARCH_SECONDS)}")
     return " ".join(words)
 
 
-def _timeline(report: Report) -> dict[str, Any]:  # what timeline.js takes
+def _written(number: float) -> str:
+    return repr(number).removesuffix(".0")
+
+
+def _timeline(report: Report) -> Data:
     ranks = []
     for rank, lane in enumerate(report.timeline.lanes):
+        start, end = map(_rounded, (lane.start_seconds, lane.end_seconds))
         whole = report.activations[rank] or 1.0
-        curve = [(0.0, 0.0)]
-        if report.schedule.trains:
-            curve += memory_curve(report.timeline, report.costs, rank)
+        curve = memory_curve(report.timeline, report.costs, rank) if report.schedule.trains else ()
+        cap = math.inf if report.costs.memory_caps is None else report.costs.memory_caps[rank]
         ranks.append(
-            {
-                "predicted": {
-                    "ops": [str(op) for op in lane.ops],
-                    "came": _rounded(lane.start_seconds),
-                    "start": _rounded(lane.start_seconds),
-                    "end": _rounded(lane.end_seconds),
-                },
-                "held": {
-                    "seconds": _rounded([seconds for seconds, _ in curve]),
-                    "bytes": _rounded([held / whole for _, held in curve]),
-                },
-                "cap": _cap(report, rank, whole),
-            }
+            rank_data(
+                predicted=lane_data([str(op) for op in lane.ops], start, start, end),
+                held=[(0.0, 0.0), *((round(at, _DIGITS), held / whole) for at, held in curve)],
+                cap=cap / whole if math.isfinite(cap) else None,
+            )
         )
-    return {
-        "microbatches": report.schedule.num_microbatches,
-        "colours": colours(),
-        "edges": {},
-        "countsMicrobatches": True,
-        "ranks": ranks,
-    }
-
-
-def _cap(report: Report, rank: int, whole: float) -> float | None:
-    caps = report.costs.memory_caps
-    return None if caps is None or not math.isfinite(caps[rank]) else caps[rank] / whole
+    return timeline_data(ranks, num_microbatches=report.schedule.num_microbatches, counts_microbatches=True)
 
 
 def _rounded(numbers: Sequence[float]) -> list[float]:
-    return [round(number, 9) for number in numbers]
+    return [round(number, _DIGITS) for number in numbers]

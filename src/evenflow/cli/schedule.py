@@ -55,7 +55,7 @@ def schedule(flags: Flags, console: Console | None = None) -> None:
 
 def _named(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Schedule:
     name = flags.name or ""
-    return _search(console, flags, sizes, prices) if name == catalog.AUTO else _make(name, sizes, prices)
+    return _search(console, flags, sizes, prices) if name == catalog.AUTO else make(name, sizes, prices)
 
 
 def _search(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Schedule:
@@ -85,7 +85,7 @@ def _search(console: Console, flags: Flags, sizes: Sizes, prices: Prices) -> Sch
     )
 
 
-def _make(name: str, sizes: Sizes, prices: Prices) -> Schedule:
+def make(name: str, sizes: Sizes, prices: Prices) -> Schedule:
     """Return a method's schedule, fitted to the costs where the method can be."""
     return catalog.make(
         name,
@@ -160,7 +160,7 @@ def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Price
     left_out = {}
     for name in catalog.SCHEDULES:
         try:
-            made = _make(name, sizes, prices)
+            made = make(name, sizes, prices)
             if made.trains:
                 reports.append(report_of(made, prices.costs_on))
             else:

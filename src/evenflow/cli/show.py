@@ -14,9 +14,9 @@ from evenflow.cli.report import print_whole
 from evenflow.errors import ConfigError
 from evenflow.journal.chrome_trace import chrome_trace
 from evenflow.journal.deviation import Beside, fits, furthest, rank_numbers, stage_numbers, step_numbers
-from evenflow.journal.folder import read_last_step, read_plan_of, read_run, read_steps, write_text
+from evenflow.journal.folder import is_record, read_last_step, read_plan_of, read_run, read_steps, write_text
 from evenflow.journal.page import run_page
-from evenflow.journal.run import Run, Step
+from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.plan.plan import Plan
 from evenflow.view.picture import draw_timelines
 from evenflow.view.picture_file import picture_format
@@ -24,7 +24,6 @@ from evenflow.view.terminal import draw_lanes
 from evenflow.view.units import Unit, byte_unit, format_seconds, time_unit
 
 _MIN_WIDTH = 40  # of a drawing in a terminal
-_NUM_LAST = 20  # the last loss is the mean of so many steps, because one batch's is noisy
 _LARGE = 0.1  # a deviation that is worth a colour
 _PERCENT = Unit("%", 0.01)
 _MISSING = "-"
@@ -32,31 +31,55 @@ _MISSING = "-"
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What is written: the page; a picture and a trace of the last step, where they are asked for."""
+    """Where to write what was asked for: the page, a picture and a trace of the last step."""
 
-    page: Path
+    page: Path | None = None
     picture: Path | None = None
     trace: Path | None = None
 
+    def check(self) -> None:
+        """Raise `ConfigError` for what can take no picture, and for files that would replace one another."""
+        if self.picture is not None:
+            picture_format(self.picture)
+        named = {"--page": self.page, "--picture": self.picture, "--trace": self.trace}
+        taken: dict[Path, str] = {}
+        for option, path in named.items():
+            if path is None:
+                continue
+            if path.is_dir():
+                raise ConfigError(f"{option} {path} is a folder: name a file in it")
+            if is_record(path):
+                raise ConfigError(
+                    f"{option} {path}: a run keeps its records under this name; name another file"
+                )
+            other = taken.setdefault(path.absolute(), option)
+            if other != option:
+                raise ConfigError(f"{other} and {option} both name {path}: give each its own file")
+
 
 def show(folder: Path, files: Files) -> None:
-    """Print the run of a folder, and write its files; those that are there are replaced.
+    """Print the run of a folder, and write its page, by default into the folder, and other files.
 
-    Raises `ConfigError` where the folder holds no run, or what it holds is broken, and for a file that cannot
-    be written.
+    Files that are there are replaced. Raises `ConfigError` where the folder holds no run, or what it holds is
+    broken, and for a file that cannot be written.
     """
     run, steps = read_run(folder), read_steps(folder)
     last_step, plan = read_last_step(folder, run), read_plan_of(folder, run)
+    files.check()
     console = Console()
-    if files.picture is not None:
-        picture_format(files.picture)  # refuses what cannot be drawn
     print_run(console, run, steps, plan)
     console.print()
     _line(console, Text("The last step, as it was measured", "bold"))
     width = max(_MIN_WIDTH, console.width)
     console.print(draw_lanes(last_step.measured_timeline, width=width), no_wrap=True, crop=False)
     console.print()
-    _written(console, files.page, run_page(run, steps, last_step, plan))
+    page = run_page(run, steps, last_step, plan)
+    try:
+        _written(console, files.page or folder / "page.html", page)
+    except ConfigError as error:
+        if files.page is not None:
+            raise
+        _line(console, Text(f"{error}: --page FILE.html", "yellow"))  # the folder may be somebody else's
     if files.trace is not None:
         _written(console, files.trace, chrome_trace(last_step))
     if files.picture is not None:
@@ -108,12 +131,12 @@ def _sizes(run: Run) -> str:
 
 
 def _learnt(run: Run, steps: Sequence[Step]) -> str:
-    last = [step.loss for step in steps if step.loss is not None]
+    losses = first_and_last_loss(steps)
     told = f"{_count(run.num_steps, 'step')}, {run.items_per_second:,.0f} {run.item}/s"
-    if not last:
+    if losses is None:
         return told
-    mean = sum(last[-_NUM_LAST:]) / len(last[-_NUM_LAST:])
-    return f"{told}, loss {last[0]:.3f} -> {mean:.3f}"
+    first, last = losses
+    return f"{told}, loss {first:.3f} -> {last:.3f}"
 
 
 def _step_table(run: Run, numbers: Sequence[Beside]) -> Table:

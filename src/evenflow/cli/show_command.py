@@ -29,4 +29,4 @@ def show_command(
     """
     from evenflow.cli.show import Files, show
 
-    show(run, Files(page or run / "page.html", picture, trace))
+    show(run, Files(page, picture, trace))

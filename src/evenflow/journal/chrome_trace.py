@@ -35,6 +35,8 @@ def chrome_trace(last_step: LastStep) -> str:
     Each op carries its stage, microbatch and, of transfers, bytes; waits stand before the ops that waited.
     """
     events: list[_Event] = []
+    # Perfetto drops what is before 0, and ranks wait before the first op that computes.
+    first = min(lane.came_seconds[0] for lane in last_step.measured if lane.ops)
     for process, name, lanes in (
         (_MEASURED, "measured", last_step.measured),
         (_PREDICTED, "predicted", last_step.predicted),
@@ -43,13 +45,13 @@ def chrome_trace(last_step: LastStep) -> str:
         for rank, lane in enumerate(lanes):
             here = {"pid": process, "tid": rank}
             events.append({"ph": "M", "name": "thread_name", **here, "args": {"name": f"rank {rank}"}})
-            events += _events(lane, here, _bytes_of(last_step))
+            events += _events(lane, first, here, _bytes_of(last_step))
             events += (
                 {
                     "ph": "C",
                     "name": f"held by rank {rank}",
                     **here,
-                    "ts": _micro(end),
+                    "ts": _micro(end - first),
                     "args": {"bytes": held},
                 }
                 for end, held in zip(lane.end_seconds, lane.held_bytes, strict=False)
@@ -61,13 +63,15 @@ def _bytes_of(last_step: LastStep) -> dict[tuple[int, int, str], int]:
     return {(edge.source, edge.target, edge.payload): edge.num_bytes for edge in last_step.edges}
 
 
-def _events(lane: LaneRecord, here: _Event, sizes: dict[tuple[int, int, str], int]) -> Iterator[_Event]:
+def _events(
+    lane: LaneRecord, first: float, here: _Event, sizes: dict[tuple[int, int, str], int]
+) -> Iterator[_Event]:
     columns = zip(lane.ops, lane.came_seconds, lane.start_seconds, lane.end_seconds, strict=True)
     for text, came, start, end in columns:
         op = parse_op(text)
         if start > came:
-            yield _complete(f"wait for {text}", "wait", came, start, here, {})
-        yield _complete(text, _kind(op), start, end, here, _arguments(op, sizes))
+            yield _complete(f"wait for {text}", "wait", came - first, start - first, here, {})
+        yield _complete(text, _kind(op), start - first, end - first, here, _arguments(op, sizes))
 
 
 def _complete(name: str, kind: str, start: float, end: float, here: _Event, arguments: _Event) -> _Event:

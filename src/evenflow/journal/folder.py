@@ -6,6 +6,8 @@
     plan.toml      the plan that the run followed, where there was one
     config.toml    what was asked for, as `evenflow train` reads it
     timeline.png   the last step, predicted and measured
+    page.html      the run as a page, once `evenflow show` has made it
+    tensorboard/   curves, where they were asked for
     checkpoint/    the trained parameters
     checkpoints/   those that it saved while it trained, and the last of which it would go on from
 
@@ -31,7 +33,7 @@ from evenflow.plan.plan_file import read_plan_file, write_plan
 _VERSION = 2
 _RUN, _STEPS, _LAST_STEP = "run.json", "steps.jsonl", "last_step.json"
 _PLAN, _CONFIG = "plan.toml", "config.toml"
-_MOST_BYTES = 2**28  # of two million steps, or a step of as many ops
+_MOST_STEPS_BYTES = 2**28  # of two million steps
 
 T = TypeVar("T")
 
@@ -94,11 +96,24 @@ def write_run(
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there only when it is whole."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is what a run's folder tells of the run: nothing else may take its place.
+
+    >>> is_record(Path("runs/mine/run.json")), is_record(Path("runs/mine/step.json"))
+    (True, False)
+    """
+    return path.name in (_RUN, _STEPS, _LAST_STEP, _PLAN, _CONFIG)
 
 
 def read_run(folder: Path) -> Run:
@@ -130,7 +145,7 @@ def read_last_step(folder: Path, run: Run) -> LastStep:
 
 
 def _record(path: Path, kind: type[T]) -> T:
-    content = _json(path, read_text(path, "run", most_bytes=_MOST_BYTES))
+    content = _json(path, read_text(path, "run"))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no record of a run: it must be an object of JSON")
     version = content.pop("version", None)
@@ -148,7 +163,7 @@ def read_steps(folder: Path) -> tuple[Step, ...]:
     """Read a run's steps; raises `ConfigError` with the line for what is wrong."""
     path = folder / _STEPS
     steps = []
-    text = read_text(path, "run's steps", most_bytes=_MOST_BYTES)
+    text = read_text(path, "run's steps", most_bytes=_MOST_STEPS_BYTES)
     for number, line in enumerate(text.splitlines(), start=1):
         place = f"{path}, line {number}"
         try:

@@ -1,7 +1,9 @@
 """The last step of a run, op by op: what a page, a trace and a picture of it are drawn from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from evenflow.bill import Bill
@@ -30,14 +32,16 @@ class LaneRecord:
         if any(len(column) != len(self.ops) for column in columns):
             raise ConfigError(f"a lane's columns must be as long as its {len(self.ops)} ops")
         times = zip(self.ops, self.came_seconds, self.start_seconds, self.end_seconds, strict=True)
+        before = -math.inf
         for op, came, start, end in times:
             if len(op) > _MOST_LETTERS:
                 raise ConfigError(f"an op of {len(op)} letters: there is none of more than {_MOST_LETTERS}")
             parse_op(op)  # raises for what is none
-            if not came <= start <= end:
+            if not before <= came <= start <= end:
                 raise ConfigError(
                     f"{op} comes at {came:g} s, starts at {start:g} and ends at {end:g}: not in turn"
                 )
+            before = end
 
     def lane(self) -> Lane:
         """The lane as timelines hold it.
@@ -124,16 +128,16 @@ def lane_record(
 ) -> LaneRecord:
     """Return the record of ops with the seconds at which each came, started and ended, from `origin` on.
 
+    Where clocks or rounding have an op begin before another has ended, it begins right then.
+
     >>> from evenflow.ir.op import Forward
     >>> lane_record([(Forward(0, 0), 5.0, 5.25, 6.0)], origin=5.0)
     LaneRecord(ops=('0F0',), came_seconds=(0.0,), start_seconds=(0.25,), end_seconds=(1.0,), held_bytes=())
     """
+    moments = [round(moment - origin, _DIGITS) for _, *each in rows for moment in each]
+    in_turn = tuple(accumulate(moments, max))
     return LaneRecord(
-        tuple(str(op) for op, _, _, _ in rows),
-        tuple(round(came - origin, _DIGITS) for _, came, _, _ in rows),
-        tuple(round(start - origin, _DIGITS) for _, _, start, _ in rows),
-        tuple(round(end - origin, _DIGITS) for _, _, _, end in rows),
-        tuple(held_bytes),
+        tuple(str(op) for op, _, _, _ in rows), in_turn[::3], in_turn[1::3], in_turn[2::3], tuple(held_bytes)
     )
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
-from typing import Any
 
 from evenflow.journal.deviation import Beside, rank_numbers, stage_numbers, step_numbers
 from evenflow.journal.last_step import LaneRecord, LastStep
-from evenflow.journal.run import Run, Step
+from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.plan.plan import Plan
-from evenflow.view.assets import colours, self_contained
+from evenflow.view.assets import self_contained
+from evenflow.view.timeline_data import Data, lane_data, rank_data, timeline_data
 from evenflow.view.units import format_seconds
 
 
@@ -47,7 +47,7 @@ def run_page(run: Run, steps: Sequence[Step], last_step: LastStep, plan: Plan | 
 
 
 def _figures(run: Run, steps: Sequence[Step], last_step: LastStep) -> list[tuple[str, str]]:
-    losses = [step.loss for step in steps if step.loss is not None]
+    losses = first_and_last_loss(steps)
     measured = last_step.measured_timeline
     figures = [
         (run.schedule, f"{len(run.stages)} stages on {len(run.ranks)} ranks"),
@@ -56,47 +56,33 @@ def _figures(run: Run, steps: Sequence[Step], last_step: LastStep) -> list[tuple
         (f"{run.items_per_second:,.0f}", f"{run.item}/s"),
         (f"{measured.bubble:.1%}", "idle in the last step"),
     ]
-    if losses:
-        figures.append((f"{losses[0]:.3f} → {losses[-1]:.3f}", f"loss, {run.num_steps:,} steps"))
+    if losses is not None:
+        figures.append((f"{losses[0]:.3f} → {losses[1]:.3f}", f"loss, {run.num_steps:,} steps"))
     return figures
 
 
-def _timeline(run: Run, last_step: LastStep) -> dict[str, Any]:  # what timeline.js takes
-    return {
-        "microbatches": run.num_microbatches,
-        "colours": colours(),
-        "edges": {f"{edge.source}>{edge.target}{edge.payload}": edge.num_bytes for edge in last_step.edges},
-        "sent": [asdict(edge) for edge in last_step.edges],
-        "ranks": [
-            {
-                "measured": _lane(measured),
-                "predicted": _lane(predicted),
-                "held": _held(measured),
-                "peak": run.ranks[rank].peak_bytes,
-                "cap": last_step.caps_bytes[rank] if last_step.caps_bytes else None,
-            }
-            for rank, (measured, predicted) in enumerate(
-                zip(last_step.measured, last_step.predicted, strict=True)
+def _timeline(run: Run, last_step: LastStep) -> Data:
+    ranks = []
+    for rank, (measured, predicted) in enumerate(zip(last_step.measured, last_step.predicted, strict=True)):
+        held = zip(measured.end_seconds, measured.held_bytes, strict=False)  # which may be empty
+        ranks.append(
+            rank_data(
+                predicted=_lane(predicted),
+                measured=_lane(measured),
+                held=list(held),
+                peak=run.ranks[rank].peak_bytes,
+                cap=last_step.caps_bytes[rank] if last_step.caps_bytes else None,
             )
-        ],
-    }
+        )
+    edges = [asdict(edge) for edge in last_step.edges]
+    return timeline_data(ranks, num_microbatches=run.num_microbatches, edges=edges)
 
 
-def _lane(lane: LaneRecord) -> dict[str, Any]:
-    return {
-        "ops": lane.ops,
-        "came": lane.came_seconds,
-        "start": lane.start_seconds,
-        "end": lane.end_seconds,
-        "held_bytes": lane.held_bytes,
-    }
+def _lane(lane: LaneRecord) -> Data:
+    return lane_data(lane.ops, lane.came_seconds, lane.start_seconds, lane.end_seconds, lane.held_bytes)
 
 
-def _held(lane: LaneRecord) -> dict[str, Any] | None:
-    return {"seconds": lane.end_seconds, "bytes": lane.held_bytes} if lane.held_bytes else None
-
-
-def _beside(run: Run, plan: Plan | None) -> list[dict[str, Any]]:
+def _beside(run: Run, plan: Plan | None) -> list[Data]:
     """What was planned and is measured too."""
     ranks = rank_numbers(run, plan)
     groups: tuple[tuple[str, Sequence[Beside]], ...] = (

@@ -1,8 +1,11 @@
 """Run: what a training run was, and what its steps took, as it is kept after the run has ended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evenflow.errors import ConfigError
+
+_NUM_LAST = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +110,14 @@ class Step:
     seconds: float
     feed_seconds: float
     loss: float | None
+
+
+def first_and_last_loss(steps: Sequence[Step]) -> tuple[float, float] | None:
+    """The first step's loss and the mean of the last 20, as one batch's is noisy; None where there is none.
+
+    >>> first_and_last_loss([Step(1, 1.0, 0.0, 4.0), Step(2, 1.0, 0.0, None), Step(3, 1.0, 0.0, 2.0)])
+    (4.0, 3.0)
+    """
+    losses = [step.loss for step in steps if step.loss is not None]
+    last = losses[-_NUM_LAST:]
+    return (losses[0], sum(last) / len(last)) if losses else None

@@ -13,22 +13,24 @@ from evenflow.runtime.narrowing import Narrowing
 
 
 def last_step(parts: Parts, times: Times) -> LastStep:
-    """Put it together; collective, and the same on every rank. Raises `ConfigError` before the first step."""
-    predicted, _ = times.timelines(parts.world)
-    bills = times.bills(parts.world)
-    lanes = times.lanes(parts.world)
-    origin = first_start([rows for rows, _ in lanes])
-    cut = parts.recordings.entries[0].cut
+    """Put it together; collective, and the same on all ranks of a pipeline. Raises as `Times.last`."""
+    last = times.last(parts.world)
+    origin = first_start(last.rows)
     return LastStep(
-        predicted=_lanes_of(predicted),
-        measured=tuple(lane_record(rows, origin=origin, held_bytes=held) for rows, held in lanes),
-        predicted_bills=bills[0],
-        measured_bills=bills[1],
+        predicted=_lanes_of(last.predicted),
+        measured=tuple(
+            lane_record(rows, origin=origin, held_bytes=held)
+            for rows, held in zip(last.rows, last.held_bytes, strict=True)
+        ),
+        predicted_bills=last.predicted_bills,
+        measured_bills=last.measured_bills,
         stages=tuple(
-            HeldStage(each.rank, _modules(cut, each.stage), each.num_nodes, each.num_parameters, each.share)
+            HeldStage(
+                each.rank, _modules(last.cut, each.stage), each.num_nodes, each.num_parameters, each.share
+            )
             for each in parts.summaries
         ),
-        edges=_edges(cut, parts.narrowing),
+        edges=_edges(last.cut, parts.narrowing),
         caps_bytes=_caps(parts),
     )
 

@@ -70,11 +70,11 @@ class Meter:
 
     @contextlib.contextmanager
     def _gauged(self, gauge: Callable[[], int]) -> Iterator[None]:
-        self._runs.gauge = gauge
+        before, self._runs.gauge = self._runs.gauge, gauge
         try:
             yield
         finally:
-            self._runs.gauge = None
+            self._runs.gauge = before
 
     def _held(self) -> Iterator[torch.Tensor]:
         """What this process holds between steps: parameters, gradients, buffers, optimizers' states."""

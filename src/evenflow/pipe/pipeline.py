@@ -126,7 +126,7 @@ class Pipeline(Restorable):
             raise
         self._step += 1
         logs = [executor.log for executor in executors]
-        self._times.note(executors[0].proven, logs, marks)
+        self._times.note(executors[0].proven, logs, marks, executors[0].jobs[0].cut)
         if self._parts.mesh.world.whereabouts is not None:
             self._parts.mesh.world.whereabouts.stepped(self._step, logs)
         if self._updated:
@@ -289,7 +289,8 @@ class Pipeline(Restorable):
         Predicted: the simulator, fed with each stage's median times of the steps before, in several processes
         with what handing values over took.
         """
-        return self._times.timelines(self._parts.world)
+        last = self._times.last(self._parts.world)
+        return last.predicted, last.measured
 
     def bills(self) -> tuple[tuple[Bill, ...], tuple[Bill, ...]]:
         """(predicted, measured) bill of the last step, a `Bill` for each rank; a collective call.
@@ -306,7 +307,8 @@ class Pipeline(Restorable):
         >>> measured.compute > 0
         True
         """
-        return self._times.bills(self._parts.world)
+        last = self._times.last(self._parts.world)
+        return last.predicted_bills, last.measured_bills
 
     def last_step(self) -> LastStep:
         """The last step op by op, predicted and measured, with its bills and the cut; a collective call.

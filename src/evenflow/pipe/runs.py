@@ -129,6 +129,8 @@ class Runs:
                 executor = executors[parts.world.rank]
                 self._tell_watchdog(executor, step)
                 executor.run()
+            for executor in executors.values():
+                executor.log.gauge = None  # the log is kept, and what it asked need not be
         self._ran |= kinds
         last = executors.get(placement.rank_of[-1])
         results = None if last is None else [last.results[at] for at in range(len(jobs))]

@@ -8,6 +8,7 @@ from operator import itemgetter
 
 from evenflow.bill import Bill, Ran, bills, of_timeline
 from evenflow.errors import ConfigError
+from evenflow.graph.cut import Cut
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, Op, SimpleOp, WeightGrad
@@ -20,8 +21,6 @@ from evenflow.simulate import simulate
 from evenflow.validate import ProvenProgram
 
 KEPT_STEPS = 16
-# Ops, with the seconds at which a rank came to each, at which it started and ended.
-Rows = Sequence[tuple[Op, float, float, float]]
 
 
 @dataclass(slots=True)
@@ -38,6 +37,25 @@ class _Step:
     proven: ProvenProgram
     logs: Sequence[Log]
     marks: Marks
+    cut: Cut  # of its first microbatch
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """A step on all ranks, from `Times.last`.
+
+    `rows`: each rank's ops, with the seconds at which it came to each, at which it started and ended.
+    `held_bytes`: what was there after each, of the last step of the same program whose memory was looked at;
+    empty where there was none. `cut`: that of the step's first microbatch.
+    """
+
+    predicted: Timeline
+    measured: Timeline
+    predicted_bills: tuple[Bill, ...]
+    measured_bills: tuple[Bill, ...]
+    rows: tuple[Sequence[tuple[Op, float, float, float]], ...]
+    held_bytes: tuple[tuple[int, ...], ...]
+    cut: Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +82,10 @@ class Times:
         self._steps: deque[_Step] = deque(maxlen=KEPT_STEPS)
         self._gauged: _Step | None = None  # the last whose memory was looked at
 
-    def note(self, proven: ProvenProgram, logs: Sequence[Log], marks: Marks) -> None:
-        """Keep what this process's ranks noted of a step."""
-        self._steps.append(_Step(proven, logs, marks))
-        if logs[0].gauge is not None:
+    def note(self, proven: ProvenProgram, logs: Sequence[Log], marks: Marks, cut: Cut) -> None:
+        """Keep what this process's ranks noted of a step, whose first microbatch was cut so."""
+        self._steps.append(_Step(proven, logs, marks, cut))
+        if logs[0].held_bytes:
             self._gauged = self._steps[-1]
 
     def computed(self, *, is_behind: bool) -> list[tuple[float, float]]:
@@ -78,19 +96,39 @@ class Times:
         step = self._steps[-2 if is_behind and len(self._steps) > 1 else -1]
         return [each for log in step.logs for each in log.computed]
 
-    def timelines(self, world: World) -> tuple[Timeline, Timeline]:
-        """(predicted, measured) for the last step; collective. Raises `ConfigError` before the first step.
+    def last(self, world: World) -> Last:
+        """What the last step was, on all ranks; collective. Raises `ConfigError` before the first step.
 
-        Predicted from the medians of the steps before: what ops compute, and what handing over takes with it.
-        Spans of several hosts are moved to the first rank's clock (see `clock_offset`).
+        The timeline is predicted from the medians of the steps before: what ops compute, and what handing
+        over takes with it; of the bills the schedule's and the stages' doing alone, as the simulator knows no
+        transfers there. One process has one bill, in which its ranks take turns. Times of several hosts are
+        moved to the first rank's clock (see `clock_offset`).
         """
         if not self._steps:
-            raise ConfigError("no step has run yet: there is no timeline to show")
-        last, offset = self._steps[-1], clock_offset(world)
-        gathered = world.gather((_spans(last.logs, offset), self._parts_before()))
-        measured = [span for spans, _ in gathered for span in spans]
+            raise ConfigError("no step has run yet: there is nothing to show")
+        last, gauged, offset = self._steps[-1], self._gauged, clock_offset(world)
+        held = gauged.logs if gauged is not None and gauged.proven is last.proven else None
+        mine = [
+            (_ran(log, last.marks, offset), [] if held is None else held[at].held_bytes)
+            for at, log in enumerate(last.logs)
+        ]
+        gathered = world.gather((mine, self._parts_before()))
+        lanes = [lane for ranks, _ in gathered for lane in ranks]
         costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
-        return self._predicted(costs, offset, world), _from_first_op(last.proven, measured)
+        flow, ran = last.proven.program.flow, [each for each, _ in lanes]
+        simulated, balanced = (_simulated(last.proven, each, world) for each in (costs, _balanced(costs)))
+        spans = [
+            Span(rank, op, start, end) for rank, each in enumerate(ran) for op, _, start, end in each.ops
+        ]
+        return Last(
+            predicted=self._predicted(costs, offset, world),
+            measured=_from_first_op(last.proven, spans),
+            predicted_bills=_bills(of_timeline(simulated), flow, balanced, world),
+            measured_bills=_bills(ran, flow, balanced, world),
+            rows=tuple(each.ops for each in ran),
+            held_bytes=tuple(tuple(each) for _, each in lanes),
+            cut=last.cut,
+        )
 
     def _predicted(self, costs: Costs, offset: float, world: World) -> Timeline:
         """The last step, where ops compute for as long as `costs` say, and keep ranks as long as before."""
@@ -112,41 +150,6 @@ class Times:
             if isinstance(span.op, ComputeOp)
         ]
         return Timeline.of(proven.program.schedule.placement.num_ranks, spans)
-
-    def bills(self, world: World) -> tuple[tuple[Bill, ...], tuple[Bill, ...]]:
-        """(predicted, measured) bill of each rank for the last step; collective.
-
-        Predicted are the schedule's and the stages' doing alone: the simulator knows no transfers here. One
-        process has one bill, in which its ranks take turns. Raises `ConfigError` before the first step.
-        """
-        if not self._steps:
-            raise ConfigError("no step has run yet: there is no bill to show")
-        last = self._steps[-1]
-        offset = clock_offset(world)
-        mine = [_ran(log, last.marks, offset) for log in last.logs]
-        gathered = world.gather((mine, self._parts_before()))
-        costs = costs_of(self._num_stages, [span for _, earlier in gathered for span in earlier])
-        flow = last.proven.program.flow
-        predicted, balanced = (_simulated(last.proven, each, world) for each in (costs, _balanced(costs)))
-        measured = [ran for ranks, _ in gathered for ran in ranks]
-        return _bills(of_timeline(predicted), flow, balanced, world), _bills(measured, flow, balanced, world)
-
-    def lanes(self, world: World) -> list[tuple[Rows, list[int]]]:
-        """What each rank did in the last step, and the bytes that it held after each op; collective.
-
-        These are of the last step of the same program whose memory was looked at; empty where there was none.
-        Raises `ConfigError` before the first step.
-        """
-        if not self._steps:
-            raise ConfigError("no step has run yet: there is nothing to show")
-        last, gauged = self._steps[-1], self._gauged
-        offset = clock_offset(world)
-        held = gauged.logs if gauged is not None and gauged.proven is last.proven else None
-        mine = [
-            (_ran(log, last.marks, offset).ops, [] if held is None else held[at].held_bytes)
-            for at, log in enumerate(last.logs)
-        ]
-        return [lane for lanes in world.gather(mine) for lane in lanes]
 
     def _before(self) -> list[_Step]:
         """The steps before the last, or that if there was none."""

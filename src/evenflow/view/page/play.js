@@ -5,13 +5,15 @@
   const { names, first } = JSON.parse(document.getElementById("data").textContent);
   const at = id => document.getElementById(id);
   const levers = at("levers").elements;
-  const percent = Timeline.percent, seconds = Timeline.seconds;
-  let asked = 0, waiting = null, view = null;
+  const { percent, seconds } = Units;
+  let asked = 0, waiting = null;
 
   for (const name of names) levers.schedule.append(new Option(name));
 
-  const number = text => (text.trim() === "" ? null : Number(text));
-  const numbers = text => text.split(/[\s,;]+/).filter(Boolean).map(Number);
+  // What is no number goes as it stands: the server says what is wrong with it.
+  const value = text => (Number.isFinite(Number(text)) ? Number(text) : text);
+  const number = text => (text.trim() === "" ? null : value(text));
+  const numbers = text => text.split(/[\s,;]+/).filter(Boolean).map(value);
 
   function question() {
     return {
@@ -46,8 +48,8 @@
     ].map(figure));
     at("bounds").textContent = answer.bounds;
     at("command").textContent = answer.command;
-    if (view) view.update(answer.timeline);
-    else window.drawn = view = Timeline.mount(at("timeline"), answer.timeline);
+    if (window.drawn) window.drawn.update(answer.timeline);
+    else window.drawn = new Timeline(at("timeline"), answer.timeline);
   }
 
   async function ask() {

@@ -1,10 +1,10 @@
-// The page of a run. `view/run_page.py` writes what it shows, as JSON, into the page itself.
+// The page of a run. `journal/page.py` writes what it shows, as JSON, into the page itself.
 "use strict";
 
 (() => {
   const run = JSON.parse(document.getElementById("data").textContent);
   const at = id => document.getElementById(id);
-  const { seconds, bytes, percent } = Timeline;
+  const { seconds, bytes, percent } = Units;
   const FORMATS = { seconds, bytes, share: percent };
   const BILL = { compute: "#4f8fc4", schedule: "#cfcfcf", imbalance: "#e0a84f", transfer: "#9b6bc2", host: "#8d99a6", update: "#5aa57f" };
   const TOLD = {
@@ -59,7 +59,7 @@
   }
 
   function cut() {
-    const sent = stage => run.timeline.sent.filter(edge => edge.source === stage && edge.num_bytes)
+    const sent = stage => run.timeline.edges.filter(edge => edge.source === stage && edge.num_bytes)
       .map(edge => `${bytes(edge.num_bytes)} in ${edge.num_tensors} to ${edge.target}${edge.payload === "B" ? " (gradients)" : ""}`);
     const modules = names => names.length > 14
       ? `${names.slice(0, 7).join(", ")}, … (${names.length - 12} more) …, ${names.slice(-5).join(", ")}` : names.join(", ");
@@ -120,7 +120,7 @@
   }
 
   header();
-  window.drawn = Timeline.mount(at("timeline"), run.timeline);
+  window.drawn = new Timeline(at("timeline"), run.timeline);
   bill();
   cut();
   beside();
