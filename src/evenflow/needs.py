@@ -1,4 +1,4 @@
-"""PyTorch, and a system for it, where they are needed: planning and scheduling do without.
+"""PyTorch, and a system for it, where they are needed: schedules, saved plans and kept runs do without.
 
 `pip install evenflow` brings no torch.
 """

@@ -81,6 +81,17 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path, monkeypatch, argum
     assert not (tmp_path / "new.csv").exists()
 
 
+def test_a_file_that_cannot_be_written_is_told(capsys, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, errors = ran(capsys, "export", "mine.csv", "--to", "torch", "-o", "out.csv")
+    assert (code, errors) == (2, "error: cannot write out.csv: No space left on device; name another file\n")
+
+
 def test_the_stages_are_told_beside_the_order(capsys, tmp_path):
     path, out = tmp_path / "plan.toml", tmp_path / "schedule.csv"
     ran(capsys, "plan", CONFIG, "--cluster", "2x CPU core", "--pipeline-only", "-o", path)

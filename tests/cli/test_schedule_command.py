@@ -273,7 +273,8 @@ def test_a_file_that_cannot_be_written_is_told(capsys, folder: Path, monkeypatch
     with pytest.raises(SystemExit) as exited:
         main(["schedule", "gpipe", *SIZES, "--save", "out.csv"])
     assert exited.value.code == 2
-    assert capsys.readouterr().err == "error: cannot write out.csv: No space left on device\n"
+    error = capsys.readouterr().err
+    assert error == "error: cannot write out.csv: No space left on device; name another file\n"
 
 
 def test_it_starts_without_torch_and_matplotlib() -> None:

@@ -88,6 +88,52 @@ def test_torchtitan_reads_an_order_that_it_has_no_name_for(deep):
 
 
 @pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (
+            ("0B0,0F0,0F1,0B1", "1F0,1B0,1F1,1B1", "2F0,2B0,2F1,2B1", "3F0,3B0,3F1,3B1"),
+            "standstill: rank 0 stands before 0B0, which waits for 0F0 on rank 0",
+        ),
+        (
+            ("0F0,0F1,0B1", "1F0,1B0,1F1,1B1", "2F0,2B0,2F1,2B1", "3F0,3B0,3F1,3B1"),
+            "0B0 is missing: rank 0 must run it",
+        ),
+    ],
+)
+def test_an_order_that_nothing_can_run_is_refused_with_the_other_reasons(deep, order, message):
+    stuck = replace(deep["megatron"], schedule="auto", num_microbatches=2, order=order, layers=())
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        export_plan(stuck, "torchtitan")
+    assert str(raised.value).startswith("torchtitan cannot run this plan: ")
+    assert "the plan names no whole layers" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [*TARGETS, "torch"])
+@pytest.mark.parametrize("method", ["1f1b", "zb-h1"])
+def test_more_ops_than_can_be_worked_out_are_refused(deep, name, method):
+    huge = replace(deep["megatron"], schedule=method, num_microbatches=10**9)
+    with pytest.raises(ConfigError, match=r"4 stages × 1000000000 microbatches are up to 12,000,000,000 ops"):
+        export_plan(huge, name)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_one_name_tells_no_layer(deep, name, num_stages):
+    made = deep["megatron"]
+    firsts = ("embedding", "norm")[:num_stages]
+    short = replace(
+        made,
+        degrees=replace(made.degrees, pipeline=num_stages),
+        stages=tuple(replace(made.stages[at], first=first) for at, first in enumerate(firsts)),
+        ranks=made.ranks[:num_stages],
+        links=(),
+        layers=("norm",),
+    )
+    with pytest.raises(ConfigError, match=r"the plan's layers are 'norm' alone"):
+        export_plan(read_plan(write_plan(short)), name)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("megatron", {"recompute": "selective"}, "it recomputes each layer or none, and the plan some nodes"),

@@ -9,8 +9,8 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.plan import positions_in
 from evenflow.plan.plan_file import read_plan, read_plan_file, write_plan
-from evenflow.plan.planner import plan
-from evenflow.plan.request import Levers, Request
+from evenflow.plan.planner import describe, plan
+from evenflow.plan.request import Levers, Request, choice_of
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,12 @@ def test_a_plan_is_read_as_it_was_written(made):
     assert read_plan(write_plan(found)) == found
     unknown = dataclasses.replace(found, prediction=dataclasses.replace(found.prediction, mfu=None))
     assert read_plan(write_plan(unknown)).prediction.mfu is None
+
+
+def test_a_plan_tells_how_it_recomputes(made):
+    choice = choice_of(read_plan(write_plan(made[0])))
+    assert choice.recompute == "full"
+    assert describe(choice).endswith(", full recomputation")
 
 
 def test_a_person_may_move_a_cut(made):

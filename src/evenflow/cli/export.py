@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from evenflow.cli.writing import refusing_to_write
 from evenflow.errors import ConfigError
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file
@@ -34,10 +35,8 @@ def export(source: Path, to: str, out: Path | None, console: Console | None = No
     if out is None:
         console.out(text, end="", highlight=False)
         return
-    try:
+    with refusing_to_write(out):
         out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
     console.print(f"wrote {out}", soft_wrap=True, highlight=False, markup=False)
     if plan is not None and to == TORCH:
         _tell_stages(console, plan)
@@ -45,8 +44,10 @@ def export(source: Path, to: str, out: Path | None, console: Console | None = No
 
 def _tell_stages(console: Console, plan: Plan) -> None:
     """Say what torch's file does not: where the model is cut."""
-    number, rows = plan.num_microbatches, plan.microbatch_size
-    console.print(f"{number} microbatch{'es' if number > 1 else ''} of {rows}", highlight=False)
+    num_microbatches, rows = plan.num_microbatches, plan.microbatch_size
+    console.print(
+        f"{num_microbatches} microbatch{'es' if num_microbatches > 1 else ''} of {rows}", highlight=False
+    )
     for number, stage in enumerate(plan.stages):
         line = f"stage {number} on rank {stage.rank} begins with {stage.first}"
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from evenflow.bounds_of import bounds_of
 from evenflow.cli.schedule_flags import Flags, Prices, Sizes, check, read_prices, read_sizes
 from evenflow.cli.schedule_report import Report, print_comparison, print_report
+from evenflow.cli.writing import refusing_to_write
 from evenflow.cost_table import rank_activations
 from evenflow.critical_path import critical_path
-from evenflow.errors import ConfigError, EvenflowError, ScheduleError
+from evenflow.errors import EvenflowError, ScheduleError
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
@@ -125,13 +125,12 @@ def _show(console: Console, flags: Flags, made: Schedule, prices: Prices) -> Non
     print_report(console, report, unit, in_bytes=prices.table is not None and prices.table.in_bytes)
     if flags.save:
         text = format_torch_schedule(made) if flags.torch else format_schedule(made)
-        _write(flags.save, lambda path: path.write_text(text, encoding="utf-8"))
+        with refusing_to_write(flags.save):
+            flags.save.write_text(text, encoding="utf-8")
         console.print(f"saved to {flags.save}", soft_wrap=True, highlight=False, markup=False)
     if flags.draw:
-        _write(
-            flags.draw,
-            lambda path: draw_schedule_picture(path, made, report.timeline, report.costs, memory_unit=unit),
-        )
+        with refusing_to_write(flags.draw):
+            draw_schedule_picture(flags.draw, made, report.timeline, report.costs, memory_unit=unit)
         console.print(f"drawn to {flags.draw}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -146,13 +145,6 @@ def _memory_unit(prices: Prices, report: Report) -> Unit:
     if prices.table is None or prices.table.activation is None:
         return MICROBATCHES
     return byte_unit(max(report.peaks)) if prices.table.in_bytes else Unit("in the unit of the costs", 1.0)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Prices) -> None:

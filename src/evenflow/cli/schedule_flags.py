@@ -13,11 +13,8 @@ from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.schedules import catalog
+from evenflow.schedules.sizes import check_workable
 from evenflow.view.picture_file import picture_format
-
-# Some minutes of work; beyond, a slip of the finger is likelier than a wish.
-_MAX_OPS = 5_000_000
-_MAX_PLACES = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +194,13 @@ def _numbers(text: str) -> list[float]:
 def read_sizes(flags: Flags, own: Schedule | None, prices: Prices) -> Sizes:
     """Return the sizes that the flags, a file's schedule and a table of ranks give.
 
-    Raises `ConfigError` for sizes that are missing, and for more ops than can be priced.
+    Raises `ConfigError` for sizes that are missing, and as `check_workable`.
 
     >>> read_sizes(Flags(num_ranks=4, num_microbatches=8), None, read_prices(Flags()))
     Sizes(num_ranks=4, stages_per_rank=None, num_microbatches=8)
     """
     if own is not None:
-        _check_priceable(own.placement.num_ranks, own.placement.num_stages, own.num_microbatches)
+        check_workable(own.placement.num_ranks, own.placement.num_stages, own.num_microbatches)
         return Sizes(own.placement.num_ranks, flags.stages_per_rank, own.num_microbatches)
     num_ranks, num_microbatches = flags.num_ranks, flags.num_microbatches
     if num_ranks is None and isinstance(prices.table, RankTimes):
@@ -216,20 +213,5 @@ def read_sizes(flags: Flags, own: Schedule | None, prices: Prices) -> Sizes:
     if num_ranks is None or num_microbatches is None:
         raise ConfigError("\n".join(faults))
     stages_per_rank = flags.stages_per_rank or catalog.default_stages_per_rank(flags.name or "")
-    _check_priceable(num_ranks, num_ranks * stages_per_rank, num_microbatches)
+    check_workable(num_ranks, num_ranks * stages_per_rank, num_microbatches)
     return Sizes(num_ranks, flags.stages_per_rank, num_microbatches)
-
-
-def _check_priceable(num_ranks: int, num_stages: int, num_microbatches: int) -> None:
-    """Refuse what would take hours: ops are priced one by one, and each stage is sought on each rank."""
-    num_ops = 3 * num_stages * num_microbatches
-    if num_ops > _MAX_OPS:
-        raise ConfigError(
-            f"{num_stages} stages × {num_microbatches} microbatches are up to {num_ops:,} ops, more than the "
-            f"{_MAX_OPS:,} that can be priced in minutes: lower one of them"
-        )
-    if num_ranks * num_stages > _MAX_PLACES:
-        raise ConfigError(
-            f"{num_ranks} ranks × {num_stages} stages make more than {_MAX_PLACES:,}, which cannot be "
-            "priced in minutes: lower one of them"
-        )

@@ -87,12 +87,17 @@ def layer_labels(names: Sequence[str]) -> tuple[str, ...]:
 def planned_layers(plan: Plan) -> tuple[Layers, tuple[int, ...]]:
     """A plan's whole layers, as if each was one node, and where the plan cuts them.
 
-    Raises `ConfigError` for a plan of a program without such layers, and for a cut within one.
+    Raises `ConfigError` for a plan that names no such layers, and for a cut within one.
     """
     if not plan.layers:
         raise ConfigError(
             "the plan names no whole layers: its program is no embedding, repeated blocks and a head, or an "
             "older Evenflow has made it"
+        )
+    if len(plan.layers) == 1:
+        raise ConfigError(
+            f"the plan's layers are {shown(plan.layers[0])} alone: list the first node of each block, and "
+            "last the node behind them"
         )
     embeds = plan.stages[0].first != plan.layers[0]
     at = {label: number + embeds for number, label in enumerate(plan.layers)}

@@ -10,6 +10,7 @@ from evenflow.ir.schedule import Schedule
 from evenflow.plan.plan import Plan
 from evenflow.schedule_file import parse_schedule
 from evenflow.schedules import catalog
+from evenflow.schedules.sizes import check_workable
 
 
 def own_schedule(plan: Plan) -> Schedule | None:
@@ -57,12 +58,14 @@ def check_stage_ranks(plan: Plan, placement: Placement) -> None:
 def planned_schedule(plan: Plan) -> Schedule:
     """The schedule of a plan: its own order, or that of the catalog.
 
-    Raises `ConfigError` as `own_schedule`, and for a schedule that cannot serve the plan's sizes or puts
-    stages elsewhere.
+    Raises `ConfigError` as `own_schedule` and `check_workable`, and for a schedule that cannot serve the
+    plan's sizes or puts stages elsewhere.
     """
+    num_ranks = plan.degrees.pipeline
+    check_workable(num_ranks, num_ranks * plan.stages_per_rank, plan.num_microbatches)
     made = own_schedule(plan)
     if made is None:
-        made = catalog.get(plan.schedule)(plan.degrees.pipeline, plan.stages_per_rank, plan.num_microbatches)
+        made = catalog.get(plan.schedule)(num_ranks, plan.stages_per_rank, plan.num_microbatches)
     check_stage_ranks(plan, made.placement)
     return made
 

@@ -59,9 +59,14 @@ class Choice:
 
 
 def choice_of(made: Plan) -> Choice:
-    """What a plan chose; each of its stages says itself what it recomputes."""
+    """What a plan chose."""
     return Choice(
-        made.degrees, made.stages_per_rank, made.schedule, made.microbatch_size, made.num_microbatches, "none"
+        made.degrees,
+        made.stages_per_rank,
+        made.schedule,
+        made.microbatch_size,
+        made.num_microbatches,
+        made.recompute,
     )
 
 

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, ScheduleError
 from evenflow.foreign import shown
+from evenflow.ir.costs import Costs
+from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
@@ -29,6 +31,7 @@ from evenflow.plan.plan import Degrees, Plan
 from evenflow.plan.planner import NoPlanError, Progress, plan
 from evenflow.plan.rank_memory import Sharding
 from evenflow.plan.request import Choice, Limits, Request, choice_of
+from evenflow.simulate import simulate
 from evenflow.torch_schedule import torch_faults
 
 Fits = Callable[[int, int], bool]  # (pipeline ranks, microbatches): whether a schedule runs them
@@ -221,7 +224,7 @@ def within(made: Plan, target: Target) -> Within:
 
     Raises `ConfigError` with every reason for which the target cannot run it, and with what plans for it.
     """
-    choice = replace(choice_of(made), recompute=made.recompute)
+    choice = choice_of(made)
     faults = [target.fault_of_degrees(made.degrees), target.fault_of_savings(choice)]
     if (made.recompute == "none") != (not any(stage.recompute for stage in made.stages)):
         faults.append(f"its stages contradict recompute = {made.recompute!r}")
@@ -251,7 +254,12 @@ def within(made: Plan, target: Target) -> Within:
 
 def _faults_of_order(order: Schedule) -> list[str]:
     """Why a system that reads torch's schedule files cannot run an order of work; empty where it can."""
-    faults = torch_faults(order)
+    num_stages = order.placement.num_stages
+    try:
+        simulate(order, Flow.chain(num_stages), Costs.uniform(num_stages))
+        faults = torch_faults(order)  # presupposes an order that can be executed
+    except ScheduleError as error:
+        faults = [str(error)]
     if torch_style(order.placement) is None:
         ranks = shown(order.placement.rank_of)
         faults.append(f"it places stages in loops or in a V, not on ranks {ranks}")

@@ -3,6 +3,32 @@
 from evenflow.errors import ConfigError
 from evenflow.ir.placement import Placement
 
+# Some minutes of work; beyond, a slip of the finger is likelier than a wish.
+_MAX_OPS = 5_000_000
+_MAX_PLACES = 50_000_000
+
+
+def check_workable(num_ranks: int, num_stages: int, num_microbatches: int) -> None:
+    """Refuse sizes of hours, whatever the method: ops are made one by one, each stage sought on each rank.
+
+    >>> check_workable(num_ranks=4, num_stages=4, num_microbatches=10**9)
+    Traceback (most recent call last):
+      ...
+    evenflow.errors.ConfigError: 4 stages × 1000000000 microbatches are up to 12,000,000,000 ops, more than \
+the 5,000,000 that can be worked out in minutes: lower one of them
+    """
+    num_ops = 3 * num_stages * num_microbatches
+    if num_ops > _MAX_OPS:
+        raise ConfigError(
+            f"{num_stages} stages × {num_microbatches} microbatches are up to {num_ops:,} ops, more than the "
+            f"{_MAX_OPS:,} that can be worked out in minutes: lower one of them"
+        )
+    if num_ranks * num_stages > _MAX_PLACES:
+        raise ConfigError(
+            f"{num_ranks} ranks × {num_stages} stages make more than {_MAX_PLACES:,}, which cannot be "
+            "worked out in minutes: lower one of them"
+        )
+
 
 def one_stage_a_rank(name: str, num_ranks: int, stages_per_rank: int) -> Placement:
     """Return the linear placement, or raise `ConfigError` in that schedule's name for several stages a rank.
