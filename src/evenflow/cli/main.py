@@ -256,7 +256,7 @@ def plan_command(
     pipeline_only: Annotated[
         bool,
         typer.Option(
-            "--pipeline-only", help="Plan what `evenflow train --plan` can run: no other parallelism."
+            "--pipeline-only", help="Plan pipeline ranks alone: no data or tensor ranks."
         ),
     ] = False,
     target: Annotated[
