@@ -1,9 +1,11 @@
 """What the site needs beyond MkDocs: pages link to files of the repository, and docstrings have examples.
 
 On GitHub `../examples/gpt.py` leads to that file. In the site there is nothing above the pages, so each file
-outside of docs/ that a page links to becomes a page too, and the link is bent to it.
+outside of docs/ that a page links to becomes a page too, a notebook with what its cells show, and the link is
+bent to it.
 """
 
+import json
 import logging
 import posixpath
 import re
@@ -96,8 +98,50 @@ def _shown(file: Path, path: str) -> str:
     """A file of the repository as a page."""
     if file.suffix == ".md":
         return file.read_text()
+    if file.suffix == ".ipynb":
+        return notebook(file.read_text())
+    return f"# {path}\n\n{_block(file.read_text(), _LANGUAGES.get(file.suffix, ''))}"
+
+
+def _block(text: str, language: str) -> str:
     fence = "`" * 4
-    return f"# {path}\n\n{fence}{_LANGUAGES.get(file.suffix, '')}\n{file.read_text()}{fence}\n"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
+
+
+def notebook(text: str) -> str:
+    r"""A notebook as a page: what is written, the code, and what its cells show.
+
+    >>> print(
+    ...     notebook(
+    ...         '{"cells": [{"cell_type": "markdown", "source": ["# Two"]}, {"cell_type": "code",'
+    ...         '"source": ["1 + 1"], "outputs": [{"data": {"text/plain": ["2"]}}]}]}'
+    ...     )
+    ... )
+    # Two
+    <BLANKLINE>
+    ````python
+    1 + 1
+    ````
+    <BLANKLINE>
+    ````text
+    2
+    ````
+    <BLANKLINE>
+    """
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(f"{source}\n")
+            continue
+        parts.append(_block(source, "python"))
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![What the cell shows](data:image/png;base64,{data['image/png'].strip()})\n")
+            else:
+                parts.append(_block("".join(output.get("text") or data["text/plain"]), "text"))
+    return "\n".join(parts)
 
 
 class Doctests(Extension):

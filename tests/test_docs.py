@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import evenflow
-from evenflow.cli.config import Saving
+from evenflow.cli.config import (
+    FunctionModel,
+    Logging,
+    Pipelining,
+    RunConfig,
+    Saving,
+    TextData,
+    Training,
+    read_config,
+)
 from evenflow.cli.main import app
 from evenflow.schedules.catalog import SCHEDULES
 from public_api import PUBLIC
@@ -88,6 +98,34 @@ def test_the_configuration_of_checkpoints():
     Saving(**tomllib.loads(block)["checkpoints"])
 
 
+def test_all_keys_of_a_configuration_stand_there(tmp_path):
+    """Those with a default, with it; those without, each as something that can be said."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"### All keys\n.*?```toml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "mine.toml"
+    path.write_text(block)
+    plain = read_config(path)
+    model = FunctionModel(f"{tmp_path}/mine.py:build")
+    assert plain == RunConfig("mine", model, TextData())
+    for key in re.findall(r"^# (\w+) =", block, re.MULTILINE):
+        said = re.sub(rf"^# {key} =", f"{key} =", block, flags=re.MULTILINE)
+        if key == "folder":
+            said = re.sub(r"^(function|arguments) = .*\n", "", said, flags=re.MULTILINE)
+        path.write_text(said)
+        assert (read_config(path) == plain) == (key == "name")
+    whole = tomllib.loads(re.sub(r"^# (\w+ =)", r"\1", block, flags=re.MULTILINE))
+    sections = {
+        "data": TextData,
+        "training": Training,
+        "pipeline": Pipelining,
+        "checkpoints": Saving,
+        "logs": Logging,
+    }
+    assert set(whole) == {"name", "model", *sections}
+    for name, section in sections.items():
+        assert list(whole[name]) == [each.name for each in fields(section)]
+
+
 def texts_of_the_source():
     """Every string of the source; of an f-string each part between what it fills in."""
     found = set()
@@ -135,7 +173,15 @@ def test_the_reference_has_what_is_public_and_no_more():
     }
 
 
-def test_every_page_of_the_site_is_in_its_menu():
-    menu = set(re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
-    assert menu == pages | {"CHANGELOG.md"}
+def test_every_page_of_the_site_is_in_its_menu_under_its_own_title():
+    menu = re.findall(r"^ +- (?:(.*): )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(page.relative_to(ROOT / "docs")): page for page in (ROOT / "docs").rglob("*.md")}
+    assert {place for _, place in menu} == pages.keys() | {"CHANGELOG.md"}
+    for title, place in menu:
+        if title not in ("", "Home", "Changelog"):
+            assert pages[place].read_text().startswith(f"# {title}\n")
+
+
+def test_links_are_called_by_what_they_lead_to():
+    texts = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    assert not re.findall(r"\[[\w-]+\.md\]\(", texts)

@@ -19,7 +19,7 @@ def hooks():
 
 def test_its_examples(hooks):
     found = doctest.testmod(hooks)
-    assert found.attempted == 3
+    assert found.attempted == 4
     assert found.failed == 0
 
 

@@ -255,9 +255,7 @@ def plan_command(
     length: Length = None,
     pipeline_only: Annotated[
         bool,
-        typer.Option(
-            "--pipeline-only", help="Plan what `evenflow train --plan` can run: no other parallelism."
-        ),
+        typer.Option("--pipeline-only", help="Plan pipeline ranks alone: no data or tensor ranks."),
     ] = False,
     target: Annotated[
         Literal["torchtitan", "megatron", "deepspeed"] | None,

@@ -159,7 +159,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
       together they are all processes, and "pp" is what the others leave. Each data rank takes its own part of
       a batch's microbatches; their gradients are summed while other stages compute. Numbers are those of the
       same batch without, but for a BatchNorm's statistics, which are those of the first data rank's part.
-    - `tensor_plan`: how tensor ranks share modules, {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+    - `tensor_plan`: how tensor ranks share modules, `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}`
       say, or with torch's `ParallelStyle`s. By default the plan that a Hugging Face model brings along.
     - `shard`: what data ranks share: "zero1", the optimizer's states, each updating some of the parameters;
       "fsdp", parameters, gradients and states, with torch's `fully_shard`: a step gathers each stage once.

@@ -2,7 +2,7 @@
 
 A method of the catalog knows sizes alone. Here the stages are known, what each takes and how long transfers
 are on their way, and what memory is left for activations. Backwards are whole in one search, and in two parts
-in another; in none of them both, as the second part walks the graph again, which only pays where ranks wait.
+in another; in none of them both, as parting only pays where ranks wait.
 """
 
 from collections.abc import Iterator, Sequence
