@@ -1,7 +1,6 @@
 """`evenflow show`: what a run's steps took, beside what its plan expected; its page and its pictures."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evenflow.cli.report import print_whole
+from evenflow.cli.writing import refusing_to_write
 from evenflow.errors import ConfigError
 from evenflow.journal.chrome_trace import chrome_trace
 from evenflow.journal.deviation import Beside, fits, furthest, rank_numbers, stage_numbers, step_numbers
@@ -85,23 +85,15 @@ def show(folder: Path, files: Files) -> None:
     if files.picture is not None:
         title = f"{run.name}: {run.schedule}, {len(run.stages)} stages"
         predicted, measured = last_step.predicted_timeline, last_step.measured_timeline
-        with _refusing(files.picture):
+        with refusing_to_write(files.picture):
             draw_timelines(files.picture, predicted=predicted, measured=measured, title=title)
         _line(console, Text(f"drew {files.picture}"))
 
 
 def _written(console: Console, path: Path, text: str) -> None:
-    with _refusing(path):
+    with refusing_to_write(path):
         write_text(path, text)
     _line(console, Text(f"wrote {path}"))
-
-
-@contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; name another file") from None
 
 
 def print_run(console: Console, run: Run, steps: Sequence[Step], plan: Plan | None) -> None:
