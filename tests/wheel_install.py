@@ -44,7 +44,7 @@ def environment(folder, wheel, *options):
     """A new environment with the wheel in it; returns its bin folder."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
-    install = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
+    install = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile")
     run(*install, *CONSTRAINTS, *options, wheel, cwd=folder)
     return folder / "bin"
 
@@ -70,6 +70,10 @@ def training(wheel, tmp_path_factory):
 def test_the_wheel_holds_what_it_must(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"evenflow/py.typed", "evenflow/demo/demo.toml", "evenflow/demo/gpt.py"} <= set(names)
+    pages = {
+        path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/evenflow/view/page").iterdir()
+    }
+    assert "evenflow/view/page/uPlot.LICENSE" in pages <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"evenflow"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}

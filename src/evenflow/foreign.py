@@ -108,6 +108,16 @@ def is_file_name(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and Path(value).name == value not in ("", "..")
 
 
+def file_in_the_way(folder: Path) -> Path | None:
+    """What is no folder where `folder`, or one that it lies in, would be made; None where it can be.
+
+    >>> file_in_the_way(Path("/dev/null/runs/first"))
+    PosixPath('/dev/null')
+    """
+    found = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    return None if found is None or found.is_dir() else found
+
+
 def visible(text: str) -> str:
     r"""The text with every character that a terminal would obey written out; lines stay lines.
 

@@ -130,7 +130,7 @@ def test_a_program_that_fails_in_the_whole_run_ends_with_2_and_its_traceback(cap
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((), "give a CONFIG.toml, MODULE:FUNCTION, or --model FOLDER"),
+        ((), "name a CONFIG.toml or MODULE:FUNCTION, or give --model FOLDER"),
         (("counting.py:biuld",), "has no function 'biuld'; did you mean build"),
         (("counting.py:build", "--stages", 9), "9 stages need 8 cuts"),
         (("counting.py:build", "--schedule", "1f2b"), "1f2b"),

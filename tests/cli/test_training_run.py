@@ -109,7 +109,7 @@ def test_the_way_to_run_it_changes_no_loss(runs):
     assert len({DONE.match(done.stdout.splitlines()[-1]).groups()[:3] for done in runs.values()}) == 1
 
 
-WRITTEN = ["checkpoint", "config.toml", "run.json", "steps.jsonl", "timeline.png"]
+WRITTEN = ["checkpoint", "config.toml", "last_step.json", "run.json", "steps.jsonl", "timeline.png"]
 
 
 @pytest.mark.usefixtures("runs")
@@ -328,3 +328,33 @@ def tiny_llama(folder):
         num_key_value_heads=2,
     ).save_pretrained(folder)
     return folder
+
+
+SOMETIMES_BAD = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop = nn.Linear(4, 1), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return self.layer(x) + torch.log(self.drop(torch.ones(1)))
+
+
+def build():
+    return Model(), lambda model, batch: model(batch["x"]).mean(), {"x": torch.ones(8, 4)}
+"""
+
+
+def test_steps_that_are_left_out_count_in_the_progress(here, tmp_path):
+    (tmp_path / "model.py").write_text(SOMETIMES_BAD)
+    flags = ("--device", "cpu", "--stages", 1, "--microbatches", 1, "--steps", 30, "--bad-numbers", "skip")
+    ended = here("train", "model.py:build", *flags, "--log-json", "log.jsonl", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    numbers = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert 0 < len(numbers) < 30, "some steps are left out"
+    shown = re.findall(r"^step (\d+)/30\b", ended.stdout, re.MULTILINE)
+    assert shown[-1] == "30"

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -80,6 +81,15 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path):
         evenflow.log_to_json(tmp_path / "file" / "log.jsonl")
     with pytest.raises(ConfigError, match="cannot write the log to /dev/full: No space left on device"):
         evenflow.log_to_json("/dev/full")(1, {"loss": 0.5})
+
+
+def test_an_error_without_a_number_is_told_in_its_own_words(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("the stream is closed")
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(ConfigError, match=r"cannot write the log to mine.jsonl: the stream is closed"):
+        evenflow.log_to_json("mine.jsonl")(1, {"loss": 0.5})
 
 
 @pytest.mark.filterwarnings("ignore")  # tensorboard's own

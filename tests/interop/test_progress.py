@@ -7,13 +7,11 @@ import pytest
 from rich.console import Console
 
 import evenflow
-from evenflow.cli.report import Units
 from evenflow.interop.progress import ProgressReport
 from unsplit import mean_square, mlp, regression, sgd
 
-SPEED = Units(item="tok", num_items_per_batch=2048, loss="nats/byte").speed
 GIB = 2**30
-ONE = {"loss": 2.5, "step_seconds": 0.1}
+ONE = {"loss": 2.5, "step_seconds": 0.1, "rows_per_second": 160.0, "tokens_per_second": 20480.0}
 RANKS = {
     **ONE,
     "bubble": 0.2125,
@@ -26,10 +24,10 @@ RANKS = {
 }
 
 
-def shown(act, *, num_steps=1200, width=90, speed=SPEED, **options):
+def shown(act, *, num_steps=1200, num_made=0, width=90, **options):
     file = io.StringIO()
     console = Console(file=file, width=width, **options)
-    with ProgressReport(console, num_steps=num_steps, speed=speed) as report:
+    with ProgressReport(console, num_steps=num_steps, num_made=num_made) as report:
         act(report)
     return file.getvalue()
 
@@ -47,13 +45,18 @@ def on_a_terminal(act, **options):
         (
             60,
             [
-                "loss 2.500  20,480 tok/s  100 ms/step  bubble 21.2 %",
+                "loss 2.500  20,480 tokens/s  100 ms/step  bubble 21.2 %",
                 "memory 20.00 GiB of 24.00 GiB (rank 1)",
             ],
         ),
         (
             120,
-            ["loss 2.500  20,480 tok/s  100 ms/step  bubble 21.2 %  memory 20.00 GiB of 24.00 GiB (rank 1)"],
+            [
+                (
+                    "loss 2.500  20,480 tokens/s  100 ms/step  bubble 21.2 %  "
+                    "memory 20.00 GiB of 24.00 GiB (rank 1)"
+                )
+            ],
         ),
     ],
 )
@@ -68,6 +71,35 @@ def test_on_a_terminal_a_bar_stands_above_the_numbers(width, lines):
 def test_the_bar_does_not_grow_past_its_end():
     first, *_ = on_a_terminal(lambda report: report(1300, ONE), width=60)
     assert "ETA 0:00:00" in first
+
+
+def test_a_run_that_goes_on_stands_where_it_was():
+    assert on_a_terminal(lambda report: None, num_made=600)[0].startswith("step 600/1200 ━")
+    assert shown(lambda report: None, num_made=600) == ""
+
+
+def test_the_end_is_shown_though_the_last_steps_have_no_numbers():
+    def act(report):
+        report(90, ONE)
+        report.reached(100)
+
+    first, *rest = on_a_terminal(act, num_steps=100)
+    assert re.fullmatch(r"step 100/100 ━+ +ETA 0:00:00", first)
+    assert rest == ["loss 2.500  20,480 tokens/s  100 ms/step"]
+    assert shown(act, num_steps=100).splitlines()[1:] == ["step 100/100"]
+
+
+def test_a_time_left_that_no_clock_shows_is_left_out():
+    (line,) = shown(lambda report: report(1, ONE), num_steps=10**15).splitlines()
+    assert line == f"step 1/{10**15}  loss 2.500  20,480 tokens/s  100 ms/step"
+
+
+def test_a_step_without_times_keeps_the_time_left():
+    def act(report):
+        report(1, ONE)
+        report(2, {"loss": 2.25})
+
+    assert shown(act, num_steps=10).splitlines()[1] == "step 2/10  loss 2.250  ETA 0:00:01"
 
 
 def test_a_quick_loop_is_drawn_now_and_then():
@@ -95,7 +127,9 @@ def test_in_a_file_there_are_about_ten_lines(num_steps, told, lines):
             report(number, ONE)
 
     found = [line.rpartition("  ETA ")[0] for line in shown(act, num_steps=num_steps).splitlines()]
-    assert found == [f"step {number}/{num_steps}  loss 2.500  20,480 tok/s  100 ms/step" for number in lines]
+    assert found == [
+        f"step {number}/{num_steps}  loss 2.500  20,480 tokens/s  100 ms/step" for number in lines
+    ]
 
 
 def test_a_long_line_is_not_broken():
@@ -106,8 +140,8 @@ def test_what_is_not_known_is_left_out():
     rank0 = {**ONE, "step_seconds": 0.0025, "bubble/rank0": 0.125, "peak_bytes/rank0": 3 * 2**20}
     (line,) = shown(lambda report: report(1, rank0), num_steps=2).splitlines()
     assert line == (
-        "step 1/2  loss 2.500  819,200 tok/s  2.5 ms/step  bubble 12.5 % (rank 0)  memory 3.00 MiB (rank 0)  "
-        "ETA 0:00:00"
+        "step 1/2  loss 2.500  20,480 tokens/s  2.5 ms/step  bubble 12.5 % (rank 0)  "
+        "memory 3.00 MiB (rank 0)  ETA 0:00:00"
     )
 
 
@@ -127,8 +161,8 @@ def test_a_training_loop_shows_its_progress_for_as_long_as_it_is_asked():
         for batch in pipe.feed([regression()] * 4):
             pipe.step(batch)
         report.line("the end")
-    for _ in range(2):  # nobody asks any more
-        pipe.step(regression())
+    assert (pipe._logs._hooks, pipe._logs._asks) == ([], [])  # nobody asks any more
+    pipe.step(regression())
     lines = file.getvalue().splitlines()
     pattern = (
         r"step (\d)/4  loss \d\.\d{3}  [\d,]+ rows/s  [\d.]+ ms/step  bubble \d+\.\d %  "

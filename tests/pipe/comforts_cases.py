@@ -5,6 +5,7 @@ Each returns plain data, the same on every rank unless it says otherwise.
 
 import copy
 import time
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -154,6 +155,25 @@ def evaluated_between():
             pipe.evaluate(batch)
         evaluated_seconds = time.perf_counter() - start
     return told, evaluated_seconds
+
+
+class Timed:
+    """A pipeline of which an update takes one second of a clock that moves when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("evenflow.pipe.logs.time", SimpleNamespace(perf_counter=lambda: self.now))
+        self.pipe = make(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate))
+
+    def _rate(self, _):
+        self.now += 0.5  # for each of two stages
+        return 1.0
+
+    def batches(self, number, seconds):
+        """So many, each of which takes so long to be read."""
+        for _ in range(number):
+            self.now += seconds
+            yield regression()
 
 
 # -- averaged parameters

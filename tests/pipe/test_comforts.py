@@ -194,6 +194,64 @@ def test_an_evaluation_is_no_part_of_a_step(run):
     assert 0 < wait_seconds < step_seconds < evaluated_seconds
 
 
+def test_what_is_fed_for_an_evaluation_is_no_part_of_a_step(monkeypatch):
+    """Whether it is fed inside of the training's pass, before a step or behind it, or between two passes."""
+    timed, told = cases.Timed(monkeypatch), []
+    pipe = timed.pipe
+    pipe.log_to(lambda step, numbers: told.append((numbers["step_seconds"], numbers["wait_seconds"])))
+
+    def evaluate():
+        for held_out in pipe.feed(timed.batches(3, seconds=64.0)):
+            pipe.evaluate(held_out)
+
+    for _ in range(2):
+        for batch in pipe.feed(timed.batches(2, seconds=0.25)):
+            evaluate()
+            pipe.step(batch)
+            evaluate()
+        evaluate()
+    assert told == [(1.25, 0.25)] * 4
+
+
+def test_a_watched_step_is_in_no_speed(monkeypatch):
+    timed, each, third = cases.Timed(monkeypatch), [], []
+    pipe = timed.pipe
+    pipe.log_to(lambda step, numbers: each.append(dict(numbers)))
+    pipe.log_to(lambda step, numbers: third.append(dict(numbers)), every=3)
+
+    def slow():
+        timed.now += 64.0
+        pipe.step(regression())
+        timed.now += 64.0
+
+    pipe.step(regression())
+    pipe.meter.peak_bytes(slow)
+    pipe.step(regression())
+    assert each[1].keys() == {"loss", "learning_rate", "peak_bytes/rank0"}
+    assert [numbers["step_seconds"] for numbers in (each[0], each[2], third[0])] == [1.0] * 3
+    assert [numbers["rows_per_second"] for numbers in (each[0], each[2], third[0])] == [8.0] * 3
+    assert "bubble" in each[2]
+
+
+def test_a_hook_is_taken_away():
+    pipe, told, asked = cases.make(), [], []
+    kept = pipe.log_to(lambda step, numbers: told.append(("kept", step)), all_ranks=True)
+    remove = pipe.log_to(
+        lambda step, numbers: told.append(("removed", step)),
+        every=lambda number: asked.append(number) or True,
+    )
+    pipe.step(regression())
+    asked.clear()
+    remove()
+    remove()
+    pipe.step(regression())
+    assert told == [("kept", 1), ("removed", 1), ("kept", 2)]
+    assert not asked
+    kept()
+    pipe.step(regression())
+    assert len(told) == 3
+
+
 def test_hooks_that_cannot_work():
     with refused("hook= must be a function, not a str"):
         cases.make().log_to("runs")

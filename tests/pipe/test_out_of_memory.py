@@ -192,6 +192,15 @@ def test_an_evaluation_that_fails_drops_no_gradient(monkeypatch, act):
     assert same(gradients(pipe), gradients(other))
 
 
+def test_memory_that_nobody_tells_of_is_left_out(monkeypatch):
+    monkeypatch.setattr("evenflow.pipe.exhausted.resident_bytes", lambda when: None)
+    pipe, batch = pipe_and_batch(optimizer=Greedy)
+    with pytest.raises(OutOfMemoryError) as caught:
+        pipe.step(few_rows(batch))
+    assert "all the rest" not in str(caught.value)
+    assert re.search(r"^together +[\d.]+ [GM]iB$", str(caught.value), re.MULTILINE)
+
+
 def test_what_cannot_be_reported_hides_nothing(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory for the report")

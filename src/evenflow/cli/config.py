@@ -4,7 +4,6 @@ Every number is checked where it enters, by the class that holds it, so that a w
 before a process starts.
 """
 
-import difflib
 import math
 import types
 import typing
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
+from evenflow.cli.config_keys import check_keys
 from evenflow.errors import ConfigError
 from evenflow.foreign import is_file_name, read_toml, shown
 from evenflow.plan.request import RECOMPUTE_NAMES
@@ -233,7 +233,7 @@ def read_config(path: Path) -> RunConfig:
     """
     content = read_toml(path, "configuration")
     try:
-        _check_keys(content)
+        check_keys(content, _known_keys())
         return RunConfig(
             name=_name(content.get("name", path.stem)),
             model=_model(content.get("model"), path.parent),
@@ -272,44 +272,6 @@ def _known_keys() -> Mapping[str, tuple[str, ...]]:
         "checkpoints": tuple(each.name for each in fields(Saving)),
         "logs": tuple(each.name for each in fields(Logging)),
     }
-
-
-def _check_keys(content: Mapping[str, object]) -> None:
-    known = _known_keys()
-    for key, value in content.items():
-        if key not in known[""]:
-            raise _unknown_key(key, table="", known=known)
-        if key == "name":
-            continue
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key} = {shown(value)} must be a table: write [{key}] on a line of its own")
-        for inner in value:
-            if inner not in known[key]:
-                raise _unknown_key(inner, table=key, known=known)
-
-
-def _unknown_key(key: str, *, table: str, known: Mapping[str, tuple[str, ...]]) -> ConfigError:
-    nearest = _nearest_key(key, table=table, known=known)
-    hint = f"; did you mean {nearest!r}?" if nearest else "."
-    place = f"[{table}]" if table else "The top level"
-    return ConfigError(
-        f"unknown key {shown(_full(table, key))}{hint} {place} takes: {', '.join(known[table])}"
-    )
-
-
-def _nearest_key(key: str, *, table: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
-    """A known key that the unknown one may have meant: the same in another table, or one spelt much alike."""
-    for other, keys in known.items():
-        if key in keys:
-            return _full(other, key)
-    for other in (table, *known):
-        for match in difflib.get_close_matches(key, known[other], n=1):
-            return _full(other, match)
-    return None
-
-
-def _full(table: str, key: str) -> str:
-    return f"{table}.{key}" if table else key
 
 
 def _model(table: object, folder: Path) -> ModelChoice:

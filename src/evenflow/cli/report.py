@@ -1,6 +1,6 @@
 """What the user sees of a run before and after it trains: the cut, what was checked, its last line."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,14 +20,6 @@ class Units:
     item: str
     num_items_per_batch: int
     loss: str
-
-    def speed(self, numbers: Mapping[str, float]) -> str:
-        """How many items a second a step's numbers (see `Pipeline.log_to`) come to, in words.
-
-        >>> Units("tok", 2048, "nats/byte").speed({"step_seconds": 0.1})
-        '20,480 tok/s'
-        """
-        return f"{self.num_items_per_batch / numbers['step_seconds']:,.0f} {self.item}/s"
 
 
 @dataclass(frozen=True, slots=True)

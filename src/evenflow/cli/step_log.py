@@ -19,6 +19,7 @@ from evenflow.cost.cache import device_name
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, WeightGrad, parts
 from evenflow.ir.timeline import Timeline
 from evenflow.journal.run import RankRecord, Run, Spread, StageRecord, Step
+from evenflow.pipe.devices import of_each_rank
 from evenflow.pipe.times import Measured
 
 # The first step warms caches up; in the second one memory is watched, which takes time of its own.
@@ -142,7 +143,7 @@ class StepLog:
             stages=tuple(_stage(measured, each.stage, each.rank, each.first) for each in self._pipe.cut),
             ranks=tuple(
                 RankRecord(_idle(measured.timelines, number), _most(each.peak_bytes for each in replicas))
-                for number, replicas in enumerate(_of_each_rank(ranks, meter.num_replicas))
+                for number, replicas in enumerate(of_each_rank(ranks, meter.num_replicas))
             ),
         )
         steps = enumerate(zip(took, waited, self.losses, strict=True), start=1)
@@ -150,11 +151,6 @@ class StepLog:
             Step(number, seconds, feed, loss if math.isfinite(loss) else None)
             for number, (seconds, feed, loss) in steps
         )
-
-
-def _of_each_rank(ranks: Sequence[_Taken], num_replicas: int) -> list[Sequence[_Taken]]:
-    """Those of each rank of the pipeline together: processes are numbered so."""
-    return [ranks[at : at + num_replicas] for at in range(0, len(ranks), num_replicas)]
 
 
 def _most(peaks: Iterable[int | None]) -> int | None:

@@ -26,6 +26,7 @@ from evenflow.cli.restarts import fitting, launch_again
 from evenflow.cli.run_logs import check_logs, console_of, user_output
 from evenflow.cli.training import Job, prepare_here, run_rank
 from evenflow.errors import ConfigError
+from evenflow.foreign import file_in_the_way
 from evenflow.journal.folder import claim, is_free
 from evenflow.launcher import RankEnvironment, launch, rank_environment
 from evenflow.pipe.choices import stages_on_each
@@ -207,7 +208,8 @@ def _config(flags: Flags) -> RunConfig:
             return read_config(flags.resume / CONFIG)
         case None, None:
             raise ConfigError(
-                "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, --model FOLDER, or --demo"
+                "no model is given: name a CONFIG.toml or MODULE:FUNCTION, or give --model FOLDER (evenflow train "
+                "has one of its own too: --demo)"
             )
         case None, Path() as folder:
             return RunConfig(name=folder.resolve().name, model=FolderModel(folder), data=TextData())
@@ -326,11 +328,8 @@ def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
 
 
 def _check_out(out: Path, *, asked: bool) -> None:
-    for place in (out, *out.parents):
-        if place.is_dir():
-            break
-        if place.exists():
-            raise ConfigError(f"cannot write the run to {out}: {place} is a file, not a folder")
+    if (found := file_in_the_way(out)) is not None:
+        raise ConfigError(f"cannot write the run to {out}: {found} is a file, not a folder")
     if asked and not is_free(out):
         raise ConfigError(
             f"--out {out} holds something already: name a folder that is not there yet, or is empty; without "

@@ -11,7 +11,6 @@ import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +227,13 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     if before is not None:
         log.go_on(before)
         check_left(job.out, log.num_steps, training.steps)
-    with ProgressReport(console, num_steps=training.steps, speed=feed.units.speed) as report:
-        pipe.log_to(report, every=partial(_is_shown, training), all_ranks=True)
+    number = log.num_steps  # of batches: those left out make no update, and a rollback makes some again
+    with ProgressReport(console, num_steps=training.steps, num_made=number) as report:
+        pipe.log_to(
+            lambda _, numbers: report(number, numbers),
+            every=lambda _: _is_shown(training, number),
+            all_ranks=True,
+        )
         if before is None:
             report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
         for number, batch in enumerate(log.batches(feed.batches), start=log.num_steps + 1):
@@ -244,6 +248,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
                 keeping.updated(log.state)
             if number % training.validate_every == 0 and number < training.steps:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
+        report.reached(number)
     if keeping is not None:
         keeping.close()
     # Before the last validation, which would be the last step.
@@ -274,7 +279,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
 
 
 def _is_shown(training: Training, number: int) -> bool:
-    """Whether the progress tells of an update."""
+    """Whether the progress tells of a step."""
     every = (_READ_EVERY, training.validate_every)
     return number in (1, training.steps) or any(number % each == 0 for each in every)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evenflow.errors import ConfigError, MissingPackageError
+from evenflow.foreign import file_in_the_way
 from evenflow.pipe.logs import LogHook
 
 STDOUT = "-"
@@ -64,15 +65,14 @@ def _refusing(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot write the log to {name}: {error.strerror}") from error
+        raise ConfigError(f"cannot write the log to {name}: {error.strerror or error}") from error
 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"cannot write the log to {path}: it is a folder; name a file")
-    for place in path.parents:
-        if place.exists() and not place.is_dir():
-            raise ConfigError(f"cannot write the log to {path}: {place} is a file, not a folder")
+    if (found := file_in_the_way(path.parent)) is not None:
+        raise ConfigError(f"cannot write the log to {path}: {found} is a file, not a folder")
 
 
 def _begun(file: Path) -> str:

@@ -6,7 +6,7 @@ On a terminal a bar moves, with the numbers below it; elsewhere there is a line 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -19,6 +19,7 @@ from rich.text import Text
 
 import evenflow
 from evenflow.errors import ConfigError
+from evenflow.pipe.devices import fullness
 from evenflow.pipe.refuse import check_whole
 from evenflow.view.units import format_bytes
 
@@ -26,6 +27,8 @@ from evenflow.view.units import format_bytes
 _NUM_LINES = 10
 _REDRAW_SECONDS = 0.1
 _GAP = "  "
+# A time left that is longer tells nobody anything.
+_LONGEST_SECONDS = timedelta(days=365).total_seconds()
 
 
 @contextlib.contextmanager
@@ -46,45 +49,32 @@ def progress(
     if min(num_steps, every) < 1:
         raise ConfigError(f"num_steps={num_steps} and every={every} must be at least 1")
     console = (console or Console()) if pipe.is_main else Console(quiet=True)
-    with ProgressReport(console, num_steps=num_steps) as report:
-        pipe.log_to(
-            report,
-            every=lambda number: report.is_open and (number % every == 0 or number in (1, num_steps)),
-            all_ranks=True,
+    with ProgressReport(console, num_steps=num_steps, num_made=pipe.num_updates) as report:
+        remove = pipe.log_to(
+            report, every=lambda number: number % every == 0 or number in (1, num_steps), all_ranks=True
         )
-        yield report
-
-
-def speed_of(numbers: Mapping[str, float]) -> str:
-    """How much is trained on in a second: tokens where those are counted, else rows."""
-    for name in ("tokens", "rows"):
-        if (amount := numbers.get(f"{name}_per_second")) is not None:
-            return f"{amount:,.0f} {name}/s"
-    return ""
+        try:
+            yield report
+        finally:
+            remove()
+            report.reached(pipe.num_updates)
 
 
 class ProgressReport:
     """The moving part of the output, to be used in a `with` block around the training loop.
 
-    `speed` says how fast it goes, in words, from a step's numbers.
+    `num_made` of the `num_steps` steps are made before.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        *,
-        num_steps: int,
-        speed: Callable[[Mapping[str, float]], str] = speed_of,
-    ) -> None:
-        self._console, self._num_steps, self._speed = console, num_steps, speed
-        self._number, self._numbers, self._left = 0, list[str](), ""
-        self._next_line = 1
+    def __init__(self, console: Console, *, num_steps: int, num_made: int = 0) -> None:
+        self._console, self._num_steps = console, num_steps
+        self._number, self._numbers = num_made, list[str]()
+        self._step_seconds: float | None = None
+        self._next_line, self._last_line = 1, num_made
         self._drawn = -math.inf
         self._live = Live(console=console, auto_refresh=False, get_renderable=self._bar)
-        self.is_open = False
 
     def __enter__(self) -> Self:
-        self.is_open = True
         if self._moves:
             self._live.start(refresh=True)
         return self
@@ -92,10 +82,11 @@ class ProgressReport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.is_open = False
         if self._moves:
             self._live.refresh()
             self._live.stop()
+        elif self._number > self._last_line:
+            self.line(self._title)
 
     @property
     def _moves(self) -> bool:
@@ -104,18 +95,33 @@ class ProgressReport:
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
         """Show that `step` updates are done, with the last one's numbers."""
         self._number = step
-        self._numbers = [each for each in (*_told(numbers), *_gauged(numbers)) if each]
-        self._numbers.insert(1, self._speed(numbers))
-        seconds = round((self._num_steps - step) * numbers["step_seconds"])
-        self._left = f"ETA {timedelta(seconds=max(0, seconds))}"
+        self._numbers = [*_told(numbers), *_gauged(numbers)]
+        self._step_seconds = numbers.get("step_seconds", self._step_seconds)
         if self._moves:
             if time.monotonic() - self._drawn > _REDRAW_SECONDS:
                 self._live.refresh()
                 self._drawn = time.monotonic()
         elif step >= self._next_line:
-            self.line(_GAP.join([f"step {step}/{self._num_steps}", *self._numbers, self._left]))
+            self.line(_GAP.join([self._title, *self._numbers, *self._left]))
+            self._last_line = step
             lines_done = step * _NUM_LINES // self._num_steps
             self._next_line = math.ceil((lines_done + 1) * self._num_steps / _NUM_LINES)
+
+    def reached(self, step: int) -> None:
+        """So many are done, though the last ones may have no numbers (those left out have none)."""
+        self._number = step
+
+    @property
+    def _title(self) -> str:
+        return f"step {self._number}/{self._num_steps}"
+
+    @property
+    def _left(self) -> list[str]:
+        """The time left, where it is known and can be told of in days."""
+        seconds = math.inf
+        if self._step_seconds is not None:
+            seconds = max(0.0, (self._num_steps - self._number) * self._step_seconds)
+        return [f"ETA {timedelta(seconds=round(seconds))}"] if seconds < _LONGEST_SECONDS else []
 
     def line(self, text: str) -> None:
         """Print a line of its own, above the bar."""
@@ -127,13 +133,18 @@ class ProgressReport:
         for ratio in (None, 1, None):
             first.add_column(ratio=ratio, no_wrap=True)
         bar = ProgressBar(total=self._num_steps, completed=min(self._number, self._num_steps))
-        first.add_row(Text(f"step {self._number}/{self._num_steps}"), bar, Text(self._left))
+        first.add_row(Text(self._title), bar, Text("".join(self._left)))
         return Group(first, *map(Text, _in_lines(self._numbers, self._console.width)))
 
 
 def _told(numbers: Mapping[str, float]) -> Iterator[str]:
-    milliseconds = 1000 * numbers["step_seconds"]
+    """The loss; how fast it goes, where that is known: tokens where those are counted, else rows."""
     yield f"loss {numbers['loss']:.3f}"
+    if "step_seconds" not in numbers:
+        return
+    name = "tokens" if "tokens_per_second" in numbers else "rows"
+    milliseconds = 1000 * numbers["step_seconds"]
+    yield f"{numbers[f'{name}_per_second']:,.0f} {name}/s"
     yield f"{milliseconds:.{0 if milliseconds >= 10 else 1}f} ms/step"
 
 
@@ -149,7 +160,7 @@ def _gauged(numbers: Mapping[str, float]) -> Iterator[str]:
         if name.startswith("peak_bytes/")
     }
     if peaks:
-        fullest = max(peaks, key=lambda rank: peaks[rank] / numbers.get(f"cap_bytes/{rank}", 1.0))
+        fullest = max(peaks, key=lambda rank: fullness(peaks[rank], numbers.get(f"cap_bytes/{rank}")))
         cap = numbers.get(f"cap_bytes/{fullest}")
         of = "" if cap is None else f" of {format_bytes(cap)}"
         yield f"memory {format_bytes(peaks[fullest])}{of} ({fullest.replace('rank', 'rank ')})"

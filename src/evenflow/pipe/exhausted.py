@@ -115,8 +115,8 @@ class _Measured:
     """Bytes by category, as in `RankMemory`, of what is known; all that the device (or process) has."""
 
     known: Mapping[str, float]
-    now: float
-    most: float
+    now: float | None  # None where nobody tells
+    most: float | None
 
 
 def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.device) -> _Measured:
@@ -132,7 +132,7 @@ def _measured(parts: Parts, executors: Mapping[int, Executor], device: torch.dev
         memory = torch.cuda.memory_stats(device)
         names = "allocated_bytes.all.current", "allocated_bytes.all.peak"
         return _Measured(known, *(float(memory[name]) for name in names))
-    return _Measured(known, float(resident_bytes("now")), float(resident_bytes("most")))
+    return _Measured(known, resident_bytes("now"), resident_bytes("most"))
 
 
 def _optimizer_bytes(parts: Parts) -> float:
@@ -254,9 +254,10 @@ def _table(planned: RankMemory, measured: _Measured) -> Iterator[str]:
         if size is not None or getattr(planned, each.name):
             found = "" if size is None else told_bytes(size)
             yield f"{each.name:16}{told_bytes(getattr(planned, each.name)):>12}{found:>12}"
+    together = f"{'together':16}{told_bytes(planned.allocated):>12}"
+    if measured.now is None or measured.most is None:
+        yield together
+        return
     rest = max(0.0, measured.now - sum(measured.known.values()))
     yield f"{'all the rest':16}{'':12}{told_bytes(rest):>12}  (activations among it)"
-    yield (
-        f"{'together':16}{told_bytes(planned.allocated):>12}{told_bytes(measured.now):>12}"
-        f"  (at most {told_bytes(measured.most)})"
-    )
+    yield f"{together}{told_bytes(measured.now):>12}  (at most {told_bytes(measured.most)})"

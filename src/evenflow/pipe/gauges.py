@@ -12,19 +12,31 @@ from typing import NamedTuple
 
 import torch
 
-from evenflow.cost.local_device import memory_bytes_of
+from evenflow.pipe.devices import fullness, gpus_of, num_replicas, of_each_rank, own_cap_bytes
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.times import Times
 from evenflow.runtime.resident import resident_bytes
 
+_UNKNOWN = -1  # among the whole numbers that ranks exchange
+
 
 class _Gauge(NamedTuple):
-    """What one process says: whole numbers, as ranks exchange them. `cap_bytes` is 0 where there is none."""
+    """What one process says; None is not known."""
 
     busy_ns: int
     step_ns: int
-    peak_bytes: int
-    cap_bytes: int
+    peak_bytes: int | None
+    cap_bytes: int | None
+
+    def row(self) -> list[int]:
+        """As whole numbers, for `of_row`."""
+        return [_UNKNOWN if number is None else number for number in self]
+
+    @classmethod
+    def of_row(cls, row: Sequence[int]) -> "_Gauge":
+        """What a process said."""
+        busy_ns, step_ns, *memory = row
+        return cls(busy_ns, step_ns, *(None if number == _UNKNOWN else number for number in memory))
 
 
 class Gauges:
@@ -32,6 +44,7 @@ class Gauges:
 
     def __init__(self, parts: Parts, times: Times) -> None:
         self._parts, self._times = parts, times
+        self._kept_bytes: dict[torch.device, int] = {}  # peaks that GPUs no longer know
 
     def own(self) -> dict[str, float]:
         """What this process, the main one, knows without asking: of rank 0, or of all in a single process."""
@@ -42,25 +55,24 @@ class Gauges:
 
     def of_all(self) -> dict[str, float]:
         """What all processes know, by the pipeline's ranks; a collective call."""
-        mesh = self._parts.mesh
-        rows = [_Gauge(*row) for row in mesh.world.gather_numbers(list(self._read()))]
-        num = mesh.data.size * mesh.tensor.size
-        return _of_all([rows[at : at + num] for at in range(0, len(rows), num)])
+        world = self._parts.mesh.world
+        rows = world.gather_numbers(self._read().row(), doing="exchanging gauges with all ranks")
+        return _of_all(of_each_rank([_Gauge.of_row(row) for row in rows], num_replicas(self._parts)))
+
+    def keep_peaks(self) -> None:
+        """Remember the peaks so far: those of GPUs are about to be counted anew."""
+        self._kept_bytes = {gpu: self._peak_of(gpu) for gpu in gpus_of(self._parts)}
 
     def _read(self) -> _Gauge:
-        devices = {stage.device for stage in self._parts.stages.values()}
-        on_gpus = all(device.type == "cuda" for device in devices)
-        computed = self._times.computed(is_behind=on_gpus)
+        computed = self._times.computed()
         busy = sum(end - start for start, end in computed)
         step = max(end for _, end in computed) - min(start for start, _ in computed)
-        if on_gpus:
-            peak = sum(map(torch.cuda.max_memory_allocated, devices))
-            cap = sum(map(memory_bytes_of, devices))
-        else:
-            peak, cap = resident_bytes("most"), 0.0
-        if self._parts.plan is not None and self._parts.world.size > 1:
-            cap = self._parts.plan.ranks[self._parts.world.rank].cap_bytes
-        return _Gauge(round(1e9 * busy), round(1e9 * step), peak, round(cap))
+        gpus, cap = gpus_of(self._parts), own_cap_bytes(self._parts)
+        peak = sum(map(self._peak_of, gpus)) if gpus else resident_bytes("most")
+        return _Gauge(round(1e9 * busy), round(1e9 * step), peak, None if cap is None else round(cap))
+
+    def _peak_of(self, gpu: torch.device) -> int:
+        return max(self._kept_bytes.get(gpu, 0), torch.cuda.max_memory_allocated(gpu))
 
 
 def _of_all(ranks: Sequence[Sequence[_Gauge]]) -> dict[str, float]:
@@ -74,12 +86,13 @@ def _of_all(ranks: Sequence[Sequence[_Gauge]]) -> dict[str, float]:
 
 def _of_rank(rank: int, replicas: Sequence[_Gauge], longest_ns: int) -> dict[str, float]:
     """Of the processes that hold the same stages: their mean idle share, and the memory of the fullest."""
-    fullest = max(replicas, key=lambda gauge: gauge.peak_bytes / (gauge.cap_bytes or 1))
-    numbers = {
-        f"bubble/rank{rank}": _idle(replicas, longest_ns),
+    fullest = max(replicas, key=lambda gauge: fullness(gauge.peak_bytes, gauge.cap_bytes))
+    memory = {
         f"peak_bytes/rank{rank}": fullest.peak_bytes,
+        f"cap_bytes/rank{rank}": fullest.cap_bytes,
     }
-    return numbers | ({f"cap_bytes/rank{rank}": fullest.cap_bytes} if fullest.cap_bytes else {})
+    known = {name: number for name, number in memory.items() if number is not None}
+    return {f"bubble/rank{rank}": _idle(replicas, longest_ns), **known}
 
 
 def _idle(gauges: Sequence[_Gauge], longest_ns: int) -> float:

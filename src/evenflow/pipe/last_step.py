@@ -1,14 +1,13 @@
 """The last step of a pipeline as a record: the cut, and what each rank did when, and held."""
 
-from evenflow.cost.local_device import memory_bytes_of
 from evenflow.graph.cut import Cut
 from evenflow.ir.op import ComputeOp, Payload
 from evenflow.ir.timeline import Timeline
 from evenflow.journal.last_step import EdgeRecord, HeldStage, LaneRecord, LastStep, first_start, lane_record
+from evenflow.pipe.devices import caps_bytes
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.times import Times
 from evenflow.plan.blocks import block_of
-from evenflow.runtime.hosts import this_host
 from evenflow.runtime.narrowing import Narrowing
 
 
@@ -31,7 +30,7 @@ def last_step(parts: Parts, times: Times) -> LastStep:
             for each in parts.summaries
         ),
         edges=_edges(last.cut, parts.narrowing),
-        caps_bytes=_caps(parts),
+        caps_bytes=caps_bytes(parts),
     )
 
 
@@ -66,15 +65,3 @@ def _edges(cut: Cut, narrowing: Narrowing) -> tuple[EdgeRecord, ...]:
         )
         for target, values in sorted(sends.items())
     )
-
-
-def _caps(parts: Parts) -> tuple[float, ...]:
-    """What each rank's device has; ranks on the CPU have their share of what their host has."""
-    if parts.plan is not None:
-        return tuple(rank.cap_bytes for rank in parts.plan.ranks)
-    mine = (this_host(), parts.device.type, memory_bytes_of(parts.device))
-    if parts.world.size == 1:
-        return ()  # ranks take turns in one process
-    places: list[tuple[str, str, float]] = parts.world.gather(mine)
-    hosts = [host for host, _, _ in parts.mesh.world.gather(mine)]
-    return tuple(memory / (hosts.count(host) if device == "cpu" else 1) for host, device, memory in places)

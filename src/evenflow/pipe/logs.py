@@ -32,54 +32,96 @@ class Logs:
     def __init__(self, gauges: Gauges, *, is_main: bool) -> None:
         self._gauges, self._is_main = gauges, is_main
         self._hooks: list[_Told] = []
-        self._asks: list[Callable[[int], bool]] = []  # for the updates after which all ranks tell
+        self._asks: list[_Told] = []  # those for whose updates all ranks tell
         self._batches: list[tuple[StepResult, Shares]] = []  # since the last update
+        self._num_steps, self._num_pauses = 0, 0  # that have begun
+        self._watched_since: float | None = None
 
-    def add(self, hook: LogHook, every: Every, *, all_ranks: bool) -> None:
-        """Tell `hook` of every so many updates; raises `ConfigError` for what cannot be called."""
+    def add(self, hook: LogHook, every: Every, *, all_ranks: bool) -> Callable[[], None]:
+        """Tell `hook` of every so many updates, until what is returned is called.
+
+        Raises `ConfigError` for what cannot be called.
+        """
         check_callable(needed=True, hook=hook)
-        is_due = _is_due(every)
+        added = _Told(hook, _is_due(every))
         if all_ranks:
-            self._asks.append(is_due)
+            self._asks.append(added)
         if self._is_main:
-            self._hooks.append(_Told(hook, is_due))
+            self._hooks.append(added)
+
+        def remove() -> None:
+            self._asks = [told for told in self._asks if told is not added]
+            self._hooks = [told for told in self._hooks if told is not added]
+
+        return remove
 
     def begin(self) -> None:
-        """A step, or the wait for its batch, begins: the first one starts the clocks."""
+        """A step begins."""
+        self._num_steps += 1
+        self._start()
+
+    def _start(self) -> None:
+        """The first step, or the wait for its batch, starts the clocks."""
         for told in self._hooks:
             told.start()
 
     def fed(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; how long each is waited for is noted."""
+        """The same batches; how long each is waited for is noted, unless it is for an evaluation."""
         with closing(batches):  # type: ignore[type-var]  # a generator
             while True:
-                self.begin()
+                self._start()
                 start = time.perf_counter()
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
-                waited = time.perf_counter() - start
-                for told in self._hooks:
+                waited, hooks = time.perf_counter() - start, tuple(self._hooks)
+                num_steps, num_pauses = self._num_steps, self._num_pauses
+                for told in hooks:
                     told.wait(waited)
-                yield batch
+                try:
+                    yield batch
+                finally:  # what the batch was for is known when it has been used, and no hook was told before
+                    if self._num_steps == num_steps and self._num_pauses > num_pauses:
+                        for told in hooks:
+                            told.leave_out(waited)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done inside is no training, and no time of a step."""
+        self._num_pauses += 1
         start = time.perf_counter()
         try:
             yield
         finally:
             for told in self._hooks:
-                told.pause(time.perf_counter() - start)
+                told.pause(start)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Steps inside are watched, which makes them slow: their times are told of to nobody."""
+        self._gauges.keep_peaks()
+        self._watched_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._leave_out_watched()
+            self._watched_since = None
+
+    def _leave_out_watched(self) -> None:
+        """Stop the clocks for the time since watching began, or since this was last called."""
+        assert self._watched_since is not None, "a step is watched"
+        start, self._watched_since = self._watched_since, time.perf_counter()
+        for told in self._hooks:
+            told.pause(start)
 
     def note(self, result: StepResult, shares: Shares) -> None:
         """A batch went through."""
         if self._hooks:
             self._batches.append((result, shares))
-        for told in self._hooks:
-            told.count(shares)
+        if self._watched_since is None:
+            for told in self._hooks:
+                told.count(shares)
 
     def rates(self, number: int, optimizers: Mapping[int, torch.optim.Optimizer]) -> dict[str, float]:
         """The learning rates of the `number`th update; none where no hook is to hear of it."""
@@ -88,11 +130,16 @@ class Logs:
     def updated(self, number: int, rates: Mapping[str, float]) -> None:
         """The batches noted so far made the `number`th update, with these learning rates."""
         due = self._due(number)
-        asked = self._gauges.of_all() if any(is_due(number) for is_due in self._asks) else None
-        for told in self._hooks:
-            told.num_updates += 1
+        asked = self._gauges.of_all() if any(told.is_due(number) for told in self._asks) else None
+        if self._watched_since is None:
+            for told in self._hooks:
+                told.num_updates += 1
+        else:
+            self._leave_out_watched()
         if due:
             gauges = self._gauges.own() if asked is None else asked
+            if self._watched_since is not None:
+                gauges = {name: value for name, value in gauges.items() if not name.startswith("bubble")}
             numbers = {**_of_batches(self._batches), **rates, **gauges}
             now = time.perf_counter()  # one for all: what a hook does with it is part of the next step
             for told in due:
@@ -135,9 +182,16 @@ class _Told:
     def wait(self, seconds: float) -> None:
         self._waited_seconds = (self._waited_seconds or 0.0) + seconds
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, start: float) -> None:
+        """Nothing that is done from `start` until now counts."""
         if self._since is not None:
-            self._paused_seconds += seconds
+            self._paused_seconds += time.perf_counter() - max(start, self._since)
+
+    def leave_out(self, waited_seconds: float) -> None:
+        """So long a wait was for no step."""
+        assert self._waited_seconds is not None, "it was noted"
+        self._waited_seconds -= waited_seconds
+        self._paused_seconds += waited_seconds
 
     def count(self, shares: Shares) -> None:
         amounts = {"rows": float(shares.num_rows)}
@@ -148,11 +202,13 @@ class _Told:
 
     def tell(self, number: int, numbers: Mapping[str, float], now: float) -> None:
         assert self._since is not None, "a step has begun"
-        seconds = now - self._since - self._paused_seconds
-        speeds = {f"{name}_per_second": amount / seconds for name, amount in self._amounts.items()}
-        speeds["step_seconds"] = seconds / self.num_updates
-        if self._waited_seconds is not None:
-            speeds["wait_seconds"] = self._waited_seconds / self.num_updates
+        speeds: dict[str, float] = {}
+        if self.num_updates:  # that were not watched
+            seconds = now - self._since - self._paused_seconds
+            speeds = {f"{name}_per_second": amount / seconds for name, amount in self._amounts.items()}
+            speeds["step_seconds"] = seconds / self.num_updates
+            if self._waited_seconds is not None:
+                speeds["wait_seconds"] = self._waited_seconds / self.num_updates
         self._since, self._paused_seconds, self._waited_seconds = now, 0.0, None
         self.num_updates = 0
         self._amounts.clear()

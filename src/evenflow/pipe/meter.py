@@ -8,6 +8,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.cost.storages import Made
+from evenflow.pipe.devices import gpus_of, num_replicas
+from evenflow.pipe.logs import Logs
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.runs import Runs
 from evenflow.pipe.times import Measured, Times
@@ -26,8 +28,8 @@ class Meter:
     (True, 1)
     """
 
-    def __init__(self, parts: Parts, times: Times, runs: Runs) -> None:
-        self._parts, self._times, self._runs = parts, times, runs
+    def __init__(self, parts: Parts, times: Times, runs: Runs, logs: Logs) -> None:
+        self._parts, self._times, self._runs, self._logs = parts, times, runs, logs
 
     def gather(self, thing: Any) -> list[Any]:
         """Every process's thing (whatever pickle takes), in the order of ranks, on every rank."""
@@ -36,7 +38,7 @@ class Meter:
     @property
     def num_replicas(self) -> int:
         """How many processes hold the same stages: data and tensor ranks."""
-        return self._parts.mesh.data.size * self._parts.mesh.tensor.size
+        return num_replicas(self._parts)
 
     def times(self, num_steps: int) -> Measured:
         """What the last steps took, at most so many, of those that are still known.
@@ -51,18 +53,23 @@ class Meter:
         The peak is the most bytes of tensors that were there at once, the pipeline's own that were there
         before included. On CUDA the allocator tells it, of all that the process holds on its devices. On the
         CPU every kernel is watched, which makes the step slower, and the same to the last bit. What is there
-        after each op of a step is noted, for `Pipeline.last_step`.
+        after each op of a step is noted, for `Pipeline.last_step`. To the hooks of `Pipeline.log_to` such a
+        step is told without its times.
         """
-        devices = {stage.device for stage in self._parts.stages.values()}
-        if all(device.type == "cuda" for device in devices):
-            for device in devices:
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            with self._gauged(lambda: sum(map(torch.cuda.memory_allocated, devices))):
+        with self._logs.watched():
+            return self._watched(act)
+
+    def _watched(self, act: Callable[[], T]) -> tuple[T, int]:
+        gpus = gpus_of(self._parts)
+        if gpus:
+            for gpu in gpus:
+                torch.cuda.synchronize(gpu)
+                torch.cuda.reset_peak_memory_stats(gpu)
+            with self._gauged(lambda: sum(map(torch.cuda.memory_allocated, gpus))):
                 result = act()
-            for device in devices:
-                torch.cuda.synchronize(device)
-            return result, sum(map(torch.cuda.max_memory_allocated, devices))
+            for gpu in gpus:
+                torch.cuda.synchronize(gpu)
+            return result, sum(map(torch.cuda.max_memory_allocated, gpus))
         with Made(torch.device("cpu")) as made, self._gauged(made.held_bytes):
             made.include(tensor for tensor in self._held() if not tensor.is_meta)
             result = act()

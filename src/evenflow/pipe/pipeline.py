@@ -200,17 +200,20 @@ class Pipeline(Restorable):
         batches = self._position.counted(partial(fed, self._parts.mesh.world, loader))
         yield from self._logs.fed(batches)
 
-    def log_to(self, hook: LogHook, *, every: Every = 1, all_ranks: bool = False) -> None:
+    def log_to(self, hook: LogHook, *, every: Every = 1, all_ranks: bool = False) -> Callable[[], None]:
         """Call `hook(step, numbers)` on the main rank for each `every`th update, which `step` counts.
+
+        Returns a function that takes the hook away again.
 
         `every` may also say for which numbers, as a function. Numbers have names: `loss` (of all batches
         since the last update), `grad_norm` where it is known, `learning_rate` (of the main rank's first
         stage; `learning_rate/0`, … where groups differ), `metrics/…`; since the hook was last called,
         evaluations left out, `rows_per_second`, `tokens_per_second` where the loss is a mean over them, and
-        for an update `step_seconds` and, of those, `wait_seconds` for what `feed` yields; of the last step,
-        `bubble/rank0`, `peak_bytes/rank0` and, where it is known, `cap_bytes/rank0` (see docs/training.md).
-        With `all_ranks` those of each rank, and `bubble` over all: then every rank must call this, alike,
-        which else they may. Raises `ConfigError` for a hook that is no function.
+        for an update `step_seconds` and, of those, `wait_seconds` for what `feed` yields; of the last step
+        `bubble/rank0`; of all steps, where it is known, the most memory held, `peak_bytes/rank0`, and what
+        there is, `cap_bytes/rank0` (see docs/training.md). With `all_ranks` those of each rank, and `bubble`
+        over all: then every rank must call this, and take the hook away, alike, which else they may. Raises
+        `ConfigError` for a hook that is no function.
 
         >>> from evenflow.pipe.build import pipeline
         >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
@@ -219,7 +222,7 @@ class Pipeline(Restorable):
         >>> _ = pipe.step(batch)
         1 loss bubble bubble/rank0 peak_bytes/rank0 rows_per_second step_seconds
         """
-        self._logs.add(hook, every, all_ranks=all_ranks)
+        return self._logs.add(hook, every, all_ranks=all_ranks)
 
     # -- looking inside
 
@@ -321,7 +324,7 @@ class Pipeline(Restorable):
     @property
     def meter(self) -> Meter:
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
-        return Meter(self._parts, self._times, self._runs)
+        return Meter(self._parts, self._times, self._runs, self._logs)
 
     @patient("exporting the model")
     def export(self, folder: str | Path) -> None:

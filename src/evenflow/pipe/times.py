@@ -88,13 +88,12 @@ class Times:
         if logs[0].held_bytes:
             self._gauged = self._steps[-1]
 
-    def computed(self, *, is_behind: bool) -> list[tuple[float, float]]:
+    def computed(self) -> list[tuple[float, float]]:
         """(start, end) of what this process computed in its last step, in seconds on its own clock.
 
-        Where its device `is_behind` the host: in the step before, which has ended there or is about to.
+        Waits for a GPU, which may be behind the host, to come to the end of that.
         """
-        step = self._steps[-2 if is_behind and len(self._steps) > 1 else -1]
-        return [each for log in step.logs for each in log.computed]
+        return [each for log in self._steps[-1].logs for each in log.computed]
 
     def last(self, world: World) -> Last:
         """What the last step was, on all ranks; collective. Raises `ConfigError` before the first step.

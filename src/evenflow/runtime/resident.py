@@ -7,8 +7,8 @@ from typing import Literal
 _FIELDS = {"now": "VmRSS:", "most": "VmHWM:"}
 
 
-def resident_bytes(when: Literal["now", "most"]) -> int:
-    """Bytes of this process that are in memory now, or the most that ever were; 0 where nobody tells.
+def resident_bytes(when: Literal["now", "most"]) -> int | None:
+    """Bytes of this process that are in memory now, or the most that ever were; None where nobody tells.
 
     Source: Linux, proc_pid_status(5). (getrusage's maximum begins with that of the process's parent.)
 
@@ -19,4 +19,4 @@ def resident_bytes(when: Literal["now", "most"]) -> int:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(_FIELDS[when]):
                 return int(line.split()[1]) * 1024
-    return 0
+    return None

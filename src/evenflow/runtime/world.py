@@ -20,6 +20,7 @@ from evenflow.runtime.roll_call import RollCall
 from evenflow.runtime.whereabouts import Wait, Whereabouts
 
 _LOG = logging.getLogger(__name__)
+BATCHES = "comparing batches with all ranks"
 
 
 def backend_of(device: torch.device) -> str:
@@ -83,8 +84,11 @@ class World(ABC):
         """Every rank's object, in rank order, on every rank."""
 
     @abstractmethod
-    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
-        """Every rank's (equally many, 64-bit) whole numbers, in rank order, on every rank."""
+    def gather_numbers(self, numbers: list[int], *, doing: str = BATCHES) -> list[list[int]]:
+        """Every rank's (equally many, 64-bit) whole numbers, in rank order, on every rank.
+
+        `doing` says, where a rank is lost meanwhile, what this is for.
+        """
 
     @abstractmethod
     def send(self, tensor: torch.Tensor, target: int) -> None:
@@ -127,7 +131,7 @@ class SingleProcess(World):
     def gather(self, thing: Any) -> list[Any]:
         return [thing]
 
-    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+    def gather_numbers(self, numbers: list[int], *, doing: str = BATCHES) -> list[list[int]]:
         return [numbers]
 
     def send(self, tensor: torch.Tensor, target: int) -> None:
@@ -198,13 +202,13 @@ class ProcessGroupWorld(World):
             dist.all_gather_object(things, thing, group=self.group)
         return things
 
-    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+    def gather_numbers(self, numbers: list[int], *, doing: str = BATCHES) -> list[list[int]]:
         if self.roll_call is not None and 0 < len(numbers) <= self.roll_call.most_numbers:
-            with self._reported("comparing batches with all ranks"):
+            with self._reported(doing):
                 return self.roll_call.gather(numbers)
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         table = mine.new_empty(self.size, len(numbers))
-        with self._reported("comparing batches with all ranks"):
+        with self._reported(doing):
             if backend_of(self.device) == "gloo":
                 # Each tells each at once. Gloo's all_gather goes around a ring: 14 ms in place of 5 for four
                 # ranks on two hosts that are 2 ms apart (measured 2026-11-23).
