@@ -238,7 +238,7 @@ def test_the_version_is_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to train: give a CONFIG.toml, MODULE:FUNCTION, --model FOLDER, or --demo"),
+        ([], "no model is given: name a CONFIG.toml or MODULE:FUNCTION, or give --model FOLDER"),
         (["none.toml"], "cannot read the configuration none.toml: No such file or directory"),
         (["gpt"], "'gpt' names no model: give a CONFIG.toml, MODULE:FUNCTION or FILE.py:FUNCTION"),
         (["none.py:build"], "there is no file none.py to take a model from"),

@@ -1,6 +1,5 @@
 """Meshes: pipelines beside data, tensor and sharded ranks train as one process does."""
 
-import itertools
 import math
 import warnings
 from functools import cache
@@ -94,7 +93,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_meshes_train_as_one_process(num_processes):
     names = [each for each in MESHES if math.prod(MESHES[each]["mesh"].values()) == num_processes]
     ranks = evenflow.launch(table, names, nproc=num_processes)
-    for name, schedule in ((name, each) for name in names for each in run_with(name)):
+    for name, schedule in ranks[0]:
         losses, norms, weights = alone(schedule, MESHES[name]["mesh"]["pp"])
         mine = [rank[name, schedule] for rank in ranks]
         assert len({tuple(found) for found, _, _ in mine}) == 1, f"{name}, {schedule}: not the same on all"
