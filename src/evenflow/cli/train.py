@@ -208,8 +208,8 @@ def _config(flags: Flags) -> RunConfig:
             return read_config(flags.resume / CONFIG)
         case None, None:
             raise ConfigError(
-                "no model is given: name a CONFIG.toml or MODULE:FUNCTION, or give --model FOLDER (evenflow train "
-                "has one of its own too: --demo)"
+                "no model is given: name a CONFIG.toml or MODULE:FUNCTION, or give --model FOLDER (evenflow "
+                "train has one of its own too: --demo)"
             )
         case None, Path() as folder:
             return RunConfig(name=folder.resolve().name, model=FolderModel(folder), data=TextData())
