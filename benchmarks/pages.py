@@ -8,14 +8,14 @@ dragged to and fro, zoomed in so far that half of it can be seen; there are at m
 """
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from chromium import page as opened
+from playwright.sync_api import Page
 
 import evenflow
 from evenflow.bill import bills, of_timeline
@@ -198,16 +198,15 @@ def draw(page: Page, folder: Path, run: Path) -> None:
         page.wait_for_timeout(200)
         page.screenshot(path=folder / "run_page.png")
     page.set_viewport_size({"width": 1280, "height": 780})
-    server = serving(0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    page.goto(address_of(server))
-    page.wait_for_function("document.body.dataset.answered")
-    page.fill("[name=cap]", "5")
-    page.wait_for_function("document.getElementById('command').textContent.includes('--cap 5')")
-    page.wait_for_timeout(300)
-    page.screenshot(path=folder / "playground.png")
-    server.shutdown()
-    server.server_close()
+    with serving(0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.goto(address_of(server))
+        page.wait_for_function("document.body.dataset.answered")
+        page.fill("[name=cap]", "5")
+        page.wait_for_function("document.getElementById('command').textContent.includes('--cap 5')")
+        page.wait_for_timeout(300)
+        page.screenshot(path=folder / "playground.png")
+        server.shutdown()
 
 
 def main() -> None:
@@ -219,15 +218,11 @@ def main() -> None:
         "--run", type=Path, default=Path("runs/train_gpt"), help="the run whose page is drawn"
     )
     arguments = parser.parse_args()
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+    with opened(1280, 900) as page, tempfile.TemporaryDirectory() as folder:
         if arguments.docs is None:
             measure(page, Path(folder))
         else:
             draw(page, arguments.docs, arguments.run)
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,9 @@
 """A headless Chromium for tests of pages: what its console says wrong and what it asks for is kept."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-_FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 class Window:
@@ -51,15 +39,10 @@ class Window:
 
 
 @contextmanager
-def window(width: int = 1300, height: int = 900) -> Iterator[Window]:
+def window() -> Iterator[Window]:
     """A window of a browser of its own; the test is skipped where there is none."""
-    path = next(filter(None, map(shutil.which, _NAMES)), None)
-    if path is None:
+    browser = pytest.importorskip("chromium", reason="needs playwright")
+    if browser.chromium() is None:
         pytest.skip("needs Chromium (Debian: apt install chromium)")
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
-        try:
-            yield Window(browser.new_page(viewport={"width": width, "height": height}))
-        finally:
-            browser.close()
+    with browser.page(1300, 900) as page:
+        yield Window(page)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import notebook
+from pages import blocks_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -50,6 +51,16 @@ def test_two_halves_of_a_transformer(way):
     assert len(shares) == 4
     assert shares[0] < 30
     assert shares[-1] > 90
+
+
+def test_the_script_of_the_tour_gives_two_processes_the_losses_of_one(tmp_path):
+    script = next(
+        each.text for each in blocks_of(EXAMPLES.parent / "docs" / "tour.md") if each.language == "python"
+    )
+    (tmp_path / "train.py").write_text(f"{script}\nprint('losses', [loss.hex() for loss in losses])\n")
+    one, two = (run(way, tmp_path / "train.py").splitlines() for way in ([], TORCHRUN))
+    (losses,) = [line for line in one if line.startswith("losses")]
+    assert [line for line in two if line.startswith("losses")] == [losses, losses]
 
 
 @pytest.fixture

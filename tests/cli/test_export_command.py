@@ -56,7 +56,10 @@ def test_a_schedule_goes_to_torch_and_comes_back(capsys, tmp_path):
         (("export", "mine.csv", "--to", "megatron"), "which says nothing of a model's layers: export a plan"),
         (("export", "none.csv", "--to", "torch"), "cannot read the schedule none.csv"),
         (("export", "none.toml", "--to", "torch"), "cannot read the plan none.toml"),
-        (("export", "mine.csv", "--to", "torch", "-o", "mine.csv"), "name a file that is not there yet"),
+        (
+            ("export", "mine.csv", "--to", "torch", "-o", "mine.csv"),
+            "it exists; name another file, or remove it first",
+        ),
         (
             ("export", "sends.csv", "--to", "torch"),
             "column 2: '0SEND_F0' is communication of torch's",

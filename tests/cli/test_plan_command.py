@@ -35,7 +35,7 @@ def test_a_plan_is_shown_and_written(capsys, tmp_path):
     assert found.prediction.bound_seconds <= found.prediction.step_seconds
     again, _, errors = planned(capsys, "--cluster", "2x RTX 4090", "-o", out)
     assert again == 2
-    assert "name a file that is not there yet" in errors
+    assert "it exists; name another file, or remove it first" in errors
 
 
 SMALL = """

@@ -183,8 +183,8 @@ def test_fewer_devices(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ({"max_restarts": 2}, "--max-restarts needs checkpoints: say --save-every"),
-        ({"resume": Path("runs")}, "--resume needs checkpoints: say --save-every"),
+        ({"max_restarts": 2}, "--max-restarts needs checkpoints, and this run saves none: say --save-every"),
+        ({"resume": Path("runs")}, "--resume needs checkpoints, and this run saves none: say --save-every"),
         ({"save_every": 0}, r"checkpoints\.every = 0 must be at least 1"),
         ({"save_every": 1, "keep_last": 0}, r"checkpoints\.keep_last = 0 must be at least 1"),
         ({"save_every": 1, "max_restarts": -1}, "--max-restarts -1"),

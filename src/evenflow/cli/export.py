@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evenflow.cli.writing import refusing_to_write
+from evenflow.cli.writing import check_new, refusing_to_write
 from evenflow.errors import ConfigError
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file
@@ -19,8 +19,7 @@ def export(source: Path, to: str, out: Path | None, console: Console | None = No
     Raises `ConfigError` for files that cannot be read or written, and for what the system cannot run.
     """
     console = console or Console()
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        raise ConfigError(f"--out {out}: name a file that is not there yet, in a folder that is")
+    check_new("--out", out)
     plan = None
     if source.suffix == ".toml":
         plan = read_plan_file(source)

@@ -298,9 +298,10 @@ def export_command(
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it to a new file.")
     ] = None,
 ) -> None:
-    """Say a saved plan in another system's words: settings to paste, or the order of work for torch.
+    """Say a saved plan in another system's words.
 
-    Nothing is planned anew. What the system cannot run is refused, with every reason.
+    These are settings to paste, or, for torch, the order of work. Nothing is planned anew. What the system
+    cannot run is refused, with every reason.
     """
     from evenflow.cli.export import export
 

@@ -21,6 +21,7 @@ from evenflow.cli.plan_here import plan_here
 from evenflow.cli.source import ModelSource, build
 from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import make_feed, refusing
+from evenflow.cli.writing import check_new
 from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.read import read_cluster
 from evenflow.cluster.short import parse_cluster
@@ -71,8 +72,7 @@ def plan_run(flags: Flags, asked: Asked) -> Plan:
         EvenflowError: The model, the cluster or the levers cannot work as given, or nothing fits.
     """
     out = asked.out
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        raise ConfigError(f"--out {out}: name a file that is not there yet, in a folder that is")
+    check_new("--out", out)
     memory = None if asked.memory is None else parse_bytes(asked.memory)
     console = Console()
     within: Within | None = None

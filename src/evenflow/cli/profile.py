@@ -14,10 +14,10 @@ from rich.text import Text
 from evenflow.cli.source import build
 from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import make_feed, refusing
+from evenflow.cli.writing import check_new
 from evenflow.cost.cache import user_folder
 from evenflow.cost.profile import Profile
 from evenflow.cost_table import LayerTimes, write_layers
-from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter, device_kind
 from evenflow.pipe.recorded import Recorded, recorded
 from evenflow.plan.chain import Chain, Held
@@ -29,8 +29,7 @@ def profile(flags: Flags, *, csv: Path | None) -> None:
     Raises:
         EvenflowError: The model or the data cannot work as given, or the model's code fails.
     """
-    if csv is not None and (csv.exists() or not csv.parent.is_dir()):
-        raise ConfigError(f"--csv {csv}: name a file that is not there yet, in a folder that is")
+    check_new("--csv", csv)
     torch.set_num_threads(1)  # as each rank has
     console = Console()
     with console.status("recording the model") as status:

@@ -163,7 +163,8 @@ def _check_saving(config: RunConfig, flags: Flags) -> None:
     ):
         if asked and config.checkpoints.every is None:
             raise ConfigError(
-                f"{name} needs checkpoints: say --save-every STEPS, or every under [checkpoints]"
+                f"{name} needs checkpoints, and this run saves none: say --save-every STEPS, or every under "
+                "[checkpoints]"
             )
     if flags.resume is not None:
         check_kept(flags.resume, config.training.steps)

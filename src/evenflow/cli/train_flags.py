@@ -8,7 +8,7 @@ import typer
 Demo = Annotated[
     bool,
     typer.Option(
-        "--demo", help="Train the small built-in GPT, which needs no file: half a minute on two CPU cores."
+        "--demo", help="Train the small built-in GPT, which needs no file: under a minute on two CPU cores."
     ),
 ]
 SaveEvery = Annotated[

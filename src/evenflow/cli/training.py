@@ -264,7 +264,7 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
         validation_loss=_validate(pipe, feed),
         items_per_second=run.items_per_second,
         step_seconds=run.step.median,
-        bubble=measured.bubble,
+        bubble=math.fsum(rank.idle for rank in run.ranks) / len(run.ranks),
     )
     folder = folder or _folder(pipe, job)
     pipe.save(folder / "checkpoint")

@@ -7,6 +7,22 @@ from pathlib import Path
 from evenflow.errors import ConfigError
 
 
+def check_new(option: str, path: Path | None) -> None:
+    """Raise `ConfigError` where no new file can be made at what an option names.
+
+    >>> check_new("--out", Path("nowhere/plan.toml"))
+    Traceback (most recent call last):
+      ...
+    evenflow.errors.ConfigError: --out nowhere/plan.toml: there is no folder nowhere; make it first
+    """
+    if path is None:
+        return
+    if path.exists():
+        raise ConfigError(f"{option} {path}: it exists; name another file, or remove it first")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+
+
 @contextlib.contextmanager
 def refusing_to_write(path: Path) -> Iterator[None]:
     """Raise `ConfigError`, naming the file, for an `OSError` of the block that writes it.

@@ -115,6 +115,7 @@
         series: [{ label: "step" }, { label: name, stroke: "#9cc3e5", width: 1, points: { show: number.length < 3 } },
           { label: "mean", stroke: "#0b5394", width: 2, points: { show: false } }],
       }, [number, values, mean(values, width)], place);
+      chart.setLegend({ idx: number.length - 1 });
       new ResizeObserver(() => { if (chart.width !== size().width) chart.setSize(size()); }).observe(place);
     }
   }
