@@ -299,7 +299,7 @@ def test_a_refused_batch_changes_nothing():
 
 
 def test_no_timeline_before_the_first_step():
-    with refused("no step has run yet: there is no timeline to show"):
+    with refused("no step has run yet: there is nothing to show"):
         make().timelines()
 
 

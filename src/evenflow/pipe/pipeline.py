@@ -218,7 +218,7 @@ class Pipeline(Restorable):
         >>> from evenflow.pipe.build import pipeline
         >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
         >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
-        >>> pipe.log_to(lambda step, numbers: print(step, *numbers))
+        >>> _ = pipe.log_to(lambda step, numbers: print(step, *numbers))
         >>> _ = pipe.step(batch)
         1 loss bubble bubble/rank0 peak_bytes/rank0 rows_per_second step_seconds
         """
