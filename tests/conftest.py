@@ -17,10 +17,10 @@ if "EVENFLOW_CACHE" not in os.environ:
 import pytest
 import torch
 
+from forked import launch_by_fork
+
 torch.set_num_threads(1)
 
-
-from forked import launch_by_fork
 
 # How processes begin, end and print is what these are about.
 _BEGUN_IN_THE_ORDINARY_WAY = {

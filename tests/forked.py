@@ -1,7 +1,7 @@
-"""Ranks as processes that begin within milliseconds: they are forked from a server that has imported what they need.
+"""Ranks as processes that begin within milliseconds, forked from a server that has imported what they need.
 
-`launch_by_fork` has `evenflow.launch` begin them so. `run_ranks` is itself the launcher: as under torchrun, the store
-where ranks meet lives in none of them, and torch is told where a rank's error goes.
+`launch_by_fork` has `evenflow.launch` begin them so. `run_ranks` is itself the launcher: as under torchrun,
+the store where ranks meet lives in none of them, and torch is told where a rank's error goes.
 """
 
 import contextlib
