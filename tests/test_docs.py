@@ -74,7 +74,11 @@ def unknown_places(text):
     code = {
         path.relative_to(ROOT) for top in ("src", "tests", "benchmarks") for path in (ROOT / top).rglob("*")
     }
-    ends = {"/".join(path.parts[at:]) for path in code for at in range(len(path.parts))} | {"tests", "docs"}
+    ends = {"/".join(path.parts[at:]) for path in code for at in range(len(path.parts))} | {
+        "src",
+        "tests",
+        "docs",
+    }
     tests = {
         name
         for path in (ROOT / "tests").rglob("test_*.py")
