@@ -71,14 +71,9 @@ INSIDE = [
 
 def unknown_places(text):
     """Files, packages and tests that a page names and that are not there; `my_…` are the reader's own."""
-    code = {
-        path.relative_to(ROOT) for top in ("src", "tests", "benchmarks") for path in (ROOT / top).rglob("*")
-    }
-    ends = {"/".join(path.parts[at:]) for path in code for at in range(len(path.parts))} | {
-        "src",
-        "tests",
-        "docs",
-    }
+    tops = ("src", "tests", "benchmarks", "docs")
+    paths = [path.relative_to(ROOT).parts for top in tops for path in (ROOT / top).rglob("*")]
+    ends = {*tops, *("/".join(parts[at:]) for parts in paths for at in range(len(parts)))}
     tests = {
         name
         for path in (ROOT / "tests").rglob("test_*.py")
