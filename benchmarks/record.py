@@ -17,8 +17,7 @@ import transformers
 import evenflow
 from evenflow.graph.fakes import FakeParameters
 from evenflow.pipe.default_programs import model_loss
-from evenflow.runtime.parameters import Accumulators, parameters_by_name
-from evenflow.runtime.recordings import Leaves, Recordings
+from evenflow.runtime.tracing import Leaves, Tracing
 
 CPU = torch.device("cpu")
 TOKENS = 128
@@ -80,11 +79,9 @@ def measure(name: str, rounds: int) -> None:
     for _ in range(rounds):
         start = time.perf_counter()
         fakes = FakeParameters(model, CPU)
-        accumulators = Accumulators(parameters_by_name(model, fakes.tied), (CPU,), exact=False)
         leaves = Leaves(1 / 32, exact=False, opened=(), atomic=())
-        recordings = Recordings(model, fakes, device=CPU, leaves=leaves, accumulators=accumulators)
-        recordings.look(model_loss)
-        num_nodes = len(recordings.trace(model_loss, {"input_ids": ids, "labels": ids}).chain)
+        tracing = Tracing(model, fakes, device=CPU, leaves=leaves)
+        num_nodes = len(tracing.trace(model_loss, {"input_ids": ids, "labels": ids}).chain)
         seconds.append(time.perf_counter() - start)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

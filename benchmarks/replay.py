@@ -16,7 +16,7 @@ from example_gpt import gpt
 
 import evenflow
 from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.recordings import tensors
+from evenflow.runtime.microbatch import tensors
 
 SHARES = {"default leaves": None, "everything apart": 0.0}
 SIZES = {"vocabulary_size": 64, "max_length": 16, "num_layers": 8, "width": 32, "num_heads": 2}

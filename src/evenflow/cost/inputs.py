@@ -9,13 +9,10 @@ from functools import cached_property
 
 import torch
 
-from evenflow.graph.cut import glue_section
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.template import Template
 from evenflow.graph.tree import BufferSource, ParameterSource, TensorInfo
-from evenflow.runtime.recordings import glue_values
-from evenflow.runtime.rng import Streams
-from evenflow.runtime.work import Work
+from evenflow.runtime.glue import Glue
 
 # Large enough for no product of two to be subnormal, which processors are slow at.
 SPREAD = 0.02
@@ -88,14 +85,4 @@ class Inputs:
         """All that nodes are given and the batch decides."""
         needed = {value for node in self._graph.nodes for value in self.values_of(node)}
         wanted = Template.of_values(sorted(value for value in needed if self.from_batch(value)))
-        work = Work(
-            glue_section(self._graph, wanted.refs),
-            self._graph,
-            self._model,
-            device=self._device,
-            streams=Streams(0, self._device),
-            parameter_of=lambda name, _: self._model.get_parameter(name),
-            places_of=lambda _: [],
-            extra=wanted,
-        )
-        return glue_values(work, self._batch, self._device)
+        return Glue(self._graph, self._model, wanted, self._device).values(self._batch)

@@ -18,7 +18,9 @@ from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError
 from evenflow.ir.placement import Placement
 from evenflow.pipe.sharing import Overlap, overlaps, refuse_changes_between
 from evenflow.runtime.mesh import Mesh
-from evenflow.runtime.recordings import Program, Recordings, describe, tensors
+from evenflow.runtime.microbatch import tensors
+from evenflow.runtime.recordings import Recordings, describe
+from evenflow.runtime.tracing import Program
 from evenflow.runtime.weights import Shares, Weight, shares_of
 
 _FEED = "read on the first rank alone: for batch in pipe.feed(loader)"
@@ -123,7 +125,7 @@ def agree(
             f"ranks {_listed(others)} passed a batch and ranks {_listed(absent)} none: pass the same batch "
             f"on every rank, or {_FEED}"
         )
-    learning = _Learning(recordings, program, learn, weigh)
+    learning = _Learning(recordings, learn, weigh)
     if all(row[0] == _BATCH for row in rows):
         assert mine is not None
         new = {at: item for at, item in enumerate(mine.items) if mine.recordings[at] is None}
@@ -150,12 +152,9 @@ def _attempt(
         if prepared is None:
             return None, None
         items = prepared.items
-        recordings.look(program)
+        recordings.tracing.look(program)
         keys = {form: recordings.key(items[at]) for form, at in _first_of_each(prepared.forms).items()}
-        found = [
-            recordings.find(program, item, keys[form])
-            for item, form in zip(items, prepared.forms, strict=True)
-        ]
+        found = [recordings.find(item, keys[form]) for item, form in zip(items, prepared.forms, strict=True)]
         weights = [
             None if number is None else weigh(number, item) for number, item in zip(found, items, strict=True)
         ]
@@ -170,7 +169,6 @@ def _attempt(
 @dataclass(frozen=True, slots=True)
 class _Learning:
     recordings: Recordings
-    program: Program
     learn: Callable[[Any], int]
     weigh: Weigh
 
@@ -192,13 +190,11 @@ class _Learning:
                     "after others were: what it does must follow from the batch, not from earlier calls"
                 )
             for at, item in waiting.items():
-                known = self.recordings.find(self.program, item)
+                known = self.recordings.find(item)
                 number = self.learn(item) if known is None else known
                 numbers[at], weighed[at] = number, self.weigh(number, item)
             # One that was known may have to be asked again, for what a new one does.
-            waiting = {
-                at: each for at, each in enumerate(items) if self.recordings.find(self.program, each) is None
-            }
+            waiting = {at: each for at, each in enumerate(items) if self.recordings.find(each) is None}
             rounds += 1
         complete = tuple(number for number in numbers if number is not None)
         refuse_changes_between(shared, [self.recordings.entries[number].graph for number in complete])

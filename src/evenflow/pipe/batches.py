@@ -11,7 +11,7 @@ from evenflow.pipe.agree import FED, Agreed, Prepared, agree
 from evenflow.pipe.fixed import refuse_shared_hooks
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.reading import check_loss, check_metrics, check_trainable
-from evenflow.runtime.recordings import Program
+from evenflow.runtime.tracing import Program
 from evenflow.runtime.whereabouts import patiently
 
 
@@ -64,14 +64,14 @@ class Batches:
         """Record a microbatch of a new kind and cut it for the owners that are."""
         recordings = self._parts.recordings
         with patiently(self._parts.mesh.world.whereabouts, "recording a new kind of microbatch"):
-            graph = recordings.trace(program, microbatch)
+            graph = recordings.tracing.trace(program, microbatch)
         if program is self._parts.loss:
             check_loss(graph)
             check_metrics(graph, self._parts.joining)
             if training:
                 check_trainable(graph)
                 self._parts.precision.check(graph, ())
-        number = recordings.add(program, microbatch, recordings.cut_again(graph), self._parts.stages)
+        number = recordings.add(microbatch, recordings.cut_again(graph), self._parts.stages)
         accumulators = self._parts.updater.accumulators
         refuse_shared_hooks(accumulators.uses, accumulators.parameter)
         return number

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
-from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import InputGrad, parts
@@ -47,9 +46,10 @@ from evenflow.runtime.mesh import Mesh, mesh_of
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.offload import Offload
 from evenflow.runtime.parameters import Accumulators
-from evenflow.runtime.recordings import Leaves, Program, Recordings
+from evenflow.runtime.recordings import Recordings
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.tracing import Leaves, Program, Tracing
 from evenflow.runtime.watchdog import TIMEOUT_SECONDS, watched
 from evenflow.runtime.weights import ReductionChoice, Weigher, rows_of
 from evenflow.schedules import catalog
@@ -256,17 +256,19 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     if share is None:
         share = choices.leaf_share(num_stages, compiles=compiling is not None)
     recordings = Recordings(
-        model,
-        fakes,
-        device=own_device,
-        leaves=Leaves(share, exact, (*(split or ()), *again), tuple(atomic)),
+        Tracing(
+            model,
+            fakes,
+            device=own_device,
+            leaves=Leaves(share, exact, (*(split or ()), *again), tuple(atomic)),
+        ),
         accumulators=accumulators,
         compiling=compiling,
         vocabulary=held.vocabulary,
         recompute=Recompute(model, given.recompute, given.plan, tells=grid.world.is_first),
     )
     with types.recording(kind):
-        graph = _recorded(recordings, fakes, program, item, types, joining)
+        graph = _recorded(recordings.tracing, program, item, types, joining)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
     check_alike(cut, programs, grid.world)
     programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
@@ -284,7 +286,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     parameters |= used
     held.put()
     with types.recording(kind):
-        recordings.add(program, item, cut, stages_here)
+        recordings.add(item, cut, stages_here)
     _tell_compiled(model, recordings, programs)
     refuse_shared_hooks(accumulators.uses, accumulators.parameter)
     weigher = Weigher(recordings, reduction)
@@ -339,17 +341,16 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
 
 
 def _recorded(
-    recordings: Recordings,
-    fakes: FakeParameters,
+    tracing: Tracing,
     program: Program,
     item: Any,
     types: Precision,
     joining: Joining,
 ) -> Graph:
     """The program, if it can be trained."""
-    recordings.look(program)
-    graph = recordings.trace(program, item)
+    graph = tracing.trace(program, item)
     check_training(graph, joining)
+    fakes = tracing.fakes
     types.check(graph, ((fakes.names[id(fake)], fake) for _, _, fake in fakes.slots))
     return graph
 

@@ -23,8 +23,8 @@ from evenflow.pipe.snapshot import Snapshot
 from evenflow.pipe.update import Updater
 from evenflow.pipe.whole import Outcome, PlainLoop, run_on_one_stage
 from evenflow.runtime.executor import Job, Result
+from evenflow.runtime.microbatch import tensors
 from evenflow.runtime.parameters import Accumulators, stages_of_parameters
-from evenflow.runtime.recordings import tensors
 from evenflow.runtime.stage import Stage
 
 # Gradients of shared parameters add up in another order, so that their last bits differ.
@@ -242,7 +242,7 @@ class _Check:
         for number, (job, item) in enumerate(zip(self.jobs, self.items, strict=True)):
             before = Snapshot(self.parts.model, [], batch=tensors(item), devices=[self.first.device])
             with self.plain.keyed(number):
-                graph, values = self.parts.recordings.observe(self.parts.loss, item)
+                graph, values = self.parts.recordings.tracing.observe(self.parts.loss, item)
             before.put_back()
             twin = _Twin(job.cut.graph, graph, values)
             found = twin.first_difference({key[1:]: made[key] for key in made if key[0] == number})

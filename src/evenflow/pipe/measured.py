@@ -36,7 +36,7 @@ from evenflow.runtime.hosts import this_host
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.narrowing import Narrowing
-from evenflow.runtime.recordings import Program
+from evenflow.runtime.tracing import Program
 from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World
 

@@ -19,8 +19,9 @@ from evenflow.runtime.joining import Joining
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.narrowing import Narrowing
-from evenflow.runtime.recordings import Program, Recordings
+from evenflow.runtime.recordings import Recordings
 from evenflow.runtime.stage import Stage
+from evenflow.runtime.tracing import Program
 from evenflow.runtime.weights import Weigher
 from evenflow.runtime.world import World
 

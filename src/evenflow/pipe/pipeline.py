@@ -43,7 +43,7 @@ from evenflow.pipe.saver import Saver
 from evenflow.pipe.times import Marks, Times
 from evenflow.runtime.executor import Executor
 from evenflow.runtime.nan_watch import NanWatch
-from evenflow.runtime.recordings import Program
+from evenflow.runtime.tracing import Program
 
 
 class Pipeline(Restorable):

@@ -17,8 +17,9 @@ from evenflow.pipe.deferred import recipes_of
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import refuse_unfit
 from evenflow.plan.chain import Chain
-from evenflow.runtime.parameters import Accumulators, parameters_by_name
-from evenflow.runtime.recordings import Leaves, Program, Recordings, tensors
+from evenflow.runtime.microbatch import tensors
+from evenflow.runtime.parameters import parameters_by_name
+from evenflow.runtime.tracing import Leaves, Program, Tracing
 from evenflow.runtime.weights import rows_of
 
 _FINEST = 8  # ranks
@@ -89,17 +90,11 @@ def recorded(
     refuse_unfit(model, loading=False)
     item = splitter(example).items[0]
     fakes = FakeParameters(model, device)
-    parameters = parameters_by_name(model, fakes.tied)
-    recipes_of(model, parameters, None, seed=seed)  # gives buffers without memory theirs
-    recordings = Recordings(
-        model,
-        fakes,
-        device=device,
-        leaves=Leaves(max_leaf_share, False, (), tuple(atomic)),
-        accumulators=Accumulators(parameters, (device,), exact=False),
-    )
-    recordings.look(loss)
-    graph = recordings.trace(loss, item)
+    recipes_of(
+        model, parameters_by_name(model, fakes.tied), None, seed=seed
+    )  # gives buffers without memory theirs
+    leaves = Leaves(max_leaf_share, exact=False, opened=(), atomic=tuple(atomic))
+    graph = Tracing(model, fakes, device=device, leaves=leaves).trace(loss, item)
     check_loss(graph)
     check_trainable(graph)
     return Recorded(graph, model, tensors(item), rows_of(item) or 1, device)

@@ -12,7 +12,7 @@ import torch
 from evenflow.errors import ConfigError
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.graph import Graph
-from evenflow.runtime.recordings import tensors
+from evenflow.runtime.microbatch import tensors
 
 # (microbatch, place of its tensor, a later microbatch): the later one has a tensor in that one's memory.
 Overlap = tuple[int, int, int]

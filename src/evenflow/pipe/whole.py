@@ -13,9 +13,9 @@ from evenflow.errors import ConfigError
 from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Job, Result, without_graph
 from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.recordings import Program
 from evenflow.runtime.rng import Streams
 from evenflow.runtime.stage import Stage, on
+from evenflow.runtime.tracing import Program
 from evenflow.runtime.work import Work
 
 

@@ -51,6 +51,11 @@ def batch_size(batch: Any) -> int:
     )
 
 
+def tensors(microbatch: Any) -> list[torch.Tensor]:
+    """The tensor leaves of a microbatch, in order."""
+    return [leaf for leaf in pytree.tree_leaves(microbatch) if isinstance(leaf, torch.Tensor)]
+
+
 def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 

@@ -73,7 +73,7 @@ class Stage(torch.nn.Module):
     ) -> None:
         """Run one microbatch forward; if gradients are on, for a backward, in two parts if it `splits`.
 
-        `batch` holds (at least) the tensor leaves that the section needs.
+        For `batch` see `Work.given`.
         """
         with self._current():
             if splits:
@@ -84,10 +84,7 @@ class Stage(torch.nn.Module):
         self, flight: InFlight, batch: Mapping[int, torch.Tensor], step: int, microbatch: int, *, splits: bool
     ) -> None:
         work, section, train = flight.work, flight.work.section, torch.is_grad_enabled()
-        values: dict[int, Any] = {}
-        for leaf, value in section.batch:
-            tensor = batch[leaf].to(self.device, non_blocking=True)
-            values[value] = tensor.clone() if value in section.cloned else tensor
+        values = work.given(batch)
         for source, expected in work.entering:
             for (value, wants), arrived in zip(expected, flight.activations.pop(source), strict=True):
                 assert arrived is not None, "an activation always exists"

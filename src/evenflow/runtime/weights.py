@@ -15,9 +15,9 @@ from evenflow.errors import ConfigError
 from evenflow.graph.reduction import Numbers, Quotient, Reduction, Targets, Total, Unread, read_reduction
 from evenflow.graph.template import Template
 from evenflow.graph.tree import BatchLeaf
-from evenflow.runtime.microbatch import batch_size, place_of_given_count
-from evenflow.runtime.recordings import Recordings, glue_values, tensors
-from evenflow.runtime.work import Work
+from evenflow.runtime.glue import Glue
+from evenflow.runtime.microbatch import batch_size, place_of_given_count, tensors
+from evenflow.runtime.recordings import Recordings
 
 # How a loss function reduces over its microbatch: by name, or as a function of it; None: read it.
 ReductionChoice: TypeAlias = Literal["item-mean", "token-mean", "sum"] | Callable[[Any], Any] | None
@@ -107,7 +107,7 @@ class _Plan:
     unit: Unit
     counted: tuple[Targets | Quotient, ...] = ()
     numbers: tuple[int, ...] = ()
-    work: Work | None = None  # computes what is counted
+    glue: Glue | None = None  # computes what is counted
     more: bool = False  # there is something else in a sum
 
 
@@ -187,9 +187,8 @@ class Weigher:
         counted = tuple(term for term in terms if isinstance(term, Targets | Quotient))
         if counted:
             wanted = [one.target if isinstance(one, Targets) else one.divisor for one in counted]
-            return _Plan(
-                "tokens", counted, work=self._recordings.glue_work(graph, Template.of_values(wanted), _CPU)
-            )
+            glue = Glue(graph, self._recordings.model, Template.of_values(wanted), _CPU)
+            return _Plan("tokens", counted, glue=glue)
         if self._choice == "token-mean":
             if labels_of(microbatch) is None:
                 raise ConfigError(
@@ -209,11 +208,11 @@ class Weigher:
         return _Plan("microbatches" if rows is None else "items")
 
     def _counts(self, plan: _Plan, microbatch: Any) -> tuple[float, ...]:
-        if plan.work is None:
+        if plan.glue is None:
             labels = labels_of(microbatch)
             assert labels is not None, "seen when the plan was made"
             return (int((labels != IGNORED).sum()),)
-        values = glue_values(plan.work, tensors(microbatch), _CPU)
+        values = plan.glue.values(tensors(microbatch))
         return tuple(self._count(one, values) for one in plan.counted)
 
     def _count(self, counted: Targets | Quotient, values: Mapping[int, torch.Tensor]) -> float:

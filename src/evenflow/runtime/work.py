@@ -55,6 +55,7 @@ class Work:
     ) -> None:
         self.section = section
         self.graph = graph
+        self._device, self._is_gpu = device, device.type == "cuda"
         self.parameters = tuple(
             dict.fromkeys(parameter_of(name, node) for node in section.nodes for name in node.parameters)
         )
@@ -76,6 +77,17 @@ class Work:
         self.runs = [*_runs(calls, kept, streams, put_off)]
         self._output = filling(prepare.template(graph.output, None)) if section.needs_output else None
         self.extra = prepare.template(extra, None)
+
+    def given(self, batch: Mapping[int, torch.Tensor] | Sequence[torch.Tensor]) -> dict[int, Any]:
+        """What `run` begins with of a microbatch's tensors: copies of those that the section changes.
+
+        `batch` holds, by place, (at least) the tensor leaves that the section needs.
+        """
+        values: dict[int, Any] = {}
+        for leaf, value in self.section.batch:
+            tensor = batch[leaf].to(self._device, non_blocking=self._is_gpu)
+            values[value] = tensor.clone() if value in self.section.cloned else tensor
+        return values
 
     def run(self, values: dict[int, Any], *, put_off: bool = False) -> None:
         """Run every node; afterwards `values` holds what the section sends and returns.
