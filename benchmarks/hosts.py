@@ -41,10 +41,9 @@ from evenflow.plan.plan import Plan
 from evenflow.plan.planner import describe, plan
 from evenflow.plan.request import Levers, Request, choice_of
 from evenflow.rules import Result, dependencies, results
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links import choose, process_group
 from evenflow.runtime.links.link import Link as RunningLink
-from evenflow.runtime.links.link import Manifest
+from evenflow.runtime.links.link import Manifest, Parcel
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.world import World
 from evenflow.schedules import catalog

@@ -118,8 +118,8 @@ def test_stages_before_the_first_trainable_parameter_run_no_backward(folder):
 def noting(stage, roots):
     whole_walk = stage._walk
 
-    def walk(flight, loss, weight):
-        made = whole_walk(flight, loss, weight)
+    def walk(flight):
+        made = whole_walk(flight)
         roots.append((stage.index, len(made.roots)))
         return made
 

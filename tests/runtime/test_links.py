@@ -21,11 +21,10 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links import process_group
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.layout import Layout
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.process_group import RECEIVES_AHEAD, SENDS_AHEAD, ProcessGroupLink
 from evenflow.runtime.links.rendezvous import Meeting

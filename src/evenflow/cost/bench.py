@@ -86,11 +86,11 @@ class Bench:
 
     def backward(self, flight: InFlight) -> None:
         """Run its backward in one piece."""
-        self._stage.run_backward(flight, loss=None, weight=1.0)
+        self._stage.run_backward(flight)
 
     def input_grad(self, flight: InFlight) -> None:
         """Run the part of its backward that others wait for."""
-        self._stage.run_input_grad(flight, loss=None, weight=1.0)
+        self._stage.run_input_grad(flight)
 
     def weight_grad(self, flight: InFlight) -> None:
         """Run the rest of its backward."""

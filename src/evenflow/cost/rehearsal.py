@@ -95,12 +95,11 @@ class Rehearsal:
                 forward[number], _ = timed(run, self.device)
                 for target in made.sections[number].sends:
                     flights[target].activations[number] = stage.outgoing(flight, target, Payload.ACTIVATION)
-            loss = pytree.tree_leaves(flights[-1].output)[0]
+            flights[-1].loss = pytree.tree_leaves(flights[-1].output)[0]
             flights[-1].output = None
             for number, stage in reversed([*enumerate(stages)]):
-                run = partial(stage.run_backward, flights[number], loss=loss, weight=1.0)
+                run = partial(stage.run_backward, flights[number])
                 backward[number], _ = timed(run, self.device)
-                loss = None  # only the last stage's
                 for target in made.sections[number].gradient_sends:
                     parcel = stage.outgoing(flights[number], target, Payload.GRADIENT)
                     flights[target].gradients[number] = parcel

@@ -17,8 +17,7 @@ import torch
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.costs import Link as LinkCost
 from evenflow.ir.op import Payload, Recv, Send
-from evenflow.runtime.inflight import Parcel
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.world import World
 
 _SMALL, _LARGE = 2**12, 2**23  # bytes; the large one is in no cache

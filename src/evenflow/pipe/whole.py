@@ -100,10 +100,10 @@ def _nothing_recomputed() -> Iterator[None]:
 def run_on_one_stage(stage: Stage, jobs: Sequence[Job], work_of: Callable[[int], Work], step: int) -> None:
     """Replay the recordings of `jobs`, uncut, on a stage of its own; gradients add up in the parameters."""
     for number, job in enumerate(jobs):
-        flight = InFlight(work_of(job.recording))
+        flight = InFlight(work_of(job.recording), job.weight)
         stage.run_forward(flight, job.batch, step=step, microbatch=number)
-        loss, _ = read_loss(flight.output)
-        stage.run_backward(flight, loss=loss, weight=job.weight)
+        flight.loss, _ = read_loss(flight.output)
+        stage.run_backward(flight)
 
 
 def _copied(leaf: Any) -> Any:

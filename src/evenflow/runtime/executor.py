@@ -6,7 +6,7 @@ links carry, `InFlight` holds what is between.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch.utils import _pytree as pytree
@@ -34,8 +34,8 @@ from evenflow.ir.op import (
 )
 from evenflow.runtime.clocks import HostClock, clock_of
 from evenflow.runtime.data_ranks import DataRanks
-from evenflow.runtime.inflight import InFlight, Parcel
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.inflight import InFlight
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.log import Log
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.no_memory import is_out_of_memory
@@ -77,13 +77,6 @@ class Result:
 Reading = Callable[[Any], tuple[torch.Tensor | None, Any]]
 
 
-class _Ends(TypedDict):
-    """Where a backward starts on the last stage: the loss, and the gradient of the step's loss to it."""
-
-    loss: torch.Tensor | None
-    weight: float
-
-
 class Executor:
     """Runs one rank's ops. `results` fills up with the microbatches' outputs where the last stage runs.
 
@@ -118,7 +111,6 @@ class Executor:
         self.log = Log(rank, script.lines, clock)
         self._lines = iter(script.lines)
         self._flights: dict[Key, InFlight] = {}
-        self._losses: dict[int, torch.Tensor | None] = {}  # by microbatch
         self._manifests, self._narrowing, self._data = manifests, narrowing, data
         self._fetches = any(stage.offload is not None for stage in stages.values())
         link.start([(op, self._manifest(op)) for op in script.receives])
@@ -155,7 +147,6 @@ class Executor:
     def drop(self) -> None:
         """Let go of all that is in flight: the step is given up."""
         self._flights.clear()
-        self._losses.clear()
         self.results.clear()
 
     def _execute(self, line: Line) -> None:
@@ -222,11 +213,9 @@ class Executor:
             case Forward(stage, microbatch):
                 self._forward(stage, microbatch)
             case Backward(stage, microbatch):
-                flight = self._flight(stage, microbatch)
-                self.stages[stage].run_backward(flight, **self._ends(flight, microbatch))
+                self.stages[stage].run_backward(self._flight(stage, microbatch))
             case InputGrad(stage, microbatch):
-                flight = self._flight(stage, microbatch)
-                self.stages[stage].run_input_grad(flight, **self._ends(flight, microbatch))
+                self.stages[stage].run_input_grad(self._flight(stage, microbatch))
             case WeightGrad(stage, microbatch):
                 self.stages[stage].run_weight_grad(self._flight(stage, microbatch))
             case _:
@@ -250,21 +239,16 @@ class Executor:
             raise
         if flight.work.section.needs_output:
             loss, rest = self.reading(flight.output)
-            self.results[microbatch] = Result(
-                None if loss is None else loss.detach(), without_graph(rest), job.number
-            )
-            self._losses[microbatch] = loss
-            flight.output = None
-
-    def _ends(self, flight: InFlight, microbatch: int) -> _Ends:
-        loss = self._losses.pop(microbatch, None) if flight.work.section.needs_output else None
-        return {"loss": loss, "weight": self.jobs[microbatch].weight}
+            detached = None if loss is None else loss.detach()
+            self.results[microbatch] = Result(detached, without_graph(rest), job.number)
+            flight.loss, flight.output = loss, None
 
     def _flight(self, stage: int, microbatch: int) -> InFlight:
         key = (stage, microbatch)
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._flights[key] = InFlight(self.jobs[microbatch].works[stage])
+            job = self.jobs[microbatch]
+            flight = self._flights[key] = InFlight(job.works[stage], job.weight)
         return flight
 
     def _arrive(self, op: Recv | Handoff, parcel: Parcel) -> None:

@@ -14,7 +14,7 @@ import torch
 from evenflow.errors import ConfigError
 from evenflow.graph.cut import num_bytes
 from evenflow.graph.tree import TensorInfo
-from evenflow.runtime.inflight import Parcel
+from evenflow.runtime.links.link import Parcel
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from torch.autograd.graph import GradientEdge
 from evenflow.ir.op import Payload
 from evenflow.runtime.backward import Walk, receive, root_of
 from evenflow.runtime.deferral import Deferral
-from evenflow.runtime.inflight import InFlight, Parcel
+from evenflow.runtime.inflight import InFlight
 from evenflow.runtime.kept import kept_as_left
+from evenflow.runtime.links.link import Parcel
 from evenflow.runtime.offload import Away, Offload
 from evenflow.runtime.rng import Streams
 
@@ -145,30 +146,24 @@ class Stage(torch.nn.Module):
                 flight.roots[value] = root_of(tensor)
         return tensor.clone() if value in section.cloned else tensor
 
-    def run_backward(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
-        """Run one microbatch backward from the gradients that arrived and, on the last stage, from the loss.
-
-        `weight` is the gradient of the step's loss with respect to this microbatch's.
-        """
-        if loss is not None and not weight:
-            self._send_zeros(flight, loss)
+    def run_backward(self, flight: InFlight) -> None:
+        """Run one microbatch backward: from gradients that arrived and, on the last stage, from its loss."""
+        if flight.weighs_nothing:
+            self._send_zeros(flight)
         else:
             self.fetch(flight)
-            self._walk(flight, loss, weight).run()
+            self._walk(flight).run()
 
-    def run_input_grad(self, flight: InFlight, *, loss: torch.Tensor | None, weight: float) -> None:
+    def run_input_grad(self, flight: InFlight) -> None:
         """Run the part of `run_backward` that makes gradients for other stages.
 
         What a microbatch that was run forward with `splits` leaves for `run_weight_grad`: the gradients of
         weights that can be put off; where no other stage waits for a gradient, all.
         """
-        if loss is not None and not weight:
-            self._send_zeros(flight, loss)
-        elif flight.work.gives:
-            self.fetch(flight)
-            self._walk(flight, loss, weight).run()
+        if flight.work.gives or flight.weighs_nothing:
+            self.run_backward(flight)
         else:
-            flight.walk = self._walk(flight, loss, weight)
+            flight.walk = self._walk(flight)
 
     def run_weight_grad(self, flight: InFlight) -> None:
         """Run what `run_input_grad` left of a microbatch's backward."""
@@ -179,7 +174,7 @@ class Stage(torch.nn.Module):
             flight.walk.run()
             flight.walk = None
 
-    def _walk(self, flight: InFlight, loss: torch.Tensor | None, weight: float) -> Walk:
+    def _walk(self, flight: InFlight) -> Walk:
         roots: list[GradientEdge] = []
         gradients = []
         for source, expected in flight.work.section.gradient_receives.items():
@@ -189,16 +184,15 @@ class Stage(torch.nn.Module):
                 if gradient is not None and root is not None:
                     roots.append(root)
                     gradients.append(gradient)
-        if loss is not None and (root := root_of(loss)) is not None:
+        if flight.loss is not None and (root := root_of(flight.loss)) is not None:
             roots.append(root)
-            gradients.append(torch.full_like(loss, weight))
-        flight.roots = {}
-        flight.output = None
+            gradients.append(torch.full_like(flight.loss, flight.weight))
+        flight.roots, flight.output, flight.loss = {}, None, None
         return Walk(roots, gradients)
 
-    def _send_zeros(self, flight: InFlight, loss: torch.Tensor) -> None:
+    def _send_zeros(self, flight: InFlight) -> None:
         """The backward of a microbatch that weighs nothing: the mean of no tokens would make it NaN."""
-        walk = self._walk(flight, loss, 0.0)
+        walk = self._walk(flight)
         if walk.roots and flight.work.gives:
             walk.run_to([self._anchor])
             flight.put_off.drop()

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from evenflow.ir.op import Recv, Send
 from evenflow.ir.placement import Placement
-from evenflow.runtime.inflight import Parcel
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 
 
 class LinkByRank(Link):

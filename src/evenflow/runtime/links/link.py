@@ -9,7 +9,9 @@ import torch
 
 from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Recv, Send
-from evenflow.runtime.inflight import Parcel
+
+# What one transfer carries: the edge's values in the section's order; None where a gradient does not exist.
+Parcel = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from evenflow.ir.op import Recv, Send
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.copies import Copied, Copies
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 
 
 class LocalLink(Link):

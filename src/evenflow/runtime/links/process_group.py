@@ -26,9 +26,8 @@ import torch.distributed as dist
 from evenflow.errors import PeerError, ScheduleError
 from evenflow.ir.op import Recv, Send
 from evenflow.ir.placement import Placement
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, empty, pack, unpack
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.links.ways import Way
 from evenflow.runtime.world import backend_of
 

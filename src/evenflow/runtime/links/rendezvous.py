@@ -19,9 +19,8 @@ import torch
 from evenflow.errors import PeerError, ScheduleError
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, pack, unpack
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 
 
 @dataclass(slots=True, eq=False)

@@ -28,9 +28,8 @@ from typing import Any
 from evenflow.errors import ConfigError, PeerError, ScheduleError
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout
-from evenflow.runtime.links.link import Link, Manifest
+from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.links.slots import (
     Form,
     Slot,

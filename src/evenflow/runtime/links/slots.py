@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.runtime.inflight import Parcel
 from evenflow.runtime.links.layout import Layout, unpack
+from evenflow.runtime.links.link import Parcel
 
 _ALIGNMENT_BYTES = 64  # each tensor begins where torch's own would
 _SLOTS_PER_FILE = 16  # a process may have a thousand files open; what nobody has written takes no memory
