@@ -20,6 +20,7 @@ from unsplit import assert_splits, mean_square, mlp, regression, seeded
 
 SPLIT = OWN["straight, split"]
 WIDTH = 4
+CPU = torch.device("cpu")
 
 # -- each function against torch's own
 
@@ -32,7 +33,7 @@ def called(name, *args, **options):
 def grads_of(function, x, parameters, *, put_off: bool):
     """What two microbatches leave: the inputs' gradients, and the parameters'."""
     parameters = [nn.Parameter(each.clone(memory_format=torch.preserve_format)) for each in parameters]
-    deferral, inputs = Deferral(), []
+    deferral, inputs = Deferral(CPU), []
     deferral.learn(parameters, ())
     waiting = []
     for number in range(2):
@@ -191,7 +192,7 @@ def test_a_checkpoint_puts_off_once():
 
         return checkpoint(once_more, x, *parameters, use_reentrant=False)
 
-    deferral, weight, bias = Deferral(), nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+    deferral, weight, bias = Deferral(CPU), nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
     deferral.learn((weight, bias), ())
     x = torch.randn(3, 8)
     with deferral:
@@ -206,8 +207,8 @@ def test_a_checkpoint_puts_off_once():
 
 def test_torch_is_left_as_it_was():
     before = functional.linear, torch.addmm, functional.conv2d
-    other = threading.Thread(target=lambda: Deferral().__exit__(Deferral().__enter__()))
-    with Deferral():
+    other = threading.Thread(target=lambda: Deferral(CPU).__exit__(Deferral(CPU).__enter__()))
+    with Deferral(CPU):
         other.start()
         other.join()
         assert functional.linear is not before[0]
@@ -216,7 +217,7 @@ def test_torch_is_left_as_it_was():
 
 
 def test_what_is_put_off_holds_no_graph():
-    deferral, weight = Deferral(), nn.Parameter(torch.randn(4, 4))
+    deferral, weight = Deferral(CPU), nn.Parameter(torch.randn(4, 4))
     deferral.learn((weight,), ())
     memories = []
     for _ in range(2):

@@ -25,8 +25,9 @@ ParameterOf = Callable[[str, Node], torch.nn.Parameter]
 # Finds (module, attribute) places of a parameter by its first name.
 PlacesOf = Callable[[str], list[tuple[torch.nn.Module, str]]]
 
-# By a node's index: the function (None: its own) and the arguments that it is called with on this rank.
-StandIns = Mapping[int, tuple[Callable[..., Any] | None, Template]]
+# The function (None: its own) and the arguments that a node is called with on this rank.
+StandIn = tuple[Callable[..., Any] | None, Template]
+StandIns = Mapping[int, StandIn]  # by the node's index
 Around = Callable[[], contextlib.AbstractContextManager[object]]
 _Swaps = tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]  # (module, attribute, stand-in)
 

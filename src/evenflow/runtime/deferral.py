@@ -13,20 +13,23 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from evenflow.runtime.products import ADDMM, CONVOLUTION, GROUPED, LINEAR, Kind, put_off
+from evenflow.runtime.products import ADDMM, CONVOLUTION, GROUPED, LINEAR, Product, put_off
 from evenflow.runtime.weight_grads import WeightGrads, is_leaf
 
 _MOST_STEPS = 64  # of the way from a weight to the parameters that it was made of
 
 
 class Deferral:
-    """The parameters of a stage whose gradients are put off, and where those of the running forward go."""
+    """The parameters of a stage whose gradients are put off, and where those of the running forward go.
 
-    def __init__(self) -> None:
+    `device` is the stage's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.into = WeightGrads()
         self._parameters: dict[int, torch.nn.Parameter] = {}  # by id
         self._refused: dict[int, torch.nn.Parameter] = {}
-        self._anchor = torch.empty(0)  # where graphs end (until it is known on which device)
+        self._anchor = torch.empty(0, device=device, requires_grad=True)  # where graphs end
 
     def learn(self, splittable: Iterable[torch.nn.Parameter], others: Iterable[torch.nn.Parameter]) -> None:
         """Take what one more recording says of the stage's parameters; one word against it is enough."""
@@ -46,11 +49,12 @@ class Deferral:
 
     def own(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """The function that puts off what it can, in the place of one of torch's; None for any other."""
-        form = _FORMS.get(function)
-        return None if form is None else partial(form, self, function)
+        read = _READS.get(function)
+        return None if read is None else partial(self.call, read, function)
 
-    def takes(self, x: object, weight: object, bias: object = None) -> bool:
+    def _takes(self, product: Product) -> bool:
         """Whether the gradients of weight and bias are put off."""
+        x, weight, bias = product.x, product.weight, product.bias
         return (
             isinstance(x, torch.Tensor)
             and isinstance(weight, torch.Tensor)
@@ -77,52 +81,36 @@ class Deferral:
                 return True
         return False
 
-    def put_off(
-        self,
-        kind: Kind,
-        stock: Callable[..., torch.Tensor],
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *more: Any,
-    ) -> torch.Tensor:
-        """The product, with the gradients of weight and bias put off."""
-        if self._anchor.device != x.device or not self._anchor.requires_grad:
-            self._anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return put_off(self.into, self._anchor, kind, stock, x, weight, bias, *more)
+    def call(self, read: "_Read", stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
+        """What one of torch's functions makes of these arguments; its weight's gradients put off if so."""
+        found = read(*args, **kwargs)
+        if found is None or not self._takes(found):
+            return stock(*args, **kwargs)
+        return put_off(self.into, self._anchor, stock, found)
 
 
-# -- torch's functions, with torch's own names of arguments, for those who call by name
+# -- how torch's functions read their arguments, under torch's own names, for those who call by name; None for
+# calls of which nothing is put off
 
 
 def _linear(
-    deferral: Deferral,
-    stock: Callable[..., torch.Tensor],
     input: torch.Tensor,  # noqa: A002
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    if not deferral.takes(input, weight, bias):
-        return stock(input, weight, bias)
-    return deferral.put_off(LINEAR, stock, input, weight, bias)
+) -> Product | None:
+    return Product(LINEAR, input, weight, bias)
 
 
 def _addmm(
-    deferral: Deferral,
-    stock: Callable[..., torch.Tensor],
     input: torch.Tensor,  # noqa: A002
     mat1: torch.Tensor,
     mat2: torch.Tensor,
     **scales: Any,
-) -> torch.Tensor:
-    if scales or not deferral.takes(mat1, mat2, input):
-        return stock(input, mat1, mat2, **scales)
-    return deferral.put_off(ADDMM, stock, mat1, mat2, input)
+) -> Product | None:
+    return None if scales else Product(ADDMM, mat1, mat2, input)
 
 
 def _convolution(
-    deferral: Deferral,
-    stock: Callable[..., torch.Tensor],
     input: torch.Tensor,  # noqa: A002
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -130,30 +118,20 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> torch.Tensor:
-    sizes = stride, padding, dilation, groups
-    is_padded, is_batch = isinstance(padding, str), input.dim() == weight.dim()
-    if is_padded or not is_batch or not deferral.takes(input, weight, bias):
-        return stock(input, weight, bias, *sizes)
-    return deferral.put_off(CONVOLUTION, stock, input, weight, bias, *sizes)
+) -> Product | None:
+    if isinstance(padding, str) or input.dim() != weight.dim():  # a single picture has no rows
+        return None
+    return Product(CONVOLUTION, input, weight, bias, (stride, padding, dilation, groups))
 
 
 def _grouped(
-    deferral: Deferral,
-    stock: Callable[..., torch.Tensor],
-    self: torch.Tensor,
-    mat2: torch.Tensor,
-    *,
-    offs: torch.Tensor | None = None,
-    **others: Any,
-) -> torch.Tensor:
-    if offs is None or others or not deferral.takes(self, mat2):
-        return stock(self, mat2, offs=offs, **others)
-    return deferral.put_off(GROUPED, stock, self, mat2, None, offs)
+    self: torch.Tensor, mat2: torch.Tensor, *, offs: torch.Tensor | None = None, **others: Any
+) -> Product | None:
+    return None if offs is None or others else Product(GROUPED, self, mat2, None, (offs,))
 
 
-_Form = Callable[..., torch.Tensor]
-_PLACES: tuple[tuple[Any, str, _Form], ...] = (
+_Read = Callable[..., Product | None]
+_PLACES: tuple[tuple[Any, str, _Read], ...] = (
     (functional, "linear", _linear),
     (torch, "addmm", _addmm),
     (functional, "conv1d", _convolution),
@@ -162,9 +140,9 @@ _PLACES: tuple[tuple[Any, str, _Form], ...] = (
     (torch, "_grouped_mm", _grouped),
 )
 _STOCK = tuple(
-    (module, name, getattr(module, name), form) for module, name, form in _PLACES if hasattr(module, name)
+    (module, name, getattr(module, name), read) for module, name, read in _PLACES if hasattr(module, name)
 )
-_FORMS: Mapping[Callable[..., Any], _Form] = {stock: form for _, _, stock, form in _STOCK}
+_READS: Mapping[Callable[..., Any], _Read] = {stock: read for _, _, stock, read in _STOCK}
 
 
 class _Local(threading.local):
@@ -210,14 +188,14 @@ def _routes() -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]]:
     # It makes tables of torch's functions, and torch imports it whenever it comes to need it.
     importlib.import_module("torch._dynamo")
     return [
-        (module, name, stock, update_wrapper(partial(_routed, form, stock), stock))
-        for module, name, stock, form in _STOCK
+        (module, name, stock, update_wrapper(partial(_routed, read, stock), stock))
+        for module, name, stock, read in _STOCK
     ]
 
 
-def _routed(form: _Form, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
+def _routed(read: _Read, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # as `stock`
     deferral = _LOCAL.deferral
-    return stock(*args, **kwargs) if deferral is None else form(deferral, stock, *args, **kwargs)
+    return stock(*args, **kwargs) if deferral is None else deferral.call(read, stock, *args, **kwargs)
 
 
 _PATCH = _Patch()

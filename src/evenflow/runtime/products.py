@@ -26,7 +26,17 @@ class Kind(NamedTuple):
     is_cast: bool = True  # by autocast
 
 
-class _Product(torch.autograd.Function):
+class Product(NamedTuple):
+    """A call of a product's function: its kind, what it is given, and its further arguments."""
+
+    kind: Kind
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    more: tuple[Any, ...] = ()
+
+
+class _PutOff(torch.autograd.Function):
     """A product whose backward computes the gradient of `x` and puts the rest aside.
 
     The graph ends in `anchor`, an empty leaf that gets no gradient, in the place of the weight.
@@ -37,11 +47,12 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004
-        weights: tuple[torch.Tensor, torch.Tensor | None],
-        rest: tuple[Kind, Callable[..., torch.Tensor], WeightGrads, tuple[Any, ...]],
+        product: Product,
+        stock: Callable[..., torch.Tensor],
+        later: WeightGrads,
     ) -> torch.Tensor:
-        ctx.kind, stock, ctx.later, ctx.more = rest
-        weight, bias = weights
+        ctx.kind, _, weight, bias, ctx.more = product
+        ctx.later = later
         ctx.targets = _target(weight), None if bias is None else _target(bias)
         ctx.dtype, ctx.bias_shape = x.dtype, None if bias is None else bias.shape
         given, used, added = _cast(x, weight, bias) if ctx.kind.is_cast else (x, weight, bias)
@@ -54,28 +65,23 @@ class _Product(torch.autograd.Function):
         assert not torch.is_grad_enabled(), "the gradient of a gradient: such nodes are not put off"
         (grad,) = grads
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         # Without their graphs, which would hold what is put aside in a circle that nobody can break.
         x, weight, grad = (tensor.detach() for tensor in (*ctx.saved_tensors, grad))
         ctx.later.put(ctx.targets, partial(ctx.kind.weight_grads, grad, x, weight, ctx.bias_shape, *ctx.more))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return ctx.kind.input_grad(grad, x, weight, *ctx.more).to(ctx.dtype), None, None, None
+            return None, None, None, None, None
+        return ctx.kind.input_grad(grad, x, weight, *ctx.more).to(ctx.dtype), None, None, None, None
 
 
 def put_off(
-    later: WeightGrads,
-    anchor: torch.Tensor,
-    kind: Kind,
-    stock: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *more: Any,
+    later: WeightGrads, anchor: torch.Tensor, stock: Callable[..., torch.Tensor], product: Product
 ) -> torch.Tensor:
-    """The product, with the gradients of weight and bias put off; `anchor` is a leaf on their device."""
-    rest = (kind, stock, later, more)
-    return _Product.apply(x, anchor, (weight, bias), rest)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
+    """The product by its own function, with the gradients of weight and bias put off.
+
+    `anchor` is a leaf on their device.
+    """
+    return _PutOff.apply(product.x, anchor, product, stock, later)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves `apply` untyped
 
 
 def _target(weight: torch.Tensor) -> Target:

@@ -53,7 +53,7 @@ class Stage(torch.nn.Module):
         self.device = device
         self._current = partial(on, device) if device.type == "cuda" else nullcontext  # `type` takes 10 us
         self.streams = streams
-        self.deferral = Deferral()
+        self.deferral = Deferral(device)
         self._anchor = torch.empty(0, device=device, requires_grad=True)  # where graphs end
         self.buffers_at, self.offload = buffers_at, offload
 

@@ -5,7 +5,7 @@ among its own; ranks add up three numbers for each row, and none ever has all lo
 Source: Shoeybi et al., "Megatron-LM", 2019, section 3.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.graph import Graph, ModuleTarget, Node
 from evenflow.graph.parted_logits import parted_logits, reshapes
 from evenflow.graph.template import Template
+from evenflow.runtime.call import StandIn, StandIns
 from evenflow.runtime.world import World
 
 
@@ -25,11 +26,9 @@ class Vocabulary:
     def __init__(self, world: World, heads: Mapping[str, int]) -> None:
         self._world, self._heads = world, heads
 
-    def stand_ins(
-        self, graph: Graph, nodes: Sequence[Node], model: torch.nn.Module
-    ) -> dict[int, tuple[Callable[..., Any] | None, Template]]:
-        """By index, what takes the place of nodes' functions (None: nothing) and arguments on this rank."""
-        found: dict[int, tuple[Callable[..., Any] | None, Template]] = {}
+    def stand_ins(self, graph: Graph, nodes: Sequence[Node], model: torch.nn.Module) -> StandIns:
+        """What takes the place of nodes on this rank."""
+        found: dict[int, StandIn] = {}
         by_index = {node.index: node for node in nodes}
         for logits in parted_logits(graph, nodes, self._heads):
             head = by_index[logits.head]
