@@ -21,7 +21,8 @@ from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers, Request
 from evenflow.plan.scale import scaled
-from evenflow.runtime.mesh import Mesh
+from evenflow.runtime.mesh import mesh_of
+from evenflow.runtime.world import SingleProcess
 from unsplit import mean_square, mlp, regression, sgd
 
 SHARE = 0.0
@@ -145,5 +146,5 @@ def test_what_a_pipeline_cannot_do_is_refused():
 
 def test_ranks_take_the_devices_that_the_plan_gives_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = choices.devices_of("cuda", Placement.v_shape(2), Mesh.of_one(), [1, 0])
+    devices = choices.devices_of("cuda", Placement.v_shape(2), mesh_of(SingleProcess(), None), [1, 0])
     assert [device.index for device in devices] == [1, 0, 0, 1]

@@ -9,7 +9,7 @@ from evenflow.runtime.clocks import HostClock
 from evenflow.runtime.log import Log
 from evenflow.runtime.script import script
 from evenflow.runtime.stage import Stage
-from evenflow.runtime.straggler import WINDOW_STEPS, Stragglers, Work, work_of
+from evenflow.runtime.straggler import WINDOW_STEPS, Pace, Stragglers, pace_of
 from forked import run_ranks
 from unsplit import mean_square, mlp, regression, sgd
 
@@ -23,7 +23,7 @@ def judged(*windows, planned=None):
             for each in stragglers.judge(
                 WINDOW_STEPS * number,
                 {
-                    rank: Work(seconds, planned[rank] if planned else 0.0)
+                    rank: Pace(seconds, planned[rank] if planned else 0.0)
                     for rank, seconds in enumerate(window)
                 },
             )
@@ -71,7 +71,7 @@ def test_one_rank_alone_is_none():
 
 def test_the_sentence_has_the_numbers():
     stragglers = Stragglers()
-    works = {0: Work(0.1, 0.1), 1: Work(0.3, 0.15)}
+    works = {0: Pace(0.1, 0.1), 1: Pace(0.3, 0.15)}
     (found,) = [each for step in (8, 16, 24) for each in stragglers.judge(step, works)]
     assert found.told("node7") == (
         "rank 1 (node7) is a straggler: it computes for 0.3 s a step, 2.00 times the 0.15 s planned, the "
@@ -85,8 +85,8 @@ def test_work_is_what_was_computed_and_what_of_it_was_planned():
     for slow in (1.0, 1.0, 4.0):
         marks = [(0.0, 0.0, slow), (slow, slow, 9.0), (9.0, 9.0, 9.5), (9.5, 20.0, 20.0 + 2 * slow)]
         logs.append([Log(0, script(ops).lines, HostClock(), marks)])
-    assert work_of(logs, None) == Work(3.0, 0.0)
-    assert work_of(logs, Costs.uniform(2, 0.5, 0.25, 0.5)) == Work(3.0, 1.25)
+    assert pace_of(logs, None) == Pace(3.0, 0.0)
+    assert pace_of(logs, Costs.uniform(2, 0.5, 0.25, 0.5)) == Pace(3.0, 1.25)
 
 
 # -- a real one

@@ -36,13 +36,9 @@ class TensorFiles:
     file_of: Mapping[str, Path]
     no_floats: frozenset[str]
 
-    def reader(self) -> "Reader":
-        """What reads single tensors; to be entered."""
-        return Reader(self)
-
 
 class Reader:
-    """Reads single tensors of a `TensorFiles`; each file is opened when it is first needed."""
+    """Reads single tensors of a `TensorFiles`, once entered; each file is opened when it is first needed."""
 
     def __init__(self, files: TensorFiles) -> None:
         self._files = files

@@ -6,7 +6,7 @@ for what it lacks. Nothing else is written or read, so that what comes from a st
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,3 +127,18 @@ def keys_in(document: Any) -> set[str]:  # JSON
             return {key for value in document for key in keys_in(value)}
         case _:
             return set()
+
+
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of a run's processes as one.
+
+    >>> parts = [{"step": 2, "model": {"a": 1}}, {"step": 2, "model": {"b": 2}}]
+    >>> merged(parts)
+    {'step': 2, 'model': {'a': 1, 'b': 2}}
+    """
+    whole = dict(states[0])
+    for state in states[1:]:
+        for key, value in state.items():
+            if isinstance(value, Mapping):
+                whole[key] = {**whole[key], **value}
+    return whole

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from evenflow.checkpoint.manifest import PLAN, STATE, TABLE, FileRecord, Manifest, write_manifest
-from evenflow.checkpoint.merged import merged
+from evenflow.checkpoint.plain import merged
 from evenflow.checkpoint.whole import appearing, flush
 from evenflow.runtime.world import World
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from evenflow.checkpoint import adapters, huggingface
-from evenflow.checkpoint.files import TensorFiles, open_folder
+from evenflow.checkpoint.files import Reader, TensorFiles, open_folder
 from evenflow.checkpoint.quantised import refuse_quantised
 from evenflow.checkpoint.recipes import Recipe, same_names, shapes_made
 from evenflow.errors import ConfigError
@@ -58,7 +58,7 @@ class Weights:
         A tied parameter comes once for each of its names in the files.
         """
         for source in self._sources:
-            with source.files.reader() as reader:
+            with Reader(source.files) as reader:
                 for recipe, makes in source.recipes:
                     if not any(place in wanted for name in makes for place in source.places.get(name, ())):
                         continue

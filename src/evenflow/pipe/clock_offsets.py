@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from evenflow.runtime.hosts import this_host
+from evenflow.runtime.processes import this_host
 from evenflow.runtime.world import World
 
 _ROUNDS = 16

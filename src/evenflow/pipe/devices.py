@@ -7,7 +7,7 @@ import torch
 
 from evenflow.cost.local_device import memory_bytes_of
 from evenflow.pipe.parts import Parts
-from evenflow.runtime.hosts import this_host
+from evenflow.runtime.processes import this_host
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ from evenflow.plan.recompute import recomputed
 from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
 from evenflow.plan.request import Choice, Request
 from evenflow.runtime.executor import Executor, Job
+from evenflow.runtime.host_memory import resident_bytes
 from evenflow.runtime.no_memory import is_out_of_memory
-from evenflow.runtime.resident import resident_bytes
 from evenflow.runtime.weights import rows_of
 from evenflow.validate import ProvenProgram
 

@@ -15,7 +15,7 @@ import torch
 from evenflow.pipe.devices import fullness, gpus_of, num_replicas, of_each_rank, own_cap_bytes
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.times import Times
-from evenflow.runtime.resident import resident_bytes
+from evenflow.runtime.host_memory import resident_bytes
 
 _UNKNOWN = -1  # among the whole numbers that ranks exchange
 

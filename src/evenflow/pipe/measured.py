@@ -32,10 +32,10 @@ from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_t
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
-from evenflow.runtime.hosts import this_host
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link
 from evenflow.runtime.narrowing import Narrowing
+from evenflow.runtime.processes import this_host
 from evenflow.runtime.tracing import Program
 from evenflow.runtime.weights import rows_of
 from evenflow.runtime.world import World

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evenflow.checkpoint.merged import merged
+from evenflow.checkpoint.plain import merged
 from evenflow.pipe.refuse import refuse_together
 from evenflow.pipe.update import Updater
 from evenflow.runtime.together import Together

@@ -55,7 +55,7 @@ class Mesh:
     def share(self, num_microbatches: int, process: int | None = None) -> range:
         """The microbatches of a step that a process works on, by default this one.
 
-        >>> Mesh.of_one().share(3)
+        >>> mesh_of(SingleProcess(), None).share(3)
         range(0, 3)
         """
         number = self.world.rank if process is None else process
@@ -73,12 +73,6 @@ class Mesh:
                 f"{what} needs a GPU for each process, and NCCL between them: here tensors go over Gloo and "
                 "the host, because processes share a GPU or the group was made for Gloo alone"
             )
-
-    @staticmethod
-    def of_one() -> "Mesh":
-        """The mesh of a single process."""
-        alone = SingleProcess()
-        return Mesh(alone, alone, alone, alone)
 
 
 def mesh_of(world: World, degrees: Mapping[str, int] | None) -> Mesh:

@@ -1,12 +1,14 @@
-"""Processes of this host, as Linux tells of them: in which state one is, and whether it is still the same."""
+"""Processes and their host, as Linux tells of them: in which state one is, and who can reach whom.
+
+Hosts are asked of the running system and its network, for two may have one name.
+"""
 
 import contextlib
 import os
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
-
-from evenflow.runtime.hosts import this_host
 
 _STATES = {
     "T": "is stopped (SIGSTOP, or Ctrl-Z)",
@@ -49,6 +51,22 @@ class Process:
         if found is not None and found[1] == self and self.parent == os.getppid() and self.pid != os.getpid():
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
+
+
+def this_host() -> str:
+    """What ranks have in common that can reach each other's sockets: the running system, and its network.
+
+    Containers of one machine have networks of their own: they count as several hosts. Where the system says
+    neither (it is not Linux) the host's name must do.
+
+    >>> this_host() == this_host()
+    True
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 def this_system() -> str:

@@ -22,7 +22,7 @@ _CHANGE = 1.25  # by which a straggler must become slower to be told of again
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Pace:
     """The median seconds that a rank computed in each of its last steps, and those planned (0: no plan)."""
 
     seconds: float
@@ -38,7 +38,7 @@ class Straggler:
 
     rank: int
     since_step: int
-    work: Work
+    pace: Pace
     is_planned: bool
     ratio: float
     others_ratio: float
@@ -47,7 +47,7 @@ class Straggler:
     def told(self, host: str) -> str:
         """In a sentence.
 
-        >>> print(Straggler(2, 40, Work(0.12, 0.06), True, 2.0, 1.0, ended=True).told("a"))
+        >>> print(Straggler(2, 40, Pace(0.12, 0.06), True, 2.0, 1.0, ended=True).told("a"))
         rank 2 (a) is no straggler any more: it computes for 0.12 s a step, 2.00 times the 0.06 s planned
         """
         if self.ended:
@@ -60,42 +60,42 @@ class Straggler:
     @property
     def _computes(self) -> str:
         said = "planned" if self.is_planned else "that it took at first"
-        times = f"{self.ratio:.2f} times the {self.work.planned_seconds:.3g} s {said}"
-        return f"{self.work.seconds:.3g} s a step, {times}"
+        times = f"{self.ratio:.2f} times the {self.pace.planned_seconds:.3g} s {said}"
+        return f"{self.pace.seconds:.3g} s a step, {times}"
 
 
-def work_of(steps: Sequence[Sequence[Log]], costs: Costs | None) -> Work:
+def pace_of(steps: Sequence[Sequence[Log]], costs: Costs | None) -> Pace:
     """What a rank computed for in some steps, each the logs of its ranks."""
     taken = [sum(end - start for log in logs for start, end in log.computed) for logs in steps]
     planned = 0.0
     if costs is not None:
         ops = [line.op for log in steps[-1] for line in log.lines]
         planned = sum(costs.seconds(op) for op in ops if isinstance(op, ComputeOp))
-    return Work(statistics.median(taken), planned)
+    return Pace(statistics.median(taken), planned)
 
 
 class Stragglers:
     """Judges windows of steps, one after the other."""
 
     def __init__(self) -> None:
-        self._first: list[Mapping[int, Work]] = []
+        self._first: list[Mapping[int, Pace]] = []
         self._slow_since: dict[int, list[int]] = {}  # the windows in a row in which a rank was slow, by steps
         self._told: dict[int, float] = {}  # the ratio to others of those that were told of
 
-    def judge(self, step: int, works: Mapping[int, Work]) -> list[Straggler]:
+    def judge(self, step: int, paces: Mapping[int, Pace]) -> list[Straggler]:
         """What is new after a window that ended with a step, in which each rank worked so.
 
         >>> judge = Stragglers().judge
-        >>> slow = {0: Work(1.0, 1.0), 1: Work(1.1, 1.0), 2: Work(3.0, 1.5)}
+        >>> slow = {0: Pace(1.0, 1.0), 1: Pace(1.1, 1.0), 2: Pace(3.0, 1.5)}
         >>> [straggler.rank for step in (8, 16, 24, 32) for straggler in judge(step, slow)]
         [2]
         """
-        is_planned = all(work.planned_seconds > 0 for work in works.values())
-        planned = {rank: work.planned_seconds for rank, work in works.items()}
-        expected = planned if is_planned else self._expected(works)
-        if expected is None or len(works) < 2 or not all(expected.values()):
+        is_planned = all(pace.planned_seconds > 0 for pace in paces.values())
+        planned = {rank: pace.planned_seconds for rank, pace in paces.items()}
+        expected = planned if is_planned else self._expected(paces)
+        if expected is None or len(paces) < 2 or not all(expected.values()):
             return []
-        ratios = {rank: work.seconds / expected[rank] for rank, work in works.items()}
+        ratios = {rank: pace.seconds / expected[rank] for rank, pace in paces.items()}
         found = []
         for rank, ratio in ratios.items():
             others = statistics.median(each for other, each in ratios.items() if other != rank)
@@ -103,19 +103,19 @@ class Stragglers:
                 continue
             ended = self._noted(rank, step, ratio / others)
             if ended is not None:
-                work = Work(works[rank].seconds, expected[rank])
+                pace = Pace(paces[rank].seconds, expected[rank])
                 since = self._slow_since[rank][0] if not ended else step
-                found.append(Straggler(rank, since, work, is_planned, ratio, others, ended))
+                found.append(Straggler(rank, since, pace, is_planned, ratio, others, ended))
         return found
 
-    def _expected(self, works: Mapping[int, Work]) -> dict[int, float] | None:
+    def _expected(self, paces: Mapping[int, Pace]) -> dict[int, float] | None:
         """What each rank took at first; None while that is still being found out."""
         if len(self._first) <= _NUM_FIRST:
-            self._first.append(works)
+            self._first.append(paces)
             return None
         return {
             rank: statistics.median(first[rank].seconds for first in self._first[1:] if rank in first)
-            for rank in works
+            for rank in paces
         }
 
     def _noted(self, rank: int, step: int, relative: float) -> bool | None:

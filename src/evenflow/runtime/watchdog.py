@@ -37,7 +37,7 @@ from evenflow.runtime.board import board_of
 from evenflow.runtime.log import Log
 from evenflow.runtime.processes import Process, this_process, this_system
 from evenflow.runtime.stacks import place_of, stacks_of
-from evenflow.runtime.straggler import WINDOW_STEPS, Stragglers, Work, work_of
+from evenflow.runtime.straggler import WINDOW_STEPS, Pace, Stragglers, pace_of
 from evenflow.runtime.whereabouts import Whereabouts
 from evenflow.runtime.world import World
 
@@ -127,7 +127,7 @@ class _Watchdog:
         self._place: object = None
         self._since = time.monotonic()
         self._finished: deque[Sequence[Log]] = deque(maxlen=WINDOW_STEPS)
-        self._steps, self._judged, self._work = 0, 0, Work(0.0, 0.0)
+        self._steps, self._judged, self._pace = 0, 0, Pace(0.0, 0.0)
         self._stragglers = Stragglers()
         self._changed: dict[int, tuple[int, float]] = {}  # of each rank: its last beat, and since when
         self._asked: Mapping[int, Beat] = {}  # what the ranks last told, and when they were asked
@@ -220,8 +220,8 @@ class _Watchdog:
             patience=WARMING_PATIENCE if where.is_warming else 1,
             has_left=has_left,
             steps=self._steps,
-            worked_seconds=self._work.seconds,
-            planned_seconds=self._work.planned_seconds,
+            worked_seconds=self._pace.seconds,
+            planned_seconds=self._pace.planned_seconds,
         )
 
     def _line(self) -> str:
@@ -237,15 +237,15 @@ class _Watchdog:
                 self._steps, logs = finished.popleft()
                 self._finished.append(logs)
         if self._steps > steps:
-            self._work = work_of(self._finished, self._where.costs)
+            self._pace = pace_of(self._finished, self._where.costs)
 
     def _judge(self, step: int) -> None:
         """Tell of stragglers, once all ranks have a window of steps behind them."""
         beats = self._beats()
         if len(beats) == self._size and all(beat.steps >= WINDOW_STEPS for beat in beats.values()):
             self._judged = step
-            works = {rank: Work(beat.worked_seconds, beat.planned_seconds) for rank, beat in beats.items()}
-            for found in self._stragglers.judge(step, works):
+            paces = {rank: Pace(beat.worked_seconds, beat.planned_seconds) for rank, beat in beats.items()}
+            for found in self._stragglers.judge(step, paces):
                 _LOG.warning("%s", found.told(beats[found.rank].host))
 
     def _key(self, kind: str, rank: int | None = None) -> str:

@@ -8,7 +8,7 @@ import struct
 import uuid
 from collections.abc import Sequence
 
-from evenflow.runtime.hosts import this_host
+from evenflow.runtime.processes import this_host
 from evenflow.runtime.world import World
 
 _LOG = logging.getLogger(__name__)
