@@ -30,9 +30,9 @@ class Product(NamedTuple):
     """A call of a product's function: its kind, what it is given, and its further arguments."""
 
     kind: Kind
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    x: Any  # these three are whatever the caller gives: tensors, unless it errs
+    weight: Any
+    bias: Any
     more: tuple[Any, ...] = ()
 
 

@@ -8,8 +8,10 @@ happens in the same order on every rank.
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from evenflow.errors import PeerError
 from evenflow.runtime.roll_call import RollCall
-from evenflow.runtime.whereabouts import Wait, Whereabouts
+from evenflow.runtime.whereabouts import Whereabouts, awaited
 
 _LOG = logging.getLogger(__name__)
 BATCHES = "comparing batches with all ranks"
@@ -260,9 +262,9 @@ class ProcessGroupWorld(World):
         self, tensor: torch.Tensor, begin: Callable[[torch.Tensor], "dist.Work | None"], doing: str
     ) -> "Pending":
         """Begin with the tensor itself where the ranks carry such; else bring a copy to the end."""
-        with self._reported(doing) as report:
+        with self._reported(doing):
             if tensor.device.type == self.device.type:
-                return Pending(begin(tensor), report)
+                return Pending(begin(tensor), partial(self._reported, doing))
             carried = tensor.to(self.device)
             work = begin(carried)
             if work is not None:
@@ -273,44 +275,34 @@ class ProcessGroupWorld(World):
     def _named(self, rank: int) -> str:
         return f"rank {self.members[rank]}"
 
-    def _reported(self, doing: str, peer: int | None = None) -> "reported":
-        """What all do together waits for all: from one to another it may go through a third."""
-        ranks = self.members if peer is None else (self.members[peer],)
-        mine = self.members[self.rank]
-        others = tuple(rank for rank in ranks if rank != mine)
-        return reported(mine, doing, others, self.whereabouts)
+    @contextmanager
+    def _reported(self, doing: str, peer: int | None = None) -> Iterator[None]:
+        """Note the wait, and turn torch.distributed's errors into one that says which rank was doing what.
 
-
-class reported:  # noqa: N801 (a context manager, used like a function)
-    """Turn torch.distributed's errors into one that says which rank was doing what, and note its wait."""
-
-    def __init__(
-        self, rank: int, doing: str, others: tuple[int, ...] = (), whereabouts: Whereabouts | None = None
-    ) -> None:
-        self.rank, self.doing = rank, doing
-        self._wait, self._whereabouts = Wait(others, doing), whereabouts
-
-    def __enter__(self) -> "reported":
-        if self._whereabouts is not None:
-            self._whereabouts.counted += 1
-            self._whereabouts.waiting = self._wait
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._whereabouts is not None:
-            self._whereabouts.waiting = None
-        if isinstance(error, RuntimeError | OSError) and not isinstance(error, PeerError):
-            raise PeerError(f"rank {self.rank} lost its peer while {self.doing}: {error}") from error
+        What all do together waits for all: from one to another it may go through a third.
+        """
+        with awaited(self.whereabouts, self.members if peer is None else (self.members[peer],), doing):
+            try:
+                yield
+            except PeerError:
+                raise
+            except (RuntimeError, OSError) as error:
+                mine = self.members[self.rank]
+                raise PeerError(f"rank {mine} lost its peer while {doing}: {error}") from error
 
 
 class Pending:
-    """What ranks do together and have begun; an error of waiting says which rank was doing what, too."""
+    """What ranks do together and have begun; who waits for its end does so as `reported` says."""
 
-    def __init__(self, work: "dist.Work | None" = None, report: reported | None = None) -> None:
-        self._work, self._report = work, report
+    def __init__(
+        self,
+        work: "dist.Work | None" = None,
+        reported: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._work, self._reported = work, reported
 
     def wait(self) -> None:
         """Wait for its end: that tensors have their numbers."""
-        if self._work is not None and self._report is not None:
-            with self._report:
+        if self._work is not None:
+            with self._reported():
                 self._work.wait()
