@@ -149,7 +149,7 @@ def everything(monkeypatch):
 @pytest.mark.parametrize("recompute", [None, "full"])
 def test_buffers_that_change_are_kept_beside_what_leaves(everything, recompute):
     assert_same_step(step(offload="activations", recompute=recompute), step())
-    assert all(stage.num_moved > 0 for stage in everything)
+    assert all(any(stage._free.values()) for stage in everything), "buffers were used"
 
 
 class Walking(nn.Linear):

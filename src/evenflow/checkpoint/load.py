@@ -12,6 +12,7 @@ from evenflow.checkpoint.manifest import STATE, TABLE, Manifest, read_json, read
 from evenflow.checkpoint.plain import keys_in
 from evenflow.checkpoint.save import no_dist_unsaid
 from evenflow.checkpoint.table import DTYPES, Chunk, Saved, from_json
+from evenflow.checkpoint.unfit import listed, misshapen
 from evenflow.errors import ConfigError
 from evenflow.foreign import shown
 
@@ -120,26 +121,20 @@ def misfit(checkpoint: Checkpoint, model: torch.nn.Module, own: Mapping[str, tor
     if not isinstance(held, dict):
         return "its state holds no model"
     shapes = {name: checkpoint.table[key].shape for name in held for key in keys_in(held[name])}
-    faults = [
-        f"{len(each)} {what}: {', '.join(each)}"
-        for what, each in (
-            ("missing from it", sorted(set(own) - set(shapes))),
-            ("unexpected in it", sorted(set(shapes) - names)),
-            (
-                "of another shape",
-                [
-                    f"{name} is {list(shapes[name])} there and {list(parameter.shape)} here"
-                    for name, parameter in own.items()
-                    if name in shapes and shapes[name] != tuple(parameter.shape)
-                ],
-            ),
-        )
-        if each
-    ]
-    if not faults:
-        return None
+    other_shapes = {
+        misshapen(name, shapes[name], parameter.shape)
+        for name, parameter in own.items()
+        if name in shapes and shapes[name] != tuple(parameter.shape)
+    }
+    faults = listed(
+        {
+            "missing from it": set(own) - set(shapes),
+            "unexpected in it": set(shapes) - names,
+            "of another shape": other_shapes,
+        }
+    )
     kinds = f"it is of a {checkpoint.manifest.model}, and the model is a {type(model).__name__}"
-    return f"{kinds}; {'; '.join(faults)}"
+    return f"{kinds}; {faults}" if faults else None
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

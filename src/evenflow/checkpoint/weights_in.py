@@ -15,6 +15,7 @@ from evenflow.checkpoint import adapters, huggingface
 from evenflow.checkpoint.files import Reader, TensorFiles, open_folder
 from evenflow.checkpoint.quantised import refuse_quantised
 from evenflow.checkpoint.recipes import Recipe, same_names, shapes_made
+from evenflow.checkpoint.unfit import listed, misshapen
 from evenflow.errors import ConfigError
 from evenflow.foreign import shown
 
@@ -167,8 +168,8 @@ def _checked(
     filled = {place for name in found for place in places.get(name, ())}
     missing = {name for name, held in places.items() if filled.isdisjoint(held)}
     missing, unexpected = not_forgiven(missing, set(found) - set(places))
-    misshapen = {
-        f"{name} is {list(shape)} there and {list(tensors[place].shape)} here"
+    other_shapes = {
+        misshapen(name, shape, tensors[place].shape)
         for name, shape in found.items()
         for place in places.get(name, ())
         if tensors[place].shape != shape
@@ -181,20 +182,18 @@ def _checked(
         for name in shapes
         if any(tensors[place].is_floating_point() for place in places.get(name, ()))
     }
-    faults = [
-        f"{len(keys)} {what}: {', '.join(sorted(keys))}"
-        for what, keys in (
-            ("missing from the folder", missing),
-            ("unexpected in it", unexpected),
-            ("of another shape", misshapen),
-            ("of whole numbers, flags or codes in the place of weights", of_codes),
-        )
-        if keys
-    ]
+    faults = listed(
+        {
+            "missing from the folder": missing,
+            "unexpected in it": unexpected,
+            "of another shape": other_shapes,
+            "of whole numbers, flags or codes in the place of weights": of_codes,
+        }
+    )
     if faults:
         raise ConfigError(
-            f"load={str(files.folder)!r} does not fit the {type(model).__name__}; "
-            f"{'; '.join(faults)}. Load a folder of the same model, or fill the model yourself "
-            "(from_pretrained, load_state_dict) and leave load= out"
+            f"load={str(files.folder)!r} does not fit the {type(model).__name__}; {faults}. Load a folder "
+            "of the same model, or fill the model yourself (from_pretrained, load_state_dict) and leave "
+            "load= out"
         )
     return Source(files, tuple(zip(recipes, map(tuple, made), strict=True)), places)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from evenflow.graph.fakes import storage_of
-from evenflow.runtime.offload import Away, hooks_allowed
+from evenflow.runtime.offload import Away, Place, hooks_allowed
 
 
 class _Kept:
@@ -49,14 +49,10 @@ def kept_as_left(buffers: Iterable[torch.Tensor], *, others: Away | None = None)
         yield
     copies: dict[int, torch.UntypedStorage] = {}
     for kept in found:
-        tensor = kept.tensor
-        memory = storage_of(tensor)
+        memory = storage_of(kept.tensor)
         if memory not in copies:
-            copies[memory] = tensor.untyped_storage().clone()
-        place = tensor.storage_offset(), tensor.shape, tensor.stride()
-        copy = tensor.new_empty(0).set_(copies[memory], *place)
-        copy = copy.conj() if tensor.is_conj() else copy
-        kept.tensor = torch._neg_view(copy) if tensor.is_neg() else copy  # noqa: SLF001 (torch's only way)
+            copies[memory] = kept.tensor.untyped_storage().clone()
+        kept.tensor = Place.of(kept.tensor).over(copies[memory])
 
 
 _OF_BUFFERS = (

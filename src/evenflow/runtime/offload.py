@@ -17,6 +17,7 @@ import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, final
 
 import numpy as np
@@ -87,18 +88,41 @@ class Offload:
     def __init__(self, device: torch.device, *, least_bytes: float = LEAST_BYTES) -> None:
         self.device, self.least_bytes = device, least_bytes
         self.host: _Host = _OnHost(device) if device.type == "cuda" else _OnCpu()
-        self.num_moved = 0  # memories, so far
         self._free: defaultdict[int, list[_Buffer]] = defaultdict(list)  # by size; made once, used each step
 
     def buffer(self, num_bytes: int) -> _Buffer:
         """A buffer on the host, for one memory."""
-        self.num_moved += 1
         free = self._free[num_bytes]
         return free.pop() if free else self.host.buffer(num_bytes)
 
     def give_back(self, buffer: _Buffer) -> None:
         """Take a buffer that nobody reads any more."""
         self._free[len(buffer)].append(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies in its memory, and how that is read."""
+
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    is_conj: bool
+    is_neg: bool
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "Place":
+        """That of a tensor."""
+        offset = int(tensor.storage_offset())
+        return Place(tensor.dtype, offset, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+
+    def over(self, memory: torch.UntypedStorage) -> torch.Tensor:
+        """The tensor that lies there in another memory."""
+        empty = torch.empty(0, dtype=self.dtype, device=memory.device)
+        tensor = empty.set_(memory, self.offset, self.shape, self.stride)
+        tensor = tensor.conj() if self.is_conj else tensor
+        return torch._neg_view(tensor) if self.is_neg else tensor  # noqa: SLF001 (torch's only way)
 
 
 class _Memory:
@@ -137,8 +161,7 @@ class _Kept:
         self._version = tensor._version  # (torch counts changes in place there)
         self._changed = False
         self._memory: _Memory | None = None
-        self._form = tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
-        self._signs = tensor.is_conj(), tensor.is_neg()
+        self._place = Place.of(tensor)
 
     def leave(self, memories: dict[int, _Memory], offload: Offload) -> _Memory:
         """Let go of the tensor; its memory is copied where no other's with it was."""
@@ -162,12 +185,7 @@ class _Kept:
         if self._tensor is not None:
             return self._tensor
         assert self._memory is not None, "it has left"
-        dtype, *place = self._form
-        empty = torch.empty(0, dtype=dtype, device=self._memory.bring().device)
-        tensor = empty.set_(self._memory.there(), *place)
-        conj, neg = self._signs
-        tensor = tensor.conj() if conj else tensor
-        return torch._neg_view(tensor) if neg else tensor  # noqa: SLF001 (torch's only way)
+        return self._place.over(self._memory.there())
 
 
 @contextlib.contextmanager

@@ -2,23 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 from evenflow.ir.op import (
-    Backward,
     ComputeOp,
     Exchange,
     Forward,
     Handoff,
     InputGrad,
     Op,
-    Overlap,
     Payload,
     Recv,
     ReduceGrads,
     Send,
     Unshard,
-    WeightGrad,
     parts,
 )
 
@@ -59,29 +55,27 @@ def script(ops: Sequence[Op]) -> Script:
     lines = []
     for at, op in enumerate(ops):
         takes: list[Recv] = []
-        for single in _singles(op):
+        for single in singles(op):
             if isinstance(single, Recv):
                 posted.setdefault((single.target, single.microbatch, single.payload), []).append(single)
         for part in parts(op) if isinstance(op, ComputeOp) else ():
             payload = Payload.ACTIVATION if isinstance(part, Forward) else Payload.GRADIENT
             takes += posted.pop((part.stage, part.microbatch, payload), ())
         lines.append(Line(op, tuple(takes), tuple(ends.get(at, ()))))
-    receives = tuple(single for op in ops for single in _singles(op) if isinstance(single, Recv))
+    receives = tuple(single for op in ops for single in singles(op) if isinstance(single, Recv))
     computes = (part for op in ops if isinstance(op, ComputeOp) for part in parts(op))
     split = frozenset((part.stage, part.microbatch) for part in computes if isinstance(part, InputGrad))
     return Script(tuple(lines), receives, split)
 
 
-def _singles(op: Op) -> tuple[Op, ...]:
+def singles(op: Op) -> tuple[Op, ...]:
+    """The transfers of a group, or the op itself."""
     return op.transfers if isinstance(op, Exchange) else (op,)
 
 
 def _touched(op: Op) -> Iterator[Key]:
     """The (stage, microbatch) pairs of this rank that an op touches."""
     match op:
-        case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap():
-            for part in parts(op):
-                yield part.stage, part.microbatch
         case Exchange(transfers):
             for transfer in transfers:
                 yield from _touched(transfer)
@@ -95,4 +89,5 @@ def _touched(op: Op) -> Iterator[Key]:
             yield op.source, op.microbatch
             yield op.target, op.microbatch
         case _:
-            assert_never(op)
+            for part in parts(op):
+                yield part.stage, part.microbatch

@@ -14,6 +14,7 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.op import Exchange, Op, Payload, Send
 from evenflow.runtime.board import Board, Position
 from evenflow.runtime.log import Log
+from evenflow.runtime.script import singles
 from evenflow.runtime.straggler import WINDOW_STEPS
 
 
@@ -146,8 +147,7 @@ def awaited(whereabouts: Whereabouts | None, ranks: Sequence[int], what: str) ->
 
 def _sent_to(op: Op) -> set[int]:
     """The stages that an op sends to."""
-    singles = op.transfers if isinstance(op, Exchange) else (op,)
-    return {single.target for single in singles if isinstance(single, Send)}
+    return {single.target for single in singles(op) if isinstance(single, Send)}
 
 
 def _peers(exchange: Exchange) -> set[int]:
