@@ -16,13 +16,13 @@ from evenflow.pipe import choices, programs
 from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Executor
 from evenflow.runtime.links.local import LocalLink
-from evenflow.runtime.links.rendezvous import Meeting
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.script import script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.weight_grads import WeightGrads
 from evenflow.schedules import catalog
 from own_schedules import OWN
+from rendezvous import Meeting
 from small_models import (
     MODELS,
     NUM_MICROBATCHES,

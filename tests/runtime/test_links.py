@@ -27,9 +27,9 @@ from evenflow.runtime.links.layout import Layout
 from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.process_group import RECEIVES_AHEAD, SENDS_AHEAD, ProcessGroupLink
-from evenflow.runtime.links.rendezvous import Meeting
 from evenflow.runtime.links.ways import ways
 from evenflow.runtime.world import ProcessGroupWorld
+from rendezvous import Meeting
 
 CPU = torch.device("cpu")
 

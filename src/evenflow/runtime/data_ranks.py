@@ -24,8 +24,6 @@ Settled: TypeAlias = Callable[[str, torch.nn.Parameter], torch.Tensor | None]
 class DataRanks(ABC):
     """What the replicas of this process's stages do together, in each step."""
 
-    rank = 0
-
     @abstractmethod
     def expect(self, order: Sequence[int]) -> None:
         """A step begins, in which stages are to be summed in this order, alike on all ranks."""
@@ -154,7 +152,6 @@ class Replicated(DataRanks):
         settled: Settled,
     ) -> None:
         self._world, self._parameters, self._late, self._settled = world, parameters, late, settled
-        self.rank = world.rank
         self._updater = _dealt(parameters, world.size) if shares_states else {}
         self._turns = Turns()
         self._sums: list[Sum] = []
