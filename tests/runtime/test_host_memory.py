@@ -10,9 +10,13 @@ from evenflow.launcher import launch
 from evenflow.runtime.host_memory import keep_freed_memory
 
 
-def faults_of_large_tensors(keep: bool) -> int:
-    if keep:
-        assert keep_freed_memory()
+def by_default_and_kept() -> tuple[int, int]:
+    by_default = faults_of_large_tensors()
+    assert keep_freed_memory()
+    return by_default, faults_of_large_tensors()
+
+
+def faults_of_large_tensors() -> int:
     torch.zeros(3, 2**23)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
@@ -23,5 +27,5 @@ def faults_of_large_tensors(keep: bool) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other rules")
 def test_freed_memory_is_used_again():
-    by_default, kept = (launch(faults_of_large_tensors, keep, nproc=1)[0] for keep in (False, True))
+    ((by_default, kept),) = launch(by_default_and_kept, nproc=1)
     assert kept < by_default / 4

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -246,22 +247,23 @@ def process_links() -> dict[str, Callable[[], Link]]:
     }
 
 
-def run_all_on_process() -> dict[str, Received | str]:
-    """What each process of a pair does: every scenario, on a link of its own."""
+def run_all_on_process() -> dict[str, Any]:
+    """What each process of a pair does: every scenario, on a link of its own, and what comes below."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found: dict[str, Received | str] = {}
+    found: dict[str, Any] = {}
     for kind, link in process_links().items():
         for name, steps in SCENARIOS.items():
             found[f"{kind}: {name}"] = run_rank(link(), dist.get_rank(), steps)
         for name, ranks in GROUPS.items():
             received = run_group_rank(link(), dist.get_rank(), ranks[dist.get_rank()])
             found[f"{kind}: group: {name}"] = received
-    return found
+    found["held"] = send_many()
+    return found | {f"under way: {backend}": watch_receives(backend) for backend in ("gloo", "nccl")}
 
 
 @cache
-def results_of_processes() -> list[dict[str, Received]]:
+def results_of_processes() -> list[dict[str, Any]]:
     return launch(run_all_on_process, nproc=2)
 
 
@@ -505,7 +507,6 @@ def test_a_parcel_is_the_receivers_own():
 
 def send_many() -> list[int]:
     """How many of the tensors that were sent are still held, after each send and at the end."""
-    dist.init_process_group("gloo")
     rank, number = dist.get_rank(), 8
     link = ProcessGroupLink(CPU, Placement.linear(2))
     transfers = [Transfer(0, 1, microbatch, (numbers(1000),)) for microbatch in range(number)]
@@ -529,7 +530,7 @@ def send_many() -> list[int]:
 
 
 def test_what_has_left_is_let_go_of():
-    alive = launch(send_many, nproc=2)[0]
+    alive = results_of_processes()[0]["held"]
     assert max(alive) == SENDS_AHEAD
     assert alive[-1] == 0
 
@@ -570,30 +571,28 @@ def test_a_lost_peer_is_named_with_rank_and_op(tmp_path, kind, role, op):
 
 def watch_receives(backend: str) -> list[tuple[int, bool]]:
     """Of each of three steps, how many receives rank 1 has under way at once, and whether on their way."""
-    dist.init_process_group("gloo")
-    process_group.backend_of = lambda _: backend
-    own = two_ways()
-    link = ProcessGroupLink(CPU, Placement.linear(2), ways=own)
-    groups, irecv = [], dist.irecv
-    process_group.dist.irecv = lambda *args, group: groups.append(group) or irecv(*args, group=group)
+    own, groups, irecv, found = two_ways(), [], dist.irecv, []
     there = [Transfer(0, 1, i, (numbers(4),)) for i in range(6)]
-    found = []
-    for _ in range(3):
-        groups.clear()
-        if dist.get_rank() == 0:
-            run_rank(link, 0, [there])
-            continue
-        link.start([(each.recv, each.manifest) for each in there])
-        number = len(groups)
-        for each in there:
-            link.post(each.recv)
-            link.take(each.recv)
-        link.finish()
-        found.append((number, all(group is own[0, 1] for group in groups)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group, "backend_of", lambda _: backend)
+        patch.setattr(dist, "irecv", lambda *args, group: groups.append(group) or irecv(*args, group=group))
+        link = ProcessGroupLink(CPU, Placement.linear(2), ways=own)
+        for _ in range(3):
+            groups.clear()
+            if dist.get_rank() == 0:
+                run_rank(link, 0, [there])
+                continue
+            link.start([(each.recv, each.manifest) for each in there])
+            number = len(groups)
+            for each in there:
+                link.post(each.recv)
+                link.take(each.recv)
+            link.finish()
+            found.append((number, all(group is own[0, 1] for group in groups)))
     return found
 
 
 @pytest.mark.parametrize(("backend", "ahead"), [("gloo", RECEIVES_AHEAD), ("nccl", 0)])
 def test_receives_are_posted_ahead_on_gloo_alone_each_on_its_way(backend, ahead):
     # In the first step no layout is known.
-    assert launch(watch_receives, backend, nproc=2)[1] == [(0, True), (ahead, True), (ahead, True)]
+    assert results_of_processes()[1][f"under way: {backend}"] == [(0, True), (ahead, True), (ahead, True)]

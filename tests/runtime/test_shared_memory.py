@@ -354,9 +354,21 @@ def refuse(*_):
     raise PermissionError("no memory files here")
 
 
+RINGS = {
+    (None, None): [SharedMemoryLink] * 3,
+    (2, None): [LinkByRank, LinkByRank, ProcessGroupLink],
+    (None, 1): [ProcessGroupLink] * 3,
+}
+
+
+def rings() -> list[tuple[str, float]]:
+    """What `ring` finds, in each of the cases."""
+    dist.init_process_group("gloo")
+    return [ring(*case) for case in RINGS]
+
+
 def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
     """Each of three ranks hands its number to the next; one is on another host, or cannot make slots."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         if rank == elsewhere:
@@ -376,22 +388,29 @@ def ring(elsewhere: int | None, lacking: int | None) -> tuple[str, float]:
     return type(link).__name__, found[0]
 
 
-@pytest.mark.parametrize(
-    ("elsewhere", "lacking", "kinds"),
-    [
-        (None, None, [SharedMemoryLink] * 3),
-        (2, None, [LinkByRank, LinkByRank, ProcessGroupLink]),
-        (None, 1, [ProcessGroupLink] * 3),
-    ],
-)
-def test_ranks_of_one_host_share_memory_and_others_do_not(elsewhere, lacking, kinds):
-    found = launch(ring, elsewhere, lacking, nproc=3)
-    assert found == [(kind.__name__, number) for kind, number in zip(kinds, (2.0, 0.0, 1.0), strict=True)]
+def test_ranks_of_one_host_share_memory_and_others_do_not():
+    for found, kinds in zip(zip(*launch(rings, nproc=3), strict=True), RINGS.values(), strict=True):
+        names = [kind.__name__ for kind in kinds]
+        assert list(found) == list(zip(names, (2.0, 0.0, 1.0), strict=True))
+
+
+CHOICES = {
+    ("auto", None): ("SharedMemoryLink", "over shared memory"),
+    ("auto", 1): ("ProcessGroupLink", "over torch.distributed"),
+    ("shared-memory", None): ("SharedMemoryLink", "over shared memory"),
+    ("shared-memory", 1): ("link='shared-memory' needs all ranks on the CPUs of one host", ""),
+    ("torch", None): ("ProcessGroupLink", "over torch.distributed"),
+}
+
+
+def all_chosen() -> list[tuple[str, str]]:
+    """What `chosen` finds, in each of the cases."""
+    dist.init_process_group("gloo")
+    return [chosen(*case) for case in CHOICES]
 
 
 def chosen(choice: str, elsewhere: int | None) -> tuple[str, str]:
     """The kind of link that a choice gives, or what is said against it; and what the log names."""
-    dist.init_process_group("gloo")
     noted = []
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == elsewhere:
@@ -404,19 +423,10 @@ def chosen(choice: str, elsewhere: int | None) -> tuple[str, str]:
     return found, " ".join(noted)
 
 
-@pytest.mark.parametrize(
-    ("choice", "elsewhere", "kind", "said"),
-    [
-        ("auto", None, "SharedMemoryLink", "over shared memory"),
-        ("auto", 1, "ProcessGroupLink", "over torch.distributed"),
-        ("shared-memory", None, "SharedMemoryLink", "over shared memory"),
-        ("shared-memory", 1, "link='shared-memory' needs all ranks on the CPUs of one host", ""),
-        ("torch", None, "ProcessGroupLink", "over torch.distributed"),
-    ],
-)
-def test_a_link_can_be_asked_for_and_the_log_names_it(choice, elsewhere, kind, said):
-    first, second = launch(chosen, choice, elsewhere, nproc=2)
-    assert first[0].startswith(kind)
-    assert second[0].startswith(kind)
-    assert said in first[1]
-    assert not second[1], "one rank tells"
+def test_a_link_can_be_asked_for_and_the_log_names_it():
+    ranks = zip(*launch(all_chosen, nproc=2), strict=True)
+    for case, (first, second), (kind, said) in zip(CHOICES, ranks, CHOICES.values(), strict=True):
+        assert first[0].startswith(kind), case
+        assert second[0].startswith(kind), case
+        assert said in first[1], case
+        assert not second[1], "one rank tells"
