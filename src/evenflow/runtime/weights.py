@@ -7,7 +7,7 @@ Which of them the loss function is, its recording says (`graph.reduction`) or th
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, assert_never
 
 import torch
 
@@ -100,15 +100,54 @@ def _shares(amounts: Sequence[float | None]) -> tuple[float, ...]:
     return tuple(amount / total for amount in known)
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How the microbatches of one recording are weighed."""
+# -- the ways in which a microbatch of one recording is weighed
 
-    unit: Unit
-    counted: tuple[Targets | Quotient, ...] = ()
-    numbers: tuple[int, ...] = ()
-    glue: Glue | None = None  # computes what is counted
-    more: bool = False  # there is something else in a sum
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """As the user's function says."""
+
+    function: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Summed:
+    """The loss is a sum; `more`: and something else, which every microbatch adds again."""
+
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Tokens, as terms of the loss count them; `glue` computes what is counted."""
+
+    terms: tuple[Targets | Quotient, ...]
+    glue: Glue
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """Tokens: labels that are not left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Elementwise:
+    """So many numbers, of each term."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _ByRows:
+    """Rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Nothing is known to count."""
+
+
+_Way: TypeAlias = _Given | _Summed | _Counted | _Labelled | _Elementwise | _ByRows | _Alike
 
 
 class Weigher:
@@ -116,7 +155,7 @@ class Weigher:
 
     def __init__(self, recordings: Recordings, choice: ReductionChoice) -> None:
         self._recordings, self._choice = recordings, choice
-        self._plans: dict[int, _Plan] = {}  # by recording
+        self._ways: dict[int, _Way] = {}  # by recording
 
     def of_loss(self, number: int, microbatch: Any) -> Weight:
         """What this microbatch of recording `number` counts for in the step's loss.
@@ -124,19 +163,26 @@ class Weigher:
         Raises `ConfigError` where that cannot be told.
         """
         rows = rows_of(microbatch)
-        choice = self._choice
-        if callable(choice):
-            return Weight("given weights", (_given(choice, microbatch),), rows)
-        if choice == "sum":
-            return Weight("sums", (1,), rows)
-        if choice == "item-mean":
-            return Weight("items", (batch_size(microbatch),), rows)
-        plan = self._plan(number, microbatch)
-        if plan.unit == "tokens":
-            return Weight("tokens", self._counts(plan, microbatch), rows)
-        if plan.unit == "items":
-            return Weight("items", (batch_size(microbatch),), rows)
-        return Weight(plan.unit, plan.numbers or (1,), rows)
+        match self._way(number, microbatch):
+            case _Given(function):
+                return Weight("given weights", (_given(function, microbatch),), rows)
+            case _Summed():
+                return Weight("sums", (1,), rows)
+            case _Counted(terms, glue):
+                values = glue.values(tensors(microbatch))
+                return Weight("tokens", tuple(self._count(one, values) for one in terms), rows)
+            case _Labelled():
+                labels = labels_of(microbatch)
+                assert labels is not None, "seen when the way was found"
+                return Weight("tokens", (int((labels != IGNORED).sum()),), rows)
+            case _Elementwise(numbers):
+                return Weight("numbers", numbers, rows)
+            case _ByRows():
+                return Weight("items", (batch_size(microbatch),), rows)
+            case _Alike():
+                return Weight("microbatches", (1,), rows)
+            case way:
+                assert_never(way)
 
     def of_rows(self, number: int, microbatch: Any) -> Weight:
         """What a microbatch counts for where nothing is a loss: its rows."""
@@ -144,76 +190,74 @@ class Weigher:
         return Weight("microbatches" if rows is None else "items", (rows or 1,), rows)
 
     def describe(self, number: int, microbatch: Any) -> str:
-        """How the step's loss is put together, for people."""
-        match self.of_loss(number, microbatch).unit:
-            case "tokens":
-                plan = self._plan(number, microbatch)
-                if any(isinstance(one, Quotient) for one in plan.counted):
-                    return "mean over tokens (the sum's divisor)"
-                where = "targets of its cross-entropy" if plan.counted else "labels of the batch"
-                return f"mean over tokens ({where}, without {IGNORED})"
-            case "numbers" | "items":
-                return "mean over items (rows)"
-            case "sums":
-                return "sum over microbatches"
-            case "given weights":
+        """How the step's loss is put together, for people. Raises as `of_loss` does."""
+        self.of_loss(number, microbatch)
+        match self._way(number, microbatch):
+            case _Given():
                 return "mean with the weights that reduction= gives"
-            case _:
+            case _Summed():
+                return "sum over microbatches"
+            case _Counted(terms) if any(isinstance(one, Quotient) for one in terms):
+                return "mean over tokens (the sum's divisor)"
+            case _Counted():
+                return f"mean over tokens (targets of its cross-entropy, without {IGNORED})"
+            case _Labelled():
+                return f"mean over tokens (labels of the batch, without {IGNORED})"
+            case _Elementwise() | _ByRows():
+                return "mean over items (rows)"
+            case _Alike():
                 return "mean over microbatches, each counted alike"
+            case way:
+                assert_never(way)
 
     def guesses(self, number: int, microbatch: Any) -> bool:
         """Whether tokens are counted in labels, some of them ignored, for want of the loss's own count."""
-        if callable(self._choice) or self._choice in {"sum", "item-mean"}:
-            return False
-        plan, labels = self._plan(number, microbatch), labels_of(microbatch)
-        unseen = plan.unit == "tokens" and not plan.counted
+        labels = labels_of(microbatch)
+        unseen = isinstance(self._way(number, microbatch), _Labelled)
         return unseen and labels is not None and labels.dim() > 1 and bool((labels == IGNORED).any())
 
     def sums_more(self, number: int, microbatch: Any) -> bool:
         """Whether the loss was read as a sum and something else, which every microbatch adds again."""
-        return self._choice is None and self._plan(number, microbatch).more
+        way = self._way(number, microbatch)
+        return isinstance(way, _Summed) and way.more
 
-    def _plan(self, number: int, microbatch: Any) -> _Plan:
-        if number not in self._plans:
-            self._plans[number] = self._made(number, microbatch)
-        return self._plans[number]
+    def _way(self, number: int, microbatch: Any) -> _Way:
+        if number not in self._ways:
+            self._ways[number] = self._found(number, microbatch)
+        return self._ways[number]
 
-    def _made(self, number: int, microbatch: Any) -> _Plan:
-        graph = self._recordings.entries[number].graph
+    def _found(self, number: int, microbatch: Any) -> _Way:
+        if callable(self._choice):
+            return _Given(self._choice)
+        if self._choice == "sum":
+            return _Summed()
+        if self._choice == "item-mean":
+            return _ByRows()
+        graph, model = self._recordings.entries[number].graph, self._recordings.model
         rows, given = rows_of(microbatch), place_of_given_count(microbatch)
-        terms: tuple[Reduction, ...] = read_reduction(
-            graph, self._recordings.model, rows=rows, given_count=given
-        )
+        terms: tuple[Reduction, ...] = read_reduction(graph, model, rows=rows, given_count=given)
         counted = tuple(term for term in terms if isinstance(term, Targets | Quotient))
         if counted:
             wanted = [one.target if isinstance(one, Targets) else one.divisor for one in counted]
-            glue = Glue(graph, self._recordings.model, Template.of_values(wanted), _CPU)
-            return _Plan("tokens", counted, glue=glue)
+            return _Counted(counted, Glue(graph, model, Template.of_values(wanted), _CPU))
+        has_labels = labels_of(microbatch) is not None
         if self._choice == "token-mean":
-            if labels_of(microbatch) is None:
+            if not has_labels:
                 raise ConfigError(
                     "reduction='token-mean': the loss function calls no cross_entropy that averages, and "
                     "the batch has no whole numbers named 'labels' to count; give a function that returns "
                     "how many tokens of a microbatch the loss counts: reduction=lambda microbatch: …"
                 )
-            return _Plan("tokens")
+            return _Labelled()
         numbers = tuple(term.count for term in terms if isinstance(term, Numbers))
         if numbers:
-            return _Plan("numbers", numbers=numbers)
+            return _Elementwise(numbers)
         uses = {graph.values[ref].source for node in graph.nodes for ref in node.inputs}
         if Total() in terms or (given is not None and BatchLeaf(given) in uses):
-            return _Plan("sums", more=Unread() in terms)
-        if labels_of(microbatch) is not None:
-            return _Plan("tokens")
-        return _Plan("microbatches" if rows is None else "items")
-
-    def _counts(self, plan: _Plan, microbatch: Any) -> tuple[float, ...]:
-        if plan.glue is None:
-            labels = labels_of(microbatch)
-            assert labels is not None, "seen when the plan was made"
-            return (int((labels != IGNORED).sum()),)
-        values = plan.glue.values(tensors(microbatch))
-        return tuple(self._count(one, values) for one in plan.counted)
+            return _Summed(more=Unread() in terms)
+        if has_labels:
+            return _Labelled()
+        return _Alike() if rows is None else _ByRows()
 
     def _count(self, counted: Targets | Quotient, values: Mapping[int, torch.Tensor]) -> float:
         if isinstance(counted, Quotient):
