@@ -2,6 +2,12 @@
 
 It is one `match` over ops with one span around each. It knows the order and nothing else: stages compute,
 links carry, `InFlight` holds what is between.
+
+    Recv      link -> in flight
+    Forward   in flight -> stage -> in flight, and on the last stage the loss
+    Send      in flight -> link
+    Backward  in flight -> stage -> in flight; or its parts, InputGrad and WeightGrad
+    Handoff   in flight -> in flight, of two stages that this rank has
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
