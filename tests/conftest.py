@@ -27,7 +27,6 @@ _BEGUN_IN_THE_ORDINARY_WAY = {
     "test_launcher",
     "test_training_run",
     "test_restarts",
-    "test_host_memory",
     "test_pages",
 }
 
