@@ -100,7 +100,7 @@ def slows_down(rank, folder):
         example=regression(),
         num_microbatches=2,
         optimizer=sgd,
-        timeout=0.4,  # the watchdog looks at steps twenty times within it
+        timeout=1.0,  # the watchdog looks at steps twenty times within it
     )
     whole = Stage.run_forward
 
@@ -114,7 +114,7 @@ def slows_down(rank, folder):
     told = folder / "stderr0"
     Stage.run_forward = slower([0.002, 0.002])
     for step in range(1000):
-        if step == 60:
+        if step == 100:
             Stage.run_forward = slower([0.002, 0.02])
         stop = "is a straggler" in told.read_text() if rank == 0 else None
         if pipe._parts.mesh.world.share(stop, source=0):
@@ -131,4 +131,4 @@ def test_a_rank_that_becomes_slow_is_told_of_once_on_the_main_rank(tmp_path):
     assert "times the" in line
     assert "that it took at first, the other ranks for" in line
     assert ended[1].printed == ""
-    assert 60 < int((tmp_path / "step0").read_text()) < 999
+    assert 100 < int((tmp_path / "step0").read_text()) < 999
