@@ -53,7 +53,7 @@ def test_it_is_the_best_of_all(shape, part):
         if best is None:
             assert isinstance(found, DoesNotFitError), seed
             assert found.is_proven
-            assert found.needed_bytes / found.kind.cap_bytes == near(least_ratio), seed
+            assert found.needed_bytes / found.cap_bytes == near(least_ratio), seed
             num_infeasible += 1
         else:
             assert check_told(problem, found) == near(best), seed
@@ -71,7 +71,7 @@ def test_the_heuristic_for_looped_stages_never_claims_too_much(part, monkeypatch
         found = partition_or_error(problem)
         if isinstance(found, DoesNotFitError):
             assert best is None or not found.is_proven, seed
-            assert found.needed_bytes / found.kind.cap_bytes >= least_ratio * (1 - ROUNDING)
+            assert found.needed_bytes / found.cap_bytes >= least_ratio * (1 - ROUNDING)
             num_missed += best is not None
         else:
             most = check_told(problem, found)[0]
@@ -125,7 +125,7 @@ def test_what_lacks_is_told():
         r"there is \(every partition has a rank that lacks as much\); use more ranks, ",
     ) as caught:
         partition(problem)
-    assert (caught.value.rank, caught.value.kind, caught.value.needed_bytes) == (1, small, 15.0)
+    assert (caught.value.rank, caught.value.kind, caught.value.needed_bytes) == (1, small.name, 15.0)
 
 
 def test_too_few_places_says_how_many_there_are():

@@ -7,10 +7,11 @@ from chains import language_model
 
 from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
+from evenflow.plan.choice import describe
 from evenflow.plan.plan import positions_in
 from evenflow.plan.plan_file import read_plan, read_plan_file, write_plan
-from evenflow.plan.planner import describe, plan
-from evenflow.plan.request import Levers, Request, choice_of
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers, Request
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_a_plan_is_read_as_it_was_written(made):
 
 
 def test_a_plan_tells_how_it_recomputes(made):
-    choice = choice_of(read_plan(write_plan(made[0])))
+    choice = read_plan(write_plan(made[0])).choice
     assert choice.recompute == "full"
     assert describe(choice).endswith(", full recomputation")
 

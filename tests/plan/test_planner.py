@@ -13,12 +13,13 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
+from evenflow.plan.choices import choices
 from evenflow.plan.expected import expected
 from evenflow.plan.fit import at_cuts, fitted
 from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, fully_sharded, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
-from evenflow.plan.planner import NoPlanError, choices, plan
+from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.price import chain_for, lower_bound, price
 from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.rank_memory import TrainingState, rank_memory
@@ -111,14 +112,7 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     for rank, peak in enumerate(peaks):
         assert 0 < peak.activations <= held[rank] * (1 + 1e-9)
         own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
-        need = rank_memory(
-            own,
-            peak,
-            asked.state,
-            data_ranks=choice.data,
-            sharding=choice.sharding,
-            gathers_nodes=choice.gathers_nodes,
-        )
+        need = rank_memory(own, peak, asked.state, choice)
         assert need == found.ranks[rank].memory
         assert need.allocated <= found.ranks[rank].cap_bytes == memory
 
@@ -155,9 +149,7 @@ def with_experts(of, *, weight: int):
 
 
 def test_experts_go_over_devices_where_one_cannot_hold_them():
-    asked = request(
-        boxes(*["H100"] * 4, memory=4e7), levers=Levers(max_tensor=1, pipeline=1, sharding="none")
-    )
+    asked = request(boxes(*["H100"] * 4, memory=4e7), levers=Levers(tensor=1, pipeline=1, sharding="none"))
     asked = replace(asked, chain_of=with_experts(asked.chain_of, weight=8))
     assert plan(asked).degrees.expert == 4
     with pytest.raises(NoPlanError):

@@ -8,10 +8,10 @@ from evenflow.cluster.cluster import Cluster, Host
 from evenflow.cluster.device import Device
 from evenflow.ir.costs import Link
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.fit import at_cuts, groups_of
-from evenflow.plan.plan import Degrees
 from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.plan.scale import in_proportion
 
 NUM_NODES, RANKS, MICROBATCHES = 12, 4, 16

@@ -24,12 +24,12 @@ from evenflow.ir.costs import Link
 from evenflow.ir.schedule import Schedule
 from evenflow.pipe.parts import Parts
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.fit import Fit, at_cuts, groups_of
-from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory, TrainingState
 from evenflow.plan.recompute import recomputed
 from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.no_memory import is_out_of_memory
 from evenflow.runtime.resident import resident_bytes

@@ -30,12 +30,9 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
     ...     flops=(1.0, 1.0),
     ...     seconds={"cpu": Seconds((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))},
     ...     saved=(Held(8.0, (0, 1), 0), Held(50.0, (1,))),
-    ...     kept=(),
-    ...     parameters=(),
     ...     forward_transient_bytes=(0.0, 4.0),
     ...     backward_transient_bytes=(2.0, 0.0),
     ...     cut_bytes=(0.0, 8.0),
-    ...     legal=(True, True),
     ...     handed=(Handed(8.0, 0, (1,)),),
     ... )
     >>> again = recomputed(chain, [1])
@@ -99,6 +96,12 @@ def backward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]
     return tuple(found)
 
 
+def transients(chain: Chain) -> tuple[float, ...]:
+    """The most that each node allocates in its forward or its backward, wherever the chain is cut."""
+    whole = (chain, 0, chain.num_nodes)
+    return tuple(map(max, forward_transients(*whole), backward_transients(*whole)))
+
+
 def parted_bytes(chain: Chain, start: int, end: int) -> float:
     """What a stage's first region is given by its own first part, which a cut leaves to the stage before."""
     if start == 0 or None in (chain.again_bytes[start - 1], chain.again_bytes[start]):
@@ -130,10 +133,7 @@ def all_worthwhile(chain: Chain) -> tuple[int, ...]:
     """The nodes that "full" recomputation recomputes: all regions that hold less for it, else single nodes.
 
     >>> times = Seconds((1.0,) * 3, (1.0,) * 3, (1.0,) * 3)
-    >>> zeros = (0.0,) * 3
-    >>> chain = Chain(
-    ...     ("a", "b", "c"), 1, zeros, {"cpu": times}, (Held(9.0, (1,)),), (), (), *[zeros] * 3, (True,) * 3
-    ... )
+    >>> chain = Chain(("a", "b", "c"), 1, (0.0,) * 3, {"cpu": times}, saved=(Held(9.0, (1,)),))
     >>> all_worthwhile(chain)
     (1,)
     """

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from evenflow.ir.costs import ROUNDING
 from evenflow.ir.placement import Placement
 from evenflow.plan.chain import Chain
-from evenflow.plan.fit import at_cuts
+from evenflow.plan.fit import Fit, at_cuts
 from evenflow.plan.partition import partition
 from evenflow.plan.price import Priced, chain_for, priced_fit
 from evenflow.plan.problem import Kind, PartitionProblem
@@ -33,7 +33,7 @@ def refined(request: Request, priced: Priced) -> Priced:
     refiner = _Refiner(request, priced)
     found = refiner.descended(priced)
     if priced.choice.stages_per_rank > 1:
-        even = refiner.at(_even(refiner.chain, priced))
+        even = refiner.at(_even(refiner.chain, priced.fit))
         if even is not None:
             found = min(found, refiner.descended(even), key=lambda each: each.step_seconds)
     return found
@@ -46,7 +46,7 @@ class _Refiner:
         self.chain = recomputed(chain_for(request, priced.choice), priced.recompute)
         self._request = request
         self._start = priced
-        self._tries_left = _MOST_OPS // sum(map(len, priced.schedule.ranks))
+        self._tries_left = _MOST_OPS // sum(map(len, priced.fit.schedule.ranks))
         # Of each kind of device: what all nodes before one take.
         self._before = {
             kind: (0.0, *accumulate(seconds.total)) for kind, seconds in self.chain.seconds.items()
@@ -55,7 +55,7 @@ class _Refiner:
     def at(self, positions: tuple[int, ...]) -> Priced | None:
         """The choice with these cuts; None where it does not fit, or where enough was tried."""
         start = self._start
-        fit = at_cuts(self._request, start.choice, self.chain, positions, start.groups)
+        fit = at_cuts(self._request, start.choice, self.chain, positions, start.fit.groups)
         if self._tries_left <= 0 or max(fit.over_bytes) > 0:
             return None
         self._tries_left -= 1
@@ -69,7 +69,7 @@ class _Refiner:
 
     def _shorter(self, than: Priced) -> Priced | None:
         seconds = than.step_seconds * (1 - ROUNDING)
-        for positions in _moves(than.positions, self.chain.legal):
+        for positions in _moves(than.fit.positions, self.chain.legal):
             if self._tries_left <= 0:
                 return None
             if self._least_seconds(positions) < seconds:
@@ -80,13 +80,13 @@ class _Refiner:
 
     def _least_seconds(self, positions: Sequence[int]) -> float:
         """What the most loaded rank computes in a step: no schedule is shorter."""
-        start = self._start
+        start = self._start.fit
         loads = [0.0] * len(start.groups)
         bounds = (0, *positions, self.chain.num_nodes)
         for rank, (first, end) in zip(start.schedule.placement.rank_of, pairwise(bounds), strict=True):
             before = self._before[start.groups[rank].kind]
             loads[rank] += before[end] - before[first]
-        return max(loads) * start.choice.num_microbatches
+        return max(loads) * self._start.choice.num_microbatches
 
 
 def _moves(positions: Sequence[int], legal: Sequence[bool]) -> Iterator[tuple[int, ...]]:
@@ -106,12 +106,10 @@ def _moves(positions: Sequence[int], legal: Sequence[bool]) -> Iterator[tuple[in
                         yield tuple(places[at] for at in moved)
 
 
-def _even(chain: Chain, priced: Priced) -> tuple[int, ...]:
+def _even(chain: Chain, fit: Fit) -> tuple[int, ...]:
     """Where to cut so that the longest stage is as short as can be."""
-    kinds = tuple(
-        Kind(priced.groups[rank].kind, chain.seconds[priced.groups[rank].kind].total)
-        for rank in priced.schedule.placement.rank_of
-    )
+    on_ranks = [Kind(group.kind, chain.seconds[group.kind].total) for group in fit.groups]
+    kinds = tuple(on_ranks[rank] for rank in fit.schedule.placement.rank_of)
     return partition(
         PartitionProblem(Placement.linear(len(kinds)), kinds, chain.legal, chain.cut_bytes)
     ).positions

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from evenflow.cluster.cluster import Cluster
 from evenflow.errors import EvenflowError
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice
 from evenflow.plan.fit import Fit, at_cuts, fitted
 from evenflow.plan.recompute import all_worthwhile, recomputed
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.plan.scale import in_proportion
 from evenflow.plan.scheduled import schedule_of
 from evenflow.schedules import catalog

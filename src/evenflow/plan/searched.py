@@ -67,7 +67,7 @@ class _Attempt:
         start = self.start
         try:
             order = best_on(
-                start.schedule.placement,
+                start.fit.schedule.placement,
                 start.choice.num_microbatches,
                 self.costs,
                 time_budget_seconds=budget_seconds,
@@ -77,7 +77,7 @@ class _Attempt:
             return None
         order = replace(_with_backwards(order, in_two=self.in_two), name=catalog.AUTO)
         choice = replace(start.choice, schedule=catalog.AUTO)
-        fit = at_cuts(request, choice, self.chain, start.positions, start.groups, schedule=order)
+        fit = at_cuts(request, choice, self.chain, start.fit.positions, start.fit.groups, schedule=order)
         return priced_fit(request, choice, start.recompute, fit) if max(fit.over_bytes) <= 0 else None
 
 
@@ -85,16 +85,17 @@ def _attempts(request: Request, found: Sequence[Priced]) -> Iterator[_Attempt]:
     """What may be searched for: each cut of a few ops once, with either kind of backwards."""
     seen = set()
     for start in found:
-        placement, number = start.schedule.placement, start.choice.num_microbatches
-        key = start.choice.degrees, placement, number, start.positions, start.recompute
+        cut, number = start.fit, start.choice.num_microbatches
+        placement = cut.schedule.placement
+        key = start.choice.degrees, placement, number, cut.positions, start.recompute
         is_long = 3 * placement.num_stages * number > _MOST_OPS
         if placement.num_ranks == 1 or is_long or key in seen:
             continue
         seen.add(key)
         chain = recomputed(chain_for(request, start.choice), start.recompute)
         for in_two in (False, True):
-            schedule = _with_backwards(start.schedule, in_two=in_two)
-            fit = at_cuts(request, start.choice, chain, start.positions, start.groups, schedule=schedule)
+            schedule = _with_backwards(cut.schedule, in_two=in_two)
+            fit = at_cuts(request, start.choice, chain, cut.positions, cut.groups, schedule=schedule)
             costs = _searchable(fit, in_two=in_two)
             try:
                 bounds = lower_bounds(instance_of(placement, number, costs))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from evenflow.ir.costs import ROUNDING
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice
 from evenflow.plan.fit import Fit, at_cuts, fitted, groups_of
 from evenflow.plan.recompute import Unit, by_worth, cheapest_to_hold, recomputed
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 
 _ROUNDS = 3  # of cutting; more hardly change anything
 _SETTLED = 1e-3  # a rank whose slowness changes by less is cut for
