@@ -20,7 +20,10 @@ def check_size(num_ranks: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One machine: its devices in the order of its ranks, and the link between any two of them."""
+    """One machine: its devices in the order of its ranks, and the link between any two of them.
+
+    Raises `ConfigError` for one without a device.
+    """
 
     devices: tuple[Device, ...]
     link: Link

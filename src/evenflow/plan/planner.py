@@ -75,6 +75,16 @@ def plan(
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
+
+    >>> from evenflow.cluster.short import parse_cluster
+    >>> from evenflow.plan.chain import Seconds
+    >>> from evenflow.plan.request import Levers
+    >>> ones = (1.0,) * 8
+    >>> chain = Chain(tuple("abcdefgh"), 1, ones, {"H100": Seconds(ones, ones, ones)})
+    >>> levers = Levers(pipeline=2, stages_per_rank=1, schedule="1f1b")
+    >>> asked = Request(lambda rows: chain, (1,), parse_cluster("2xH100"), 8, 64.0, 1.0, levers=levers)
+    >>> [(stage.first, stage.num_nodes) for stage in plan(asked).stages]
+    [('a', 4), ('e', 4)]
     """
     search, start = _Search(request), time.perf_counter()
     for seen in search.run():
@@ -96,11 +106,22 @@ def _step_seconds(priced: Priced) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Open:
+    """A choice, and the savings of memory that are left to try with it: sharding, recomputation."""
+
     choice: Choice
     chain: Chain
-    savings: tuple[tuple[Sharding, Recompute], ...]  # that are left to try: sharding, recomputation
-    told: Expected | None = None  # of the choice, where it has one of them
+    savings: tuple[tuple[Sharding, Recompute], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """A choice with one of the savings, what it is likely to take, and what is left to try beside it."""
+
+    choice: Choice
+    chain: Chain
+    told: Expected
+    left: _Open
 
 
 class _Search:
@@ -114,7 +135,7 @@ class _Search:
         self.bound_seconds = math.inf
         self._request = request
         self._order = itertools.count()
-        self._queue: list[tuple[bool, float, int, _Candidate]] = []  # (does not fit, seconds, ...)
+        self._queue: list[tuple[bool, float, int, _Open | _Saving]] = []  # (does not fit, seconds, ...)
         self._nearest: tuple[float, Choice, DoesNotFitError] | None = None
         self._refusal: EvenflowError | None = None
         chains: dict[tuple[int, int, int, int], Chain] = {}
@@ -139,9 +160,9 @@ class _Search:
         except ConfigError as error:  # too few places to cut, or a schedule that can't serve these sizes
             self._refusal = self._refusal or error
         else:
-            self._push(_Candidate(choice, chain, tuple(self._savings(choice))), seconds)
+            self._push(_Open(choice, chain, tuple(self._savings(choice))), seconds)
 
-    def _push(self, candidate: _Candidate, seconds: float, *, fits: bool = True) -> None:
+    def _push(self, candidate: _Open | _Saving, seconds: float, *, fits: bool = True) -> None:
         heapq.heappush(self._queue, (not fits, seconds, next(self._order), candidate))
 
     @property
@@ -156,14 +177,15 @@ class _Search:
             lacks, seconds, _, candidate = heapq.heappop(self._queue)
             if self.found and (lacks or seconds >= self.best_seconds):
                 return
-            if candidate.told is not None:
-                self._price(candidate, candidate.told)
-            else:
-                self._save(candidate)
-                seen += 1
+            match candidate:
+                case _Open():
+                    self._save(candidate)
+                    seen += 1
+                case _Saving():
+                    self._price(candidate)
             yield seen
 
-    def _save(self, candidate: _Candidate) -> None:
+    def _save(self, candidate: _Open) -> None:
         """Put a choice back with each of the savings that may fit, up to the first that has room."""
         for number, (sharding, recompute) in enumerate(candidate.savings, 1):
             degrees = replace(candidate.choice.degrees, sharding=sharding)
@@ -181,13 +203,13 @@ class _Search:
                 self._refusal = self._refusal or error
                 return
             else:
-                left = candidate.savings[number:] if told.is_roomy else ()
-                self._push(_Candidate(choice, chain, left, told), told.seconds, fits=told.fits)
+                left = replace(candidate, savings=candidate.savings[number:] if told.is_roomy else ())
+                self._push(_Saving(choice, chain, told, left), told.seconds, fits=told.fits)
                 # To gather node by node hides the sums of gradients, with or without room.
                 if told.is_roomy and (degrees.pipeline > 1 or sharding == "fsdp"):
                     return
 
-    def _price(self, candidate: _Candidate, told: Expected) -> None:
+    def _price(self, candidate: _Saving) -> None:
         choice = candidate.choice
         try:
             priced = price(self._request, choice, candidate.chain)
@@ -200,10 +222,10 @@ class _Search:
             is_same = choice.recompute == "selective" and not priced.recompute  # as "none"
             if not is_same or self._request.levers.recompute is not None:
                 self.found.append(priced)
-            if max(priced.fit.load_seconds) <= told.load_seconds * _MARGIN:
+            if max(priced.fit.load_seconds) <= candidate.told.load_seconds * _MARGIN:
                 return
         # Memory has a say in the cut after all: the next saving may give back more than it costs.
-        self._save(candidate)
+        self._save(candidate.left)
 
     def _note(self, choice: Choice, error: DoesNotFitError) -> None:
         share = error.needed_bytes / error.cap_bytes

@@ -20,6 +20,8 @@ class TrainingState:
     - `update_bytes`: for each element, while the optimizer steps (temporaries of its fused loops).
     - `gradient_bytes`: for each byte of the parameter: 1 where gradients have its type, 2 for fp32 gradients
       of bf16 weights.
+
+    >>> adamw_with_masters = TrainingState(optimizer_bytes=12.0, update_bytes=4.0, gradient_bytes=2.0)
     """
 
     optimizer_bytes: float = 8.0

@@ -17,6 +17,9 @@ class Levers:
     """What the user has decided; None where the planner decides.
 
     The planner itself goes over up to 8 tensor ranks and 64 expert ranks, and no context ranks.
+
+    >>> Levers(pipeline=4, schedule="1f1b").data is None
+    True
     """
 
     pipeline: int | None = None
@@ -62,6 +65,8 @@ class Request:
       device; where a kind is not named, its memory's speed decides.
     - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
     - `limits`: what may be chosen at all; anything where there are none.
+
+    Raises `ConfigError` for a batch without a row, and for no size of a microbatch. `planner.plan` answers.
     """
 
     chain_of: Callable[[int], Chain]
