@@ -240,7 +240,7 @@ def test_a_selective_plan_recomputes_as_little_as_fits():
     choice = replace(next(iter(choices(asked))), recompute="selective")
     chain = chain_for(asked, choice)
     found = price(asked, choice, chain)
-    assert 0 < len(found.recompute) < 8
+    assert 0 < len(found.fit.again) < 8
     fewer = replace(choice, recompute="none")
     with pytest.raises(DoesNotFitError):
         price(asked, fewer, chain)
@@ -274,7 +274,8 @@ def test_ranks_that_hold_most_recompute_most(name, memory, head):
     asked = request(boxes(*["H100"] * 4, memory=memory), levers=levers, num_blocks=24, head=head)
     choice = replace(next(iter(choices(asked))), recompute="selective")
     chain = chain_for(asked, choice)
-    nodes, fit = fitted_selectively(asked, choice, chain)
+    fit = fitted_selectively(asked, choice, chain)
+    nodes = fit.again
     assert max(fit.over_bytes) <= 0
     again = [sum(stage.start <= node < stage.end for node in nodes) for stage in fit.stages]
     own = [sum(again[stage] for stage in fit.schedule.placement.stages_on(rank)) for rank in range(4)]

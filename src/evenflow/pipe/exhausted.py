@@ -37,6 +37,7 @@ from evenflow.runtime.weights import rows_of
 from evenflow.validate import ProvenProgram
 
 _NUM_LARGEST = 5
+_NUM_REMEDIES = 3
 _SAFE = 0.9  # of what there is, or of what was planned where that was too little: what a remedy may need
 _FLOPS_PER_SECOND = 1e12  # of a device that nobody knows: remedies are told relative to what runs
 
@@ -210,13 +211,11 @@ class _Estimate:
         most, seconds = peak_bytes(self.now, alone=alone), step_seconds(self.now, alone=alone)
         room = _SAFE * min(_limit_bytes(self._device), most)
         beside = self._device.type == "cuda" and not self._offloads
-        found = remedies(
-            *(self.request, self.choice, self.chain, self.now, room), alone=alone, offloads=beside
-        )
+        found = remedies(self.request, self.choice, self.now, room, alone=alone, offloads=beside)
         if found:
             who = "all ranks together need" if alone else "the fullest rank needs"
             yield f"what would help, estimated; now {who} {told_bytes(most)}:"
-        for each in found:
+        for each in found[:_NUM_REMEDIES]:
             yield (
                 f"  {each.what}: {told_bytes(each.peak_bytes)}, and a step takes "
                 f"{each.step_seconds / seconds:.2f} times as long"

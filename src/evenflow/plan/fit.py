@@ -20,7 +20,7 @@ from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.rank_memory import RankMemory, rank_memory
-from evenflow.plan.recompute import transients
+from evenflow.plan.recompute import again_nodes, transients
 from evenflow.plan.request import Request
 from evenflow.plan.scheduled import in_flight, in_flight_of, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.shared import shared_seconds
@@ -56,11 +56,12 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A cut, the schedule's costs with it, and what each rank needs. `groups[rank]` has its devices.
+    """A chain that is cut, the schedule's costs with it, and what each rank needs.
 
-    `shared_seconds` are a step's for parameters that several ranks use.
+    `groups[rank]` has a rank's devices; `shared_seconds` are a step's for parameters that several ranks use.
     """
 
+    chain: Chain
     positions: tuple[int, ...]
     groups: tuple[Group, ...]
     schedule: Schedule
@@ -81,6 +82,11 @@ class Fit:
     def load_seconds(self) -> tuple[float, ...]:
         """What each rank computes for one microbatch."""
         return tuple(sum(stage.seconds for stage in self.stages_on(rank)) for rank in range(len(self.groups)))
+
+    @property
+    def again(self) -> tuple[int, ...]:
+        """The nodes that are recomputed, ascending."""
+        return again_nodes(self.chain)
 
     def stages_on(self, rank: int) -> list[StageCost]:
         """The stages of a pipeline rank."""
@@ -158,7 +164,9 @@ def at_cuts(
         partial(_link, request.cluster, groups),
         gradient_bytes=request.state.gradient_bytes,
     )
-    return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory, exchange)
+    return Fit(
+        chain, tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory, exchange
+    )
 
 
 def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:

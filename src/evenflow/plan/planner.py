@@ -219,7 +219,7 @@ class _Search:
             self._refusal = self._refusal or error
             return
         else:
-            is_same = choice.recompute == "selective" and not priced.recompute  # as "none"
+            is_same = choice.recompute == "selective" and not priced.fit.again  # as "none"
             if not is_same or self._request.levers.recompute is not None:
                 self.found.append(priced)
             if max(priced.fit.load_seconds) <= candidate.told.load_seconds * _MARGIN:
@@ -254,13 +254,13 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
     best, fit = found[0], found[0].fit
     choice, chain = best.choice, request.chain_of(best.choice.microbatch_size)
     labels = node_labels(chain.names)
-    recompute = set(best.recompute)
+    again = set(fit.again)
     stages = tuple(
         PlannedStage(
             rank,
             labels[stage.start],
             stage.end - stage.start,
-            tuple(labels[node] for node in range(stage.start, stage.end) if node in recompute),
+            tuple(labels[node] for node in range(stage.start, stage.end) if node in again),
             stage.forward_seconds,
             stage.input_grad_seconds,
             stage.weight_grad_seconds,
@@ -286,7 +286,7 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         tuple(_runner_up(priced) for priced in found[1:]),
         tuple(format_rows(fit.schedule)) if choice.schedule == catalog.AUTO else (),
         layer_labels(chain.names),
-        choice.recompute if best.recompute else "none",
+        choice.recompute if again else "none",
     )
 
 

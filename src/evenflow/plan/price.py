@@ -18,7 +18,6 @@ class Priced:
     """A choice, how it was cut, and what that takes. `idle`: of each rank, a share of the pipeline's time."""
 
     choice: Choice
-    recompute: tuple[int, ...]  # nodes
     fit: Fit
     idle: tuple[float, ...]
     pipeline_seconds: float
@@ -59,25 +58,25 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
     Raises `DoesNotFitError` where no cut fits into memory, and `ConfigError` for a schedule that can't serve
     these sizes, or a chain with too few places to cut.
     """
+    return priced_fit(request, choice, _cut(request, choice, chain))
+
+
+def _cut(request: Request, choice: Choice, chain: Chain) -> Fit:
     match choice.recompute:
         case "none":
-            nodes: tuple[int, ...] = ()
-            fit = fitted(request, choice, chain)
+            return fitted(request, choice, chain)
         case "full":
-            nodes = all_worthwhile(chain)
-            fit = fitted(request, choice, recomputed(chain, nodes))
-        case _:
-            nodes, fit = fitted_selectively(request, choice, chain)
-    return priced_fit(request, choice, nodes, fit)
+            return fitted(request, choice, recomputed(chain, all_worthwhile(chain)))
+        case "selective":
+            return fitted_selectively(request, choice, chain)
 
 
-def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fit) -> Priced:
-    """Schedule and simulate a choice as it was cut, where these nodes are recomputed."""
+def priced_fit(request: Request, choice: Choice, fit: Fit) -> Priced:
+    """Schedule and simulate a choice as it was cut."""
     makespan = simulate(fit.schedule, fit.flow, fit.costs).makespan_seconds
     work = fit.costs.work_seconds(fit.schedule.placement, choice.num_microbatches, trains=True)
     return Priced(
         choice,
-        nodes,
         fit,
         idle=tuple(max(0.0, 1 - each / makespan) for each in work),
         pipeline_seconds=makespan,

@@ -70,6 +70,11 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
     )
 
 
+def again_nodes(chain: Chain) -> tuple[int, ...]:
+    """The nodes of a chain that are recomputed, ascending."""
+    return tuple(node for node, size in enumerate(chain.again_bytes) if size is not None)
+
+
 def forward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]:
     """The most that each node of a stage allocates in its forward; what it does not save is among it."""
     pairs = zip(chain.forward_transient_bytes[start:end], chain.again_bytes[start:end], strict=True)
@@ -82,7 +87,7 @@ def backward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]
     A region that the stage has a part of is what it has of it.
     """
     found = list(chain.backward_transient_bytes[start:end])
-    chosen = [node for node in range(start, end) if chain.again_bytes[node] is not None]
+    chosen = [node for node in again_nodes(chain) if start <= node < end]
     for region in regions_of(chain.names, chosen):
         # At each node's backward what later ones saved is freed.
         there = list(accumulate(chain.again_bytes[node] or 0.0 for node in region))
@@ -106,7 +111,7 @@ def parted_bytes(chain: Chain, start: int, end: int) -> float:
     """What a stage's first region is given by its own first part, which a cut leaves to the stage before."""
     if start == 0 or None in (chain.again_bytes[start - 1], chain.again_bytes[start]):
         return 0.0
-    parts = regions_of(chain.names, [n for n, size in enumerate(chain.again_bytes) if size is not None])
+    parts = regions_of(chain.names, again_nodes(chain))
     region = next(part for part in parts if start in part)
     inside = {node for node in region if start <= node < end}
     return sum(
