@@ -26,10 +26,11 @@ from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import describe
 from evenflow.plan.partition import balanced_cuts
 from evenflow.plan.plan import Plan, PlannedStage, node_labels
-from evenflow.plan.planner import describe, plan
-from evenflow.plan.request import Levers, choice_of
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers
 from evenflow.schedules import catalog
 
 LOOKS, FINALISTS, ROUNDS = 2, 3, 21
@@ -121,7 +122,7 @@ def on_rank(name: str) -> tuple[int, list[tuple[str, float]], list[tuple[str, li
     request = quiet.during(lambda often: measured_request(run, world, torch.device("cpu"), progress=often))
     ours = HandMade("ours", world.share(plan(request), 0))
     if world.rank == 0:
-        told = describe(choice_of(ours.plan)), [stage.num_nodes for stage in ours.plan.stages]
+        told = describe(ours.plan.choice), [stage.num_nodes for stage in ours.plan.stages]
         print(f"  ours: {told}, {ours.plan.prediction.step_seconds:.3f} s promised", flush=True)
     chain = request.chain_of(SIZES[0])
     tried = []

@@ -35,11 +35,12 @@ from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.plan.chain import Chain, Seconds
+from evenflow.plan.choice import describe
 from evenflow.plan.known_costs import known_costs
 from evenflow.plan.own_order import own_schedule
 from evenflow.plan.plan import Plan
-from evenflow.plan.planner import describe, plan
-from evenflow.plan.request import Levers, Request, choice_of
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers, Request
 from evenflow.rules import Result, dependencies, results
 from evenflow.runtime.links import choose, process_group
 from evenflow.runtime.links.link import Link as RunningLink
@@ -259,7 +260,7 @@ def tell(request: Request, ways: Sequence[Way]) -> None:
         print(f"ranks {pair[0]} and {pair[1]}: {link.latency_seconds * 1e3:.2f} ms, {rate:.2f} Gbit/s")
     for way in ways:
         nodes = "+".join(str(stage.num_nodes) for stage in way.plan.stages)
-        print(f"{way.name}: {describe(choice_of(way.plan))}, {nodes} nodes")
+        print(f"{way.name}: {describe(way.plan.choice)}, {nodes} nodes")
     naive = ways[0]
     print(f"\n{len(naive.steps)} rounds; load {os.getloadavg()[0]:.1f}; the pipeline, in ms\n")
     print(

@@ -189,7 +189,7 @@ def time_it() -> None:
             try:
                 told = f"{partition(problem).gap:.2%}"
             except DoesNotFitError as error:
-                told = f"lacks {error.needed_bytes / error.kind.cap_bytes - 1:.0%}"
+                told = f"lacks {error.needed_bytes / error.cap_bytes - 1:.0%}"
             took.append(time.perf_counter() - start)
         print(
             f"| {num_nodes:,} | {name} | {room:g} | {statistics.median(took):.2f} "

@@ -20,10 +20,11 @@ from rich.console import Console
 from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.short import parse_cluster
 from evenflow.ir.costs import Link
+from evenflow.plan.choice import Choice, describe
 from evenflow.plan.plan import Plan
-from evenflow.plan.planner import NoPlanError, describe, plan
+from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.rank_memory import TrainingState
-from evenflow.plan.request import Choice, Levers, Request
+from evenflow.plan.request import Levers, Request
 from evenflow.plan.scale import scaled
 
 SHARE = 1 / 32  # of all work, that a leaf holds at most

@@ -22,8 +22,9 @@ from evenflow.launcher import launch
 from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.plan.planner import describe, plan
-from evenflow.plan.request import Levers, choice_of
+from evenflow.plan.choice import describe
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers
 from evenflow.runtime.world import World
 
 ROUNDS, WARM_UPS, STEPS = 3, 2, 5
@@ -73,7 +74,7 @@ def _round(name: str, levers: Levers, world: World, quiet: Quiet) -> Found:
     pipe.close()
     cut = "+".join(str(stage.num_nodes) for stage in made.stages)
     found = Found(
-        f"{describe(choice_of(made))}, {cut} nodes",
+        f"{describe(made.choice)}, {cut} nodes",
         made.prediction.step_seconds,
         seconds,
         tuple(rank.memory.allocated for rank in made.ranks),

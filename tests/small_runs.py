@@ -6,7 +6,8 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import Payload, Send
 from evenflow.journal.last_step import EdgeRecord, HeldStage, LastStep, lane_record
 from evenflow.journal.run import RankRecord, Run, Spread, StageRecord, Step
-from evenflow.plan.plan import Degrees, Plan, PlannedRank, PlannedStage, Prediction
+from evenflow.plan.choice import Degrees
+from evenflow.plan.plan import Plan, PlannedRank, PlannedStage, Prediction
 from evenflow.plan.rank_memory import RankMemory
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from evenflow.simulate import simulate

@@ -107,11 +107,7 @@ def chain_of(table: LayerTimes, kind: str) -> Chain:
         seconds={kind: Seconds(table.forward_seconds, table.input_grad_seconds, table.weight_grad_seconds)},
         saved=tuple(Held(num_bytes, (at,)) for at, num_bytes in enumerate(held) if num_bytes),
         kept=tuple(Held(num_bytes, (at,)) for at, num_bytes in enumerate(left) if num_bytes),
-        parameters=(),
-        forward_transient_bytes=zeros,
-        backward_transient_bytes=zeros,
         cut_bytes=(0.0, *table.output[:-1]) if table.output else zeros,
-        legal=(True,) * num_layers,
     )
 
 

@@ -27,8 +27,6 @@ def format_torch_schedule(schedule: Schedule) -> str:
     0F0,0F1,0I0,0W0,0I1,0W1
     1F0,1I0,1F1,1I1,1W0,1W1
     """
-    num_stages = schedule.placement.num_stages
-    simulate(schedule, Flow.chain(num_stages), Costs.uniform(num_stages))
     if faults := torch_faults(schedule):
         raise ConfigError(
             f"schedule {schedule.name!r} cannot be run by torch.distributed.pipelining: {'; '.join(faults)}"
@@ -37,7 +35,7 @@ def format_torch_schedule(schedule: Schedule) -> str:
 
 
 def torch_faults(schedule: Schedule) -> list[str]:
-    """Return why torch's runtime cannot run a schedule that can be executed; empty where it can.
+    """Return why torch's runtime cannot run a schedule; empty where it can.
 
     - It counts a backward of each microbatch of each stage; without them it has `eval`.
     - The number of stages is a multiple of the ranks' (`generate_stage_to_rank_mapping`).
@@ -45,12 +43,15 @@ def torch_faults(schedule: Schedule) -> list[str]:
       by the microbatch.
     - What it fuses is a forward and a backward.
 
+    Raises `ScheduleError` for a schedule that nothing can run.
+
     >>> from evenflow.schedules.forward_only import forward_only
     >>> torch_faults(forward_only(2, 1, 4))
     ['it has no backward: torch evaluates without a schedule file, with `schedule.eval`']
     """
-    faults = []
     num_stages, num_ranks = schedule.placement.num_stages, schedule.placement.num_ranks
+    simulate(schedule, Flow.chain(num_stages), Costs.uniform(num_stages))
+    faults = []
     if not schedule.trains:
         faults.append("it has no backward: torch evaluates without a schedule file, with `schedule.eval`")
     if num_stages % num_ranks:

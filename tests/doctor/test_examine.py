@@ -22,19 +22,39 @@ from evenflow.runtime.world import ProcessGroupWorld
 
 
 def with_a_worker_that_hangs():
+    """What is found of the links, and what a rank says that is sent other bytes than it expects."""
     dist.init_process_group("gloo")
     world = ProcessGroupWorld(torch.device("cpu"))
     with Worker("cpu", "gloo") as worker:
+        stopped = worker.pid
         if world.rank == 1:
-            os.kill(worker.pid, signal.SIGSTOP)
-        return measure_links(world, worker, "127.0.0.1", timeout_seconds=10)
+            os.kill(stopped, signal.SIGSTOP)
+        links = measure_links(world, worker, "127.0.0.1", timeout_seconds=10)
+        if world.rank == 1:
+            assert worker.pid != stopped
+            with pytest.raises(ProcessLookupError):
+                os.kill(stopped, 0)
+        return links, sent_wrong(world.rank)
 
 
-def test_a_link_that_hangs_is_named_and_the_others_are_measured():
-    for links in launch(with_a_worker_that_hangs, nproc=3):
+def sent_wrong(rank):
+    if rank == 0:
+        dist.send(torch.zeros(1000, dtype=torch.uint8), 1)
+    if rank == 1:
+        with pytest.raises(WrongDataError) as raised:
+            _Ends(rank, torch.device("cpu")).check(1000, sender=0)
+        return str(raised.value)
+    return None
+
+
+def test_a_link_that_hangs_is_named_the_others_are_measured_and_wrong_data_are_noticed():
+    found = launch(with_a_worker_that_hangs, nproc=3)
+    for links, _ in found:
         assert isinstance(links[0, 1], Fault)
         assert isinstance(links[0, 2], Exchange)
         assert isinstance(links[1, 2], Exchange)
+    assert found[1][1].startswith("of 1000 bytes 99")
+    assert found[1][1].endswith("arrived changed")
 
 
 def test_the_command_writes_a_cluster_and_leaves_nothing_running(tmp_path, capsys):
@@ -70,22 +90,3 @@ def running_in_group(group):
             if int(its_group) == group and state != "Z":
                 found.append(path.parent.name)
     return found
-
-
-def sends_what_nobody_expects():
-    dist.init_process_group("gloo")
-    side = dist.get_rank()
-    if side == 0:
-        dist.send(torch.zeros(1000, dtype=torch.uint8), 1)
-        return ""
-    try:
-        _Ends(side, torch.device("cpu")).check(1000, sender=0)
-    except WrongDataError as error:
-        return str(error)
-    return "nothing noticed"
-
-
-def test_wrong_data_are_noticed():
-    said = launch(sends_what_nobody_expects, nproc=2)[1]
-    assert said.startswith("of 1000 bytes 99")
-    assert said.endswith("arrived changed")

@@ -18,7 +18,7 @@ from evenflow.plan.fit import at_cuts, groups_of
 from evenflow.plan.plan import positions_in
 from evenflow.plan.planner import plan
 from evenflow.plan.price import chain_for
-from evenflow.plan.request import Levers, choice_of
+from evenflow.plan.request import Levers
 from evenflow.runtime.offload import Offload
 from small_models import MODELS, TIED, assert_same_bits, load_example, train
 from unsplit import mean_square, mlp, regression
@@ -76,7 +76,7 @@ def on_two_ranks(schedule):
         losses, held, promised, _ = found[how]
         found[how] = losses, promised, held, made
     made = found["none"][3]
-    choice = choice_of(made)
+    choice = made.choice
     chain = chain_for(asked, choice)
     fit = at_cuts(
         *(asked, choice, chain, positions_in(made, chain.names), groups_of(asked.cluster, made.degrees)),

@@ -10,13 +10,12 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.chain import Held
+from evenflow.plan.chain import Handed, Held
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
-from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import Peak, TrainingState, rank_memory
 from evenflow.plan.recompute import backward_transients, by_worth, recomputed
-from evenflow.plan.request import Choice
 from evenflow.plan.scale import scaled
 from evenflow.plan.scheduled import _REPEATS, _sizes
 from evenflow.plan.stages import stage_costs
@@ -49,7 +48,7 @@ def test_tensor_parallel_shares_all_and_sums_activations(chain):
 
 
 def test_context_parallel_keeps_parameters(chain):
-    parted = context_parallel(chain, 2, Link())
+    parted = context_parallel(chain, Peers(2))
     assert parted.parameters == chain.parameters
     assert held(parted) == held(chain) / 2
     assert parted.cut_bytes == tuple(size / 2 for size in chain.cut_bytes)
@@ -86,7 +85,7 @@ def test_experts_are_shared_by_the_ranks_that_have_the_same_ones(chain, sharding
     parted = expert_parallel(with_experts(chain), with_experts(chain), Peers(4, Link()))
     (stage,) = stage_costs(parted, (), (KIND,))
     state, peak = TrainingState(8.0, 0.0), Peak(0.0, 1.0, 0.0, 0.0)
-    need = rank_memory([stage], peak, state, data_ranks=8, expert_ranks=4, sharding=sharding)
+    need = rank_memory([stage], peak, state, Degrees(2, data=8, expert=4, sharding=sharding))
     experts = chain.parameters[1].num_elements / 4
     others = sum(parameter.num_elements for parameter in chain.parameters) - 4 * experts
     elements = others + experts if sharding == "none" else others / 8 + experts / 2
@@ -117,7 +116,7 @@ def test_what_is_gathered_node_by_node_is_not_there_at_once(chain):
     (stage,) = stage_costs(chain, (), (KIND,))
     state = TrainingState(8.0, 0.0)
     peak = Peak(0.0, 5.0, 0.0, 0.0)
-    need = rank_memory([stage], peak, state, data_ranks=4, sharding="fsdp", gathers_nodes=True)
+    need = rank_memory([stage], peak, state, Degrees(data=4, sharding="fsdp"))
     assert need.parameters == stage.parameter_bytes / 4
     assert need.transients == 5.0
 
@@ -147,6 +146,18 @@ def test_recomputing_a_block_frees_its_own_and_costs_its_forward(chain):
     assert {unit.nodes for unit in by_worth(chain, KIND)} == {(1,), (2,), (3,), (4,)}
 
 
+def test_of_what_nodes_hand_to_each_other_a_region_frees_what_only_it_keeps(chain):
+    """Block 1 keeps what it is given and what it makes, which block 2 keeps too."""
+    given, made = (Handed(100.0 * node, node - 1, (node,)) for node in (1, 2))
+    saved = (Held(100.0, (1,), 0), Held(200.0, (1, 2), 1), Held(7.0, (1,)))
+    handing = replace(chain, saved=saved, handed=(given, made))
+    (unit,) = by_worth(handing, KIND)
+    assert (unit.nodes, unit.freed_bytes) == ((1,), 7.0)  # it needs what it is given, block 2 what it makes
+    again = recomputed(handing, [1])
+    assert {(each.num_bytes, each.nodes) for each in again.saved} == {(100.0, (1,)), (200.0, (2,))}
+    assert again.again_bytes[1] == 7.0 + 200.0
+
+
 def test_what_is_held_by_two_stages_counts_in_both(chain):
     first, second = stage_costs(chain, (3,), (KIND, KIND))
     assert first.saved_bytes + second.saved_bytes == held(chain) + chain.cut_bytes[3]
@@ -159,7 +170,7 @@ def test_what_is_held_by_two_stages_counts_in_both(chain):
 def test_ranks_share_what_sharding_says(chain, sharding):
     (stage,) = stage_costs(chain, (), (KIND,))
     peak = Peak(100.0, 5.0, 0.0, 0.0)
-    need = rank_memory([stage], peak, TrainingState(8.0, 0.0), data_ranks=4, sharding=sharding)
+    need = rank_memory([stage], peak, TrainingState(8.0, 0.0), Degrees(2, data=4, sharding=sharding))
     weights = stage.parameter_bytes
     assert need.optimizer == (2 * weights if sharding == "none" else weights / 2)
     assert need.gradients == need.parameters == (weights / 4 if sharding == "fsdp" else weights)
@@ -172,9 +183,9 @@ def test_an_update_that_needs_most_is_the_peak(chain):
     (stage,) = stage_costs(chain, (), (KIND,))
     weights = stage.parameter_bytes
     before_gradients = Peak(weights + 100.0, 0.0, 0.0, gradients=0.0)
-    calm = rank_memory([stage], before_gradients, TrainingState(8.0, 0.0))
+    calm = rank_memory([stage], before_gradients, TrainingState(8.0, 0.0), Degrees())
     assert (calm.gradients, calm.activations) == (0.0, weights + 100.0)
-    busy = rank_memory([stage], before_gradients, TrainingState(8.0, 4.0))
+    busy = rank_memory([stage], before_gradients, TrainingState(8.0, 4.0), Degrees())
     assert (busy.gradients, busy.activations, busy.transients) == (weights, 0.0, weights)
     assert busy.allocated == 5 * weights
 

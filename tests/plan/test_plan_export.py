@@ -10,9 +10,9 @@ from test_targets import CASES, NUM_BLOCKS, within
 
 from evenflow.errors import ConfigError
 from evenflow.plan import targets
+from evenflow.plan.choice import Degrees
 from evenflow.plan.megatron_layout import parse_layout
 from evenflow.plan.own_order import planned_schedule
-from evenflow.plan.plan import Degrees
 from evenflow.plan.plan_file import read_plan, write_plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers
@@ -25,14 +25,14 @@ from evenflow.schedules.zb_h1 import zb_h1
 @pytest.fixture(scope="module")
 def deep():
     """A plan for Megatron of four stages, and one for DeepSpeed, as their files have them."""
-    asked = CASES["a long pipeline"]
-    return {name: read_plan(write_plan(within(name, asked).plan)) for name in ("megatron", "deepspeed")}
+    names = "megatron", "deepspeed"
+    return {name: read_plan(write_plan(within(name, "a long pipeline").plan)) for name in names}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("case", ["a long pipeline", "scarce", "no pipeline", "two and two"])
 def test_a_saved_plan_has_the_settings_with_which_it_was_planned(name, case):
-    found = within(name, CASES[case])
+    found = within(name, case)
     assert export_plan(read_plan(write_plan(found.plan)), name) == settings(found) + "\n"
 
 

@@ -13,12 +13,13 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
+from evenflow.plan.choices import choices
 from evenflow.plan.expected import expected
 from evenflow.plan.fit import at_cuts, fitted
 from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, fully_sharded, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
-from evenflow.plan.planner import NoPlanError, choices, plan
+from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.price import chain_for, lower_bound, price
 from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.rank_memory import TrainingState, rank_memory
@@ -111,21 +112,14 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
     for rank, peak in enumerate(peaks):
         assert 0 < peak.activations <= held[rank] * (1 + 1e-9)
         own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
-        need = rank_memory(
-            own,
-            peak,
-            asked.state,
-            data_ranks=choice.data,
-            sharding=choice.sharding,
-            gathers_nodes=choice.gathers_nodes,
-        )
+        need = rank_memory(own, peak, asked.state, choice)
         assert need == found.ranks[rank].memory
         assert need.allocated <= found.ranks[rank].cap_bytes == memory
 
 
 def test_less_memory_never_makes_a_step_shorter():
     steps = [
-        plan(request(boxes("H100", "H100", memory=memory))).prediction.step_seconds
+        plan(request(boxes("H100", "H100", memory=memory)), search_seconds=0.0).prediction.step_seconds
         for memory in (2e7, 12e6, 9e6, 8e6)
     ]
     # Sharding the optimizer's states makes the update, a millionth of a step, shorter.
@@ -155,9 +149,7 @@ def with_experts(of, *, weight: int):
 
 
 def test_experts_go_over_devices_where_one_cannot_hold_them():
-    asked = request(
-        boxes(*["H100"] * 4, memory=4e7), levers=Levers(max_tensor=1, pipeline=1, sharding="none")
-    )
+    asked = request(boxes(*["H100"] * 4, memory=4e7), levers=Levers(tensor=1, pipeline=1, sharding="none"))
     asked = replace(asked, chain_of=with_experts(asked.chain_of, weight=8))
     assert plan(asked).degrees.expert == 4
     with pytest.raises(NoPlanError):
@@ -179,16 +171,17 @@ def test_gradients_of_experts_are_summed_by_those_that_have_them():
 
 
 def test_links_that_are_too_slow_are_not_used():
-    slow = plan(request(boxes("H100", "H100", link=Link(10.0, 1.0))))
+    slow = plan(request(boxes("H100", "H100", link=Link(10.0, 1.0))), search_seconds=0.0)
     assert (slow.degrees.pipeline, slow.degrees.data) == (1, 1)
-    fast = plan(request(boxes("H100", "H100")))
+    fast = plan(request(boxes("H100", "H100")), search_seconds=0.0)
     assert fast.degrees.num_devices == 2
     assert fast.prediction.step_seconds < 0.7 * slow.prediction.step_seconds
 
 
 def test_faster_devices_do_more():
     cluster = parse_cluster("2x RTX 4090 + 2x RTX 3090")
-    found = plan(request(cluster, levers=Levers(pipeline=4, stages_per_rank=1), num_blocks=32))
+    asked = request(cluster, levers=Levers(pipeline=4, stages_per_rank=1), num_blocks=32)
+    found = plan(asked, search_seconds=0.0)
     nodes = dict.fromkeys(("RTX 4090", "RTX 3090"), 0)
     for stage in found.stages:
         nodes[found.ranks[stage.rank].device] += stage.num_nodes
@@ -232,6 +225,11 @@ def test_more_stages_than_places_to_cut_are_refused():
         plan(request(boxes(*["H100"] * 16), levers=Levers(pipeline=16, stages_per_rank=1)))
 
 
+def test_a_batch_without_a_row_is_refused():
+    with pytest.raises(ConfigError, match=r"a batch of 0 rows .*: plan for at least one row"):
+        request(boxes("H100"), rows=0)
+
+
 def test_what_cannot_fit_is_told_in_numbers():
     with pytest.raises(
         NoPlanError, match=r"no plan fits into memory; the nearest: 2 pipeline ranks"
@@ -248,7 +246,7 @@ def test_a_selective_plan_recomputes_as_little_as_fits():
     choice = replace(next(iter(choices(asked))), recompute="selective")
     chain = chain_for(asked, choice)
     found = price(asked, choice, chain)
-    assert 0 < len(found.recompute) < 8
+    assert 0 < len(found.fit.again) < 8
     fewer = replace(choice, recompute="none")
     with pytest.raises(DoesNotFitError):
         price(asked, fewer, chain)
@@ -282,7 +280,8 @@ def test_ranks_that_hold_most_recompute_most(name, memory, head):
     asked = request(boxes(*["H100"] * 4, memory=memory), levers=levers, num_blocks=24, head=head)
     choice = replace(next(iter(choices(asked))), recompute="selective")
     chain = chain_for(asked, choice)
-    nodes, fit = fitted_selectively(asked, choice, chain)
+    fit = fitted_selectively(asked, choice, chain)
+    nodes = fit.again
     assert max(fit.over_bytes) <= 0
     again = [sum(stage.start <= node < stage.end for node in nodes) for stage in fit.stages]
     own = [sum(again[stage] for stage in fit.schedule.placement.stages_on(rank)) for rank in range(4)]
@@ -318,7 +317,7 @@ def test_what_is_expected_is_near_to_what_comes_out(memory):
 
 def test_progress_is_told():
     told = []
-    plan(request(boxes("H100", "H100")), progress=lambda *each: told.append(each))
+    plan(request(boxes("H100", "H100")), search_seconds=0.0, progress=lambda *each: told.append(each))
     numbers = [number for number, _, _ in told]
     assert numbers == sorted(numbers)
     assert 0 < numbers[-1] <= told[-1][1]
@@ -329,7 +328,7 @@ def test_each_way_to_a_neighbour_takes_memory():
     cluster = boxes(*["H100"] * 4, memory=1e9)
     devices = tuple(replace(device, communicator_bytes=1e5) for device in cluster.devices)
     asked = request(replace(cluster, hosts=(Host(devices, LINK),)), levers=Levers(pipeline=4))
-    best = plan(asked)
+    best = plan(asked, search_seconds=0.0)
     assert best.stages_per_rank == 1
     assert [rank.memory.communicators for rank in best.ranks] == [2e5, 4e5, 4e5, 2e5]
 

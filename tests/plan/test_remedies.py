@@ -8,10 +8,10 @@ from evenflow.cluster.cluster import Cluster, Host
 from evenflow.cluster.device import Device
 from evenflow.ir.costs import Link
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.fit import at_cuts, groups_of
-from evenflow.plan.plan import Degrees
 from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.plan.scale import in_proportion
 
 NUM_NODES, RANKS, MICROBATCHES = 12, 4, 16
@@ -44,7 +44,7 @@ def run(schedule="gpipe", positions=POSITIONS):
 
 def test_a_schedule_that_holds_less_is_found_with_what_it_takes():
     request, choice, now = run()
-    found = {each.what: each for each in remedies(request, choice, CHAIN, now, 1e9, number=5)}
+    found = {each.what: each for each in remedies(request, choice, now, 1e9)}
     (named,) = [what for what in found if what.startswith("schedule=")]
     other = run(named.removeprefix('schedule="').removesuffix('"'))[2]
     assert found[named].peak_bytes == peak_bytes(other) < peak_bytes(now) / 2
@@ -53,20 +53,19 @@ def test_a_schedule_that_holds_less_is_found_with_what_it_takes():
 
 def test_what_fits_comes_first_and_the_fastest_of_it():
     request, choice, now = run("1f1b", positions=(9, 10, 11))
-    every = remedies(request, choice, CHAIN, now, 1e9, number=9)
+    every = remedies(request, choice, now, 1e9)
     assert len(every) > 3
     assert [each.step_seconds for each in every] == sorted(each.step_seconds for each in every)
     room = sorted(each.peak_bytes for each in every)[1]
-    some = remedies(request, choice, CHAIN, now, room, number=9)
+    some = remedies(request, choice, now, room)
     fits = [each.peak_bytes <= room for each in some]
     assert fits == sorted(fits, reverse=True)
     assert sum(fits) >= 2
-    assert len(remedies(request, choice, CHAIN, now, room)) == 3
 
 
 def test_cuts_that_hold_less_are_found():
     request, choice, now = run("1f1b", positions=(9, 10, 11))
-    found = [each for each in remedies(request, choice, CHAIN, now, 1e9, number=9) if "cuts" in each.what]
+    found = [each for each in remedies(request, choice, now, 1e9) if "cuts" in each.what]
     assert len(found) == 1
     assert found[0].peak_bytes < 0.7 * peak_bytes(now)
     assert found[0].what.startswith('other cuts, before "layer')
@@ -75,8 +74,27 @@ def test_cuts_that_hold_less_are_found():
 def test_one_row_is_not_parted():
     request, choice, now = run()
     one = replace(choice, microbatch_size=1)
-    every = remedies(request, one, CHAIN, now, 1e9, number=9)
+    every = remedies(request, one, now, 1e9)
     assert not [each for each in every if "microbatch_size" in each.what]
+
+
+def test_ranks_that_share_one_memory_are_added_up_and_nothing_is_moved():
+    request, choice, now = run("1f1b", positions=(9, 10, 11))
+    every = remedies(request, choice, now, 1e9, alone=True, offloads=True)
+    assert peak_bytes(now, alone=True) == sum(each.allocated for each in now.memory)
+    assert step_seconds(now, alone=True) == MICROBATCHES * 3 * NUM_NODES
+    assert not [each for each in every if "cuts" in each.what or "ranks" in each.what]
+
+
+def test_what_waits_on_the_host_is_there_for_one_microbatch():
+    request, choice, now = run()
+    saved = tuple(Held(2.0**17, held.nodes) for held in CHAIN.saved)
+    large = replace(now, chain=replace(CHAIN, saved=saved))
+    large = at_cuts(request, choice, large.chain, now.positions, now.groups)
+    found = {each.what: each for each in remedies(request, choice, large, 1e9, offloads=True)}
+    offloaded = found['offload="activations"']
+    assert offloaded.step_seconds == step_seconds(large)
+    assert offloaded.peak_bytes < 1.1 * peak_bytes(large) / MICROBATCHES
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])

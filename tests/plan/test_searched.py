@@ -9,13 +9,14 @@ from evenflow.errors import ConfigError
 from evenflow.lower import lower
 from evenflow.memory import peak_bytes
 from evenflow.plan import searched
+from evenflow.plan.choices import choices
 from evenflow.plan.fit import at_cuts, fitted, groups_of
 from evenflow.plan.own_order import own_schedule
 from evenflow.plan.plan import positions_in
 from evenflow.plan.plan_file import read_plan, write_plan
-from evenflow.plan.planner import choices, plan
+from evenflow.plan.planner import plan
 from evenflow.plan.price import chain_for
-from evenflow.plan.request import Levers, Limits, choice_of
+from evenflow.plan.request import Levers, Limits
 from evenflow.simulate import simulate
 from evenflow.validate import prove
 
@@ -42,7 +43,7 @@ def test_a_searched_order_is_shorter_and_fits(names, per_rank, head):
     # The order as a reader of the file has it, priced anew.
     read = read_plan(write_plan(found))
     assert read == found
-    schedule, choice = own_schedule(read), choice_of(read)
+    schedule, choice = own_schedule(read), read.choice
     chain = chain_for(asked, choice)
     fit = at_cuts(
         asked, choice, chain, positions_in(read, chain.names), groups_by(read, asked), schedule=schedule

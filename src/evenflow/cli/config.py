@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 from evenflow.cli.config_keys import check_keys
 from evenflow.errors import ConfigError
 from evenflow.foreign import is_file_name, read_toml, shown
-from evenflow.plan.request import RECOMPUTE_NAMES
+from evenflow.plan.choice import RECOMPUTE_NAMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,12 @@ from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
 from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import RECOMPUTE_NAMES, Choice, describe
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import write_plan
-from evenflow.plan.planner import NoPlanError, describe, plan
+from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.rank_memory import TrainingState
-from evenflow.plan.request import RECOMPUTE_NAMES, Choice, Levers, Request, choice_of
+from evenflow.plan.request import Levers, Request
 from evenflow.plan.scale import scaled
 from evenflow.plan.target_settings import settings
 from evenflow.plan.targets import Target, Within, plan_within, target_called, within_limits
@@ -208,7 +209,7 @@ def _with_rows(example: object, num_rows: int) -> object:
 def print_plan(console: Console, found: Plan) -> None:
     """The plan as tables: what was chosen, each pipeline rank, the runners-up."""
     told = found.prediction
-    console.print(Text(describe(choice_of(found)), style="bold"), soft_wrap=True)
+    console.print(Text(describe(found.choice), style="bold"), soft_wrap=True)
     mfu = f", {told.mfu:.1%} of the devices' peak" if told.mfu is not None else ""
     console.print(
         f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); "

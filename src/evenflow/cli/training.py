@@ -31,9 +31,8 @@ from evenflow.errors import BadNumbersError, ConfigError, EvenflowError
 from evenflow.interop.progress import ProgressReport
 from evenflow.journal.folder import claim, write_run
 from evenflow.pipe.choices import world_of
+from evenflow.plan.choice import describe
 from evenflow.plan.plan import Plan
-from evenflow.plan.planner import describe
-from evenflow.plan.request import choice_of
 from evenflow.view.bill_table import bill_table
 from evenflow.view.picture import draw_timelines
 from evenflow.view.units import format_seconds
@@ -213,7 +212,7 @@ def _levers(job: Job) -> dict[str, Any]:
 def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     console = console_of(job.config.logs, is_main=pipe.is_main)
     if job.plans_itself and pipe.plan is not None:
-        chosen, seconds = describe(choice_of(pipe.plan)), pipe.plan.prediction.step_seconds
+        chosen, seconds = describe(pipe.plan.choice), pipe.plan.prediction.step_seconds
         console.print(
             f"planned: {chosen}; {format_seconds(seconds)} a step expected", soft_wrap=True, highlight=False
         )

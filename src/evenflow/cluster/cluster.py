@@ -1,6 +1,6 @@
 """A cluster: the devices of all ranks, the hosts that they are in, and the links between them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -20,7 +20,10 @@ def check_size(num_ranks: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One machine: its devices in the order of its ranks, and the link between any two of them."""
+    """One machine: its devices in the order of its ranks, and the link between any two of them.
+
+    Raises `ConfigError` for one without a device.
+    """
 
     devices: tuple[Device, ...]
     link: Link
@@ -91,6 +94,11 @@ class Cluster:
         host = self.host_of[source]
         return self.hosts[host].link if host == self.host_of[target] else self.network
 
+    def with_devices(self, changed: Callable[[Device], Device]) -> "Cluster":
+        """Return the cluster with each device as `changed` makes it."""
+        hosts = tuple(replace(host, devices=tuple(map(changed, host.devices))) for host in self.hosts)
+        return replace(self, hosts=hosts)
+
     def with_memory(self, memory_bytes: float) -> "Cluster":
         """Return the cluster with so much memory on each device, whatever it is sold with.
 
@@ -99,10 +107,4 @@ class Cluster:
         >>> cluster.with_memory(2.0**33).devices[0].memory_bytes
         8589934592.0
         """
-        hosts = tuple(
-            replace(
-                host, devices=tuple(replace(device, memory_bytes=memory_bytes) for device in host.devices)
-            )
-            for host in self.hosts
-        )
-        return replace(self, hosts=hosts)
+        return self.with_devices(lambda device: replace(device, memory_bytes=memory_bytes))

@@ -20,6 +20,7 @@ and is taken to cost as much here.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from evenflow.cluster.device import Device
@@ -30,16 +31,29 @@ _MIB, _GIB, _TERA = 2**20, 2**30, 1e12
 COMMUNICATOR_BYTES = 64.0 * _MIB  # of a GPU
 
 
+@dataclass(frozen=True, slots=True)
+class _Preset:
+    """A device, the link between those of one host as they are usually sold, and its other names.
+
+    The names that drivers give are among them.
+    """
+
+    device: Device
+    link: str
+    aliases: tuple[str, ...]
+
+
 def _gpu(
     name: str,
+    *aliases: str,
     teraflops: Mapping[str, float],
-    *,
     memory_mib: int,
     gigabytes_per_second: float,
     efficiency: float,
+    link: str,
     source: str,
-) -> Device:
-    return Device(
+) -> _Preset:
+    device = Device(
         name,
         MappingProxyType({dtype: rate * _TERA for dtype, rate in teraflops.items()}),
         memory_bytes=float(memory_mib * _MIB),
@@ -50,109 +64,95 @@ def _gpu(
         kernel_seconds=5e-6,
         communicator_bytes=COMMUNICATOR_BYTES,
     )
+    return _Preset(device, link, aliases)
 
 
 _HOPPER = {"float32": 66.9, "bfloat16": 989.4, "float16": 989.4, "float8": 1978.9}
 _AMPERE = {"float32": 19.5, "bfloat16": 312.0, "float16": 312.0}
 
-_DEVICES = (
+_PRESETS = (
     _gpu(
-        "H100",
-        _HOPPER,
+        *("H100", "H100 SXM", "H100 SXM5", "H100 80GB HBM3"),
+        teraflops=_HOPPER,
         memory_mib=81_559,
         gigabytes_per_second=3_350,
         efficiency=0.535,
+        link="NVLink 4",
         source="NVIDIA H100 data sheet, SXM; efficiency by torchtitan, Llama 3.1 8B",
     ),
     _gpu(
-        "H200",
-        _HOPPER,
+        *("H200", "H200 SXM", "H200 SXM5"),
+        teraflops=_HOPPER,
         memory_mib=143_771,
         gigabytes_per_second=4_800,
         efficiency=0.535,
+        link="NVLink 4",
         source="NVIDIA H200 data sheet, SXM; efficiency assumed: that of the H100",
     ),
     _gpu(
-        "A100 80GB",
-        _AMPERE,
+        *("A100 80GB", "A100", "A100 SXM", "A100 80GB SXM", "A100 SXM4 80GB"),
+        teraflops=_AMPERE,
         memory_mib=81_920,
         gigabytes_per_second=2_039,
         efficiency=0.715,
+        link="NVLink 3",
         source="NVIDIA A100 data sheet, SXM 80 GB; efficiency by torchtitan, Llama 2 and 3",
     ),
     _gpu(
-        "A100 40GB",
-        _AMPERE,
+        *("A100 40GB", "A100 40GB SXM", "A100 SXM4 40GB"),
+        teraflops=_AMPERE,
         memory_mib=40_960,
         gigabytes_per_second=1_555,
         efficiency=0.715,
+        link="NVLink 3",
         source="NVIDIA A100 data sheet, SXM 40 GB; efficiency assumed: that of the A100 80GB",
     ),
     _gpu(
         "L40S",
-        {"float32": 91.6, "bfloat16": 362.05, "float16": 362.05, "float8": 733.0},
+        teraflops={"float32": 91.6, "bfloat16": 362.05, "float16": 362.05, "float8": 733.0},
         memory_mib=46_068,
         gigabytes_per_second=864,
         efficiency=0.5,
+        link="PCIe 4.0 x16",
         source="NVIDIA L40S data sheet; efficiency assumed",
     ),
     _gpu(
-        "RTX 4090",
-        {"float32": 82.6, "bfloat16": 165.2, "float16": 165.2, "float8": 330.3},
+        *("RTX 4090", "4090"),
+        teraflops={"float32": 82.6, "bfloat16": 165.2, "float16": 165.2, "float8": 330.3},
         memory_mib=24_564,
         gigabytes_per_second=1_008,
         efficiency=0.6,
+        link="PCIe 4.0 x16",
         source="NVIDIA Ada GPU architecture whitepaper, appendix A; efficiency assumed",
     ),
     _gpu(
-        "RTX 3090",
-        {"float32": 35.6, "bfloat16": 71.0, "float16": 71.0},
+        *("RTX 3090", "3090"),
+        teraflops={"float32": 35.6, "bfloat16": 71.0, "float16": 71.0},
         memory_mib=24_576,
         gigabytes_per_second=936,
         efficiency=0.715,
+        link="PCIe 4.0 x16",
         source="NVIDIA Ampere GA102 whitepaper, appendix A; efficiency assumed: that of the A100",
     ),
-    Device(
-        "CPU core",
-        MappingProxyType({"float32": 96e9}),
-        memory_bytes=4.0 * _GIB,
-        memory_bytes_per_second=10e9,
-        reserved_bytes=0.5 * _GIB,
-        efficiency=0.6,
-        source="assumed: 3 GHz, two AVX2 multiply-adds a cycle; 4 GiB a core; calibrate it",
-        kernel_seconds=5e-6,
+    _Preset(
+        Device(
+            "CPU core",
+            MappingProxyType({"float32": 96e9}),
+            memory_bytes=4.0 * _GIB,
+            memory_bytes_per_second=10e9,
+            reserved_bytes=0.5 * _GIB,
+            efficiency=0.6,
+            source="assumed: 3 GHz, two AVX2 multiply-adds a cycle; 4 GiB a core; calibrate it",
+            kernel_seconds=5e-6,
+        ),
+        link="shared memory",
+        aliases=("CPU",),
     ),
 )
 
-PRESETS: Mapping[str, Device] = MappingProxyType({device.name: device for device in _DEVICES})
-
-# The link between the cards of one host, as they are usually sold.
-USUAL_LINK: Mapping[str, str] = MappingProxyType(
-    {
-        "H100": "NVLink 4",
-        "H200": "NVLink 4",
-        "A100 80GB": "NVLink 3",
-        "A100 40GB": "NVLink 3",
-        "L40S": "PCIe 4.0 x16",
-        "RTX 4090": "PCIe 4.0 x16",
-        "RTX 3090": "PCIe 4.0 x16",
-        "CPU core": "shared memory",
-    }
-)
-
-# Other names, those that drivers give among them.
-_ALIASES = {
-    "H100": ("H100 SXM", "H100 SXM5", "H100 80GB HBM3"),
-    "H200": ("H200 SXM", "H200 SXM5"),
-    "A100 80GB": ("A100", "A100 SXM", "A100 80GB SXM", "A100 SXM4 80GB"),
-    "A100 40GB": ("A100 40GB SXM", "A100 SXM4 40GB"),
-    "RTX 4090": ("4090",),
-    "RTX 3090": ("3090",),
-    "CPU core": ("CPU",),
-}
-_BY_NORMAL = {
-    normal(alias): device for name, device in PRESETS.items() for alias in (name, *_ALIASES.get(name, ()))
-}
+PRESETS: Mapping[str, Device] = MappingProxyType({each.device.name: each.device for each in _PRESETS})
+USUAL_LINK: Mapping[str, str] = MappingProxyType({each.device.name: each.link for each in _PRESETS})
+_BY_NORMAL = {normal(name): each.device for each in _PRESETS for name in (each.device.name, *each.aliases)}
 
 
 def device_called(name: str, own: Mapping[str, Device] = MappingProxyType({})) -> Device:

@@ -21,6 +21,12 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
     """Write a file that `read_cluster` reads as the same cluster, to 15 digits. An existing one is replaced.
 
     Raises `ConfigError` where the file cannot be written.
+
+    >>> from evenflow.cluster.short import parse_cluster
+    >>> write_cluster(parse_cluster("8xH100"), Path("/dev/null/cluster.toml"))
+    Traceback (most recent call last):
+    ...
+    evenflow.errors.ConfigError: cannot write the cluster /dev/null/cluster.toml: Not a directory
     """
     try:
         path.write_text(format_cluster(cluster), encoding="utf-8")

@@ -159,7 +159,7 @@ def as_rehearsed(
     Kinds of devices that did not rehearse keep their seconds.
 
     >>> times = Seconds((1.0, 1.0), (2.0, 2.0), (0.0, 0.0))
-    >>> chain = Chain(("a", "b"), 1, (1.0,) * 2, {"cpu": times}, (), (), (), *[(0.0,) * 2] * 3, (True,) * 2)
+    >>> chain = Chain(("a", "b"), 1, (1.0,) * 2, {"cpu": times})
     >>> found = as_rehearsed(chain, (0, 1), (1,), {"cpu": ((2.0, 2.0), (1.0, 3.0))}, op_seconds=0.0)
     >>> found.seconds["cpu"].forward, found.seconds["cpu"].input_grad
     ((2.0, 1.0), (2.0, 3.0))

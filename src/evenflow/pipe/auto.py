@@ -9,9 +9,10 @@ import torch
 from evenflow.cost.cache import user_folder
 from evenflow.errors import ConfigError, RecordError
 from evenflow.pipe.measured import Run, measured_request
+from evenflow.plan.choice import describe
 from evenflow.plan.plan import Plan
-from evenflow.plan.planner import describe, plan
-from evenflow.plan.request import Levers, choice_of
+from evenflow.plan.planner import plan
+from evenflow.plan.request import Levers
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.microbatch import Microbatches
 from evenflow.runtime.world import World
@@ -106,5 +107,5 @@ def _planned(run: Run, world: World, device: torch.device) -> Plan:
     if isinstance(made, ConfigError):
         raise made
     assert isinstance(made, Plan), "the first rank has made one"
-    tell(f"planned: {describe(choice_of(made))}, {made.prediction.step_seconds:.3g} s a step expected")
+    tell(f"planned: {describe(made.choice)}, {made.prediction.step_seconds:.3g} s a step expected")
     return made

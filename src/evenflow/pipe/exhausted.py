@@ -24,12 +24,12 @@ from evenflow.ir.costs import Link
 from evenflow.ir.schedule import Schedule
 from evenflow.pipe.parts import Parts
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.fit import Fit, at_cuts, groups_of
-from evenflow.plan.plan import Degrees
 from evenflow.plan.rank_memory import RankMemory, TrainingState
 from evenflow.plan.recompute import recomputed
 from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.runtime.executor import Executor, Job
 from evenflow.runtime.host_memory import resident_bytes
 from evenflow.runtime.no_memory import is_out_of_memory
@@ -37,6 +37,7 @@ from evenflow.runtime.weights import rows_of
 from evenflow.validate import ProvenProgram
 
 _NUM_LARGEST = 5
+_NUM_REMEDIES = 3
 _SAFE = 0.9  # of what there is, or of what was planned where that was too little: what a remedy may need
 _FLOPS_PER_SECOND = 1e12  # of a device that nobody knows: remedies are told relative to what runs
 
@@ -210,13 +211,11 @@ class _Estimate:
         most, seconds = peak_bytes(self.now, alone=alone), step_seconds(self.now, alone=alone)
         room = _SAFE * min(_limit_bytes(self._device), most)
         beside = self._device.type == "cuda" and not self._offloads
-        found = remedies(
-            *(self.request, self.choice, self.chain, self.now, room), alone=alone, offloads=beside
-        )
+        found = remedies(self.request, self.choice, self.now, room, alone=alone, offloads=beside)
         if found:
             who = "all ranks together need" if alone else "the fullest rank needs"
             yield f"what would help, estimated; now {who} {told_bytes(most)}:"
-        for each in found:
+        for each in found[:_NUM_REMEDIES]:
             yield (
                 f"  {each.what}: {told_bytes(each.peak_bytes)}, and a step takes "
                 f"{each.step_seconds / seconds:.2f} times as long"

@@ -21,9 +21,9 @@ from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.recomputable import Again, without_refused
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import RECOMPUTE_NAMES as NAMES
 from evenflow.plan.plan import Plan, node_labels
 from evenflow.plan.recompute import all_worthwhile, by_worth, curve
-from evenflow.plan.request import RECOMPUTE_NAMES as NAMES
 
 _LOG = logging.getLogger("evenflow")
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from evenflow.plan.chain import Chain, Parameter, Seconds
 
 LORA_RANK = 16  # of the adapters that advice is about
-_MATRIX = 2**12  # elements; smaller parameters are norms and biases, which get no adapter
 _ELEMENT_BYTES = 4  # of an adapter in float32, whatever the matrix is in
 
 
@@ -19,26 +18,16 @@ def with_adapters(chain: Chain, rank: int) -> Chain:
     Matrices are taken to be square. Weight gradients take no time worth counting any more. What a forward
     keeps stays as it is: an adapter's gradient needs the same input.
 
-    >>> chain = Chain(
-    ...     names=("a",),
-    ...     num_rows=1,
-    ...     flops=(1.0,),
-    ...     seconds={"cpu": Seconds((1.0,), (1.0,), (1.0,))},
-    ...     saved=(),
-    ...     kept=(),
-    ...     parameters=(Parameter("w", 100 * 100, 20_000, True, (0,)),),
-    ...     forward_transient_bytes=(0.0,),
-    ...     backward_transient_bytes=(0.0,),
-    ...     cut_bytes=(0.0,),
-    ...     legal=(True,),
-    ... )
+    >>> matrix = Parameter("w", 100 * 100, 20_000, True, (0,))
+    >>> seconds = {"cpu": Seconds((1.0,), (1.0,), (1.0,))}
+    >>> chain = Chain(("a",), 1, (1.0,), seconds, parameters=(matrix,))
     >>> frozen, adapter = with_adapters(chain, 8).parameters
     >>> frozen.trains, adapter.num_elements, adapter.num_bytes
     (False, 1600, 6400)
     """
     adapters = []
     for each in chain.parameters:
-        if each.trains and each.num_elements >= _MATRIX:
+        if each.trains and each.is_matrix:
             elements = 2 * rank * math.ceil(math.sqrt(each.num_elements))
             name = f"{each.name} (adapter)"
             adapters.append(

@@ -14,13 +14,14 @@ from evenflow.cluster.sizes import told_bytes
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.adapters import LORA_RANK, with_adapters
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice, Recompute, Sharding, describe
+from evenflow.plan.choices import choices, open_shardings
 from evenflow.plan.parallel import Peers, tensor_parallel
-from evenflow.plan.plan import Recompute
-from evenflow.plan.planner import NoPlanError, choices, describe
+from evenflow.plan.planner import NoPlanError
 from evenflow.plan.price import Priced, chain_for, price
-from evenflow.plan.rank_memory import RankMemory, Sharding, TrainingState
+from evenflow.plan.rank_memory import RankMemory, TrainingState
 from evenflow.plan.recompute import all_worthwhile, recomputed
-from evenflow.plan.request import Choice, Levers, Request
+from evenflow.plan.request import Levers, Request
 from evenflow.plan.stages import stage_costs
 
 _THRIFTY = frozenset({"1f1b", "v-min"})  # of the schedules, those that hold least
@@ -62,7 +63,7 @@ class Change:
     @property
     def told(self) -> str:
         """The change in a line, with the fullest rank of its choice."""
-        full = max(need.allocated for need in self.priced.memory)
+        full = max(need.allocated for need in self.priced.fit.memory)
         return f"{self.what}: {describe(self.priced.choice)}, at most {told_bytes(full)} on a device"
 
 
@@ -116,22 +117,20 @@ def _short(request: Request, refused: NoPlanError) -> tuple[Short, list[Change]]
             low = middle
         else:
             high, enough = middle, found
-    priced, rooms = enough.priced, enough.priced.groups
-    rank = max(range(len(rooms)), key=lambda at: priced.memory[at].allocated / rooms[at].cap_bytes)
-    short = Short(priced.choice, rank, rooms[rank].kind, priced.memory[rank], rooms[rank].cap_bytes / high)
+    fit, rooms = enough.priced.fit, enough.priced.fit.groups
+    rank = max(range(len(rooms)), key=lambda at: fit.memory[at].allocated / rooms[at].cap_bytes)
+    short = Short(
+        enough.priced.choice, rank, rooms[rank].kind, fit.memory[rank], rooms[rank].cap_bytes / high
+    )
     room = told_bytes(max(group.cap_bytes for group in rooms))
     return short, [replace(enough, what=f"devices with {room} of room")] if high < _MOST_TIMES else []
 
 
 def _roomier(cluster: Cluster, times: float) -> Cluster:
     """The cluster where each device has so many times the room, beside what it reserves."""
-    hosts = []
-    for host in cluster.hosts:
-        devices = (
-            replace(each, memory_bytes=each.reserved_bytes + times * each.room_bytes) for each in host.devices
-        )
-        hosts.append(replace(host, devices=tuple(devices)))
-    return replace(cluster, hosts=tuple(hosts))
+    return cluster.with_devices(
+        lambda each: replace(each, memory_bytes=each.reserved_bytes + times * each.room_bytes)
+    )
 
 
 def _priced(request: Request, choice: Choice, chain: Chain) -> Priced | None:
@@ -190,9 +189,8 @@ def fitting(request: Request) -> Priced | None:
 def _savings(request: Request, choice: Choice) -> Iterator[tuple[Sharding, Recompute]]:
     levers = request.levers
     hows: tuple[Recompute, ...] = ("none", "full", "selective")
-    shared: tuple[Sharding, ...] = ("fsdp", "zero1", "none") if choice.degrees.data > 1 else ("none",)
     for recompute in hows if levers.recompute is None else (levers.recompute,):
-        for sharding in shared if levers.sharding is None else (levers.sharding,):
+        for sharding in reversed(open_shardings(request, choice)):  # what holds least first
             yield sharding, recompute
 
 

@@ -6,8 +6,11 @@ here on nobody needs the model, or torch.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from evenflow.errors import ConfigError
+
+_LEAST_MATRIX = 2**12  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +19,10 @@ class Held:
 
     What a single node keeps for itself names that node alone; a tensor that several nodes keep, or a
     parameter that several use, names them all. `handed`: the place among `Chain.handed` of what nodes hand to
-    each other.
+    each other; None for anything else.
+
+    >>> Held(num_bytes=8.0, nodes=(0, 3)).handed is None
+    True
     """
 
     num_bytes: float
@@ -29,6 +35,9 @@ class Handed:
     """Memory that a node makes and other nodes are given: by places in the chain.
 
     `maker` is None where it is made of the batch alone, on each stage that needs it.
+
+    >>> Handed(num_bytes=8.0, maker=0, users=(1, 3)).users
+    (1, 3)
     """
 
     num_bytes: float
@@ -41,6 +50,10 @@ class Parameter:
     """A parameter of the model, under the first of its names, and the nodes that use it.
 
     One that `is_expert` belongs to experts, of which each token uses some: expert parallelism parts it.
+
+    >>> weight = Parameter("head.weight", num_elements=2**20, num_bytes=2**22, trains=True, nodes=(3,))
+    >>> weight.is_matrix
+    True
     """
 
     name: str
@@ -49,6 +62,11 @@ class Parameter:
     trains: bool
     nodes: tuple[int, ...]
     is_expert: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is taken for one, by its size: smaller parameters are norms and biases."""
+        return self.num_elements >= _LEAST_MATRIX
 
 
 def together(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
@@ -104,6 +122,20 @@ class Seconds:
         return tuple(map(sum, zip(self.forward, self.input_grad, self.weight_grad, strict=True)))
 
 
+# What each node of a chain has where nothing else is said.
+_BY_DEFAULT: Mapping[str, float | None] = MappingProxyType(
+    {
+        "forward_transient_bytes": 0.0,
+        "backward_transient_bytes": 0.0,
+        "cut_bytes": 0.0,
+        "legal": True,
+        "expert_bytes": 0.0,
+        "recomputable": True,
+        "again_bytes": None,
+    }
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """A recorded program as planning sees it. All of it is for one microbatch of `num_rows` rows.
@@ -119,26 +151,32 @@ class Chain:
     - `skips`: what may cross several cuts: values that more than the node after their maker needs. Each names
       its maker, then its users.
     - `handed`: all that nodes hand to each other; empty where nobody knows. `recomputable[n]`: whether node n
-      may compute its forward again in the backward; by default each may.
+      may compute its forward again in the backward.
     - `again_bytes`: of each node that is recomputed what its region saves when it runs again, at the node
       whose backward needs it last; None of the others.
     - `expert_bytes`: of the activations that each node's forward hands to experts, one for each expert that a
-      token goes to; by default there are no experts.
+      token goes to.
 
+    By default nodes hold nothing and hand over nothing, all may be recomputed, and a cut may stand anywhere.
     Raises `ConfigError` for tuples of other lengths than `names`.
+
+    >>> seconds = {"RTX 4090": Seconds((1.0, 2.0), (1.0, 2.0), (0.5, 1.0))}
+    >>> chain = Chain(("embedding", "head"), 1, (1e9, 2e9), seconds, saved=(Held(8.0, (0, 1)),))
+    >>> chain.num_nodes, chain.legal
+    (2, (True, True))
     """
 
     names: tuple[str, ...]
     num_rows: int
     flops: tuple[float, ...]
     seconds: Mapping[str, Seconds]
-    saved: tuple[Held, ...]
-    kept: tuple[Held, ...]
-    parameters: tuple[Parameter, ...]
-    forward_transient_bytes: tuple[float, ...]
-    backward_transient_bytes: tuple[float, ...]
-    cut_bytes: tuple[float, ...]
-    legal: tuple[bool, ...]
+    saved: tuple[Held, ...] = ()
+    kept: tuple[Held, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    forward_transient_bytes: tuple[float, ...] = ()
+    backward_transient_bytes: tuple[float, ...] = ()
+    cut_bytes: tuple[float, ...] = ()
+    legal: tuple[bool, ...] = ()
     expert_bytes: tuple[float, ...] = ()
     skips: tuple[Held, ...] = ()
     handed: tuple[Handed, ...] = ()
@@ -146,21 +184,12 @@ class Chain:
     again_bytes: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.recomputable:
-            object.__setattr__(self, "recomputable", (True,) * self.num_nodes)
-        if not self.again_bytes:
-            object.__setattr__(self, "again_bytes", (None,) * self.num_nodes)
-        if not self.expert_bytes:
-            object.__setattr__(self, "expert_bytes", (0.0,) * self.num_nodes)
+        for name, each in _BY_DEFAULT.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, (each,) * self.num_nodes)
         per_node = {
             "flops": self.flops,
-            "forward_transient_bytes": self.forward_transient_bytes,
-            "backward_transient_bytes": self.backward_transient_bytes,
-            "cut_bytes": self.cut_bytes,
-            "legal": self.legal,
-            "expert_bytes": self.expert_bytes,
-            "recomputable": self.recomputable,
-            "again_bytes": self.again_bytes,
+            **{name: getattr(self, name) for name in _BY_DEFAULT},
             **{f"seconds on {kind}": seconds.forward for kind, seconds in self.seconds.items()},
         }
         for what, given in per_node.items():

@@ -8,22 +8,16 @@ must recompute. The planner prices in the order of it.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice
 from evenflow.plan.fit import groups_of, static_bytes
-from evenflow.plan.price import least_load, sum_seconds
-from evenflow.plan.recompute import (
-    all_worthwhile,
-    backward_transients,
-    curve,
-    forward_transients,
-    recomputed,
-)
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.price import least_load, mean_sum_seconds
+from evenflow.plan.recompute import all_worthwhile, curve, recomputed, transients
+from evenflow.plan.request import Request
+from evenflow.plan.runs import Floats
 from evenflow.plan.scheduled import in_flight, microbatches_in_flight, stretch_of
 
-Floats = npt.NDArray[np.float64]
 _ROUNDS = 8
 _NEARLY = 0.9  # a rod of which so much finds room may in truth fit
 
@@ -51,12 +45,11 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     held = np.array([np.mean([flying[s] for s in placement.stages_on(r)]) for r in range(len(groups))])
     totals = {kind: sum(seconds.total) for kind, seconds in chain.seconds.items()}
     alone = np.array([totals[group.kind] for group in groups])
-    every = (chain, 0, chain.num_nodes)
-    transient = max(map(max, forward_transients(*every), backward_transients(*every)))
-    caps = np.maximum(np.array([group.cap_bytes for group in groups]) - transient, 0.0)
+    caps = np.maximum(np.array([group.cap_bytes for group in groups]) - max(transients(chain)), 0.0)
     saved = sum(each.num_bytes for each in chain.saved)
     static = sum(each.num_bytes for each in static_bytes(request, choice.degrees, chain))
-    freed, again = _curve(chain, groups[0].kind) if choice.recompute == "selective" else (np.zeros(1),) * 2
+    chooses = choice.recompute == "selective"
+    freed, again = map(np.array, curve(chain, groups[0].kind) if chooses else ([0.0], [0.0]))
     room = caps / np.maximum(static + held * (saved - freed[-1]), 1.0)
     found = min(float(room.sum()), 1.0)
     seconds, share = alone, np.zeros(len(groups))
@@ -71,24 +64,14 @@ def expected(request: Request, choice: Choice, chain: Chain) -> Expected:
     load = max(float((share * seconds).max()), least_load(chain, groups) * slower)
     load += 2 * choice.stages_per_rank * request.overheads.op_seconds
     pipeline = load * choice.num_microbatches * stretch_of(choice, chain)
-    trained = [each for each in chain.parameters if each.trains]
-    parts = [
-        sum(each.num_bytes for each in trained if each.is_expert is mixed) / len(groups)
-        for mixed in (False, True)
-    ]
     return Expected(
         load_seconds=load,
         seconds=pipeline / found
-        + sum_seconds(request, choice.degrees, parts[0], parts[1])
+        + mean_sum_seconds(request, choice.degrees, chain)
         + request.overheads.step_seconds,
         fits=found >= _NEARLY,
         is_roomy=found == 1 and bool((share < room).all()) and not over.any(),
     )
-
-
-def _curve(chain: Chain, kind: str) -> tuple[Floats, Floats]:
-    freed, took = curve(chain, kind)
-    return np.array(freed), np.array(took)
 
 
 def _filled(wish: Floats, room: Floats) -> Floats:

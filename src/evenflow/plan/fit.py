@@ -13,15 +13,15 @@ from evenflow.ir.costs import Costs, Link
 from evenflow.ir.flow import Flow
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, Held
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.offload import offloaded
 from evenflow.plan.overheads import as_run
 from evenflow.plan.partition import partition
-from evenflow.plan.plan import Degrees
 from evenflow.plan.problem import DoesNotFitError, Kind, Partition, PartitionProblem
 from evenflow.plan.rank_memory import RankMemory, rank_memory
-from evenflow.plan.recompute import backward_transients, forward_transients
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.recompute import again_nodes, transients
+from evenflow.plan.request import Request
 from evenflow.plan.scheduled import in_flight, in_flight_of, microbatches_in_flight, schedule_of, splits
 from evenflow.plan.shared import shared_seconds
 from evenflow.plan.stages import StageCost, costs_of, stage_costs
@@ -56,11 +56,12 @@ def groups_of(cluster: Cluster, degrees: Degrees) -> tuple[Group, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A cut, the schedule's costs with it, and what each rank needs. `groups[rank]` has its devices.
+    """A chain that is cut, the schedule's costs with it, and what each rank needs.
 
-    `shared_seconds` are a step's for parameters that several ranks use.
+    `groups[rank]` has a rank's devices; `shared_seconds` are a step's for parameters that several ranks use.
     """
 
+    chain: Chain
     positions: tuple[int, ...]
     groups: tuple[Group, ...]
     schedule: Schedule
@@ -80,11 +81,16 @@ class Fit:
     @property
     def load_seconds(self) -> tuple[float, ...]:
         """What each rank computes for one microbatch."""
-        placement = self.schedule.placement
-        return tuple(
-            sum(self.stages[stage].seconds for stage in placement.stages_on(rank))
-            for rank in range(placement.num_ranks)
-        )
+        return tuple(sum(stage.seconds for stage in self.stages_on(rank)) for rank in range(len(self.groups)))
+
+    @property
+    def again(self) -> tuple[int, ...]:
+        """The nodes that are recomputed, ascending."""
+        return again_nodes(self.chain)
+
+    def stages_on(self, rank: int) -> list[StageCost]:
+        """The stages of a pipeline rank."""
+        return [self.stages[stage] for stage in self.schedule.placement.stages_on(rank)]
 
 
 def fitted(
@@ -158,7 +164,9 @@ def at_cuts(
         partial(_link, request.cluster, groups),
         gradient_bytes=request.state.gradient_bytes,
     )
-    return Fit(tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory, exchange)
+    return Fit(
+        chain, tuple(positions), tuple(groups), schedule, traffic.flow, stages, costs, memory, exchange
+    )
 
 
 def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:
@@ -176,7 +184,9 @@ def refuse_at_once(request: Request, choice: Choice, chain: Chain) -> None:
 
 
 def _lacking(group: Group, rank: int, needed_bytes: float) -> DoesNotFitError:
-    return DoesNotFitError(rank, Kind(group.kind, (), group.cap_bytes), needed_bytes, is_proven=False)
+    return DoesNotFitError(
+        rank, group.kind, needed_bytes=needed_bytes, cap_bytes=group.cap_bytes, is_proven=False
+    )
 
 
 def _cut(
@@ -191,8 +201,6 @@ def _cut(
     ring = [(rank, (rank + 1) % len(groups)) for rank in range(len(groups))]
     links = _links(request.cluster, groups, (*ring, *(pair[::-1] for pair in ring))).values()
     rate = min((link.bytes_per_second for link in links), default=float("inf"))
-    every = (chain, 0, chain.num_nodes)
-    transients = forward_transients(*every), backward_transients(*every)
     problem = PartitionProblem(
         schedule_of(choice).placement,
         tuple(kinds),
@@ -201,7 +209,7 @@ def _cut(
         cut_seconds=tuple(size / rate for size in chain.cut_bytes),
         static=static_bytes(request, choice.degrees, chain),
         held=chain.saved,
-        transient_bytes=tuple(map(max, *transients)),
+        transient_bytes=transients(chain),
         in_flight=microbatches_in_flight(choice, chain, request.overheads),
         any_order=any_order
         and len({(group.kind, group.cap_bytes) for group in groups}) > 1
@@ -210,10 +218,8 @@ def _cut(
     try:
         return partition(problem)
     except DoesNotFitError as error:  # tell of what the device has, not of what an earlier round left
-        group = max(
-            (group for group in groups if group.kind == error.kind.name), key=lambda each: each.cap_bytes
-        )
-        needed_bytes = error.needed_bytes + group.cap_bytes - error.kind.cap_bytes
+        group = max((group for group in groups if group.kind == error.kind), key=lambda each: each.cap_bytes)
+        needed_bytes = error.needed_bytes + group.cap_bytes - error.cap_bytes
         raise _lacking(group, error.rank, needed_bytes) from None
 
 
@@ -226,9 +232,8 @@ def static_bytes(request: Request, degrees: Degrees, chain: Chain) -> tuple[Held
     state = request.state
     found = []
     for parameter in chain.parameters:
-        shared = degrees.data // degrees.expert if parameter.is_expert else degrees.data
-        whole = shared if degrees.sharding == "fsdp" else 1
-        states = shared if degrees.sharding != "none" else 1
+        whole = degrees.parameter_shards(are_experts=parameter.is_expert)
+        states = degrees.state_shards(are_experts=parameter.is_expert)
         # A pipeline gathers all of a stage's for the step.
         size = parameter.num_bytes / (whole if degrees.gathers_nodes and not parameter.is_expert else 1)
         if parameter.trains:
@@ -267,10 +272,7 @@ def _memory(
             [stages[stage] for stage in held.placement.stages_on(rank)],
             peak,
             request.state,
-            data_ranks=degrees.data,
-            expert_ranks=degrees.expert,
-            sharding=degrees.sharding,
-            gathers_nodes=degrees.gathers_nodes,
+            degrees,
             communicator_bytes=communicator_bytes[rank],
         )
         for rank, peak in enumerate(held.peaks(sizes))

@@ -1,16 +1,14 @@
 """Whole layers: the repeated blocks of a recorded model, and cuts that stand only between them."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from evenflow.errors import ConfigError
 from evenflow.foreign import shown
+from evenflow.plan.blocks import block_of
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan, node_labels
-
-_BLOCK = re.compile(r"((?:[^\d.:#][^.:#]*\.)*\d+)(?=[.:#]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +42,12 @@ class Layers:
 
 
 def layers_of(names: Sequence[str]) -> Layers:
-    """The blocks that the names of nodes tell of: numbered modules, the outermost where they are nested.
+    """The blocks that the names of nodes tell of, as `block_of` has them.
 
     Raises `ConfigError` for a program without blocks, with something between two of them, and with nothing
     behind the last.
     """
-    blocks = [match[1] if (match := _BLOCK.match(name)) else None for name in names]
+    blocks = [block_of(name) for name in names]
     numbered = [node for node, block in enumerate(blocks) if block is not None]
     if not numbered:
         raise ConfigError(

@@ -23,7 +23,7 @@ def offloaded(
     >>> from evenflow.plan.chain import Held, Seconds
     >>> zero, saved = (0.0,), (Held(8.0, (0,)), Held(2.0, (0,)))
     >>> seconds = {"cpu": Seconds(zero, zero, zero)}
-    >>> chain = Chain(("a",), 1, zero, seconds, saved, (), (), zero, zero, zero, (True,))
+    >>> chain = Chain(("a",), 1, zero, seconds, saved)
     >>> stage = StageCost(0, 1, 1.0, 1.0, 1.0, 10.0, 0.0, 1.0, 3.0, 0.0, 0.0, 0.0, 0)
     >>> (found,) = offloaded([stage], chain, least_bytes=4.0)
     >>> found.saved_bytes, found.forward_transient_bytes, found.backward_transient_bytes

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from operator import add
+from operator import add, attrgetter
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.ir.costs import Link
@@ -72,7 +72,7 @@ class Peers:
         for a, b in pairwise(ranks):
             links[cluster.host_of[a] == cluster.host_of[b]].append(cluster.link_between(a, b))
         near, far = (
-            min(links[same], key=lambda link: link.bytes_per_second, default=Link()) for same in (True, False)
+            min(links[same], key=attrgetter("bytes_per_second"), default=Link()) for same in (True, False)
         )
         numbers = set(Counter(hosts).values())
         num_near = numbers.pop() if len(numbers) == 1 else 1
@@ -117,24 +117,27 @@ def tensor_parallel(chain: Chain, peers: Peers) -> Chain:
     if peers.num_ranks == 1:
         return chain
     degree = peers.num_ranks
-    matrices = _count(chain, lambda parameter: parameter.num_elements >= 2**12)
+    matrices = _count(chain, attrgetter("is_matrix"))
     sums = [
         math.ceil(number / _MATRICES_PER_SUM) * peers.all_reduce_seconds(_leaving(chain, node))
         for node, number in enumerate(matrices)
     ]
-    return _shared(replace(chain, parameters=_parted(together(chain.parameters), degree)), degree, sums)
+    parameters = tuple(_part(parameter, degree) for parameter in together(chain.parameters))
+    return _shared(replace(chain, parameters=parameters), degree, sums)
 
 
-def context_parallel(chain: Chain, degree: int, link: Link) -> Chain:
-    """The chain where each row's positions are parted over `degree` devices: all but the parameters.
+def context_parallel(chain: Chain, peers: Peers) -> Chain:
+    """The chain where each row's positions are parted over devices: all but the parameters.
 
     Keys and values, at most the size of two activations, go once round the ring in each direction.
     """
+    degree = peers.num_ranks
     if degree == 1:
         return chain
+    link = min(peers.near, peers.far, key=attrgetter("bytes_per_second"))
     ring = [
         all_to_all_seconds(2 * _leaving(chain, node) / degree, degree, link) * bool(number)
-        for node, number in enumerate(_count(chain, lambda parameter: parameter.num_elements >= 2**12))
+        for node, number in enumerate(_count(chain, attrgetter("is_matrix")))
     ]
     parted = _shared(chain, degree, ring)
     return replace(
@@ -154,7 +157,7 @@ def expert_parallel(chain: Chain, many: Chain, peers: Peers) -> Chain:
     degree = peers.num_ranks
     if degree == 1:
         return chain
-    has_experts = _count(chain, lambda parameter: parameter.is_expert)
+    has_experts = _count(chain, attrgetter("is_expert"))
     travel = [2 * peers.all_to_all_seconds(size) for size in chain.expert_bytes]
 
     def part(own: Sequence[float], whole: Sequence[float]) -> tuple[float, ...]:
@@ -265,10 +268,6 @@ def _slower(seconds: Mapping[str, Seconds], degree: int, extra: Sequence[float])
 
 def _less(held: tuple[Held, ...], degree: int) -> tuple[Held, ...]:
     return tuple(replace(each, num_bytes=each.num_bytes / degree) for each in held)
-
-
-def _parted(parameters: tuple[Parameter, ...], degree: int) -> tuple[Parameter, ...]:
-    return tuple(_part(parameter, degree) for parameter in parameters)
 
 
 def _part(parameter: Parameter, degree: int) -> Parameter:

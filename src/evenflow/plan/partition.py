@@ -79,7 +79,7 @@ def _linear(runs: Runs) -> Partition:
     line = Line(runs, runs.memory_if_scarce(), arcs, 0, runs.num_steps)
 
     def told(taken: Sequence[Taken]) -> Partition:
-        return measured(runs, [step.last for step in taken[:-1]], [step.arc.kind for step in taken])
+        return _measured(runs, [step.last for step in taken[:-1]], [step.arc.kind for step in taken])
 
     guesses = zip(guesses_from(runs.mean_seconds()), guesses_from(runs.bound_seconds()), strict=True)
     taken = line.cheapest(guesses)
@@ -96,7 +96,7 @@ def _v_shape(runs: Runs) -> Partition:
 
     def told(halves: Sequence[Half]) -> Partition:
         cuts = [*(half.down for half in halves), *(half.up for half in reversed(halves[:-1]))]
-        return measured(runs, cuts, [half.arc.kind for half in halves])
+        return _measured(runs, cuts, [half.arc.kind for half in halves])
 
     halves = bent.cheapest(guesses_from(runs.bound_seconds()))
     if halves is None:
@@ -106,7 +106,7 @@ def _v_shape(runs: Runs) -> Partition:
 
 def _looped(runs: Runs) -> Partition:
     tried = loops(runs)
-    found = [measured(runs, cuts, order) for cuts, order in tried.found]
+    found = [_measured(runs, cuts, order) for cuts, order in tried.found]
     fitting = [candidate for candidate in found if _worst(runs, candidate)[0] <= 1 + ROUNDING]
     if not fitting:
         nearest = min(found, key=lambda candidate: _worst(runs, candidate)[0])
@@ -132,7 +132,7 @@ def _proven(partition: Partition) -> Partition:
     return replace(partition, bound_seconds=max(partition.load_seconds))
 
 
-def measured(runs: Runs, cuts: Sequence[int], kind_at: Sequence[int]) -> Partition:
+def _measured(runs: Runs, cuts: Sequence[int], kind_at: Sequence[int]) -> Partition:
     """Return the partition that cuts at these spots, with these kinds at the ranks."""
     problem = runs.problem
     free = [[device for device, kind in enumerate(runs.kind_of) if kind == k] for k in range(len(runs.kinds))]
@@ -142,18 +142,19 @@ def measured(runs: Runs, cuts: Sequence[int], kind_at: Sequence[int]) -> Partiti
     for stage, (first, last) in enumerate(pairwise((0, *cuts, runs.num_steps))):
         elapsed = runs.elapsed[kind_at[rank_of[stage]]]
         loads[rank_of[stage]] += float(elapsed[last] - elapsed[first])
-    sent = [cut for cut, (rank, later) in zip(cuts, pairwise(rank_of), strict=True) if rank != later]
+    sent_bytes = 0.0
     for cut, (rank, later) in zip(cuts, pairwise(rank_of), strict=True):
         if rank != later:
             loads[rank] += float(runs.price[cut])
             loads[later] += float(runs.price[cut])
+            sent_bytes += float(runs.num_bytes[cut])
     positions = tuple(int(runs.spots[cut]) for cut in cuts)
     return Partition(
         positions,
         devices,
         tuple(loads),
         _needed(problem, positions),
-        sent_bytes=float(runs.num_bytes[sent].sum()),
+        sent_bytes=sent_bytes,
         bound_seconds=runs.bound_seconds(),
     )
 
@@ -184,4 +185,7 @@ def _worst(runs: Runs, partition: Partition) -> tuple[float, int]:
 def _lacking(runs: Runs, nearest: Partition, *, is_proven: bool) -> DoesNotFitError:
     rank = _worst(runs, nearest)[1]
     kind = runs.problem.kinds[nearest.devices[rank]]
-    return DoesNotFitError(rank, kind, nearest.needed_bytes[rank], is_proven=is_proven)
+    needed_bytes = nearest.needed_bytes[rank]
+    return DoesNotFitError(
+        rank, kind.name, needed_bytes=needed_bytes, cap_bytes=kind.cap_bytes, is_proven=is_proven
+    )

@@ -3,42 +3,10 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from evenflow.errors import ConfigError
-from evenflow.plan.rank_memory import RankMemory, Sharding
-
-Recompute = Literal["none", "selective", "full"]
-
-
-@dataclass(frozen=True, slots=True)
-class Degrees:
-    """Over how many devices each kind of parallelism goes. Expert ranks are among the data ranks.
-
-    >>> Degrees(pipeline=4, data=2).num_devices
-    8
-    """
-
-    pipeline: int = 1
-    data: int = 1
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
-    sharding: Sharding = "none"
-
-    @property
-    def num_devices(self) -> int:
-        """How many devices that takes."""
-        return self.pipeline * self.data * self.tensor * self.context
-
-    @property
-    def gathers_nodes(self) -> bool:
-        """Whether parameters are gathered node by node, while these run; in a pipeline, once for a step.
-
-        >>> Degrees(data=8, sharding="fsdp").gathers_nodes, Degrees(4, 2, sharding="fsdp").gathers_nodes
-        (True, False)
-        """
-        return self.sharding == "fsdp" and self.pipeline == 1 and self.data > 1
+from evenflow.plan.choice import Choice, Degrees, Recompute
+from evenflow.plan.rank_memory import RankMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +110,18 @@ class Plan:
     order: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     recompute: Recompute = "none"
+
+    @property
+    def choice(self) -> Choice:
+        """What was chosen."""
+        return Choice(
+            self.degrees,
+            self.stages_per_rank,
+            self.schedule,
+            self.microbatch_size,
+            self.num_microbatches,
+            self.recompute,
+        )
 
 
 def node_labels(names: Sequence[str]) -> tuple[str, ...]:

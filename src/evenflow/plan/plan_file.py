@@ -26,7 +26,18 @@ _HEADER = """\
 
 
 def write_plan(plan: Plan) -> str:
-    """Return the text of a plan; the inverse of `read_plan`."""
+    """Return the text of a plan; the inverse of `read_plan`.
+
+    >>> from evenflow.plan.choice import Degrees
+    >>> from evenflow.plan.plan import PlannedRank, PlannedStage, Prediction
+    >>> from evenflow.plan.rank_memory import RankMemory
+    >>> stage = PlannedStage(0, "embedding", 3, (), 1.0, 1.0, 1.0, 0.0)
+    >>> rank = PlannedRank("RTX 4090", 0, RankMemory(*[2.0**20] * 7), 2.0**30, 0.0)
+    >>> told = Prediction(12.0, 12.0, 0.0, 0.0, 12.0, 64.0, mfu=None)
+    >>> made = Plan(Degrees(), "1f1b", 1, 2, 4, 0.05, (stage,), (rank,), told)
+    >>> read_plan(write_plan(made)) == made
+    True
+    """
     lines = [_HEADER + f"version = {_VERSION}"]
     tables = []
     for field in fields(plan):
@@ -62,6 +73,11 @@ def read_plan(text: str) -> Plan:
     Raises `ConfigError` for what is no TOML, for a key that is unknown or missing, for a value of the wrong
     type or out of range, and for what contradicts itself, each with its place in the file. Whether the plan
     fits a model is judged where it is run.
+
+    >>> read_plan("version = 0")
+    Traceback (most recent call last):
+    ...
+    evenflow.errors.ConfigError: version = 0: this Evenflow reads plans of version 1; plan again
     """
     return _plan(parse_toml(text))
 
@@ -114,7 +130,13 @@ def _check_ranks(plan: Plan) -> None:
 
 
 def read_plan_file(path: Path) -> Plan:
-    """Read a plan from a file; `ConfigError` as `read_plan`, and for a file that can't be read."""
+    """Read a plan from a file; `ConfigError` as `read_plan`, and for a file that can't be read.
+
+    >>> read_plan_file(Path("none.toml"))
+    Traceback (most recent call last):
+    ...
+    evenflow.errors.ConfigError: cannot read the plan none.toml: No such file or directory
+    """
     content = read_toml(path, "plan")
     try:
         return _plan(content)

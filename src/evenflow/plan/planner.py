@@ -24,42 +24,24 @@ from typing import NoReturn
 
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
-from evenflow.plan.contradictions import contradiction
+from evenflow.plan.choice import Choice, Degrees, Recompute, Sharding, describe
+from evenflow.plan.choices import choices, contradiction, open_shardings
 from evenflow.plan.expected import Expected, expected
 from evenflow.plan.fit import refuse_at_once
 from evenflow.plan.known_costs import planned_links
 from evenflow.plan.layers import layer_labels
-from evenflow.plan.plan import (
-    Degrees,
-    Plan,
-    PlannedRank,
-    PlannedStage,
-    Prediction,
-    Recompute,
-    RunnerUp,
-    node_labels,
-)
+from evenflow.plan.plan import Plan, PlannedRank, PlannedStage, Prediction, RunnerUp, node_labels
 from evenflow.plan.price import Priced, chain_for, lower_bound, price
 from evenflow.plan.problem import DoesNotFitError, check_places
-from evenflow.plan.rank_memory import Sharding
 from evenflow.plan.recompute import all_worthwhile, cheapest_to_hold
 from evenflow.plan.refine import refined
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.plan.scheduled import stretch_of
 from evenflow.plan.searched import searched
 from evenflow.schedule_file import format_rows
 from evenflow.schedules import catalog
 
-# By stages per rank: the schedules worth pricing. The others are never faster, nor hold less. Eager 1F1B
-# holds more than 1F1B, and is faster where transfers take time.
-_SCHEDULES = {
-    1: ("1f1b", "eager-1f1b", "zb-h1", "zb-h2"),
-    2: ("interleaved-1f1b", "interleaved-zb", "zb-v", "v-half", "v-min"),
-    4: ("interleaved-1f1b", "interleaved-zb"),
-}
-_SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "fsdp")  # in the order of what they cost
 _MARGIN = 1.02  # a rank that does more than expected by less is as good as that
-_MOST_MICROBATCHES = 512  # of a choice of the planner's own; the user may ask for more
 _NUM_RUNNERS_UP = 5
 
 BUDGET_SECONDS = 40.0
@@ -75,7 +57,7 @@ class NoPlanError(ConfigError):
         super().__init__(f"no plan fits into memory; the nearest: {describe(nearest)}: {error}")
         self.nearest = nearest
         self.needed_bytes = error.needed_bytes
-        self.cap_bytes = error.kind.cap_bytes
+        self.cap_bytes = error.cap_bytes
 
 
 def plan(
@@ -93,6 +75,16 @@ def plan(
 
     Raises `NoPlanError` where none fits into memory, with the one that comes nearest, and `ConfigError` for
     levers that contradict each other or that leave nothing to choose.
+
+    >>> from evenflow.cluster.short import parse_cluster
+    >>> from evenflow.plan.chain import Seconds
+    >>> from evenflow.plan.request import Levers
+    >>> ones = (1.0,) * 8
+    >>> chain = Chain(tuple("abcdefgh"), 1, ones, {"H100": Seconds(ones, ones, ones)})
+    >>> levers = Levers(pipeline=2, stages_per_rank=1, schedule="1f1b")
+    >>> asked = Request(lambda rows: chain, (1,), parse_cluster("2xH100"), 8, 64.0, 1.0, levers=levers)
+    >>> [(stage.first, stage.num_nodes) for stage in plan(asked).stages]
+    [('a', 4), ('e', 4)]
     """
     search, start = _Search(request), time.perf_counter()
     for seen in search.run():
@@ -114,11 +106,22 @@ def _step_seconds(priced: Priced) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Open:
+    """A choice, and the savings of memory that are left to try with it: sharding, recomputation."""
+
     choice: Choice
     chain: Chain
-    savings: tuple[tuple[Sharding, Recompute], ...]  # that are left to try: sharding, recomputation
-    told: Expected | None = None  # of the choice, where it has one of them
+    savings: tuple[tuple[Sharding, Recompute], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """A choice with one of the savings, what it is likely to take, and what is left to try beside it."""
+
+    choice: Choice
+    chain: Chain
+    told: Expected
+    left: _Open
 
 
 class _Search:
@@ -132,7 +135,7 @@ class _Search:
         self.bound_seconds = math.inf
         self._request = request
         self._order = itertools.count()
-        self._queue: list[tuple[bool, float, int, _Candidate]] = []  # (does not fit, seconds, ...)
+        self._queue: list[tuple[bool, float, int, _Open | _Saving]] = []  # (does not fit, seconds, ...)
         self._nearest: tuple[float, Choice, DoesNotFitError] | None = None
         self._refusal: EvenflowError | None = None
         chains: dict[tuple[int, int, int, int], Chain] = {}
@@ -157,9 +160,9 @@ class _Search:
         except ConfigError as error:  # too few places to cut, or a schedule that can't serve these sizes
             self._refusal = self._refusal or error
         else:
-            self._push(_Candidate(choice, chain, tuple(self._savings(choice))), seconds)
+            self._push(_Open(choice, chain, tuple(self._savings(choice))), seconds)
 
-    def _push(self, candidate: _Candidate, seconds: float, *, fits: bool = True) -> None:
+    def _push(self, candidate: _Open | _Saving, seconds: float, *, fits: bool = True) -> None:
         heapq.heappush(self._queue, (not fits, seconds, next(self._order), candidate))
 
     @property
@@ -174,14 +177,15 @@ class _Search:
             lacks, seconds, _, candidate = heapq.heappop(self._queue)
             if self.found and (lacks or seconds >= self.best_seconds):
                 return
-            if candidate.told is not None:
-                self._price(candidate, candidate.told)
-            else:
-                self._save(candidate)
-                seen += 1
+            match candidate:
+                case _Open():
+                    self._save(candidate)
+                    seen += 1
+                case _Saving():
+                    self._price(candidate)
             yield seen
 
-    def _save(self, candidate: _Candidate) -> None:
+    def _save(self, candidate: _Open) -> None:
         """Put a choice back with each of the savings that may fit, up to the first that has room."""
         for number, (sharding, recompute) in enumerate(candidate.savings, 1):
             degrees = replace(candidate.choice.degrees, sharding=sharding)
@@ -199,13 +203,13 @@ class _Search:
                 self._refusal = self._refusal or error
                 return
             else:
-                left = candidate.savings[number:] if told.is_roomy else ()
-                self._push(_Candidate(choice, chain, left, told), told.seconds, fits=told.fits)
+                left = replace(candidate, savings=candidate.savings[number:] if told.is_roomy else ())
+                self._push(_Saving(choice, chain, told, left), told.seconds, fits=told.fits)
                 # To gather node by node hides the sums of gradients, with or without room.
                 if told.is_roomy and (degrees.pipeline > 1 or sharding == "fsdp"):
                     return
 
-    def _price(self, candidate: _Candidate, told: Expected) -> None:
+    def _price(self, candidate: _Saving) -> None:
         choice = candidate.choice
         try:
             priced = price(self._request, choice, candidate.chain)
@@ -215,16 +219,16 @@ class _Search:
             self._refusal = self._refusal or error
             return
         else:
-            is_same = choice.recompute == "selective" and not priced.recompute  # as "none"
+            is_same = choice.recompute == "selective" and not priced.fit.again  # as "none"
             if not is_same or self._request.levers.recompute is not None:
                 self.found.append(priced)
-            if max(priced.load_seconds) <= told.load_seconds * _MARGIN:
+            if max(priced.fit.load_seconds) <= candidate.told.load_seconds * _MARGIN:
                 return
         # Memory has a say in the cut after all: the next saving may give back more than it costs.
-        self._save(candidate)
+        self._save(candidate.left)
 
     def _note(self, choice: Choice, error: DoesNotFitError) -> None:
-        share = error.needed_bytes / error.kind.cap_bytes
+        share = error.needed_bytes / error.cap_bytes
         if self._nearest is None or share < self._nearest[0]:
             self._nearest = share, choice, error
 
@@ -235,9 +239,8 @@ class _Search:
         open_ones: tuple[Recompute, ...] = ("none", "selective" if chooses else "full")
         hows = open_ones if levers.recompute is None else (levers.recompute,)
         for recompute in hows:
-            for sharding in _SHARDINGS if choice.degrees.data > 1 else _SHARDINGS[:1]:
-                if levers.sharding in (None, sharding):
-                    yield sharding, recompute
+            for sharding in open_shardings(self._request, choice):
+                yield sharding, recompute
 
     def refuse(self) -> NoReturn:
         """Say why there is no plan."""
@@ -247,124 +250,27 @@ class _Search:
         raise self._refusal
 
 
-def choices(request: Request) -> Iterator[Choice]:
-    """Every choice that the levers leave open, without savings of memory.
-
-    >>> from evenflow.cluster.short import parse_cluster
-    >>> from evenflow.plan.request import Levers
-    >>> levers = Levers(expert=1)
-    >>> request = Request(lambda rows: None, (1, 2), parse_cluster("2xH100"), 4, 8.0, 0.01, levers=levers)
-    >>> sorted({(choice.degrees.pipeline, choice.degrees.data) for choice in choices(request)})
-    [(1, 1), (1, 2), (2, 1)]
-    """
-    for degrees in _degrees(request):
-        for size, number in _sizes(request, degrees.data):
-            for per_rank, schedule in _schedules(request, degrees.pipeline):
-                choice = Choice(degrees, per_rank, schedule, size, number, "none")
-                if request.lays_out(choice):
-                    yield choice
-
-
-def _sizes(request: Request, data: int) -> list[tuple[int, int]]:
-    """Rows of a microbatch and their number, of those that part the batch evenly."""
-    levers, (rows, rest) = request.levers, divmod(request.batch_rows, data)
-    if rest:
-        return []
-    found = [
-        (size, rows // size)
-        for size in request.microbatch_sizes
-        if rows % size == 0
-        and levers.microbatch_size in (None, size)
-        and levers.num_microbatches in (None, rows // size)
-    ]
-    few = [each for each in found if each[1] <= _MOST_MICROBATCHES]
-    # The largest that there are, where even they are many.
-    return few or sorted(found)[-1:]
-
-
-def _degrees(request: Request) -> Iterator[Degrees]:
-    levers, num_ranks = request.levers, request.cluster.num_ranks
-    max_expert = levers.max_expert if levers.expert is None and _has_experts(request) else 1
-    # One device alone may be faster than several that are joined badly.
-    for used in dict.fromkeys((num_ranks, 1)):
-        for pipeline in _divisors(used, levers.pipeline):
-            for tensor in _divisors(used // pipeline, levers.tensor, levers.max_tensor):
-                for context in _divisors(used // pipeline // tensor, levers.context, levers.max_context):
-                    data = used // pipeline // tensor // context
-                    if levers.data not in (None, data):
-                        continue
-                    for expert in _divisors(data, levers.expert, max_expert):
-                        yield Degrees(pipeline, data, tensor, context, expert)
-
-
-def _has_experts(request: Request) -> bool:
-    parameters = request.chain_of(request.microbatch_sizes[0]).parameters
-    return any(parameter.is_expert for parameter in parameters)
-
-
-def _divisors(number: int, given: int | None, most: int | None = None) -> tuple[int, ...]:
-    if given is not None:
-        return (given,) if number % given == 0 else ()
-    return tuple(d for d in range(1, min(number, most or number) + 1) if number % d == 0)
-
-
-def _schedules(request: Request, num_ranks: int) -> Iterator[tuple[int, str]]:
-    levers = request.levers
-    if num_ranks == 1:
-        yield 1, "1f1b"
-        return
-    for per_rank, names in _SCHEDULES.items():
-        if levers.stages_per_rank in (None, per_rank):
-            for name in names if levers.schedule is None else (levers.schedule,):
-                if name in names or levers.stages_per_rank == per_rank:
-                    yield per_rank, name
-
-
-def describe(choice: Choice) -> str:
-    """A choice in a line.
-
-    >>> describe(Choice(Degrees(4, 2), 1, "1f1b", 2, 16, "none"))
-    '4 pipeline x 2 data ranks, 1f1b, 16 microbatches of 2'
-    """
-    degrees = choice.degrees
-    kinds = {
-        "pipeline": degrees.pipeline,
-        "data": degrees.data,
-        "tensor": degrees.tensor,
-        "context": degrees.context,
-    }
-    parts = [f"{number} {name}" for name, number in kinds.items() if number > 1 or name == "pipeline"]
-    text = f"{' x '.join(parts)} rank{'s' if degrees.num_devices > 1 else ''}"
-    text += f", experts over {degrees.expert}" if degrees.expert > 1 else ""
-    text += f" ({degrees.sharding})" if degrees.sharding != "none" else ""
-    text += f", {choice.schedule}" if degrees.pipeline > 1 else ""
-    text += f" with {choice.stages_per_rank} stages a rank" if choice.stages_per_rank > 1 else ""
-    number = choice.num_microbatches
-    text += f", {number} microbatch{'es' if number > 1 else ''} of {choice.microbatch_size}"
-    return text + (f", {choice.recompute} recomputation" if choice.recompute != "none" else "")
-
-
 def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
-    best = found[0]
+    best, fit = found[0], found[0].fit
     choice, chain = best.choice, request.chain_of(best.choice.microbatch_size)
     labels = node_labels(chain.names)
-    recompute = set(best.recompute)
+    again = set(fit.again)
     stages = tuple(
         PlannedStage(
             rank,
             labels[stage.start],
             stage.end - stage.start,
-            tuple(labels[node] for node in range(stage.start, stage.end) if node in recompute),
+            tuple(labels[node] for node in range(stage.start, stage.end) if node in again),
             stage.forward_seconds,
             stage.input_grad_seconds,
             stage.weight_grad_seconds,
             stage.received_bytes,
         )
-        for stage, rank in zip(best.stages, best.schedule.placement.rank_of, strict=True)
+        for stage, rank in zip(fit.stages, fit.schedule.placement.rank_of, strict=True)
     )
     ranks = tuple(
         PlannedRank(group.kind, group.first, need, group.cap_bytes, idle)
-        for group, need, idle in zip(best.groups, best.memory, best.idle, strict=True)
+        for group, need, idle in zip(fit.groups, fit.memory, best.idle, strict=True)
     )
     return Plan(
         choice.degrees,
@@ -376,11 +282,11 @@ def _plan(request: Request, found: list[Priced], bound_seconds: float) -> Plan:
         stages,
         ranks,
         _prediction(request, best, chain, bound_seconds),
-        planned_links(best.links),
+        planned_links(fit.costs.links),
         tuple(_runner_up(priced) for priced in found[1:]),
-        tuple(format_rows(best.schedule)) if choice.schedule == catalog.AUTO else (),
+        tuple(format_rows(fit.schedule)) if choice.schedule == catalog.AUTO else (),
         layer_labels(chain.names),
-        choice.recompute if best.recompute else "none",
+        choice.recompute if again else "none",
     )
 
 

@@ -1,37 +1,24 @@
 """What one choice would take and need: cut, scheduled, simulated, and held against the devices' memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
-from evenflow.cluster.cluster import Cluster
-from evenflow.ir.costs import Link
-from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain, together
+from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.fit import Fit, Group, fitted, groups_of
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
-from evenflow.plan.plan import Degrees
-from evenflow.plan.rank_memory import RankMemory
 from evenflow.plan.recompute import all_worthwhile, recomputed
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.plan.selective import fitted_selectively
-from evenflow.plan.stages import StageCost
 from evenflow.simulate import simulate
 
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """A choice, how it came out, and what that takes. `groups[rank]` has the devices of a pipeline rank."""
+    """A choice, how it was cut, and what that takes. `idle`: of each rank, a share of the pipeline's time."""
 
     choice: Choice
-    positions: tuple[int, ...]
-    recompute: tuple[int, ...]  # nodes
-    groups: tuple[Group, ...]
-    schedule: Schedule
-    stages: tuple[StageCost, ...]
-    links: Mapping[tuple[int, int], Link]  # between pipeline ranks
-    memory: tuple[RankMemory, ...]
-    load_seconds: tuple[float, ...]  # of each rank, for one microbatch
+    fit: Fit
     idle: tuple[float, ...]
     pipeline_seconds: float
     reduce_seconds: float  # sums of gradients: over data ranks, and of parameters that stages share
@@ -60,18 +47,9 @@ def chain_for(request: Request, choice: Choice) -> Chain:
 
 
 def _parted(request: Request, degrees: Degrees, num_rows: int) -> Chain:
-    peers = Peers.of(request.cluster, stride=1, count=degrees.tensor)
-    chain = tensor_parallel(request.chain_of(num_rows), peers)
-    return context_parallel(
-        chain, degrees.context, slowest_link(request.cluster, degrees.tensor, degrees.context)
-    )
-
-
-def slowest_link(cluster: Cluster, stride: int, count: int) -> Link:
-    """The slowest link of a ring over `count` devices that are `stride` apart, from the first on."""
-    ranks = [stride * number for number in range(count)]
-    links = [cluster.link_between(a, b) for a, b in pairwise(ranks)]
-    return min(links, key=lambda link: link.bytes_per_second, default=Link())
+    chain = request.chain_of(num_rows)
+    chain = tensor_parallel(chain, Peers.of(request.cluster, stride=1, count=degrees.tensor))
+    return context_parallel(chain, Peers.of(request.cluster, stride=degrees.tensor, count=degrees.context))
 
 
 def price(request: Request, choice: Choice, chain: Chain) -> Priced:
@@ -80,69 +58,72 @@ def price(request: Request, choice: Choice, chain: Chain) -> Priced:
     Raises `DoesNotFitError` where no cut fits into memory, and `ConfigError` for a schedule that can't serve
     these sizes, or a chain with too few places to cut.
     """
+    return priced_fit(request, choice, _cut(request, choice, chain))
+
+
+def _cut(request: Request, choice: Choice, chain: Chain) -> Fit:
     match choice.recompute:
         case "none":
-            nodes: tuple[int, ...] = ()
-            fit = fitted(request, choice, chain)
+            return fitted(request, choice, chain)
         case "full":
-            nodes = all_worthwhile(chain)
-            fit = fitted(request, choice, recomputed(chain, nodes))
-        case _:
-            nodes, fit = fitted_selectively(request, choice, chain)
-    return priced_fit(request, choice, nodes, fit)
+            return fitted(request, choice, recomputed(chain, all_worthwhile(chain)))
+        case "selective":
+            return fitted_selectively(request, choice, chain)
 
 
-def priced_fit(request: Request, choice: Choice, nodes: tuple[int, ...], fit: Fit) -> Priced:
-    """Schedule and simulate a choice as it was cut, where these nodes are recomputed."""
-    schedule, costs = fit.schedule, fit.costs
-    makespan = simulate(schedule, fit.flow, costs).makespan_seconds
-    work = costs.work_seconds(schedule.placement, choice.num_microbatches, trains=True)
+def priced_fit(request: Request, choice: Choice, fit: Fit) -> Priced:
+    """Schedule and simulate a choice as it was cut."""
+    makespan = simulate(fit.schedule, fit.flow, fit.costs).makespan_seconds
+    work = fit.costs.work_seconds(fit.schedule.placement, choice.num_microbatches, trains=True)
     return Priced(
         choice,
-        fit.positions,
-        nodes,
-        fit.groups,
-        schedule,
-        fit.stages,
-        fit.costs.links,
-        fit.memory,
-        fit.load_seconds,
+        fit,
         idle=tuple(max(0.0, 1 - each / makespan) for each in work),
         pipeline_seconds=makespan,
-        reduce_seconds=fit.shared_seconds + _reduce_seconds(request, choice.degrees, schedule, fit.stages),
-        update_seconds=request.overheads.step_seconds + _update_seconds(request, schedule, fit),
+        reduce_seconds=fit.shared_seconds + _reduce_seconds(request, choice.degrees, fit),
+        update_seconds=request.overheads.step_seconds + _update_seconds(request, fit),
     )
 
 
-def _reduce_seconds(
-    request: Request, degrees: Degrees, schedule: Schedule, stages: Sequence[StageCost]
-) -> float:
+def _reduce_seconds(request: Request, degrees: Degrees, fit: Fit) -> float:
     """The longest that a pipeline rank's data ranks take to sum their gradients; nothing of it is hidden."""
-    found = [0.0]
-    for rank in range(schedule.placement.num_ranks):
-        own = [stages[stage] for stage in schedule.placement.stages_on(rank)]
+    found = []
+    for rank in range(degrees.pipeline):
+        own = fit.stages_on(rank)
         of_experts = sum(stage.expert_trained_bytes for stage in own)
         others = sum(stage.trained_bytes for stage in own) - of_experts
-        found.append(sum_seconds(request, degrees, others, of_experts))
+        found.append(_sum_seconds(request, degrees, others, of_experts))
     return max(found)
 
 
-def sum_seconds(request: Request, degrees: Degrees, others_bytes: float, expert_bytes: float) -> float:
+def _sum_seconds(request: Request, degrees: Degrees, others_bytes: float, expert_bytes: float) -> float:
     """How long data ranks take to sum gradients; those of experts only where the experts are the same."""
     if degrees.data == 1:
         return 0.0
-    stride, num_alike = degrees.tensor * degrees.context, degrees.data // degrees.expert
+    stride = degrees.tensor * degrees.context
     if degrees.gathers_nodes:
         others_bytes = 0.0  # summed on the way (`parallel.fully_sharded`)
     everyone = Peers.of(request.cluster, stride=stride, count=degrees.data)
-    alike = Peers.of(request.cluster, stride=stride * degrees.expert, count=num_alike)
+    alike = Peers.of(
+        request.cluster, stride=stride * degrees.expert, count=degrees.num_alike(are_experts=True)
+    )
     factor = request.state.gradient_bytes
     return everyone.all_reduce_seconds(factor * others_bytes) + alike.all_reduce_seconds(
         factor * expert_bytes
     )
 
 
-def _update_seconds(request: Request, schedule: Schedule, fit: Fit) -> float:
+def mean_sum_seconds(request: Request, degrees: Degrees, chain: Chain) -> float:
+    """How long data ranks take to sum gradients, if every pipeline rank has as many of them."""
+    trained = [parameter for parameter in chain.parameters if parameter.trains]
+    others, experts = (
+        sum(each.num_bytes for each in trained if each.is_expert is experts) / degrees.pipeline
+        for experts in (False, True)
+    )
+    return _sum_seconds(request, degrees, others, experts)
+
+
+def _update_seconds(request: Request, fit: Fit) -> float:
     """The longest update, as measured; else parameters and states are read and written, gradients read."""
     rates = {device.name: device.memory_bytes_per_second for device in request.cluster.devices}
     found = []
@@ -151,8 +132,7 @@ def _update_seconds(request: Request, schedule: Schedule, fit: Fit) -> float:
         if measured is None:
             found.append((2 * (need.gradients + need.optimizer) + need.gradients) / rates[group.kind])
         else:
-            stages = (fit.stages[stage] for stage in schedule.placement.stages_on(rank))
-            found.append(sum(stage.trained_bytes for stage in stages) * measured)
+            found.append(sum(stage.trained_bytes for stage in fit.stages_on(rank)) * measured)
     return max(found)
 
 
@@ -165,12 +145,7 @@ def lower_bound(request: Request, choice: Choice, chain: Chain) -> float:
     load = least_load(chain, groups_of(request.cluster, choice.degrees))
     if choice.degrees.pipeline == 1:
         return choice.num_microbatches * load
-    trained = [parameter for parameter in chain.parameters if parameter.trains]
-    others, experts = (
-        sum(each.num_bytes for each in trained if each.is_expert is mixed) / choice.degrees.pipeline
-        for mixed in (False, True)
-    )
-    return choice.num_microbatches * load + sum_seconds(request, choice.degrees, others, experts)
+    return choice.num_microbatches * load + mean_sum_seconds(request, choice.degrees, chain)
 
 
 def least_load(chain: Chain, groups: Sequence[Group]) -> float:
@@ -181,7 +156,7 @@ def least_load(chain: Chain, groups: Sequence[Group]) -> float:
 
     >>> from evenflow.plan.chain import Seconds
     >>> times = Seconds((4.0, 4.0, 4.0, 1.0), (0.0,) * 4, (0.0,) * 4)
-    >>> chain = Chain(("a",) * 4, 1, (1.0,) * 4, {"cpu": times}, (), (), (), *[(0.0,) * 4] * 3, (True,) * 4)
+    >>> chain = Chain(("a",) * 4, 1, (1.0,) * 4, {"cpu": times})
     >>> least_load(chain, [Group(rank, "cpu", 1.0) for rank in range(2)])
     8.0
     """

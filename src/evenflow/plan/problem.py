@@ -147,17 +147,20 @@ class DoesNotFitError(ConfigError):
     rank with at least that ratio; otherwise a heuristic found nothing better.
     """
 
-    def __init__(self, rank: int, kind: Kind, needed_bytes: float, *, is_proven: bool) -> None:
-        share = needed_bytes / kind.cap_bytes
+    def __init__(
+        self, rank: int, kind: str, *, needed_bytes: float, cap_bytes: float, is_proven: bool
+    ) -> None:
+        share = needed_bytes / cap_bytes
         proof = "every partition has a rank that lacks as much" if is_proven else "the best that was found"
         super().__init__(
-            f"no partition fits: rank {rank} ({kind.name}) needs {needed_bytes:,.0f} bytes and has "
-            f"{kind.cap_bytes:,.0f}, {share:.4g} times as much as there is ({proof}); use more ranks, fewer "
+            f"no partition fits: rank {rank} ({kind}) needs {needed_bytes:,.0f} bytes and has "
+            f"{cap_bytes:,.0f}, {share:.4g} times as much as there is ({proof}); use more ranks, fewer "
             "microbatches in flight, smaller microbatches, recomputation or devices with more memory"
         )
         self.rank = rank
         self.kind = kind
         self.needed_bytes = needed_bytes
+        self.cap_bytes = cap_bytes
         self.is_proven = is_proven
 
 

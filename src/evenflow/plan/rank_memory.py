@@ -6,11 +6,9 @@ allocator can't use, is a device's `reserved_bytes`, and no part of these.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias
 
+from evenflow.plan.choice import Degrees
 from evenflow.plan.stages import StageCost
-
-Sharding: TypeAlias = Literal["none", "zero1", "fsdp"]  # of data ranks: nothing, optimizer states, everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +20,8 @@ class TrainingState:
     - `update_bytes`: for each element, while the optimizer steps (temporaries of its fused loops).
     - `gradient_bytes`: for each byte of the parameter: 1 where gradients have its type, 2 for fp32 gradients
       of bf16 weights.
+
+    >>> adamw_with_masters = TrainingState(optimizer_bytes=12.0, update_bytes=4.0, gradient_bytes=2.0)
     """
 
     optimizer_bytes: float = 8.0
@@ -73,46 +73,42 @@ def rank_memory(
     stages: Sequence[StageCost],
     peak: Peak,
     state: TrainingState,
+    degrees: Degrees,
     *,
-    data_ranks: int = 1,
-    expert_ranks: int = 1,
-    sharding: Sharding = "none",
-    gathers_nodes: bool = False,
     communicator_bytes: float = 0.0,
 ) -> RankMemory:
     """What a rank with these stages has allocated at its peak, where its schedule's ops reach that `peak`.
 
     The peak lies among the ops or in the optimizer's step, when every gradient is there and no activation:
     whichever is higher counts. Gradients come with the first backwards; between data ranks they are taken to
-    be there always, in buffers that are summed. With "zero1" the data ranks share the optimizer's states,
-    with "fsdp" parameters and gradients too; a step then gathers all of its stages' parameters, which count
-    among the transients, unless it `gathers_nodes` one after the other: the stage's own transients hold those
-    already (experts are not gathered so). Of the data ranks, `expert_ranks` have other experts each, so that
-    experts are shared by so many times fewer.
+    be there always, in buffers that are summed. Where a rank holds a part of the parameters, a step gathers
+    all of its stages', which count among the transients, unless the degrees gather them node by node: the
+    stage's own transients hold those already (experts are not gathered so).
 
     Source of the sharding: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", 2020.
     """
-    shards = data_ranks if sharding != "none" else 1
-    whole = data_ranks if sharding == "fsdp" else 1
 
-    def share(what: Callable[[StageCost], float], experts: Callable[[StageCost], float], of: int) -> float:
-        """One rank's part where `of` share everything."""
+    def share(
+        what: Callable[[StageCost], float], experts: Callable[[StageCost], float], *, are_states: bool = False
+    ) -> float:
+        """One rank's part of what its stages have, and data ranks with them."""
+        shards = degrees.state_shards if are_states else degrees.parameter_shards
         of_experts = sum(map(experts, stages))
-        return (sum(map(what, stages)) - of_experts) / of + of_experts / max(1, of // expert_ranks)
+        others = sum(map(what, stages)) - of_experts
+        return others / shards(are_experts=False) + of_experts / shards(are_experts=True)
 
-    parameters = share(lambda s: s.parameter_bytes, lambda s: s.expert_parameter_bytes, whole)
-    gradients = share(lambda s: s.trained_bytes, lambda s: s.expert_trained_bytes, whole)
-    gradients *= state.gradient_bytes
-    elements = share(lambda s: s.owned_elements, lambda s: s.expert_owned_elements, shards)
+    parameters = share(lambda s: s.parameter_bytes, lambda s: s.expert_parameter_bytes)
+    gradients = share(lambda s: s.trained_bytes, lambda s: s.expert_trained_bytes) * state.gradient_bytes
+    elements = share(lambda s: s.owned_elements, lambda s: s.expert_owned_elements, are_states=True)
 
     def gathered(stage: StageCost) -> float:
-        return stage.expert_parameter_bytes if gathers_nodes else stage.parameter_bytes
+        return stage.expert_parameter_bytes if degrees.gathers_nodes else stage.parameter_bytes
 
-    extra = sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes, whole)
+    extra = sum(map(gathered, stages)) - share(gathered, lambda s: s.expert_parameter_bytes)
     in_ops = RankMemory(
         parameters=parameters,
-        gradients=gradients if data_ranks > 1 else peak.gradients,
+        gradients=gradients if degrees.data > 1 else peak.gradients,
         optimizer=elements * state.optimizer_bytes,
         activations=peak.activations,
         transients=peak.transients + extra,

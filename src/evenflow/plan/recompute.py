@@ -30,12 +30,9 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
     ...     flops=(1.0, 1.0),
     ...     seconds={"cpu": Seconds((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))},
     ...     saved=(Held(8.0, (0, 1), 0), Held(50.0, (1,))),
-    ...     kept=(),
-    ...     parameters=(),
     ...     forward_transient_bytes=(0.0, 4.0),
     ...     backward_transient_bytes=(2.0, 0.0),
     ...     cut_bytes=(0.0, 8.0),
-    ...     legal=(True, True),
     ...     handed=(Handed(8.0, 0, (1,)),),
     ... )
     >>> again = recomputed(chain, [1])
@@ -73,6 +70,11 @@ def recomputed(chain: Chain, nodes: Collection[int]) -> Chain:
     )
 
 
+def again_nodes(chain: Chain) -> tuple[int, ...]:
+    """The nodes of a chain that are recomputed, ascending."""
+    return tuple(node for node, size in enumerate(chain.again_bytes) if size is not None)
+
+
 def forward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]:
     """The most that each node of a stage allocates in its forward; what it does not save is among it."""
     pairs = zip(chain.forward_transient_bytes[start:end], chain.again_bytes[start:end], strict=True)
@@ -85,7 +87,7 @@ def backward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]
     A region that the stage has a part of is what it has of it.
     """
     found = list(chain.backward_transient_bytes[start:end])
-    chosen = [node for node in range(start, end) if chain.again_bytes[node] is not None]
+    chosen = [node for node in again_nodes(chain) if start <= node < end]
     for region in regions_of(chain.names, chosen):
         # At each node's backward what later ones saved is freed.
         there = list(accumulate(chain.again_bytes[node] or 0.0 for node in region))
@@ -99,11 +101,17 @@ def backward_transients(chain: Chain, start: int, end: int) -> tuple[float, ...]
     return tuple(found)
 
 
+def transients(chain: Chain) -> tuple[float, ...]:
+    """The most that each node allocates in its forward or its backward, wherever the chain is cut."""
+    whole = (chain, 0, chain.num_nodes)
+    return tuple(map(max, forward_transients(*whole), backward_transients(*whole)))
+
+
 def parted_bytes(chain: Chain, start: int, end: int) -> float:
     """What a stage's first region is given by its own first part, which a cut leaves to the stage before."""
     if start == 0 or None in (chain.again_bytes[start - 1], chain.again_bytes[start]):
         return 0.0
-    parts = regions_of(chain.names, [n for n, size in enumerate(chain.again_bytes) if size is not None])
+    parts = regions_of(chain.names, again_nodes(chain))
     region = next(part for part in parts if start in part)
     inside = {node for node in region if start <= node < end}
     return sum(
@@ -130,10 +138,7 @@ def all_worthwhile(chain: Chain) -> tuple[int, ...]:
     """The nodes that "full" recomputation recomputes: all regions that hold less for it, else single nodes.
 
     >>> times = Seconds((1.0,) * 3, (1.0,) * 3, (1.0,) * 3)
-    >>> zeros = (0.0,) * 3
-    >>> chain = Chain(
-    ...     ("a", "b", "c"), 1, zeros, {"cpu": times}, (Held(9.0, (1,)),), (), (), *[zeros] * 3, (True,) * 3
-    ... )
+    >>> chain = Chain(("a", "b", "c"), 1, (0.0,) * 3, {"cpu": times}, saved=(Held(9.0, (1,)),))
     >>> all_worthwhile(chain)
     (1,)
     """

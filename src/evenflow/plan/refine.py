@@ -12,12 +12,10 @@ from itertools import accumulate, pairwise
 
 from evenflow.ir.costs import ROUNDING
 from evenflow.ir.placement import Placement
-from evenflow.plan.chain import Chain
-from evenflow.plan.fit import at_cuts
+from evenflow.plan.fit import Fit, at_cuts
 from evenflow.plan.partition import partition
-from evenflow.plan.price import Priced, chain_for, priced_fit
+from evenflow.plan.price import Priced, priced_fit
 from evenflow.plan.problem import Kind, PartitionProblem
-from evenflow.plan.recompute import recomputed
 from evenflow.plan.request import Request
 
 _DISTANCES = (1, 2, 4)  # of a move, in places where a cut may stand
@@ -33,7 +31,7 @@ def refined(request: Request, priced: Priced) -> Priced:
     refiner = _Refiner(request, priced)
     found = refiner.descended(priced)
     if priced.choice.stages_per_rank > 1:
-        even = refiner.at(_even(refiner.chain, priced))
+        even = refiner.at(_even(priced.fit))
         if even is not None:
             found = min(found, refiner.descended(even), key=lambda each: each.step_seconds)
     return found
@@ -43,23 +41,22 @@ class _Refiner:
     """What all moves of a choice's cuts have in common, and how many of them may still be simulated."""
 
     def __init__(self, request: Request, priced: Priced) -> None:
-        self.chain = recomputed(chain_for(request, priced.choice), priced.recompute)
         self._request = request
         self._start = priced
-        self._tries_left = _MOST_OPS // sum(map(len, priced.schedule.ranks))
+        self._tries_left = _MOST_OPS // sum(map(len, priced.fit.schedule.ranks))
         # Of each kind of device: what all nodes before one take.
         self._before = {
-            kind: (0.0, *accumulate(seconds.total)) for kind, seconds in self.chain.seconds.items()
+            kind: (0.0, *accumulate(seconds.total)) for kind, seconds in priced.fit.chain.seconds.items()
         }
 
     def at(self, positions: tuple[int, ...]) -> Priced | None:
         """The choice with these cuts; None where it does not fit, or where enough was tried."""
         start = self._start
-        fit = at_cuts(self._request, start.choice, self.chain, positions, start.groups)
+        fit = at_cuts(self._request, start.choice, start.fit.chain, positions, start.fit.groups)
         if self._tries_left <= 0 or max(fit.over_bytes) > 0:
             return None
         self._tries_left -= 1
-        return priced_fit(self._request, start.choice, start.recompute, fit)
+        return priced_fit(self._request, start.choice, fit)
 
     def descended(self, best: Priced) -> Priced:
         """What moves lead to, each the first that makes the step shorter."""
@@ -69,7 +66,7 @@ class _Refiner:
 
     def _shorter(self, than: Priced) -> Priced | None:
         seconds = than.step_seconds * (1 - ROUNDING)
-        for positions in _moves(than.positions, self.chain.legal):
+        for positions in _moves(than.fit.positions, than.fit.chain.legal):
             if self._tries_left <= 0:
                 return None
             if self._least_seconds(positions) < seconds:
@@ -80,13 +77,13 @@ class _Refiner:
 
     def _least_seconds(self, positions: Sequence[int]) -> float:
         """What the most loaded rank computes in a step: no schedule is shorter."""
-        start = self._start
+        start = self._start.fit
         loads = [0.0] * len(start.groups)
-        bounds = (0, *positions, self.chain.num_nodes)
+        bounds = (0, *positions, start.chain.num_nodes)
         for rank, (first, end) in zip(start.schedule.placement.rank_of, pairwise(bounds), strict=True):
             before = self._before[start.groups[rank].kind]
             loads[rank] += before[end] - before[first]
-        return max(loads) * start.choice.num_microbatches
+        return max(loads) * self._start.choice.num_microbatches
 
 
 def _moves(positions: Sequence[int], legal: Sequence[bool]) -> Iterator[tuple[int, ...]]:
@@ -106,12 +103,11 @@ def _moves(positions: Sequence[int], legal: Sequence[bool]) -> Iterator[tuple[in
                         yield tuple(places[at] for at in moved)
 
 
-def _even(chain: Chain, priced: Priced) -> tuple[int, ...]:
+def _even(fit: Fit) -> tuple[int, ...]:
     """Where to cut so that the longest stage is as short as can be."""
-    kinds = tuple(
-        Kind(priced.groups[rank].kind, chain.seconds[priced.groups[rank].kind].total)
-        for rank in priced.schedule.placement.rank_of
-    )
+    chain = fit.chain
+    on_ranks = [Kind(group.kind, chain.seconds[group.kind].total) for group in fit.groups]
+    kinds = tuple(on_ranks[rank] for rank in fit.schedule.placement.rank_of)
     return partition(
         PartitionProblem(Placement.linear(len(kinds)), kinds, chain.legal, chain.cut_bytes)
     ).positions

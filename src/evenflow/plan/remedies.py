@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from evenflow.cluster.cluster import Cluster
 from evenflow.errors import EvenflowError
-from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice
 from evenflow.plan.fit import Fit, at_cuts, fitted
 from evenflow.plan.recompute import all_worthwhile, recomputed
-from evenflow.plan.request import Choice, Request
+from evenflow.plan.request import Request
 from evenflow.plan.scale import in_proportion
 from evenflow.plan.scheduled import schedule_of
 from evenflow.schedules import catalog
@@ -45,13 +45,11 @@ def peak_bytes(fit: Fit, *, alone: bool = False) -> float:
 def remedies(
     request: Request,
     choice: Choice,
-    chain: Chain,
     now: Fit,
     room_bytes: float,
     *,
     alone: bool = False,
     offloads: bool = False,
-    number: int = 3,
 ) -> list[Remedy]:
     """The cheapest changes that lower the peak, of each kind one; those that fit into `room_bytes` first.
 
@@ -72,17 +70,15 @@ def remedies(
     for changes in (_smaller_microbatches, _other_schedules, _again, *away, *moving):
         of_kind = []
         with contextlib.suppress(EvenflowError):  # no more such changes can be made
-            for what, fit in changes(request, choice, chain, now):
+            for what, fit in changes(request, choice, now):
                 peak = peak_bytes(fit, alone=alone)
                 if peak <= most:
                     of_kind.append(Remedy(what, peak, step_seconds(fit, alone=alone)))
         found += sorted(of_kind, key=cost)[:1]
-    return sorted(found, key=cost)[:number]
+    return sorted(found, key=cost)
 
 
-def _smaller_microbatches(
-    request: Request, choice: Choice, chain: Chain, now: Fit
-) -> Iterator[tuple[str, Fit]]:
+def _smaller_microbatches(request: Request, choice: Choice, now: Fit) -> Iterator[tuple[str, Fit]]:
     size = choice.microbatch_size
     while choice.schedule in catalog.SCHEDULES and size % 2 == 0:
         size //= 2
@@ -91,11 +87,11 @@ def _smaller_microbatches(
             microbatch_size=size,
             num_microbatches=choice.num_microbatches * choice.microbatch_size // size,
         )
-        fit = at_cuts(request, smaller, in_proportion(chain, size), now.positions, now.groups)
+        fit = at_cuts(request, smaller, in_proportion(now.chain, size), now.positions, now.groups)
         yield f"microbatch_size={size}", fit
 
 
-def _other_schedules(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
+def _other_schedules(request: Request, choice: Choice, now: Fit) -> Iterator[tuple[str, Fit]]:
     for name in catalog.SCHEDULES:
         other = replace(choice, schedule=name)
         try:
@@ -103,35 +99,35 @@ def _other_schedules(request: Request, choice: Choice, chain: Chain, now: Fit) -
         except EvenflowError:  # not for these sizes
             continue
         if schedule.trains and schedule.placement == now.schedule.placement:
-            yield f'schedule="{name}"', at_cuts(request, other, chain, now.positions, now.groups)
+            yield f'schedule="{name}"', at_cuts(request, other, now.chain, now.positions, now.groups)
 
 
-def _other_cuts(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
+def _other_cuts(request: Request, choice: Choice, now: Fit) -> Iterator[tuple[str, Fit]]:
     """The same schedule at the cuts that hold least, or nearly."""
     reserved = request.cluster.devices[0].reserved_bytes
     best: Fit | None = None
     for share in _CAPS if choice.schedule in catalog.SCHEDULES else ():
         try:
-            best = fitted(request.with_memory(share * peak_bytes(now) + reserved), choice, chain)
+            best = fitted(request.with_memory(share * peak_bytes(now) + reserved), choice, now.chain)
         except EvenflowError:
             break
     if best is not None:
-        labels = ", ".join(f'"{chain.names[at]}"' for at in best.positions)
+        labels = ", ".join(f'"{now.chain.names[at]}"' for at in best.positions)
         yield f"other cuts, before {labels}", best
 
 
-def _again(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
-    again = recomputed(chain, all_worthwhile(chain))
+def _again(request: Request, choice: Choice, now: Fit) -> Iterator[tuple[str, Fit]]:
+    again = recomputed(now.chain, all_worthwhile(now.chain))
     fit = at_cuts(request, choice, again, now.positions, now.groups, schedule=now.schedule)
     yield 'recompute="full"', fit
 
 
-def _offload(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
-    fit = at_cuts(request, choice, chain, now.positions, now.groups, schedule=now.schedule, offloads=True)
+def _offload(request: Request, choice: Choice, now: Fit) -> Iterator[tuple[str, Fit]]:
+    fit = at_cuts(request, choice, now.chain, now.positions, now.groups, schedule=now.schedule, offloads=True)
     yield 'offload="activations"', fit
 
 
-def _one_more_rank(request: Request, choice: Choice, chain: Chain, now: Fit) -> Iterator[tuple[str, Fit]]:
+def _one_more_rank(request: Request, choice: Choice, now: Fit) -> Iterator[tuple[str, Fit]]:
     (host,) = request.cluster.hosts
     grown = Cluster((replace(host, devices=(*host.devices, host.devices[-1])),))
     degrees = replace(choice.degrees, pipeline=choice.degrees.pipeline + 1)
@@ -139,4 +135,4 @@ def _one_more_rank(request: Request, choice: Choice, chain: Chain, now: Fit) -> 
     enough = 2 * peak_bytes(now) + host.devices[0].reserved_bytes
     wide = replace(request, cluster=grown).with_memory(enough)
     if choice.schedule in catalog.SCHEDULES:
-        yield f"{degrees.pipeline} ranks instead of {choice.degrees.pipeline}", fitted(wide, more, chain)
+        yield f"{degrees.pipeline} ranks instead of {choice.degrees.pipeline}", fitted(wide, more, now.chain)

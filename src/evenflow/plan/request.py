@@ -7,19 +7,19 @@ from types import MappingProxyType
 from evenflow.cluster.cluster import Cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice, Recompute, Sharding
 from evenflow.plan.overheads import Overheads
-from evenflow.plan.plan import Degrees, Plan, Recompute
-from evenflow.plan.rank_memory import Sharding, TrainingState
-
-RECOMPUTE_NAMES: tuple[Recompute, ...] = ("none", "selective", "full")
+from evenflow.plan.rank_memory import TrainingState
 
 
 @dataclass(frozen=True, slots=True)
 class Levers:
     """What the user has decided; None where the planner decides.
 
-    `recompute`: "none", "selective" or "full". `max_tensor`, `max_context` and `max_expert` bound the degrees
-    that the planner chooses itself.
+    The planner itself goes over up to 8 tensor ranks and 64 expert ranks, and no context ranks.
+
+    >>> Levers(pipeline=4, schedule="1f1b").data is None
+    True
     """
 
     pipeline: int | None = None
@@ -33,9 +33,6 @@ class Levers:
     microbatch_size: int | None = None
     num_microbatches: int | None = None
     recompute: Recompute | None = None
-    max_tensor: int = 8
-    max_context: int = 1
-    max_expert: int = 64
 
     def pipeline_only(self) -> "Levers":
         """The same, with no other parallelism than a pipeline's.
@@ -44,30 +41,6 @@ class Levers:
         True
         """
         return replace(self, data=1, tensor=1, context=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One point of the space that is searched; `recompute` is "none", "selective" or "full"."""
-
-    degrees: Degrees
-    stages_per_rank: int
-    schedule: str
-    microbatch_size: int
-    num_microbatches: int
-    recompute: Recompute
-
-
-def choice_of(made: Plan) -> Choice:
-    """What a plan chose."""
-    return Choice(
-        made.degrees,
-        made.stages_per_rank,
-        made.schedule,
-        made.microbatch_size,
-        made.num_microbatches,
-        made.recompute,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +65,8 @@ class Request:
       device; where a kind is not named, its memory's speed decides.
     - `dtype`: the type that the model computes in, whose peak rates the MFU is a share of.
     - `limits`: what may be chosen at all; anything where there are none.
+
+    Raises `ConfigError` for a batch without a row, and for no size of a microbatch. `planner.plan` answers.
     """
 
     chain_of: Callable[[int], Chain]

@@ -13,22 +13,9 @@ def scaled(small: Chain, large: Chain, num_rows: int) -> Chain:
     Nothing falls below 0. Raises `ConfigError` where the two are not the same program.
 
     >>> from dataclasses import replace
-    >>> one = Chain(
-    ...     ("a",),
-    ...     1,
-    ...     (3.0,),
-    ...     {"cpu": Seconds((2.0,), (2.0,), (2.0,))},
-    ...     (Held(8.0, (0,)),),
-    ...     (),
-    ...     (),
-    ...     (0.0,),
-    ...     (0.0,),
-    ...     (0.0,),
-    ...     (True,),
-    ... )
-    >>> two = replace(
-    ...     one, num_rows=2, seconds={"cpu": Seconds((3.0,), (3.0,), (3.0,))}, saved=(Held(16.0, (0,)),)
-    ... )
+    >>> seconds = [{"cpu": Seconds((each,), (each,), (each,))} for each in (2.0, 3.0)]
+    >>> one = Chain(("a",), 1, (3.0,), seconds[0], saved=(Held(8.0, (0,)),))
+    >>> two = replace(one, num_rows=2, seconds=seconds[1], saved=(Held(16.0, (0,)),))
     >>> four = scaled(one, two, 4)
     >>> four.seconds["cpu"].forward, four.saved
     ((5.0,), (Held(num_bytes=32.0, nodes=(0,), handed=None),))

@@ -7,9 +7,9 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import InputGrad
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice
 from evenflow.plan.in_flight import InFlight
 from evenflow.plan.overheads import Overheads
-from evenflow.plan.request import Choice
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 

@@ -16,10 +16,8 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.op import Backward, ComputeOp, InputGrad, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
 from evenflow.memory import peak_bytes
-from evenflow.plan.chain import Chain
 from evenflow.plan.fit import Fit, at_cuts
-from evenflow.plan.price import Priced, chain_for, priced_fit
-from evenflow.plan.recompute import recomputed
+from evenflow.plan.price import Priced, priced_fit
 from evenflow.plan.request import Request
 from evenflow.schedules import catalog
 
@@ -55,7 +53,6 @@ class _Attempt:
     """
 
     start: Priced
-    chain: Chain
     costs: Costs
     in_two: bool
     least_seconds: float  # of a step, whatever the order
@@ -67,7 +64,7 @@ class _Attempt:
         start = self.start
         try:
             order = best_on(
-                start.schedule.placement,
+                start.fit.schedule.placement,
                 start.choice.num_microbatches,
                 self.costs,
                 time_budget_seconds=budget_seconds,
@@ -77,30 +74,31 @@ class _Attempt:
             return None
         order = replace(_with_backwards(order, in_two=self.in_two), name=catalog.AUTO)
         choice = replace(start.choice, schedule=catalog.AUTO)
-        fit = at_cuts(request, choice, self.chain, start.positions, start.groups, schedule=order)
-        return priced_fit(request, choice, start.recompute, fit) if max(fit.over_bytes) <= 0 else None
+        cut = start.fit
+        fit = at_cuts(request, choice, cut.chain, cut.positions, cut.groups, schedule=order)
+        return priced_fit(request, choice, fit) if max(fit.over_bytes) <= 0 else None
 
 
 def _attempts(request: Request, found: Sequence[Priced]) -> Iterator[_Attempt]:
     """What may be searched for: each cut of a few ops once, with either kind of backwards."""
     seen = set()
     for start in found:
-        placement, number = start.schedule.placement, start.choice.num_microbatches
-        key = start.choice.degrees, placement, number, start.positions, start.recompute
+        cut, number = start.fit, start.choice.num_microbatches
+        placement = cut.schedule.placement
+        key = start.choice.degrees, placement, number, cut.positions, cut.again
         is_long = 3 * placement.num_stages * number > _MOST_OPS
         if placement.num_ranks == 1 or is_long or key in seen:
             continue
         seen.add(key)
-        chain = recomputed(chain_for(request, start.choice), start.recompute)
         for in_two in (False, True):
-            schedule = _with_backwards(start.schedule, in_two=in_two)
-            fit = at_cuts(request, start.choice, chain, start.positions, start.groups, schedule=schedule)
+            schedule = _with_backwards(cut.schedule, in_two=in_two)
+            fit = at_cuts(request, start.choice, cut.chain, cut.positions, cut.groups, schedule=schedule)
             costs = _searchable(fit, in_two=in_two)
             try:
                 bounds = lower_bounds(instance_of(placement, number, costs))
             except ScheduleError:  # not even one microbatch fits
                 continue
-            yield _Attempt(start, chain, costs, in_two, bounds.makespan.seconds + _other_seconds(start))
+            yield _Attempt(start, costs, in_two, bounds.makespan.seconds + _other_seconds(start))
 
 
 def _searchable(fit: Fit, *, in_two: bool) -> Costs:

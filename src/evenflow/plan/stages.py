@@ -67,12 +67,10 @@ def stage_costs(
     ...     flops=(1.0, 1.0),
     ...     seconds={"cpu": Seconds((1.0, 2.0), (1.0, 2.0), (1.0, 2.0))},
     ...     saved=(Held(8.0, (0, 1)),),
-    ...     kept=(),
     ...     parameters=(Parameter("w", 4, 16, True, (1,)),),
     ...     forward_transient_bytes=(0.0, 4.0),
     ...     backward_transient_bytes=(2.0, 0.0),
     ...     cut_bytes=(0.0, 8.0),
-    ...     legal=(True, True),
     ... )
     >>> first, second = stage_costs(chain, (1,), ("cpu", "cpu"))
     >>> (first.seconds, first.saved_bytes, first.trained_bytes), (second.seconds, second.trained_bytes)

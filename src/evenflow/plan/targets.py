@@ -20,18 +20,15 @@ from types import MappingProxyType
 
 from evenflow.errors import ConfigError, ScheduleError
 from evenflow.foreign import shown
-from evenflow.ir.costs import Costs
-from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.plan.chain import Chain
+from evenflow.plan.choice import Choice, Degrees, Sharding
 from evenflow.plan.layers import Layers, cut_only_at, layers_of, planned_layers
 from evenflow.plan.own_order import planned_schedule
-from evenflow.plan.plan import Degrees, Plan
+from evenflow.plan.plan import Plan
 from evenflow.plan.planner import NoPlanError, Progress, plan
-from evenflow.plan.rank_memory import Sharding
-from evenflow.plan.request import Choice, Limits, Request, choice_of
-from evenflow.simulate import simulate
+from evenflow.plan.request import Limits, Request
 from evenflow.torch_schedule import torch_faults
 
 Fits = Callable[[int, int], bool]  # (pipeline ranks, microbatches): whether a schedule runs them
@@ -88,12 +85,12 @@ class Target:
     reads_orders: bool = False
     cuts: Mapping[str, Cuts] = field(default_factory=lambda: MappingProxyType({}))
 
-    def lays_out(self, choice: Choice, *, heads: int = 0, experts: int = 0) -> bool:
+    def lays_out(self, choice: Choice, *, heads: int = 0) -> bool:
         """Whether it can run a choice, whatever is shared and recomputed.
 
-        Of a model with attention heads, tensor ranks must divide them; expert ranks divide the experts.
+        Of a model with attention heads, tensor ranks must divide them.
         """
-        if heads % choice.degrees.tensor or experts % choice.degrees.expert:
+        if heads % choice.degrees.tensor:
             return False
         return self.fault_of_degrees(choice.degrees) is None and self.fault_of_schedule(choice) is None
 
@@ -135,11 +132,11 @@ class Target:
             return ("none",)
         return self.alone if degrees.num_devices == degrees.data else self.with_pipeline
 
-    def limits(self, *, heads: int = 0, experts: int = 0) -> Limits:
+    def limits(self, *, heads: int = 0) -> Limits:
         """What the planner may choose."""
 
         def lays_out(choice: Choice) -> bool:
-            return self.lays_out(choice, heads=heads, experts=experts)
+            return self.lays_out(choice, heads=heads)
 
         def allows(choice: Choice) -> bool:
             return self.fault_of_savings(choice) is None and lays_out(choice)
@@ -224,7 +221,7 @@ def within(made: Plan, target: Target) -> Within:
 
     Raises `ConfigError` with every reason for which the target cannot run it, and with what plans for it.
     """
-    choice = choice_of(made)
+    choice = made.choice
     faults = [target.fault_of_degrees(made.degrees), target.fault_of_savings(choice)]
     if (made.recompute == "none") != (not any(stage.recompute for stage in made.stages)):
         faults.append(f"its stages contradict recompute = {made.recompute!r}")
@@ -254,10 +251,8 @@ def within(made: Plan, target: Target) -> Within:
 
 def _faults_of_order(order: Schedule) -> list[str]:
     """Why a system that reads torch's schedule files cannot run an order of work; empty where it can."""
-    num_stages = order.placement.num_stages
     try:
-        simulate(order, Flow.chain(num_stages), Costs.uniform(num_stages))
-        faults = torch_faults(order)  # presupposes an order that can be executed
+        faults = torch_faults(order)
     except ScheduleError as error:
         faults = [str(error)]
     if torch_style(order.placement) is None:
@@ -296,13 +291,12 @@ def _way_to_cut(target: Target, layers: Layers, positions: tuple[int, ...]) -> s
     )
 
 
-def within_limits(request: Request, target: Target, *, heads: int = 0, experts: int = 0) -> Request:
+def within_limits(request: Request, target: Target, *, heads: int = 0) -> Request:
     """The request where the planner may choose what the target can express, but for its own ways to cut.
 
     Raises `ConfigError` for a model that is no embedding, layers and a head.
     """
-    layers = layers_of(request.chain_of(min(request.microbatch_sizes)).names)
-    return replace(_cut_at(request, layers.places), limits=target.limits(heads=heads, experts=experts))
+    return replace(_cut_at(request, _layers(request).places), limits=target.limits(heads=heads))
 
 
 def plan_within(
@@ -310,7 +304,6 @@ def plan_within(
     target: Target,
     *,
     heads: int = 0,
-    experts: int = 0,
     progress: Progress | None = None,
 ) -> Within:
     """Return the fastest plan that a target can express.
@@ -318,11 +311,10 @@ def plan_within(
     Raises `NoPlanError` where none fits into memory, and `ConfigError` for a model that is no embedding,
     layers and a head, and for levers that the target cannot follow.
     """
-    layers = layers_of(request.chain_of(min(request.microbatch_sizes)).names)
-    limited = within_limits(request, target, heads=heads, experts=experts)
+    limited = within_limits(request, target, heads=heads)
     found: list[Plan] = []
     refused: ConfigError | None = None
-    for restricted in _restricted(limited, target, layers):
+    for restricted in _restricted(limited, target):
         try:
             found.append(plan(restricted, progress=progress))
         except ConfigError as error:  # of several ways to cut some may be too few
@@ -334,10 +326,11 @@ def plan_within(
     return within(min(found, key=lambda each: each.prediction.step_seconds), target)
 
 
-def _restricted(request: Request, target: Target, layers: Layers) -> Iterator[Request]:
+def _restricted(request: Request, target: Target) -> Iterator[Request]:
     if not target.cuts:
         yield request
         return
+    layers = _layers(request)
     # One stage a rank, and for each number of stages but one place for each cut.
     for num_stages in range(1, request.cluster.num_ranks + 1):
         if request.cluster.num_ranks % num_stages or request.levers.pipeline not in (None, num_stages):
@@ -347,6 +340,10 @@ def _restricted(request: Request, target: Target, layers: Layers) -> Iterator[Re
             places = cuts(layers, num_stages)
             if places is not None:
                 yield _cut_at(replace(request, levers=levers), places)
+
+
+def _layers(request: Request) -> Layers:
+    return layers_of(request.chain_of(min(request.microbatch_sizes)).names)
 
 
 def _cut_at(request: Request, places: tuple[int, ...]) -> Request:

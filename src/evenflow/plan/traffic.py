@@ -58,23 +58,10 @@ def traffic_of(chain: Chain, positions: Sequence[int]) -> Traffic:
 
     `cut_bytes` are all that crosses a cut; of that, `chain.skips` go past stages, and travel by themselves.
 
-    >>> from dataclasses import replace
     >>> from evenflow.plan.chain import Held, Seconds
-    >>> zeros = (0.0,) * 3
-    >>> chain = Chain(
-    ...     ("a", "b", "c"),
-    ...     1,
-    ...     zeros,
-    ...     {"cpu": Seconds(zeros, zeros, zeros)},
-    ...     (),
-    ...     (),
-    ...     (),
-    ...     zeros,
-    ...     zeros,
-    ...     cut_bytes=(0.0, 10.0, 10.0),
-    ...     legal=(True,) * 3,
-    ...     skips=(Held(4.0, (0, 2)),),
-    ... )
+    >>> zeros, skips = (0.0,) * 3, (Held(4.0, (0, 2)),)
+    >>> seconds = {"cpu": Seconds(zeros, zeros, zeros)}
+    >>> chain = Chain(("a", "b", "c"), 1, zeros, seconds, cut_bytes=(0.0, 10.0, 10.0), skips=skips)
     >>> traffic_of(chain, (1, 2)).activations
     {(0, 1): 6.0, (1, 2): 6.0, (0, 2): 4.0}
     """

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evenflow.ir.costs import ROUNDING
-from evenflow.plan.linear import Arc
+from evenflow.plan.linear import NOTHING, Arc
 from evenflow.plan.runs import Floats, Ints, RunMemory, Runs
 from evenflow.search.compiled import compiled, inlined
 
@@ -168,14 +168,14 @@ class Bent:
         """Return the best steps, or None if memory allows none."""
         for guess in guesses:
             search = _Search.of(self, min(guess, self._most_seconds()), 1.0, weighs_memory=False)
-            most = search.least(-1.0)
+            most = search.least(NOTHING)
             if most < math.inf:
                 break
         else:
             return None
         if most > guess:
             search = _Search.of(self, most, 1.0, weighs_memory=False)
-            most = search.least(-1.0)
+            most = search.least(NOTHING)
         most *= 1 + ROUNDING
         search = _Search.of(self, most, 1.0, weighs_memory=False)
         second = search.least(most) * (1 + ROUNDING)
@@ -187,8 +187,8 @@ class Bent:
         for scale in scales:
             bent = Bent(self.runs, self.runs.memory(most * scale), self.arcs)
             search = _Search.of(bent, self._most_seconds(), scale, weighs_memory=True)
-            if search.least(-1.0) < math.inf:
-                return search.path(Aim(False, -1.0, 0.0))
+            if search.least(NOTHING) < math.inf:
+                return search.path(Aim(False, NOTHING, 0.0))
         raise AssertionError("without a cap everything fits")
 
     def _most_seconds(self) -> float:
