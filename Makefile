@@ -23,16 +23,15 @@ test: setup
 
 # How much of the core that needs no torch (pyproject.toml names it) its own tests run, branches included. What numba
 # compiled cannot be counted, so the kernels' tests run as Python first.
-coverage: setup
-	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest --numprocesses auto --cov --cov-report= $(KERNELS)
-	$(BIN)/python -m pytest --numprocesses auto --cov --cov-append --cov-fail-under=95 --cov-report=term-missing:skip-covered $(CORE)
-
-KERNELS := src/evenflow/search $(filter-out %/test_find.py,$(wildcard tests/search/test_*.py))
-CORE := $(addprefix src/evenflow/,ir cluster bounds schedules plan view journal) \
+KERNELS := $(filter-out %/test_find.py,$(wildcard tests/search/test_*.py))
+CORE := $(addprefix src/evenflow/,ir cluster bounds search schedules plan view journal) \
 	$(filter-out %/__main__.py %/launcher.py,$(wildcard src/evenflow/*.py)) \
-	tests/ir tests/cluster tests/schedules tests/search/test_find.py tests/plan tests/view tests/journal \
-	$(addprefix tests/test_,bill.py bounds.py bounds_of.py cost_table.py critical_path.py foreign.py lower.py memory.py plain_data.py rules.py \
-	schedule_file.py simulate.py soundness.py torch_schedule.py transfers.py validate.py)
+	$(addprefix tests/,ir cluster schedules search/test_find.py plan view journal) \
+	$(patsubst %,tests/test_%.py,bill bounds bounds_of cost_table critical_path foreign lower memory plain_data rules \
+	schedule_file simulate soundness torch_schedule transfers validate)
+coverage: setup
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest --numprocesses auto -W "ignore:overflow encountered" --cov --cov-report= $(KERNELS)
+	$(BIN)/python -m pytest --numprocesses auto --cov --cov-append --cov-fail-under=95 --cov-report=term-missing:skip-covered $(CORE)
 
 # 20,000 damaged plans and schedules, always the same ones, where `make test` takes a thousand: ten minutes.
 torture-files: setup

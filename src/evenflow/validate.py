@@ -170,7 +170,7 @@ def _order_faults(program: Program) -> Iterator[str]:
         source_rank, target_rank = rank_of[result.stage], rank_of[target]
         match carriers(result, target, schedule.placement):
             case ():
-                continue
+                raise AssertionError(f"{result} needs no transfer to stage {target}")
             case (leaving,):
                 wanted.add((source_rank, leaving))
             case (leaving, recv):

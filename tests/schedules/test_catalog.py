@@ -5,6 +5,7 @@ import pytest
 from evenflow.errors import ConfigError
 from evenflow.ir import Costs, Flow, Forward, Schedule
 from evenflow.schedules.catalog import SCHEDULES, default_stages_per_rank, get
+from evenflow.schedules.sizes import check_workable
 from evenflow.simulate import simulate
 
 # The methods that serve one stage a rank alone, and those that serve two; all others serve any number.
@@ -76,6 +77,14 @@ def test_counts_below_one_are_refused(name: str, sizes: tuple[int, int]) -> None
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_default_stages_per_rank_suit_the_method(name: str) -> None:
     assert get(name)(3, default_stages_per_rank(name), 4).name == name
+
+
+def test_sizes_of_hours_are_refused() -> None:
+    check_workable(num_ranks=1000, num_stages=1000, num_microbatches=1000 + 666)
+    with pytest.raises(ConfigError, match="up to 6,000,000 ops, more than the 5,000,000"):
+        check_workable(num_ranks=2, num_stages=2, num_microbatches=10**6)
+    with pytest.raises(ConfigError, match="10000 ranks × 10000 stages make more than 50,000,000"):
+        check_workable(num_ranks=10**4, num_stages=10**4, num_microbatches=1)
 
 
 @pytest.mark.parametrize(
