@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The stamp's name holds the choice of torch, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: docs bench-pages test-wheel bench-start torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
+.PHONY: docs coverage bench-pages test-wheel bench-start torture torture-files bench-saving train test check bench bench-search bench-partition bench-build bench-record bench-plan bench-predict bench-hand-made bench-links bench-runtime bench-hosts bench-steady bench-levers bench-gpu bench-mesh setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -20,6 +20,18 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# How much of the core that needs no torch (pyproject.toml names it) its own tests run, branches included. What numba
+# compiled cannot be counted, so the kernels' tests run as Python first.
+KERNELS := $(filter-out %/test_find.py,$(wildcard tests/search/test_*.py))
+CORE := $(addprefix src/evenflow/,ir cluster bounds search schedules plan view journal) \
+	$(filter-out %/__main__.py %/launcher.py,$(wildcard src/evenflow/*.py)) \
+	$(addprefix tests/,ir cluster schedules search/test_find.py plan view journal) \
+	$(patsubst %,tests/test_%.py,bill bounds bounds_of cost_table critical_path foreign lower memory plain_data rules \
+	schedule_file simulate soundness torch_schedule transfers validate)
+coverage: setup
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest --numprocesses auto -W "ignore:overflow encountered" --cov --cov-report= $(KERNELS)
+	$(BIN)/python -m pytest --numprocesses auto --cov --cov-append --cov-fail-under=95 --cov-report=term-missing:skip-covered $(CORE)
 
 # 20,000 damaged plans and schedules, always the same ones, where `make test` takes a thousand: ten minutes.
 torture-files: setup
@@ -110,4 +122,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .coverage dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -5,6 +5,7 @@ no solver and so checks the model of the first.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -23,20 +24,21 @@ def optimum(instance: Instance, objective: Objective, limit_seconds: float = 20.
     microbatch i: sorting keeps every rule, and memory only counts. Hence each kind of each stage is in order.
     """
     model = cp_model.CpModel()
-    num_stages, num_microbatches = len(instance.rank_of), instance.num_microbatches
+    num_stages, num_microbatches = instance.placement.num_stages, instance.num_microbatches
+    ranks = range(instance.placement.num_ranks)
     works = (instance.forward_seconds, instance.input_grad_seconds, instance.weight_grad_seconds)
     once = sum(map(sum, works)) + sum(instance.up_seconds) + sum(instance.down_seconds)
     horizon = int(num_microbatches * once)
     start: dict[Op, cp_model.IntVar] = {}
     end: dict[Op, cp_model.LinearExpr] = {}
-    intervals: dict[int, list[cp_model.IntervalVar]] = {rank: [] for rank in range(instance.num_ranks)}
+    intervals: dict[int, list[cp_model.IntervalVar]] = {rank: [] for rank in ranks}
     for kind, seconds in zip("FIW", works, strict=True):
         for stage, microbatch in itertools.product(range(num_stages), range(num_microbatches)):
             op, length = (kind, stage, microbatch), int(seconds[stage])
             start[op] = model.new_int_var(0, horizon, str(op))
             end[op] = start[op] + length
             if length:
-                intervals[instance.rank_of[stage]].append(
+                intervals[instance.placement.rank_of[stage]].append(
                     model.new_fixed_size_interval_var(start[op], length, f"run {op}")
                 )
             if microbatch:
@@ -71,10 +73,11 @@ def _limit_memory(
     horizon: int,
 ) -> None:
     cap = instance.caps[rank]
-    if cap is None:
+    if cap == math.inf:
         return
     held, demands = [], []
-    for stage, microbatch in itertools.product(instance.stages_on(rank), range(instance.num_microbatches)):
+    stages = instance.placement.stages_on(rank)
+    for stage, microbatch in itertools.product(stages, range(instance.num_microbatches)):
         kept = int(instance.kept_memory[stage])
         for last, demand in (("I", int(instance.held_memory[stage]) - kept), ("W", kept)):
             if demand:
@@ -94,11 +97,11 @@ def _objective(
     horizon: int,
 ) -> cp_model.IntVar:
     longest = model.new_int_var(0, horizon, "longest")
-    ranks = range(instance.num_ranks)
+    ranks = range(instance.placement.num_ranks)
     groups = [ranks] if objective == "makespan" else [[rank] for rank in ranks]
     for group in groups:
         first = model.new_int_var(0, horizon, "")
-        ops = [op for op in start if instance.rank_of[op[1]] in group]
+        ops = [op for op in start if instance.placement.rank_of[op[1]] in group]
         model.add_min_equality(first, [start[op] for op in ops])
         for op in ops:
             model.add(longest >= end[op] - first)
@@ -112,7 +115,7 @@ def brute_force(instance: Instance) -> tuple[float, float] | None:
     end of rank b, windows of length w exist if and only if P(0,0) <= w, P(1,1) <= w and
     P(0,1) + P(1,0) <= 2w: these are the cycles of the system start_r >= end_r - w.
     """
-    assert instance.rank_of == (0, 1)
+    assert instance.placement.rank_of == (0, 1)
     found: list[tuple[float, float]] = []
     for queues in itertools.product(_orders(instance, 0), _orders(instance, 1)):
         paths = [_longest_paths(instance, queues, source) for source in (0, 1)]
@@ -133,7 +136,7 @@ def _orders(instance: Instance, stage: int) -> Iterator[tuple[Op, ...]]:
         if weights == instance.num_microbatches:
             yield done
         memory = (forwards - inputs) * held + (inputs - weights) * kept
-        if forwards < instance.num_microbatches and (cap is None or memory + held <= cap):
+        if forwards < instance.num_microbatches and memory + held <= cap:
             yield from extend((*done, ("F", stage, forwards)), forwards + 1, inputs, weights)
         if inputs < forwards:
             yield from extend((*done, ("I", stage, inputs)), forwards, inputs + 1, weights)

@@ -123,7 +123,8 @@ def _told(name: str, module: str, node: ast.stmt) -> Iterator[str]:
         case ast.FunctionDef():
             yield _function(node)
         case ast.ClassDef(bases=bases):
-            yield f"class {name}({', '.join(map(ast.unparse, bases))})" if bases else f"class {name}"
+            shown = ", ".join(base for base in map(ast.unparse, bases) if base[0] != "_")
+            yield f"class {name}({shown})" if shown else f"class {name}"
             for line in _members(module, node):
                 yield f"    {line}"
         case ast.AnnAssign(annotation=ast.Name(id="TypeAlias")):

@@ -1,12 +1,12 @@
 """Bounds of schedules: no schedule at any costs beats what is said of its placement."""
 
-import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 
-from evenflow.bounds_of import bounds_of, instance_of
+from evenflow.bounds import instance_of
+from evenflow.bounds_of import bounds_of
 from evenflow.errors import ScheduleError
 from evenflow.ir import Costs, Flow, Link, Placement
 from evenflow.memory import peak_bytes
@@ -40,11 +40,6 @@ def test_delays_are_of_size_and_latency_and_none_within_a_rank() -> None:
     instance = instance_of(Placement.v_shape(2), 3, costs)
     assert instance.up_seconds == (1.0, 0.0, 2.0)
     assert instance.down_seconds == (2.0, 0.0, 2.5)
-
-
-def test_a_cap_without_limit_is_none() -> None:
-    costs = replace(Costs.uniform(2), memory_caps=(3.0, math.inf))
-    assert instance_of(Placement.linear(2), 4, costs).caps == (3.0, None)
 
 
 def test_a_cap_lower_than_a_microbatch_is_refused() -> None:

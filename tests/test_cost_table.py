@@ -12,6 +12,7 @@ from evenflow.cost_table import (
     price,
     rank_activations,
     read_cost_table,
+    write_layers,
 )
 from evenflow.errors import ConfigError
 from evenflow.ir import Costs, Placement
@@ -204,6 +205,11 @@ def test_layers_of_times_alone_make_a_chain_without_memory(tmp_path: Path) -> No
     assert isinstance(table, LayerTimes)
     chain = chain_of(table, "H100")
     assert (chain.saved, chain.cut_bytes) == ((), (0.0, 0.0))
+
+
+def test_a_table_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write the costs .*: Is a directory"):
+        write_layers(tmp_path, ["a"], LayerTimes((1.0,), (1.0,), (1.0,)))
 
 
 def test_memory_without_a_unit_makes_no_chain(tmp_path: Path) -> None:

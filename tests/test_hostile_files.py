@@ -26,7 +26,7 @@ from evenflow.cluster.write import format_cluster
 from evenflow.cost.cache import Cache, Place
 from evenflow.cost_table import price, read_cost_table
 from evenflow.errors import ConfigError, EvenflowError, ScheduleError
-from evenflow.foreign import parse_toml, read_text, visible
+from evenflow.foreign import visible
 from evenflow.ir import Flow, Placement
 from evenflow.ir.costs import Costs
 from evenflow.journal.chrome_trace import chrome_trace
@@ -234,21 +234,6 @@ def test_toml_that_its_parser_chokes_on(tmp_path, read, text, said):
     assert_is_told_well(refused.value, tmp_path / "file.toml")
     if read is read_plan_file:
         assert said in str(refused.value)
-
-
-def test_a_name_of_many_parts_is_no_key():
-    name = ".".join(f"block{number}" for number in range(30))
-    assert parse_toml(f'first = "{name}"') == {"first": name}
-
-
-def test_what_is_no_file_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("a\0b")):
-        with bounded(), pytest.raises(ConfigError, match="cannot read the plan"):
-            read_text(path, "plan")
-    (tmp_path / "long").write_bytes(b"x" * (2**20 + 1))
-    with pytest.raises(ConfigError, match="it has more than 1 MiB"):
-        read_text(tmp_path / "long", "plan", most_bytes=2**20)
 
 
 @pytest.mark.parametrize(

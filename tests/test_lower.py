@@ -19,6 +19,8 @@ from evenflow.ir import (
     ReduceGrads,
     Schedule,
     Send,
+    Unshard,
+    parts,
 )
 from evenflow.lower import lower
 from evenflow.rules import results
@@ -68,6 +70,25 @@ def test_reductions_stand_behind_the_last_weight_gradient(pipeline: Pipeline) ->
     prove(program)
     reductions = [op for queue in program.ranks for op in queue if isinstance(op, ReduceGrads)]
     assert len(reductions) == (pipeline.schedule.placement.num_stages if pipeline.schedule.trains else 0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(pipelines())
+def test_parameters_are_gathered_before_their_stages_first_op(pipeline: Pipeline) -> None:
+    program = lower(pipeline.schedule, pipeline.flow, pipeline.costs, unshard=True)
+    prove(program)
+    for rank, queue in enumerate(program.ranks):
+        gathered = [op.stage for op in queue if isinstance(op, Unshard)]
+        assert sorted(gathered) == list(pipeline.schedule.placement.stages_on(rank))
+        for at, op in enumerate(queue):
+            if isinstance(op, Unshard):
+                before = [
+                    part.stage for each in queue[:at] if isinstance(each, ComputeOp) for part in parts(each)
+                ]
+                assert op.stage not in before
+    assert lower(pipeline.schedule, pipeline.flow, pipeline.costs).ranks == tuple(
+        tuple(op for op in queue if not isinstance(op, Unshard)) for queue in program.ranks
+    )
 
 
 def test_a_receive_stands_behind_what_its_rank_has_begun() -> None:

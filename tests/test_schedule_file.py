@@ -1,11 +1,13 @@
 """Schedule files: what is written is read again, and every fault is told with its place."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 
 from evenflow.errors import ConfigError
 from evenflow.ir import Forward, Placement, Schedule
-from evenflow.schedule_file import format_schedule, parse_schedule
+from evenflow.schedule_file import format_schedule, parse_schedule, read_schedule_file
 from evenflow.schedules.catalog import get
 from random_pipelines import Pipeline, pipelines
 
@@ -139,6 +141,23 @@ def test_of_very_many_faults_the_first_are_told() -> None:
 def test_a_name_that_cannot_be_read_again_is_not_written(name: str) -> None:
     with pytest.raises(ConfigError, match="must be one line without spaces around it"):
         format_schedule(Schedule(name, Placement.linear(1), 1, ((Forward(0, 0),),)))
+
+
+def test_a_file_is_named_after_itself_and_where_it_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("0F0,0B0")
+    assert read_schedule_file(path).name == "mine"
+    path.write_text("0F0,0C0")
+    with pytest.raises(
+        ConfigError, match=r"cannot read the schedule .*mine.csv: 1 fault:\n  - line 1, column 2"
+    ):
+        read_schedule_file(path)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "x" * 201])
+def test_a_name_that_no_terminal_can_show_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name: write up to 200 printable letters"):
+        parse_schedule(f"# name: {name}\n0F0,0B0", name="mine")
 
 
 def test_a_long_schedule_is_read_in_time() -> None:

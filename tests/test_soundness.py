@@ -2,7 +2,17 @@
 
 import pytest
 
-from evenflow.ir import Backward, ComputeOp, Flow, Forward, InputGrad, Overlap, Schedule, WeightGrad
+from evenflow.ir import (
+    Backward,
+    ComputeOp,
+    Flow,
+    Forward,
+    InputGrad,
+    Overlap,
+    Placement,
+    Schedule,
+    WeightGrad,
+)
 from evenflow.schedules.gpipe import gpipe
 from evenflow.soundness import refusal, schedule_faults
 
@@ -58,6 +68,14 @@ def test_an_overlap_counts_as_its_two_ops_and_cannot_wait_for_itself() -> None:
 
 def test_each_rank_needs_a_queue() -> None:
     assert "1 queues for 2 ranks: give each rank one" in faults_of(list(SCHEDULE.ranks[0]))
+
+
+def test_where_most_ops_are_missing_they_are_not_named_one_by_one() -> None:
+    queue = (Forward(0, 0), Overlap(Forward(0, 1), Forward(0, 2)))
+    (fault,) = schedule_faults(
+        Schedule("wide", Placement((0,) * 400), 400, (queue,)), Flow.chain(400), [queue]
+    )
+    assert fault.startswith("400 stages and 400 microbatches take at least 160,000 ops, and there are 3: run")
 
 
 def test_long_reports_are_cut() -> None:

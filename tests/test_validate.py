@@ -193,6 +193,19 @@ def test_reductions_stand_once_behind_all_weight_gradients(row: str, fault: str)
     assert fault in faults(program)
 
 
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("0F0 U0 0B0", "0F0 stands before U0 on rank 0, and needs it"),
+        ("0F0 0B0", "U0 is missing: rank 0 must run it, as other stages are gathered"),
+    ],
+)
+def test_parameters_are_gathered_before_all_ops_of_a_stage(row: str, fault: str) -> None:
+    flow = Flow(frozenset(), frozenset())
+    program = program_of(row, "U1 1F0 1B0", num_microbatches=1, rank_of=(0, 1), flow=flow)
+    assert fault in faults(program)
+
+
 def test_mis_paired_transfers_are_refused_naming_both() -> None:
     program = program_of(
         "0F0 0F1 S0>1F1 S0>1F0",
@@ -276,6 +289,12 @@ def test_another_order_than_the_schedule_s_is_refused() -> None:
 def test_a_flow_beyond_the_stages_is_refused() -> None:
     program = lower(get("gpipe")(2, 1, 1), Flow.chain(2))
     assert "flow edge 1>2 names a stage outside 0..1" in faults(replace(program, flow=Flow.chain(3)))
+
+
+def test_an_op_of_no_stage_is_refused() -> None:
+    program = lower(get("gpipe")(2, 1, 1), Flow.chain(2))
+    mutant = with_queue(program, 0, (*program.ranks[0], Forward(9, 0)))
+    assert "9F0 on rank 0: there are only stages 0..1" in faults(mutant)
 
 
 def test_a_program_without_a_rank_s_queue_is_refused() -> None:

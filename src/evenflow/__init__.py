@@ -3,17 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from evenflow.errors import (
+    BadNumbersError,
+    ConfigError,
+    EvenflowError,
+    MissingPackageError,
+    OutOfMemoryError,
+    PeerError,
+    RecordError,
+    ScheduleError,
+)
+
 if TYPE_CHECKING:
-    from evenflow.errors import (
-        BadNumbersError,
-        ConfigError,
-        EvenflowError,
-        MissingPackageError,
-        OutOfMemoryError,
-        PeerError,
-        RecordError,
-        ScheduleError,
-    )
     from evenflow.graph.deferred import deferred_init
     from evenflow.interop.loggers import log_to_json, log_to_tensorboard, log_to_wandb
     from evenflow.interop.progress import progress
@@ -49,20 +50,9 @@ __all__ = [
     "progress",
 ]
 
-_ERRORS = (
-    "BadNumbersError",
-    "ConfigError",
-    "EvenflowError",
-    "MissingPackageError",
-    "OutOfMemoryError",
-    "PeerError",
-    "RecordError",
-    "ScheduleError",
-)
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
     "Checkpoints": "evenflow.pipe.checkpoints",
-    **dict.fromkeys(_ERRORS, "evenflow.errors"),
     "Microbatches": "evenflow.runtime.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
     "PipelineTrainer": "evenflow.interop.trainer",
@@ -77,8 +67,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:  # whatever the name stands for
     if name in _HOMES:
-        if name not in _ERRORS:
-            import_module("evenflow.needs").need_torch(f"evenflow.{name}")
+        import_module("evenflow.needs").need_torch(f"evenflow.{name}")
         # Not kept in globals(): a submodule of the same name (`launch`) would take its place.
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'evenflow' has no attribute {name!r}")

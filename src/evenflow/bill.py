@@ -21,6 +21,10 @@ class Ran:
 
     `start_seconds` and `end_seconds` are the step's own on that rank; `update_seconds` of them went to
     putting gradients together and to the optimizer.
+
+    >>> from evenflow.ir.op import Forward
+    >>> Ran([(Forward(0, 0), 0.0, 0.5, 1.5)], start_seconds=0.0, end_seconds=2.0).update_seconds
+    0.0
     """
 
     ops: Sequence[tuple[Op, float, float, float]]

@@ -1,38 +1,11 @@
 """Bounds of a schedule: what `bounds` says of its placement, sizes and costs, for any order of the ops."""
 
-import math
 from dataclasses import replace
-from functools import partial
 
-from evenflow.bounds import Bounds, Instance, lower_bounds
+from evenflow.bounds import Bounds, instance_of, lower_bounds
 from evenflow.ir.costs import Costs
 from evenflow.ir.op import Overlap
-from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
-
-
-def instance_of(placement: Placement, num_microbatches: int, costs: Costs) -> Instance:
-    """Return what is to be scheduled, for a chain of stages: ops, delays between ranks, memory and caps.
-
-    >>> instance = instance_of(Placement.v_shape(2), 4, Costs.uniform(4, latency_seconds=0.5))
-    >>> instance.up_seconds, instance.caps
-    ((0.5, 0.0, 0.5), (None, None))
-    """
-    delay = partial(costs.delay_seconds, placement=placement)
-    lower_stages = range(placement.num_stages - 1)
-    caps = costs.memory_caps or (math.inf,) * placement.num_ranks
-    return Instance(
-        placement.rank_of,
-        num_microbatches,
-        costs.forward_seconds,
-        costs.input_grad_seconds,
-        costs.weight_grad_seconds,
-        up_seconds=tuple(delay(stage, stage + 1) for stage in lower_stages),
-        down_seconds=tuple(delay(stage + 1, stage) for stage in lower_stages),
-        held_memory=costs.activation_bytes,
-        kept_memory=costs.weight_grad_bytes,
-        caps=tuple(cap if math.isfinite(cap) else None for cap in caps),
-    )
 
 
 def bounds_of(schedule: Schedule, costs: Costs) -> Bounds | None:

@@ -22,12 +22,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, listed
 from evenflow.foreign import read_text, shown
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.placement import Placement
 from evenflow.plan.chain import Chain, Held, Seconds
 from evenflow.plan.partition import balanced_cuts
+
+_LARGEST = 1e90  # sums of such costs, and products with times, are still finite
+_TIME_UNITS = {"": 1.0, "seconds": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+_SIZE_UNITS = {"": 1.0, "bytes": 1.0, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_TIMES = ("forward", "input_grad", "weight_grad")
+_OPTIONAL = {
+    "rank": ("activation", "weight_activation", "cap"),
+    "layer": ("activation", "weight_activation", "output"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,9 @@ class RankTimes:
     """What one microbatch costs on each rank, whatever the number of stages there; None: not known.
 
     `in_bytes` tells whether memory is in bytes, or in a unit that only its owner knows.
+
+    >>> RankTimes((2.0, 4.0), (2.0, 4.0), (1.0, 2.0), caps=(4.0, 8.0)).activation is None
+    True
     """
 
     forward_seconds: tuple[float, ...]
@@ -48,7 +60,13 @@ class RankTimes:
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
-    """What one microbatch costs in each layer, in the order of the layers; otherwise as `RankTimes`."""
+    """What one microbatch costs in each layer, in the order of the layers; otherwise as `RankTimes`.
+
+    `output` is what a layer sends to the next.
+
+    >>> len(LayerTimes((1.0, 3.0), (1.0, 3.0), (0.5, 1.5), output=(8.0, 0.0)).output)
+    2
+    """
 
     forward_seconds: tuple[float, ...]
     input_grad_seconds: tuple[float, ...]
@@ -153,7 +171,6 @@ def _price_ranks(table: RankTimes, placement: Placement, latency_seconds: float)
 
 
 def _price_layers(table: LayerTimes, placement: Placement, latency_seconds: float) -> Costs:
-
     num_layers, num_stages = len(table.forward_seconds), placement.num_stages
     if num_layers < num_stages:
         raise ConfigError(
@@ -192,19 +209,6 @@ def _price_layers(table: LayerTimes, placement: Placement, latency_seconds: floa
 
 def _of_one_rank(placement: Placement) -> tuple[float, ...]:
     return tuple(1 / len(placement.stages_on(rank)) for rank in placement.rank_of)
-
-
-_MAX_FAULTS = 20
-_LARGEST = 1e90  # sums of such costs, and products with times, are still finite
-_UNITS = {
-    "forward": {"": 1.0, "seconds": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "activation": {"": 1.0, "bytes": 1.0, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30},
-}
-_TIMES = ("forward", "input_grad", "weight_grad")
-_OPTIONAL = {
-    "rank": ("activation", "weight_activation", "cap"),
-    "layer": ("activation", "weight_activation", "output"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,10 +293,7 @@ class _Reader:
         if not self.faults:
             self._check_memory(rows, values)
         if self.faults:
-            told = self.faults[:_MAX_FAULTS]
-            if len(self.faults) > _MAX_FAULTS:
-                told.append(f"and {len(self.faults) - _MAX_FAULTS} more")
-            raise ConfigError("\n  - ".join([f"the costs {self.path} cannot be used:", *told]))
+            raise ConfigError("\n".join([f"the costs {self.path} cannot be used:", *listed(self.faults)]))
         times = [tuple(values[name]) for name in _TIMES]
         held, kept, last = (tuple(values[name]) if name in values else None for name in _OPTIONAL[kind])
         make = RankTimes if kind == "rank" else LayerTimes
@@ -303,7 +304,7 @@ class _Reader:
         word = heading.lower()
         known = (*_TIMES, *_OPTIONAL[kind])
         for base in known:
-            units = _UNITS["forward" if base in _TIMES else "activation"]
+            units = _TIME_UNITS if base in _TIMES else _SIZE_UNITS
             unit = word.removeprefix(base).removeprefix("_")
             if word == base or (word.startswith(f"{base}_") and unit in units):
                 return _Column(heading, base, units[unit], bool(unit))

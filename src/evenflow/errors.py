@@ -4,6 +4,20 @@ A message says what is wrong (with the value and the limit), where, and how to m
 Evenflow itself are `AssertionError`s and never classes of this file.
 """
 
+from collections.abc import Sequence
+
+_MAX_FAULTS = 20  # one mistake can have thousands of consequences; a longer report is no longer read
+
+
+def listed(faults: Sequence[str]) -> list[str]:
+    """Return the lines of a message that tell faults, a line for each; of very many the first few.
+
+    >>> listed(["0F0 is missing"])
+    ['  - 0F0 is missing']
+    """
+    lines = [f"  - {fault}" for fault in faults[:_MAX_FAULTS]]
+    return lines if len(faults) <= _MAX_FAULTS else [*lines, f"  and {len(faults) - _MAX_FAULTS} more"]
+
 
 class EvenflowError(Exception):
     """Base of everything that Evenflow raises on purpose."""

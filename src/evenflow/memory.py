@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import assert_never
 
-from evenflow.errors import ConfigError
 from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.op import ComputeOp, Forward, InputGrad, WeightGrad
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.rules import Result, results
+from evenflow.soundness import check_costs
 
 
 def peak_bytes(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
@@ -26,8 +26,8 @@ def peak_bytes(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
     >>> peak_bytes(one_f_one_b(num_ranks=3, stages_per_rank=1, num_microbatches=6), Costs.uniform(3))
     (3.0, 2.0, 1.0)
     """
-    _check_costs(schedule, costs)
-    return tuple(max(during for during, _ in _held_bytes(queue, costs)) for queue in schedule.ranks)
+    check_costs(schedule, costs)
+    return tuple(max(_held_bytes(queue, costs)) for queue in schedule.ranks)
 
 
 def memory_faults(schedule: Schedule, costs: Costs) -> list[str]:
@@ -41,15 +41,15 @@ def memory_faults(schedule: Schedule, costs: Costs) -> list[str]:
     >>> print(*memory_faults(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=3), costs))
     rank 1 holds 2 in 1F1, over its cap of 1 (its peak is 3, in 1F2)
     """
-    _check_costs(schedule, costs)
+    check_costs(schedule, costs)
     if costs.memory_caps is None:
         return []
     faults = []
     for rank, (queue, cap) in enumerate(zip(schedule.ranks, costs.memory_caps, strict=True)):
         over = [
-            (during, op)
-            for (during, _), op in zip(_held_bytes(queue, costs), queue, strict=True)
-            if during > cap * (1 + ROUNDING) + ROUNDING
+            (held, op)
+            for held, op in zip(_held_bytes(queue, costs), queue, strict=True)
+            if held > cap * (1 + ROUNDING) + ROUNDING
         ]
         if over:
             (held, first), (peak, highest) = over[0], max(over, key=lambda pair: pair[0])
@@ -87,14 +87,14 @@ def memory_curve(timeline: Timeline, costs: Costs, rank: int) -> tuple[tuple[flo
     )
 
 
-def _held_bytes(queue: Sequence[ComputeOp], costs: Costs) -> Iterator[tuple[float, float]]:
-    """What is held while each op runs, and after it."""
+def _held_bytes(queue: Sequence[ComputeOp], costs: Costs) -> Iterator[float]:
+    """What is held while each op runs."""
     held = 0.0
     for op in queue:
         made = results(op)
-        during = held + sum(_allocated(result, costs) for result in made)
-        held = during - sum(_freed(result, costs) for result in made)
-        yield during, held
+        held += sum(_allocated(result, costs) for result in made)
+        yield held
+        held -= sum(_freed(result, costs) for result in made)
 
 
 def _allocated(result: Result, costs: Costs) -> float:
@@ -111,17 +111,3 @@ def _freed(result: Result, costs: Costs) -> float:
             return costs.weight_grad_bytes[stage]
         case _:
             assert_never(result)
-
-
-def _check_costs(schedule: Schedule, costs: Costs) -> None:
-    placement = schedule.placement
-    if costs.num_stages != placement.num_stages:
-        raise ConfigError(
-            f"costs name {costs.num_stages} stages, schedule {schedule.name!r} has {placement.num_stages}: "
-            "price each stage"
-        )
-    if costs.memory_caps is not None and len(costs.memory_caps) != placement.num_ranks:
-        raise ConfigError(
-            f"memory_caps name {len(costs.memory_caps)} ranks, schedule {schedule.name!r} has "
-            f"{placement.num_ranks}: give each rank one"
-        )

@@ -13,6 +13,9 @@ from evenflow.cluster.names import nearest
 from evenflow.errors import ConfigError
 from evenflow.foreign import shown
 
+_LARGEST = 1e100  # sums and products of such numbers are still finite
+_LARGEST_WHOLE = 2**63 - 1
+
 T = TypeVar("T")
 # The least that a number of this type, at this place, may be.
 Least = Callable[[type[int] | type[float], str], float]
@@ -92,10 +95,6 @@ def _number(hint: type[int] | type[float], given: object, least: float, place: s
     if hint is int and given > _LARGEST_WHOLE:
         raise ConfigError(f"{place} = {shown(given)} must be at most {_LARGEST_WHOLE}")
     return hint(given)
-
-
-_LARGEST = 1e100  # sums and products of such numbers are still finite
-_LARGEST_WHOLE = 2**63 - 1
 
 
 def _full(place: str, key: str) -> str:

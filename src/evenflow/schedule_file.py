@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from evenflow.errors import ConfigError
+from evenflow.errors import ConfigError, listed
 from evenflow.foreign import read_text, shown
 from evenflow.ir.op import ComputeOp, Op, parse_op, parts
 from evenflow.ir.placement import Placement
@@ -28,7 +28,6 @@ from evenflow.ir.schedule import Schedule
 from evenflow.torch_cells import is_added_by_torch, parse_torch_fused
 
 _KEYS = ("name", "placement")
-_MAX_FAULTS = 20
 _MOST_LETTERS = 200  # of a name
 
 
@@ -86,7 +85,7 @@ def parse_schedule(text: str, *, name: str) -> Schedule:
     placement = None
     # What follows from the ops is only worth telling once all of them can be read.
     if not faults:
-        placement = table.given_placement() if table.placement_line else table.inferred_placement()
+        placement = table.placement()
     if not faults:
         faults += table.missing_microbatches()
     if faults or placement is None:
@@ -121,9 +120,8 @@ class _Table:
     def __init__(self, text: str) -> None:
         self.faults: list[str] = []
         self.rows: list[list[_Cell]] = []
-        self.name = ""
-        self.placement_line = 0
-        self.rank_of: tuple[int, ...] = ()
+        self.name: str | None = None
+        self.given: tuple[int, tuple[int, ...]] | None = None  # the placement, with its line before it
         for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
             # A spreadsheet may put a comment in quotes, and commas behind it.
             stripped = line.strip()
@@ -144,10 +142,9 @@ class _Table:
                     f"line {number}: {shown(value)} is no name: write up to {_MOST_LETTERS} printable letters"
                 )
         elif key == "placement":
-            self.placement_line = number
             words = [word.strip() for word in value.split(",")]
             if all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
-                self.rank_of = tuple(map(int, words))
+                self.given = number, tuple(map(int, words))
             else:
                 self.faults.append(
                     f"line {number}: {shown(value)} is no placement: write the rank of each stage, '0,1,1,0'"
@@ -164,7 +161,7 @@ class _Table:
             op: Op | None
             try:
                 op = parse_op(word)
-            except ValueError:  # also from `int`, of thousands of digits
+            except ConfigError:
                 op = parse_torch_fused(word)
             if isinstance(op, ComputeOp):
                 row.append(_Cell(op, number, column))
@@ -178,22 +175,25 @@ class _Table:
                 for part in parts(cell.op):
                     yield rank, cell, part.stage
 
-    def given_placement(self) -> Placement | None:
+    def placement(self) -> Placement | None:
+        return self._inferred_placement() if self.given is None else self._given_placement(*self.given)
+
+    def _given_placement(self, line: int, rank_of: tuple[int, ...]) -> Placement | None:
         try:
-            placement = Placement(self.rank_of)
+            placement = Placement(rank_of)
         except ConfigError as error:
-            self.faults.append(f"line {self.placement_line}: {error}")
+            self.faults.append(f"line {line}: {error}")
             return None
         if len(self.rows) != placement.num_ranks:
             self.faults.append(
-                f"the placement of line {self.placement_line} names {placement.num_ranks} ranks, and there "
+                f"the placement of line {line} names {placement.num_ranks} ranks, and there "
                 f"are {len(self.rows)} rows: write a row for each rank"
             )
         for rank, cell, stage in self._stages():
             if stage >= placement.num_stages:
                 self.faults.append(
                     f"{cell} is of stage {stage}, and the placement names stages "
-                    f"0..{placement.num_stages - 1}: add its rank in line {self.placement_line}"
+                    f"0..{placement.num_stages - 1}: add its rank in line {line}"
                 )
             elif placement.rank_of[stage] != rank:
                 self.faults.append(
@@ -202,7 +202,7 @@ class _Table:
                 )
         return placement
 
-    def inferred_placement(self) -> Placement | None:
+    def _inferred_placement(self) -> Placement | None:
         homes: dict[int, tuple[int, _Cell]] = {}
         for rank, cell, stage in self._stages():
             home, first = homes.setdefault(stage, (rank, cell))
@@ -254,8 +254,5 @@ def _gaps(numbers: set[int]) -> list[int]:
 
 
 def _refusal(faults: list[str]) -> ConfigError:
-    lines = [f"{len(faults)} fault{'s' if len(faults) > 1 else ''}:"]
-    lines += [f"  - {fault}" for fault in faults[:_MAX_FAULTS]]
-    if len(faults) > _MAX_FAULTS:
-        lines.append(f"  and {len(faults) - _MAX_FAULTS} more")
-    return ConfigError("\n".join(lines))
+    head = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}:"
+    return ConfigError("\n".join([head, *listed(faults)]))

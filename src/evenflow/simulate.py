@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from evenflow.errors import ConfigError, ScheduleError
+from evenflow.errors import ScheduleError
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import Backward, Forward, InputGrad, Overlap, SimpleOp, WeightGrad, parts
@@ -22,7 +22,7 @@ from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Lane, Timeline
 from evenflow.rules import dependencies, results
-from evenflow.soundness import refusal, schedule_faults
+from evenflow.soundness import check_costs, refusal, schedule_faults
 
 _NOT_YET = -1.0
 
@@ -35,8 +35,8 @@ def simulate(schedule: Schedule, flow: Flow, costs: Costs) -> Timeline:
     its bytes, and arrives one latency later. The time taken is linear in the number of dependencies.
 
     Raises `ScheduleError` for a schedule that is incomplete or comes to a standstill, naming the op before
-    which each rank stands, and `ConfigError` for costs of another number of stages. Memory caps are not
-    looked at: `evenflow.memory` does that.
+    which each rank stands, and `ConfigError` for costs of another number of stages or ranks. What ranks hold
+    is not looked at: `evenflow.memory` does that.
 
     >>> from evenflow.schedules.gpipe import gpipe
     >>> schedule = gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=4)
@@ -44,11 +44,7 @@ def simulate(schedule: Schedule, flow: Flow, costs: Costs) -> Timeline:
     >>> timeline.makespan_seconds, round(timeline.bubble, 3)  # (p - 1) / (m + p - 1) = 1 / 5
     (15.0, 0.2)
     """
-    if costs.num_stages != schedule.placement.num_stages:
-        raise ConfigError(
-            f"costs name {costs.num_stages} stages, schedule {schedule.name!r} has "
-            f"{schedule.placement.num_stages}: price each stage"
-        )
+    check_costs(schedule, costs)
     queues = schedule.ranks
     if faults := schedule_faults(schedule, flow, queues):
         raise refusal(schedule.name, faults, queues, [0] * len(queues))

@@ -8,7 +8,8 @@ all three.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-from evenflow.errors import ScheduleError
+from evenflow.errors import ConfigError, ScheduleError, listed
+from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import (
     Backward,
@@ -34,8 +35,7 @@ _KINDS: dict[type[SimpleOp], tuple[int, ...]] = {
     WeightGrad: (2,),
 }
 
-# One missing op can have thousands of consequences; beyond these bounds a report is no longer read.
-_MAX_FAULTS = 20
+# What a drawing of the queues shows of them.
 _MAX_RANKS = 16
 _MAX_COLUMNS = 100
 _MOST_MISSING = 100_000  # ops; where more may be missing they are not looked for one by one
@@ -59,7 +59,7 @@ def schedule_faults(schedule: Schedule, flow: Flow, queues: Sequence[Sequence[Co
         faults.append(f"{len(queues)} queues for {placement.num_ranks} ranks: give each rank one")
     if too_few := _far_too_few(schedule, queues):
         return [*faults, too_few]
-    census = Census(schedule)
+    census = _Census(schedule)
     for rank, queue in enumerate(queues):
         faults += census.count(rank, queue)
     faults += [
@@ -91,7 +91,7 @@ def _num_parts(queue: Sequence[ComputeOp]) -> int:
     return sum(1 for _ in _simple_ops(queue))
 
 
-class Census:
+class _Census:
     """How often each result is made. Numbers and no sets, as schedules of 64 ranks hold 400,000 results."""
 
     def __init__(self, schedule: Schedule) -> None:
@@ -166,10 +166,7 @@ def refusal(
       rank 0: 0F1
     """
     lines = [f"schedule {name!r} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:"]
-    lines += [f"  - {fault}" for fault in faults[:_MAX_FAULTS]]
-    if len(faults) > _MAX_FAULTS:
-        lines.append(f"  and {len(faults) - _MAX_FAULTS} more")
-    lines.append("in the queues:")
+    lines += [*listed(faults), "in the queues:"]
     lines += [
         f"  rank {rank}: {_excerpt(queue, start)}"
         for rank, (queue, start) in enumerate(zip(queues[:_MAX_RANKS], starts, strict=False))
@@ -190,6 +187,25 @@ def flow_faults(flow: Flow, num_stages: int) -> list[str]:
         for source, target in sorted(flow.activations | flow.gradients)
         if min(source, target) < 0 or max(source, target) >= num_stages
     ]
+
+
+def check_costs(schedule: Schedule, costs: Costs) -> None:
+    """Raise `ConfigError` for costs of another number of stages, or caps of another number of ranks.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> check_costs(gpipe(num_ranks=1, stages_per_rank=1, num_microbatches=1), Costs.uniform(1))
+    """
+    placement = schedule.placement
+    if costs.num_stages != placement.num_stages:
+        raise ConfigError(
+            f"costs name {costs.num_stages} stages, schedule {schedule.name!r} has {placement.num_stages}: "
+            "price each stage"
+        )
+    if costs.memory_caps is not None and len(costs.memory_caps) != placement.num_ranks:
+        raise ConfigError(
+            f"memory_caps name {len(costs.memory_caps)} ranks, schedule {schedule.name!r} has "
+            f"{placement.num_ranks}: give each rank one"
+        )
 
 
 def _simple_ops(queue: Sequence[ComputeOp]) -> Iterable[SimpleOp]:

@@ -53,7 +53,7 @@ def parse_torch_fused(cell: str) -> Overlap | None:
 def _simple(text: str) -> SimpleOp | None:
     try:
         op = parse_op(text)
-    except ValueError:  # also from `int`, of thousands of digits
+    except ConfigError:
         return None
     return op if isinstance(op, SimpleOp) else None
 

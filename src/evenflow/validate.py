@@ -19,7 +19,6 @@ from typing import assert_never
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import (
-    Backward,
     CollectiveOp,
     ComputeOp,
     Exchange,
@@ -27,13 +26,11 @@ from evenflow.ir.op import (
     Handoff,
     InputGrad,
     Op,
-    Overlap,
     Recv,
     ReduceGrads,
     Send,
     TransferOp,
     Unshard,
-    WeightGrad,
     parts,
 )
 from evenflow.ir.program import Program
@@ -145,15 +142,9 @@ class _Places:
 
 
 def _pieces(op: Op) -> tuple[Result | TransferOp | CollectiveOp, ...]:
-    match op:
-        case Exchange(transfers):
-            return transfers
-        case Send() | Recv() | Handoff() | ReduceGrads() | Unshard():
-            return (op,)
-        case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap():
-            return results(op)
-        case _:
-            assert_never(op)
+    if isinstance(op, ComputeOp):
+        return results(op)
+    return op.transfers if isinstance(op, Exchange) else (op,)
 
 
 def _order_faults(program: Program) -> Iterator[str]:
@@ -179,7 +170,7 @@ def _order_faults(program: Program) -> Iterator[str]:
         source_rank, target_rank = rank_of[result.stage], rank_of[target]
         match carriers(result, target, schedule.placement):
             case ():
-                continue
+                raise AssertionError(f"{result} needs no transfer to stage {target}")
             case (leaving,):
                 wanted.add((source_rank, leaving))
             case (leaving, recv):
@@ -256,22 +247,19 @@ class _WeakestMachine:
             rank = self.turns.popleft()
             if self.heads[rank] == len(self.ranks[rank]):
                 continue
-            match self.ranks[rank][self.heads[rank]]:
-                case Send() | Recv() as op:
-                    self.stand(rank, (op,))
-                case Exchange(transfers):
-                    self.stand(rank, transfers)
-                case Forward() | Backward() | InputGrad() | WeightGrad() | Overlap() | Handoff() as op:
-                    self.order.append((rank, op))
-                    self.go_on(rank)
-                # The same rank of every replica takes part, and all of them begin these in one order: as they
-                # stand here, or, where a replica has fewer microbatches, as in the longest one's program
-                # (see `data_ranks`). So one replica's run stands for all.
-                case ReduceGrads() | Unshard() as op:
-                    self.order.append((rank, op))
-                    self.go_on(rank)
-                case never:
-                    assert_never(never)
+            op = self.ranks[rank][self.heads[rank]]
+            if isinstance(op, Send | Recv):
+                self.stand(rank, (op,))
+            elif isinstance(op, Exchange):
+                self.stand(rank, op.transfers)
+            # A collective op takes the same rank of every replica, and all of them begin these in one order:
+            # as they stand here, or, where a replica has fewer microbatches, as in the longest one's program
+            # (see `data_ranks`). So one replica's run stands for all.
+            elif isinstance(op, ComputeOp | Handoff | CollectiveOp):
+                self.order.append((rank, op))
+                self.go_on(rank)
+            else:
+                assert_never(op)
         self.faults += self.standstill()
 
     def go_on(self, rank: int) -> None:
@@ -313,13 +301,7 @@ class _WeakestMachine:
 
     def peer(self, op: Send | Recv) -> int:
         """Return the rank at the other side of a transfer."""
-        match op:
-            case Send():
-                return self.rank_of[op.target]
-            case Recv():
-                return self.rank_of[op.source]
-            case _:
-                assert_never(op)
+        return self.rank_of[op.target if isinstance(op, Send) else op.source]
 
     def standstill(self) -> Iterator[str]:
         """Yield a fault for each circle of ranks that wait for one another, and for each rank behind one."""

@@ -17,11 +17,12 @@ from evenflow.ir import (
     Recv,
     ReduceGrads,
     Send,
+    Unshard,
     WeightGrad,
     parse_op,
 )
 
-numbers = st.integers(0, 10**6)
+numbers = st.integers(0, 10**18 - 1)
 transfer = (numbers, numbers, numbers, st.sampled_from(Payload))
 simple = st.one_of(
     *(st.builds(kind, numbers, numbers) for kind in (Forward, Backward, InputGrad, WeightGrad))
@@ -34,6 +35,7 @@ ops = st.one_of(
     st.builds(Handoff, *transfer),
     st.builds(Exchange, st.lists(pair, min_size=2, max_size=4).map(tuple)),
     st.builds(ReduceGrads, numbers),
+    st.builds(Unshard, numbers),
 )
 
 
@@ -52,6 +54,7 @@ ops = st.one_of(
             Exchange((Send(0, 1, 3, Payload.ACTIVATION), Recv(1, 0, 1, Payload.GRADIENT))),
         ),
         ("G2", ReduceGrads(2)),
+        ("U2", Unshard(2)),
         ("H0>12F3", Handoff(0, 12, 3, Payload.ACTIVATION)),
     ],
 )
@@ -67,7 +70,7 @@ def test_parse_is_the_inverse_of_format(op: Op) -> None:
 
 
 @settings(derandomize=True)
-@given(st.from_regex(r"[SRHG]?[0-9]{1,2}>?[FBIW]?[0-9]?[FB]?[0-9]{1,2}(&[0-9]F[0-9])?", fullmatch=True))
+@given(st.from_regex(r"[SRHGU]?[0-9]{1,2}>?[FBIW]?[0-9]?[FB]?[0-9]{1,2}(&[0-9]F[0-9])?", fullmatch=True))
 def test_each_op_has_one_spelling(text: str) -> None:
     try:
         op = parse_op(text)
@@ -80,7 +83,17 @@ def test_each_op_has_one_spelling(text: str) -> None:
     "text",
     [
         *("", "F0", "2F", "2X0", "-1F0", "02F0", "2F0 ", "2F0\\n", "S0F1", "S0>1F", "٢F0"),
-        *("2F0&", "2F0&3B1&1F2", "2F0&S0>1F0", "G2&G3", "H0>1F0&H0>1F1", "2F0,3B1", "S0>1I0", "G02"),
+        *(
+            "2F0&",
+            "2F0&3B1&1F2",
+            "2F0&S0>1F0",
+            "G2&G3",
+            "H0>1F0&H0>1F1",
+            "2F0,3B1",
+            "S0>1I0",
+            "G02",
+            "1" + "0" * 18 + "F0",
+        ),
     ],
 )
 def test_other_text_is_refused_with_the_form(text: str) -> None:

@@ -74,3 +74,9 @@ def test_each_kind_of_op_has_its_arguments():
         "InputGrad",
         "WeightGrad",
     ]
+
+
+def test_a_step_without_ops_is_a_trace_without_them():
+    idle = LaneRecord((), (), (), ())
+    found = events(dataclasses.replace(LAST_STEP, measured=(idle, idle), predicted=(idle, idle)))
+    assert {event["ph"] for event in found} == {"M"}

@@ -1,58 +1,16 @@
-"""One list of sizes runs every schedule of the catalog."""
+"""The catalog: each name, what it refuses, and the bubble of those that have a closed form."""
 
 import pytest
 
 from evenflow.errors import ConfigError
-from evenflow.ir import Costs, Flow, Forward, InputGrad, Schedule, WeightGrad
-from evenflow.lower import lower
-from evenflow.rules import results
+from evenflow.ir import Costs, Flow, Forward, Schedule
 from evenflow.schedules.catalog import SCHEDULES, default_stages_per_rank, get
+from evenflow.schedules.sizes import check_workable
 from evenflow.simulate import simulate
-from evenflow.validate import prove
 
-SIZES = [(1, 1, 1), (1, 1, 4), (2, 1, 1), (2, 1, 5), (4, 1, 2), (4, 1, 8), (1, 3, 2), (2, 2, 4), (3, 2, 3)]
-SIZES += [(1, 2, 1), (1, 2, 4), (4, 2, 1), (4, 2, 9)]
 # The methods that serve one stage a rank alone, and those that serve two; all others serve any number.
 ONE_STAGE = {"1f1b", "eager-1f1b", "zb-h1", "zb-h2", "zb-auto"}
 TWO_STAGES = {"zb-v", "v-half", "v-min", "dualpipe-v"}
-CASES = [
-    pytest.param(name, *sizes, id="-".join([name, *map(str, sizes)]))
-    for name in SCHEDULES
-    for sizes in SIZES
-    if not (name in ONE_STAGE and sizes[1] != 1) and not (name in TWO_STAGES and sizes[1] != 2)
-]
-
-
-@pytest.fixture
-def schedule(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Schedule:
-    return get(name)(num_ranks, stages_per_rank, num_microbatches)
-
-
-every_case = pytest.mark.parametrize(("name", "num_ranks", "stages_per_rank", "num_microbatches"), CASES)
-
-
-@every_case
-def test_name_and_sizes(schedule, name, num_ranks, stages_per_rank, num_microbatches) -> None:
-    assert schedule.name == name
-    assert schedule.num_microbatches == num_microbatches
-    assert schedule.placement.num_stages == num_ranks * stages_per_rank
-    assert schedule.trains is (name != "forward-only")
-
-
-@every_case
-def test_each_stage_keeps_the_microbatch_order(schedule, num_microbatches) -> None:
-    kinds = (Forward, InputGrad, WeightGrad) if schedule.trains else (Forward,)
-    for stage, rank in enumerate(schedule.placement.rank_of):
-        made = [result for op in schedule.ranks[rank] for result in results(op) if result.stage == stage]
-        for kind in kinds:
-            order = [result.microbatch for result in made if isinstance(result, kind)]
-            assert order == list(range(num_microbatches))
-
-
-@every_case
-def test_it_is_proven_once_lowered(schedule) -> None:
-    program = lower(schedule, Flow.chain(schedule.placement.num_stages))
-    assert prove(program).program is program
 
 
 def _bubble(schedule: Schedule) -> float:
@@ -119,6 +77,14 @@ def test_counts_below_one_are_refused(name: str, sizes: tuple[int, int]) -> None
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_default_stages_per_rank_suit_the_method(name: str) -> None:
     assert get(name)(3, default_stages_per_rank(name), 4).name == name
+
+
+def test_sizes_of_hours_are_refused() -> None:
+    check_workable(num_ranks=1000, num_stages=1000, num_microbatches=1000 + 666)
+    with pytest.raises(ConfigError, match="up to 6,000,000 ops, more than the 5,000,000"):
+        check_workable(num_ranks=2, num_stages=2, num_microbatches=10**6)
+    with pytest.raises(ConfigError, match="10000 ranks × 10000 stages make more than 50,000,000"):
+        check_workable(num_ranks=10**4, num_stages=10**4, num_microbatches=1)
 
 
 @pytest.mark.parametrize(

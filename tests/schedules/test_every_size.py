@@ -1,13 +1,14 @@
-"""Whatever the sizes, every schedule of the catalog is proven, runs, is written and keeps to its memory."""
+"""Whatever the sizes, every schedule of the catalog is in order, proven, read again and fits its memory."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brute_force import is_complete, peaks, times
-from evenflow.ir import Costs, Flow, Schedule
+from evenflow.ir import Costs, Flow, Forward, InputGrad, Schedule, WeightGrad
 from evenflow.lower import lower
 from evenflow.memory import peak_bytes
+from evenflow.rules import results
 from evenflow.schedule_file import format_schedule, parse_schedule
 from evenflow.schedules.catalog import SCHEDULES, get
 from evenflow.simulate import simulate
@@ -49,9 +50,17 @@ def stated_peak(name: str, rank: int, p: int, v: int, m: int) -> int:
     return min(stated, v * m)
 
 
-def check(schedule: Schedule) -> None:
+def check(schedule: Schedule, name: str, num_ranks: int, on_each: int, num_microbatches: int) -> None:
     """All but the memory."""
-    num_stages = schedule.placement.num_stages
+    assert (schedule.name, schedule.num_microbatches) == (name, num_microbatches)
+    placement, num_stages = schedule.placement, num_ranks * on_each
+    assert (placement.num_ranks, placement.num_stages) == (num_ranks, num_stages)
+    assert schedule.trains is (name != "forward-only")
+    for stage, rank in enumerate(placement.rank_of):
+        made = [result for op in schedule.ranks[rank] for result in results(op) if result.stage == stage]
+        for kind in (Forward, InputGrad, WeightGrad) if schedule.trains else (Forward,):
+            order = [result.microbatch for result in made if isinstance(result, kind)]
+            assert order == list(range(num_microbatches))
     flow = Flow.chain(num_stages)
     assert prove(lower(schedule, flow)).program.schedule is schedule
     assert simulate(schedule, flow, Costs.uniform(num_stages)).makespan_seconds > 0
@@ -59,11 +68,11 @@ def check(schedule: Schedule) -> None:
 
 
 @every_method
-def test_any_size_is_proven_runs_and_is_read_again(name: str) -> None:
+def test_any_size_is_in_order_is_proven_runs_and_is_read_again(name: str) -> None:
     @SOME
     @given(sizes(name, 9, 30))
     def holds(counts: tuple[int, int, int]) -> None:
-        check(get(name)(*counts))
+        check(get(name)(*counts), name, *counts)
 
     holds()
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from evenflow.errors import ConfigError
-from evenflow.ir import Backward, Costs, Flow, Forward
+from evenflow.ir import Costs, Flow
 from evenflow.memory import peak_bytes
 from evenflow.schedules.interleaved_1f1b import interleaved_1f1b
 from evenflow.schedules.one_f_one_b import one_f_one_b
@@ -24,10 +23,6 @@ def test_every_small_size_runs_in_its_closed_form(num_ranks: int, stages_per_ran
         else:
             num_rounds = num_stages + num_microbatches - 1
         assert timeline.makespan_seconds == 3 * num_rounds
-        for stage, rank in enumerate(schedule.placement.rank_of):
-            for kind in (Forward, Backward):
-                ops = [op for op in schedule.ranks[rank] if isinstance(op, kind) and op.stage == stage]
-                assert [op.microbatch for op in ops] == list(range(num_microbatches))
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 7))
@@ -57,9 +52,3 @@ def test_the_first_rank_holds_what_the_docstring_says(num_ranks: int, stages_per
         assert peak_bytes(schedule, costs)[0] == min(
             stages_per_rank * num_microbatches, 2 * (num_ranks - 1) + (stages_per_rank - 1) * largest + 1
         )
-
-
-@pytest.mark.parametrize("sizes", [(0, 2, 4), (2, 0, 4), (2, 2, 0)])
-def test_counts_below_one_are_refused(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(ConfigError, match="must be at least 1, got 0"):
-        interleaved_1f1b(*sizes)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: random problems of any placement, flow and costs, and orders that can run.
+"""Hypothesis strategies: random chains of any placement and costs, and orders that can run.
 
 Seconds are sums of powers of 2, so that floating point adds them exactly; links have any bandwidth, because
 the search leaves it to the simulator that two transfers meet on one.
@@ -6,6 +6,7 @@ the search leaves it to the simulator that two transfers meet on one.
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,12 +14,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from brute_force import is_complete, peaks, times
+from evenflow.bounds import Instance, instance_of
 from evenflow.ir import Costs, Flow, Link, Placement, Schedule
 from evenflow.memory import memory_faults
-from evenflow.search.problem import Order, Problem
+from evenflow.search.tables import Order, tables_of
 from evenflow.search.timing import INFEASIBLE, Reading, copy_trace, run, trace_for
-from evenflow.search.translate import problem_of, schedule_of
-from random_pipelines import flows
+from evenflow.search.translate import schedule_of
 
 SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 7.5)
 BYTES = (0.0, 0.5, 1.0, 3.0)
@@ -26,22 +27,25 @@ BYTES = (0.0, 0.5, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, in the project's own nouns and in the search's."""
+    """What is to be scheduled, in the project's own nouns and as the search takes it."""
 
     placement: Placement
-    flow: Flow
     costs: Costs
     num_microbatches: int
 
+    @property
+    def flow(self) -> Flow:
+        return Flow.chain(self.placement.num_stages)
+
     @cached_property
-    def problem(self) -> Problem:
-        return problem_of(self.placement, self.num_microbatches, self.flow, self.costs)
+    def instance(self) -> Instance:
+        return instance_of(self.placement, self.num_microbatches, self.costs)
 
     def schedule(self, order: Order) -> Schedule:
         return schedule_of(order, self.placement, self.num_microbatches, "tried")
 
     def capped(self, caps: tuple[float, ...]) -> "Case":
-        return Case(self.placement, self.flow, replace(self.costs, memory_caps=caps), self.num_microbatches)
+        return replace(self, costs=replace(self.costs, memory_caps=caps))
 
 
 @st.composite
@@ -67,7 +71,16 @@ def cases(draw: st.DrawFn, *, most_microbatches: int = 5) -> Case:
         activation_bytes=held,
         weight_grad_bytes=tuple(draw(st.sampled_from([0.0, 0.5, 1.0])) * each for each in held),
     )
-    return Case(placement, draw(flows(num_stages)), costs, draw(st.integers(1, most_microbatches)))
+    return Case(placement, costs, draw(st.integers(1, most_microbatches)))
+
+
+def equal(rank_of: Iterable[int], *, num_microbatches: int, cap: float, latency: float = 0.0) -> Instance:
+    """F, I and W of all stages of a rank take 1 second and 1 unit of memory; `cap` is in that unit."""
+    placement = Placement(tuple(rank_of))
+    each = (1.0,) * placement.num_ranks
+    caps = (cap,) * placement.num_ranks
+    costs = Costs.of_ranks(placement, each, each, each, latency_seconds=latency, memory_caps=caps)
+    return instance_of(placement, num_microbatches, costs)
 
 
 def random_order(case: Case, chosen: random.Random) -> Order:
@@ -110,15 +123,15 @@ def order_from(letters: np.ndarray, lengths: np.ndarray) -> Order:
 
 
 def cost_of(
-    problem: Problem, order: Order, objective, reading: Reading, limit: float = INFEASIBLE
+    instance: Instance, order: Order, objective, reading: Reading, limit: float = INFEASIBLE
 ) -> tuple[float, Order]:
     """What an order costs, and the strict order of what it did; an empty one where it can't run."""
-    tables = problem.tables(objective)
+    tables = tables_of(instance, objective)
     trace = trace_for(tables)
     cost = run(tables, trace, *strings(order), reading, limit)
     if cost >= INFEASIBLE:
         return math.inf, ()
-    letters, lengths = np.zeros_like(trace.letters), np.zeros(problem.num_ranks, np.int64)
+    letters, lengths = np.zeros_like(trace.letters), np.zeros(instance.placement.num_ranks, np.int64)
     copy_trace(trace, letters, lengths)
     return cost, order_from(letters, lengths)
 

@@ -1,18 +1,19 @@
 """The steady state of a schedule is found, and repeating it makes a schedule for more microbatches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_problems import STRICT, cost_of, order_from, strings
+from random_problems import STRICT, cost_of, equal, order_from, strings
 
 from brute_force import is_complete, peaks
-from evenflow.ir import Costs, Placement
+from evenflow.bounds import Instance
+from evenflow.ir import Costs
 from evenflow.schedules.catalog import get
 from evenflow.search.extend import extensions, windows
-from evenflow.search.problem import Order, Problem
+from evenflow.search.tables import Order, tables_of
 from evenflow.search.timing import INFEASIBLE, Reading, run, trace_for
 from evenflow.search.translate import order_of, schedule_of
 
@@ -58,15 +59,13 @@ class Tried:
 
 def extended(
     name: str, num_ranks: int, stages_per_rank: int, extra: int, latency: float
-) -> tuple[float, Problem, list[Tried]]:
+) -> tuple[float, Instance, list[Tried]]:
     """The excess of a schedule, the problem of more microbatches, and the schedule's extensions."""
     few = 3 * num_ranks
     schedule = get(name)(num_ranks, stages_per_rank, few)
-    small = Problem.equal(
-        schedule.placement.rank_of, num_microbatches=few, cap=2.0 * num_ranks - 1, latency=latency
-    )
-    large = small.with_microbatches(few + extra)
-    tables = small.tables("span")
+    small = equal(schedule.placement.rank_of, num_microbatches=few, cap=2.0 * num_ranks - 1, latency=latency)
+    large = replace(small, num_microbatches=few + extra)
+    tables = tables_of(small, "span")
     trace = trace_for(tables)
     excess = run(tables, trace, *strings(order_of(schedule)), STRICT, INFEASIBLE)
     tried = []
@@ -82,8 +81,8 @@ def test_an_extension_is_a_schedule_for_more_microbatches(
     name, num_ranks, stages_per_rank, period, periods
 ) -> None:
     _, large, tried = extended(name, num_ranks, stages_per_rank, period * periods, latency=0.25)
-    placement = Placement(tuple(large.rank_of.tolist()))
-    num, many = large.num_stages, large.num_microbatches
+    placement, many = large.placement, large.num_microbatches
+    num = placement.num_stages
     assert any(each.strict for each in tried)
     for each in tried:
         kinds = 2 if each.lazy else 3

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_problems import Case, capped, cases, check, cost_of, order_from
+from random_problems import Case, capped, cases, check, cost_of, equal, order_from
 
 from evenflow.schedules.catalog import get
 from evenflow.search.merge import Merge, merged, merges, varied
-from evenflow.search.problem import Problem
 from evenflow.search.timing import Reading
 from evenflow.search.translate import order_of
 
@@ -30,10 +29,10 @@ def counted(order, case: Case) -> None:
 
 
 def timed_merge(case: Case, merge: Merge, objective) -> None:
-    letters, lengths = merged(case.problem, merge)
+    letters, lengths = merged(case.instance, merge)
     order = order_from(letters, lengths)
     counted(order, case)
-    excess, strict = cost_of(case.problem, order, objective, Reading(True, merge.fill, 0.0))
+    excess, strict = cost_of(case.instance, order, objective, Reading(True, merge.fill, 0.0))
     if strict:
         check(case, strict, excess, objective)
 
@@ -59,22 +58,22 @@ def test_any_merge_and_all_its_variations_are_complete_and_fit(case, chosen, obj
 @given(cases(), seeds, objectives)
 def test_the_first_merges_are_complete_and_fit(case, chosen, objective) -> None:
     case = capped(case, chosen)
-    made = list(merges(case.problem))
+    made = list(merges(case.instance))
     for merge in chosen.sample(made, min(4, len(made))):
         timed_merge(case, merge, objective)
 
 
 @pytest.mark.parametrize("cap", [1.0, 4.0, math.inf])
 def test_there_are_merges_for_every_cap(cap: float) -> None:
-    problem = Problem.equal(range(3), num_microbatches=4, cap=cap)
-    made = list(merges(problem))
+    instance = equal(range(3), num_microbatches=4, cap=cap)
+    made = list(merges(instance))
     assert made
     assert all((merge.warmups >= 1).all() for merge in made)
 
 
 def test_a_merge_whose_rounds_are_one_is_1f1b() -> None:
-    problem = Problem.equal(range(3), num_microbatches=4, cap=3.0)
-    order = order_from(*merged(problem, Merge((1,), np.array([3, 2, 1]), 1.0)))
+    instance = equal(range(3), num_microbatches=4, cap=3.0)
+    order = order_from(*merged(instance, Merge((1,), np.array([3, 2, 1]), 1.0)))
     whole = order_of(get("1f1b")(3, 1, 4))
     assert order == tuple(tuple(letter for letter in queue if letter < 6) for queue in whole)
 

@@ -4,15 +4,14 @@ import math
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_problems import STRICT, Case, cases, cost_of, exact_excess, random_order
+from random_problems import STRICT, Case, cases, cost_of, equal, exact_excess, random_order
 
 from brute_force import is_complete, peaks
 from evenflow.memory import memory_faults
-from evenflow.search.problem import Order, Problem
+from evenflow.search.tables import Order, tables_of
 from evenflow.search.timing import INFEASIBLE, Reading
 from evenflow.simulate import simulate
 
@@ -55,12 +54,12 @@ def swapped(order: Order, chosen: random.Random) -> Order:
 def test_a_strict_order_takes_what_the_simulator_and_exact_fractions_say(case, chosen, objective) -> None:
     order = random_order(case, chosen)
     case = capped_around(case, order, chosen, least=1.0)
-    excess, done = cost_of(case.problem, order, objective, STRICT)
+    excess, done = cost_of(case.instance, order, objective, STRICT)
     assert done == order
     assert excess == exact_excess(case, order, objective)
     timeline = simulate(case.schedule(order), case.flow, case.costs)
     seconds = timeline.span_seconds if objective == "span" else timeline.makespan_seconds
-    assert excess + case.problem.work_seconds().max() == seconds
+    assert excess + tables_of(case.instance, objective).base == seconds
 
 
 @SOME
@@ -69,22 +68,22 @@ def test_what_cannot_run_or_fit_is_infeasible_and_nothing_else_is(case, chosen, 
     order = random_order(case, chosen)
     case = capped_around(case, order, chosen, least=0.999)
     for _ in range(3):
-        assert cost_of(case.problem, order, objective, STRICT)[0] == exact_excess(case, order, objective)
+        assert cost_of(case.instance, order, objective, STRICT)[0] == exact_excess(case, order, objective)
         order = swapped(order, chosen)
 
 
 def test_a_standstill_is_infeasible() -> None:
-    problem = Problem.equal(range(2), num_microbatches=1, cap=1.0)
-    assert cost_of(problem, ((0, 2, 4), (1, 3, 5)), "span", STRICT)[0] < INFEASIBLE
+    instance = equal(range(2), num_microbatches=1, cap=1.0)
+    assert cost_of(instance, ((0, 2, 4), (1, 3, 5)), "span", STRICT)[0] < INFEASIBLE
     for first, second in [((2, 0, 4), (1, 3, 5)), ((0, 4, 2), (1, 3, 5)), ((0, 2, 4), (3, 1, 5))]:
-        assert cost_of(problem, (first, second), "span", STRICT) == (math.inf, ())
+        assert cost_of(instance, (first, second), "span", STRICT) == (math.inf, ())
 
 
 def test_a_cap_counts_from_the_first_byte_over_it() -> None:
     order = ((0, 0, 1, 1, 2, 2),)
     for cap, fits in [(2.0, True), (2.0 - 1e-12, True), (2.0 - 1e-6, False)]:
-        problem = Problem.equal(range(1), num_microbatches=2, cap=cap)
-        assert math.isfinite(cost_of(problem, order, "span", STRICT)[0]) == fits
+        instance = equal(range(1), num_microbatches=2, cap=cap)
+        assert math.isfinite(cost_of(instance, order, "span", STRICT)[0]) == fits
 
 
 readings = st.builds(Reading, st.just(True), st.sampled_from([0.0, 0.5, 1.0]), st.just(0.0))
@@ -108,14 +107,14 @@ def test_a_lazy_order_becomes_a_strict_one_of_the_same_time(case, chosen, object
     order = random_order(case, chosen)
     uncapped, case = case, capped_around(case, order, chosen, least=0.999)
     lazy = hinted(order, case.placement.num_stages, chosen)
-    assert math.isfinite(cost_of(uncapped.problem, lazy, objective, reading)[0])
-    excess, strict = cost_of(case.problem, lazy, objective, reading)
+    assert math.isfinite(cost_of(uncapped.instance, lazy, objective, reading)[0])
+    excess, strict = cost_of(case.instance, lazy, objective, reading)
     if strict:
         schedule = case.schedule(strict)
         assert is_complete(schedule)
         assert memory_faults(schedule, case.costs) == []
         assert excess == exact_excess(case, strict, objective)
-        assert cost_of(case.problem, strict, objective, STRICT) == (excess, strict)
+        assert cost_of(case.instance, strict, objective, STRICT) == (excess, strict)
 
 
 @SOME
@@ -135,7 +134,7 @@ def test_weight_gradients_make_room_wherever_they_can(case, chosen, reading) -> 
     case = capped_around(case, order, chosen, least=1.0)
     assert exact_excess(case, order, "span") < math.inf
     lazy = tuple(tuple(letter for letter in queue if letter < 2 * num) for queue in order)
-    _, strict = cost_of(case.problem, lazy, "span", reading)
+    _, strict = cost_of(case.instance, lazy, "span", reading)
     assert memory_faults(case.schedule(strict), case.costs) == []
 
 
@@ -143,8 +142,8 @@ def test_weight_gradients_make_room_wherever_they_can(case, chosen, reading) -> 
     ("fill", "expected"), [(1.0, (0, 0, 2, 2, 4, 4)), (0.6, (0, 0, 2, 2, 4, 4)), (0.5, (0, 0, 2, 4, 2, 4))]
 )
 def test_a_weight_gradient_fills_a_gap_of_its_share(fill: float, expected: tuple[int, ...]) -> None:
-    problem = Problem.equal(range(2), num_microbatches=2, cap=2.0)
-    slow = replace(problem, weight_seconds=np.array([2.0, 1.0]))
+    instance = equal(range(2), num_microbatches=2, cap=2.0)
+    slow = replace(instance, weight_grad_seconds=(2.0, 1.0))
     # Rank 0 waits a second for its second input gradient.
     _, (rank_0, _) = cost_of(slow, ((0, 0, 2, 2), (1, 3, 1, 3)), "span", Reading(True, fill, 0.0))
     assert rank_0 == expected
@@ -155,16 +154,16 @@ def test_a_weight_gradient_fills_a_gap_of_its_share(fill: float, expected: tuple
 def test_a_limit_stops_what_costs_more(case, chosen, objective, spread) -> None:
     reading = Reading(False, 1.0, spread)
     order = random_order(case, chosen)
-    worst, _ = cost_of(case.problem, order, objective, STRICT)
-    cost, _ = cost_of(case.problem, order, objective, reading)
+    worst, _ = cost_of(case.instance, order, objective, STRICT)
+    cost, _ = cost_of(case.instance, order, objective, reading)
     assert (cost > worst) <= (spread > 0)  # the mean excess of the ranks, which may be negative, is added
-    assert cost_of(case.problem, order, objective, reading, limit=cost) == (cost, order)
-    assert cost_of(case.problem, order, objective, reading, limit=cost - 0.1) == (math.inf, ())
+    assert cost_of(case.instance, order, objective, reading, limit=cost) == (cost, order)
+    assert cost_of(case.instance, order, objective, reading, limit=cost - 0.1) == (math.inf, ())
 
 
 def test_the_spread_is_of_the_mean_excess_of_all_ranks() -> None:
-    problem = Problem.equal(range(2), num_microbatches=1, cap=1.0)
+    instance = equal(range(2), num_microbatches=1, cap=1.0)
     order = ((0, 2, 4), (1, 3, 5))
     # Rank 0 waits 2 seconds for its input gradient, and rank 1, from the start, 1 for its forward.
-    assert cost_of(problem, order, "makespan", Reading(False, 1.0, 0.5))[0] == 2.0 + 0.5 * 1.5
-    assert cost_of(problem, order, "span", Reading(False, 1.0, 0.5))[0] == 2.0 + 0.5 * 1.0
+    assert cost_of(instance, order, "makespan", Reading(False, 1.0, 0.5))[0] == 2.0 + 0.5 * 1.5
+    assert cost_of(instance, order, "span", Reading(False, 1.0, 0.5))[0] == 2.0 + 0.5 * 1.0

@@ -1,4 +1,4 @@
-"""Schedules, costs and placements become letters and arrays without loss, and come back."""
+"""Schedules become letters without loss, and come back."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_problems import STRICT, cases, cost_of, order_from, random_order, strings
 
-from evenflow.errors import ScheduleError
+from evenflow.bounds import instance_of
 from evenflow.ir import (
     Backward,
     Costs,
@@ -24,7 +24,8 @@ from evenflow.ir import (
 from evenflow.ir.op import parts
 from evenflow.schedules.catalog import SCHEDULES, default_stages_per_rank, get
 from evenflow.schedules.one_f_one_b import one_f_one_b
-from evenflow.search.translate import order_of, problem_of, schedule_of
+from evenflow.search.tables import tables_of
+from evenflow.search.translate import order_of, schedule_of
 from evenflow.simulate import simulate
 
 SOME = settings(derandomize=True, deadline=None, max_examples=50)
@@ -70,30 +71,6 @@ def test_an_overlap_is_its_ops_in_turn() -> None:
     assert order_of(schedule) == ((0, 0, 1, 2, 1, 2),)
 
 
-def test_a_delay_is_the_latency_and_the_time_on_the_link_and_nothing_on_one_rank() -> None:
-    placement = Placement((0, 1, 1, 0))
-    costs = Costs(
-        (1.0, 2.0, 3.0, 4.0),
-        (5.0, 6.0, 7.0, 8.0),
-        (9.0, 10.0, 11.0, 12.0),
-        link=Link(latency_seconds=0.5, bytes_per_second=8.0),
-        links={(1, 0): Link(latency_seconds=4.0, bytes_per_second=2.0)},
-        sent_bytes={(0, 1): 2.0, (1, 2): 100.0, (1, 0): 3.0},
-        activation_bytes=(4.0, 3.0, 2.0, 1.0),
-        weight_grad_bytes=(2.0, 3.0, 1.0, 0.0),
-    )
-    problem = problem_of(placement, 3, Flow.chain(4), costs)
-    assert problem.activations == ((0, 1, 0.5 + 2 / 8), (1, 2, 0.0), (2, 3, 4.0))
-    assert problem.gradients == ((1, 0, 4.0 + 3 / 2), (2, 1, 0.0), (3, 2, 0.5))
-    assert (problem.num_microbatches, problem.rank_of.tolist()) == (3, [0, 1, 1, 0])
-    assert problem.forward_seconds.tolist() == [1, 2, 3, 4]
-    assert problem.input_seconds.tolist() == [5, 6, 7, 8]
-    assert problem.weight_seconds.tolist() == [9, 10, 11, 12]
-    assert problem.stored_bytes.tolist() == [4, 3, 2, 1]
-    assert problem.kept_bytes.tolist() == [2, 3, 1, 0]
-    assert problem.cap_bytes.tolist() == [math.inf, math.inf]
-
-
 numbers = st.sampled_from([0.0, 0.25, 1.0, 3.0])
 
 
@@ -113,22 +90,9 @@ def test_where_no_two_transfers_meet_the_time_is_the_simulators(num_ranks, drawn
     placement = Placement.linear(num_ranks)
     schedule = schedule_of(order_of(one_f_one_b(num_ranks, 1, 1)), placement, 1, "split")
     timeline = simulate(schedule, Flow.chain(num_ranks), costs)
-    problem = problem_of(placement, 1, Flow.chain(num_ranks), costs)
-    base = problem.work_seconds().max()
-    assert cost_of(problem, order_of(schedule), "span", STRICT)[0] + base == timeline.span_seconds
-
-
-def test_a_rank_that_cannot_hold_one_microbatch_is_refused_with_the_numbers() -> None:
-    placement = Placement.linear(3)
-    each = (1.0,) * 3
-    costs = Costs.of_ranks(placement, each, each, each, activation_bytes=(2, 3, 4), memory_caps=(2, 2.5, 3))
-    with pytest.raises(ScheduleError) as refused:
-        problem_of(placement, 4, Flow.chain(3), costs)
-    assert str(refused.value) == (
-        "rank 1 needs 3 for the forward of one microbatch and may use 2.5; "
-        "rank 2 needs 4 for the forward of one microbatch and may use 3: "
-        "raise the memory cap or cut the stages finer"
-    )
+    instance = instance_of(placement, 1, costs)
+    base = tables_of(instance, "span").base
+    assert cost_of(instance, order_of(schedule), "span", STRICT)[0] + base == timeline.span_seconds
 
 
 def test_an_op_counts_its_microbatches_by_itself() -> None:

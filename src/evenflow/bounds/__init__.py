@@ -8,8 +8,8 @@ Bubble Pipeline Parallelism", 2023, and "Pipeline Parallelism with Controllable 
 of other placements, turnover and area are Evenflow's own; the tests hold them against exact optima.
 """
 
-from evenflow.bounds.instance import Instance
+from evenflow.bounds.instance import Instance, instance_of
 from evenflow.bounds.rank import Bound
 from evenflow.bounds.whole import Bounds, lower_bounds
 
-__all__ = ["Bound", "Bounds", "Instance", "lower_bounds"]
+__all__ = ["Bound", "Bounds", "Instance", "instance_of", "lower_bounds"]

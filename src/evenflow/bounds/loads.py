@@ -17,14 +17,17 @@ def room_of(instance: Instance, rank: int) -> float:
 
     If all sizes are multiples of the smallest, so is what is held, and the room is the cap rounded down.
 
-    >>> room_of(Instance.uniform((0, 1, 1, 0), num_microbatches=8, cap=2.75), 0)
+    >>> from evenflow.bounds import instance_of
+    >>> from evenflow.ir import Costs, Placement
+    >>> costs = Costs.of_ranks(Placement.v_shape(2), *[(1.0, 1.0)] * 3, memory_caps=(2.75, 2.75))
+    >>> room_of(instance_of(Placement.v_shape(2), 8, costs), 0)
     2.5
     """
     cap = instance.caps[rank]
-    sizes = [instance.held_memory[stage] for stage in instance.stages_on(rank)]
-    sizes += [instance.kept_memory[stage] for stage in instance.stages_on(rank)]
+    stages = instance.placement.stages_on(rank)
+    sizes = [memory[stage] for memory in (instance.held_memory, instance.kept_memory) for stage in stages]
     sizes = [size for size in sizes if size]
-    if cap is None or not sizes:
+    if cap == math.inf or not sizes:
         return math.inf
     unit = min(sizes)
     if all(math.isclose(size / unit, round(size / unit), rel_tol=ROUNDING) for size in sizes):

@@ -24,7 +24,11 @@ class Bound:
 class RankBounds:
     """The bounds of one rank: on its window, and on when its input gradients can come to an end.
 
-    >>> instance = Instance.uniform((0, 1), num_microbatches=4, transfer_seconds=0.5, cap=2)
+    >>> from dataclasses import replace
+    >>> from evenflow.bounds import instance_of
+    >>> from evenflow.ir import Costs, Placement
+    >>> costs = replace(Costs.uniform(2, latency_seconds=0.5), memory_caps=(2.0, 2.0))
+    >>> instance = instance_of(Placement.linear(2), 4, costs)
     >>> rank = RankBounds(instance, Chain(instance), 0)
     >>> max(bound.seconds for bound in rank.windows()), rank.last_input_grad(0).seconds
     (14.0, 13.0)
@@ -32,7 +36,7 @@ class RankBounds:
 
     def __init__(self, instance: Instance, chain: Chain, rank: int) -> None:
         self._instance, self._chain, self._rank = instance, chain, rank
-        self.stages = instance.stages_on(rank)
+        self.stages = instance.placement.stages_on(rank)
         self._room = room_of(instance, rank)
         self._once = [
             instance.forward_seconds[stage]

@@ -35,16 +35,6 @@ class Bounds:
     makespan: Bound
     work_seconds: float
 
-    @property
-    def span_idle_rate(self) -> float:
-        """The share of the span, 0 to 1, that exceeds the busiest rank's work at the least."""
-        return _share(self.span.seconds - self.work_seconds, self.span.seconds)
-
-    @property
-    def makespan_idle_rate(self) -> float:
-        """The share of the makespan, 0 to 1, that exceeds the busiest rank's work at the least."""
-        return _share(self.makespan.seconds - self.work_seconds, self.makespan.seconds)
-
 
 def lower_bounds(instance: Instance) -> Bounds:
     """Return the largest proven lower bounds on span and makespan, in time quadratic in the stages.
@@ -54,15 +44,19 @@ def lower_bounds(instance: Instance) -> Bounds:
 
     Four ranks, eight microbatches, memory for two: 24 seconds of work.
 
-    >>> bounds = lower_bounds(Instance.uniform((0, 1, 2, 3), num_microbatches=8, cap=2))
+    >>> from dataclasses import replace
+    >>> from evenflow.bounds import instance_of
+    >>> from evenflow.ir import Costs, Placement
+    >>> costs = replace(Costs.uniform(4), memory_caps=(2.0,) * 4)
+    >>> bounds = lower_bounds(instance_of(Placement.linear(4), 8, costs))
     >>> bounds.span.seconds, bounds.span.reason
     (37.0, 'too few microbatches fit on rank 0 at a time')
     """
     _check_caps(instance)
     chain = Chain(instance)
-    ranks = [RankBounds(instance, chain, rank) for rank in range(instance.num_ranks)]
+    ranks = [RankBounds(instance, chain, rank) for rank in range(instance.placement.num_ranks)]
     spans, makespans = [], []
-    lowest = [ranks[rank].stages[0] for rank in instance.rank_of]
+    lowest = [ranks[rank].stages[0] for rank in instance.placement.rank_of]
     # The tail to `low` is down[stage] + tails[low]; since its own rank's first start, heads[low] more.
     tails = [left - down for left, down in zip(chain.left, chain.down, strict=True)]
     heads = [chain.up[low] for low in lowest]
@@ -88,8 +82,8 @@ def lower_bounds(instance: Instance) -> Bounds:
 def _check_caps(instance: Instance) -> None:
     faults = []
     for rank, cap in enumerate(instance.caps):
-        needed = sum(instance.held_memory[stage] for stage in instance.stages_on(rank))
-        if cap is not None and needed > cap * (1 + ROUNDING):
+        needed = sum(instance.held_memory[stage] for stage in instance.placement.stages_on(rank))
+        if needed > cap * (1 + ROUNDING):
             faults.append(f"rank {rank} has a cap of {cap} and needs {needed} for one microbatch")
     if faults:
         raise ScheduleError(f"{'; '.join(faults)}: raise the cap, or give the rank smaller stages")
@@ -101,7 +95,3 @@ def _after_head(reason: str, head: float) -> str:
 
 def _largest(bounds: Sequence[Bound]) -> Bound:
     return max(bounds, key=lambda bound: bound.seconds)
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0

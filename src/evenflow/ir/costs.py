@@ -13,6 +13,13 @@ from evenflow.ir.placement import Placement
 # cap of 0.3 holds three times 0.1: sums that differ by less than this share are the same.
 ROUNDING = 1e-9
 _LARGEST = 1e100  # sums and products of such costs are still finite
+_PER_STAGE = (
+    "forward_seconds",
+    "input_grad_seconds",
+    "weight_grad_seconds",
+    "activation_bytes",
+    "weight_grad_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,15 +257,6 @@ class Costs:
             memory_caps=None if memory_caps is None else tuple(memory_caps),
             overlap_share=overlap_share,
         )
-
-
-_PER_STAGE = (
-    "forward_seconds",
-    "input_grad_seconds",
-    "weight_grad_seconds",
-    "activation_bytes",
-    "weight_grad_bytes",
-)
 
 
 def _negative(name: str, costs: Collection[float]) -> list[str]:

@@ -14,9 +14,10 @@ the type checker point at every place that must learn about it.
 import enum
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias, get_args
 
 from evenflow.errors import ConfigError
+from evenflow.foreign import shown
 
 
 class Payload(enum.Enum):
@@ -31,63 +32,84 @@ class Payload(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
+class _OfMicrobatch:
+    """What the simple ops have in common: a stage, a microbatch, and between them a letter of their own."""
+
+    stage: int
+    microbatch: int
+    _letter: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self._letter}{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class _OfValue:
+    """What the transfer ops have in common: a boundary value on its way from one stage to another."""
+
+    source: int
+    target: int
+    microbatch: int
+    payload: Payload
+    _letter: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"{self._letter}{self.source}>{self.target}{self.payload.value}{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class _OfStage:
+    """What the collective ops have in common: a stage."""
+
+    stage: int
+    _letter: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"{self._letter}{self.stage}"
+
+
+@dataclass(frozen=True, slots=True)
+class Forward(_OfMicrobatch):
     """Run one stage's forward on one microbatch; text form `2F0`: stage 2, microbatch 0.
 
     >>> str(Forward(stage=2, microbatch=0))
     '2F0'
     """
 
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}F{self.microbatch}"
+    _letter: ClassVar[str] = "F"
 
 
 @dataclass(frozen=True, slots=True)
-class Backward:
+class Backward(_OfMicrobatch):
     """Run one stage's whole backward (inputs and weights) on one microbatch; text form `2B0`.
 
     >>> str(Backward(stage=2, microbatch=0))
     '2B0'
     """
 
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}B{self.microbatch}"
+    _letter: ClassVar[str] = "B"
 
 
 @dataclass(frozen=True, slots=True)
-class InputGrad:
+class InputGrad(_OfMicrobatch):
     """Run the part of a backward that earlier stages wait for: the gradients of the inputs; text form `2I0`.
 
     >>> str(InputGrad(stage=2, microbatch=0))
     '2I0'
     """
 
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}I{self.microbatch}"
+    _letter: ClassVar[str] = "I"
 
 
 @dataclass(frozen=True, slots=True)
-class WeightGrad:
+class WeightGrad(_OfMicrobatch):
     """Run the rest of a backward after its `InputGrad`: the gradients of the weights; text form `2W0`.
 
     >>> str(WeightGrad(stage=2, microbatch=0))
     '2W0'
     """
 
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}W{self.microbatch}"
+    _letter: ClassVar[str] = "W"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,37 +131,25 @@ class Overlap:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class Send(_OfValue):
     """Give a boundary value to another rank; `source` and `target` are stages; text form `S0>1F3`.
 
     >>> str(Send(source=0, target=1, microbatch=3, payload=Payload.ACTIVATION))
     'S0>1F3'
     """
 
-    source: int
-    target: int
-    microbatch: int
-    payload: Payload
-
-    def __str__(self) -> str:
-        return f"S{_route(self)}"
+    _letter: ClassVar[str] = "S"
 
 
 @dataclass(frozen=True, slots=True)
-class Recv:
+class Recv(_OfValue):
     """Take a boundary value from another rank; `source` is the sending stage; text form `R0>1F3`.
 
     >>> str(Recv(source=1, target=0, microbatch=3, payload=Payload.GRADIENT))
     'R1>0B3'
     """
 
-    source: int
-    target: int
-    microbatch: int
-    payload: Payload
-
-    def __str__(self) -> str:
-        return f"R{_route(self)}"
+    _letter: ClassVar[str] = "R"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,48 +171,36 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
-class Handoff:
+class Handoff(_OfValue):
     """Pass a boundary value between two stages of the same rank; text form `H0>1F3`.
 
     >>> str(Handoff(source=0, target=1, microbatch=3, payload=Payload.ACTIVATION))
     'H0>1F3'
     """
 
-    source: int
-    target: int
-    microbatch: int
-    payload: Payload
-
-    def __str__(self) -> str:
-        return f"H{_route(self)}"
+    _letter: ClassVar[str] = "H"
 
 
 @dataclass(frozen=True, slots=True)
-class ReduceGrads:
+class ReduceGrads(_OfStage):
     """Sum one stage's gradients over the replicas of data parallelism; text form `G2`: stage 2.
 
     >>> str(ReduceGrads(stage=2))
     'G2'
     """
 
-    stage: int
-
-    def __str__(self) -> str:
-        return f"G{self.stage}"
+    _letter: ClassVar[str] = "G"
 
 
 @dataclass(frozen=True, slots=True)
-class Unshard:
+class Unshard(_OfStage):
     """Gather one stage's parameters, of which each data rank holds a part; text form `U2`: stage 2.
 
     >>> str(Unshard(stage=2))
     'U2'
     """
 
-    stage: int
-
-    def __str__(self) -> str:
-        return f"U{self.stage}"
+    _letter: ClassVar[str] = "U"
 
 
 SimpleOp: TypeAlias = Forward | Backward | InputGrad | WeightGrad
@@ -224,30 +222,25 @@ def parts(op: ComputeOp) -> tuple[SimpleOp, ...]:
 def parse_op(text: str) -> Op:
     """Read one op from its text form; the inverse of `str(op)`.
 
-    Raises `ConfigError` for any other text, leading zeros included, so that each op has one spelling.
+    Raises `ConfigError` for any other text, so that each op has one spelling: no leading zeros, no number of
+    more than 18 digits.
 
     >>> parse_op("2B0")
     Backward(stage=2, microbatch=0)
     >>> str(parse_op("S0>1F3"))
     'S0>1F3'
     """
-    if collective := _COLLECTIVE.fullmatch(text):
-        letter, stage = collective.groups()
-        return _COLLECTIVE_OF[letter](int(stage))
     found = [_parse_single(word) for word in text.split("&")]
-    match found:
-        case [Forward() | Backward() | InputGrad() | WeightGrad() | Send() | Recv() | Handoff() as op]:
-            return op
-        case [
-            Forward() | Backward() | InputGrad() | WeightGrad() as first,
-            Forward() | Backward() | InputGrad() | WeightGrad() as second,
-        ]:
-            return Overlap(first, second)
+    if len(found) == 1 and found[0] is not None:
+        return found[0]
+    simple = [op for op in found if isinstance(op, SimpleOp)]
+    if len(simple) == len(found) == 2:
+        return Overlap(*simple)
     transfers = tuple(op for op in found if isinstance(op, Send | Recv))
     if len(transfers) == len(found):
         return Exchange(transfers)
     raise ConfigError(
-        f"{text!r} is not an op: write a compute op as stage, one of F, B, I and W, microbatch ('2F0'), "
+        f"{shown(text)} is not an op: write a compute op as stage, one of F, B, I and W, microbatch ('2F0'), "
         "two fused ones with & ('2F3&5B1'), "
         "a transfer as S, R or H, source>target, F or B, microbatch ('S0>1F3'), "
         "grouped ones with & ('S0>1F3&R1>0B1'), a reduction of gradients as G, stage ('G2'), a gathering of "
@@ -255,24 +248,24 @@ def parse_op(text: str) -> Op:
     )
 
 
-def _parse_single(text: str) -> SimpleOp | TransferOp | None:
-    if compute := _COMPUTE.fullmatch(text):
-        stage, letter, microbatch = compute.groups()
-        return _COMPUTE_OF[letter](int(stage), int(microbatch))
+_SIMPLE_OPS: dict[str, type[SimpleOp]] = {cls._letter: cls for cls in get_args(SimpleOp)}
+_TRANSFER_OPS: dict[str, type[TransferOp]] = {cls._letter: cls for cls in get_args(TransferOp)}
+_COLLECTIVE_OPS: dict[str, type[CollectiveOp]] = {cls._letter: cls for cls in get_args(CollectiveOp)}
+# Of at most 18 digits: Python refuses to convert thousands of them, and 64 bits hold no more.
+_NUMBER = "(0|[1-9][0-9]{0,17})"
+_SIMPLE = re.compile(f"{_NUMBER}([{''.join(_SIMPLE_OPS)}]){_NUMBER}")
+_TRANSFER = re.compile(f"([{''.join(_TRANSFER_OPS)}]){_NUMBER}>{_NUMBER}([FB]){_NUMBER}")
+_COLLECTIVE = re.compile(f"([{''.join(_COLLECTIVE_OPS)}]){_NUMBER}")
+
+
+def _parse_single(text: str) -> SimpleOp | TransferOp | CollectiveOp | None:
+    if simple := _SIMPLE.fullmatch(text):
+        stage, letter, microbatch = simple.groups()
+        return _SIMPLE_OPS[letter](int(stage), int(microbatch))
     if transfer := _TRANSFER.fullmatch(text):
         letter, source, target, payload, microbatch = transfer.groups()
-        return _TRANSFER_OF[letter](int(source), int(target), int(microbatch), Payload(payload))
+        return _TRANSFER_OPS[letter](int(source), int(target), int(microbatch), Payload(payload))
+    if collective := _COLLECTIVE.fullmatch(text):
+        letter, stage = collective.groups()
+        return _COLLECTIVE_OPS[letter](int(stage))
     return None
-
-
-def _route(transfer: TransferOp) -> str:
-    return f"{transfer.source}>{transfer.target}{transfer.payload.value}{transfer.microbatch}"
-
-
-_NUMBER = "(0|[1-9][0-9]*)"
-_COMPUTE = re.compile(f"{_NUMBER}([FBIW]){_NUMBER}")
-_TRANSFER = re.compile(f"([SRH]){_NUMBER}>{_NUMBER}([FB]){_NUMBER}")
-_COLLECTIVE = re.compile(f"([GU]){_NUMBER}")
-_COMPUTE_OF: dict[str, type[SimpleOp]] = {"F": Forward, "B": Backward, "I": InputGrad, "W": WeightGrad}
-_COLLECTIVE_OF: dict[str, type[CollectiveOp]] = {"G": ReduceGrads, "U": Unshard}
-_TRANSFER_OF: dict[str, type[TransferOp]] = {"S": Send, "R": Recv, "H": Handoff}

@@ -6,23 +6,9 @@ complete events ("X") in microseconds, counters ("C"), names of processes and th
 
 import json
 from collections.abc import Iterator
-from typing import Any, assert_never
+from typing import Any
 
-from evenflow.ir.op import (
-    Backward,
-    Exchange,
-    Forward,
-    Handoff,
-    InputGrad,
-    Op,
-    Overlap,
-    Recv,
-    ReduceGrads,
-    Send,
-    Unshard,
-    WeightGrad,
-    parse_op,
-)
+from evenflow.ir.op import CollectiveOp, Exchange, Op, Overlap, TransferOp, parse_op, parts
 from evenflow.journal.last_step import LaneRecord, LastStep
 
 _Event = dict[str, Any]  # as the format has it: numbers, texts, objects of these
@@ -36,7 +22,7 @@ def chrome_trace(last_step: LastStep) -> str:
     """
     events: list[_Event] = []
     # Perfetto drops what is before 0, and ranks wait before the first op that computes.
-    first = min(lane.came_seconds[0] for lane in last_step.measured if lane.ops)
+    first = min((lane.came_seconds[0] for lane in last_step.measured if lane.ops), default=0.0)
     for process, name, lanes in (
         (_MEASURED, "measured", last_step.measured),
         (_PREDICTED, "predicted", last_step.predicted),
@@ -80,36 +66,22 @@ def _complete(name: str, kind: str, start: float, end: float, here: _Event, argu
 
 
 def _kind(op: Op) -> str:
-    match op:
-        case Send() | Recv() | Handoff() | Exchange():
-            return "transfer"
-        case ReduceGrads() | Unshard():
-            return "collective"
-        case _:
-            return type(op).__name__
+    if isinstance(op, TransferOp | Exchange):
+        return "transfer"
+    return "collective" if isinstance(op, CollectiveOp) else type(op).__name__
 
 
 def _arguments(op: Op, sizes: dict[tuple[int, int, str], int]) -> _Event:
-    match op:
-        case Exchange(transfers):
-            return {str(each): _arguments(each, sizes) for each in transfers}
-        case (
-            Send(source, target, microbatch, payload)
-            | Recv(source, target, microbatch, payload)
-            | Handoff(source, target, microbatch, payload)
-        ):
-            size = sizes.get((source, target, payload.value), 0)
-            return {"from": source, "to": target, "microbatch": microbatch, "bytes": size}
-        case ReduceGrads(stage) | Unshard(stage):
-            return {"stage": stage}
-        case Overlap(first, second):
-            return {str(part): _arguments(part, sizes) for part in (first, second)}
-        case Forward(stage, microbatch) | Backward(stage, microbatch):
-            return {"stage": stage, "microbatch": microbatch}
-        case InputGrad(stage, microbatch) | WeightGrad(stage, microbatch):
-            return {"stage": stage, "microbatch": microbatch}
-        case _:
-            assert_never(op)
+    if isinstance(op, Exchange):
+        return {str(each): _arguments(each, sizes) for each in op.transfers}
+    if isinstance(op, Overlap):
+        return {str(part): _arguments(part, sizes) for part in parts(op)}
+    if isinstance(op, TransferOp):
+        size = sizes.get((op.source, op.target, op.payload.value), 0)
+        return {"from": op.source, "to": op.target, "microbatch": op.microbatch, "bytes": size}
+    if isinstance(op, CollectiveOp):
+        return {"stage": op.stage}
+    return {"stage": op.stage, "microbatch": op.microbatch}
 
 
 def _micro(seconds: float) -> float:

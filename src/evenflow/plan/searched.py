@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 
-from evenflow.bounds import lower_bounds
-from evenflow.bounds_of import instance_of
+from evenflow.bounds import instance_of, lower_bounds
 from evenflow.errors import ScheduleError
 from evenflow.ir.costs import Costs
 from evenflow.ir.op import Backward, ComputeOp, InputGrad, WeightGrad, parts

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf, isfinite
 
-from evenflow.bounds import Bound, Bounds, lower_bounds
-from evenflow.bounds_of import bounds_of, instance_of
+from evenflow.bounds import Bound, Bounds, instance_of, lower_bounds
+from evenflow.bounds_of import bounds_of
 from evenflow.errors import ConfigError, EvenflowError, ScheduleError
 from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.flow import Flow
@@ -22,8 +22,8 @@ from evenflow.memory import memory_faults
 from evenflow.schedules import catalog
 from evenflow.schedules.v_shape import v_queues
 from evenflow.search.find import Progress, find
-from evenflow.search.problem import Order
-from evenflow.search.translate import order_of, problem_of, schedule_of
+from evenflow.search.tables import Order
+from evenflow.search.translate import order_of, schedule_of
 from evenflow.simulate import simulate
 
 DEFAULT_BUDGET_SECONDS = 20.0
@@ -31,7 +31,12 @@ DEFAULT_BUDGET_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """A schedule, its span or makespan in seconds, and the bound on it for this placement and these costs."""
+    """A schedule, its span or makespan in seconds, and the bound on it for this placement and these costs.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> Best(gpipe(2, 1, 4), 15.0, Bound(12.0, "rank 0 has this much work")).gap
+    0.25
+    """
 
     schedule: Schedule
     seconds: float
@@ -128,7 +133,8 @@ def best_on(
     """
     _check(num_microbatches, objective, time_budget_seconds)
     flow = Flow.chain(placement.num_stages)
-    least = _of(objective, lower_bounds(instance_of(placement, num_microbatches, costs)))
+    instance = instance_of(placement, num_microbatches, costs)
+    least = _of(objective, lower_bounds(instance))
 
     def seconds(schedule: Schedule) -> float:
         timeline = simulate(schedule, flow, costs)
@@ -144,7 +150,7 @@ def best_on(
             return _seeds(again, placement, number, costs)
 
         found = find(
-            problem_of(placement, num_microbatches, flow, costs),
+            instance,
             objective=objective,
             seeds=seeds,
             time_budget_seconds=time_budget_seconds,

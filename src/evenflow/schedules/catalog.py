@@ -63,18 +63,9 @@ SCHEDULES: Mapping[str, ScheduleFunction] = MappingProxyType(
 AUTO = "auto"  # not one order but the best of all, and of a search: see `auto`
 NAMES = (*SCHEDULES, AUTO)
 
-# What a method is at its best with, or takes alone; 1 for the others.
-_STAGES_PER_RANK: Mapping[str, int] = MappingProxyType(
-    {
-        "interleaved-1f1b": 2,
-        "looped-bfs": 2,
-        "interleaved-zb": 2,
-        "zb-v": 2,
-        "v-half": 2,
-        "v-min": 2,
-        "dualpipe-v": 2,
-        AUTO: 2,
-    }
+# The methods that are at their best with two stages a rank, or take no other number; the others with one.
+_ON_TWO_STAGES = frozenset(
+    {"interleaved-1f1b", "looped-bfs", "interleaved-zb", "zb-v", "v-half", "v-min", "dualpipe-v", AUTO}
 )
 
 
@@ -108,7 +99,7 @@ def default_stages_per_rank(name: str) -> int:
     >>> default_stages_per_rank("interleaved-1f1b"), default_stages_per_rank("1f1b")
     (2, 1)
     """
-    return _STAGES_PER_RANK.get(name, 1)
+    return 2 if name in _ON_TWO_STAGES else 1
 
 
 def make(

@@ -16,6 +16,7 @@ input gradient of a rank delays those of the earlier ranks, and they have time f
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from math import inf
 
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import ROUNDING, Costs
@@ -29,6 +30,7 @@ from evenflow.schedules.zb_h1 import zb_h1
 from evenflow.schedules.zb_h2 import zb_h2
 from evenflow.schedules.zero_bubble import split_queue
 from evenflow.simulate import simulate
+from evenflow.soundness import check_costs
 
 
 def zb_auto(
@@ -51,9 +53,11 @@ def zb_auto(
     placement = one_stage_a_rank("zb-auto", num_ranks, stages_per_rank)
     if costs is None:
         costs = replace(Costs.uniform(num_ranks), memory_caps=(float(num_ranks),) * num_ranks)
-    _check_costs(costs, num_ranks)
+    split_1f1b = _split_1f1b(placement, num_microbatches)
+    check_costs(split_1f1b, costs)
+    _check_caps(costs)
     handcrafted = [
-        _split_1f1b(placement, num_microbatches),
+        split_1f1b,
         zb_h1(num_ranks, stages_per_rank, num_microbatches),
         zb_h2(num_ranks, stages_per_rank, num_microbatches),
     ]
@@ -67,21 +71,11 @@ def zb_auto(
     return replace(best, name="zb-auto")
 
 
-def _check_costs(costs: Costs, num_ranks: int) -> None:
-    if costs.num_stages != num_ranks:
-        raise ConfigError(
-            f"costs name {costs.num_stages} stages, schedule 'zb-auto' has {num_ranks}: price each stage"
-        )
-    if costs.memory_caps is None:
-        return
-    if len(costs.memory_caps) != num_ranks:
-        raise ConfigError(
-            f"memory_caps name {len(costs.memory_caps)} ranks, schedule 'zb-auto' has {num_ranks}: "
-            "give each rank one"
-        )
+def _check_caps(costs: Costs) -> None:
+    caps = costs.memory_caps or (inf,) * costs.num_stages
     faults = [
         f"rank {rank} may hold {cap:g}, and one microbatch takes {needed:g}"
-        for rank, (cap, needed) in enumerate(zip(costs.memory_caps, costs.activation_bytes, strict=True))
+        for rank, (cap, needed) in enumerate(zip(caps, costs.activation_bytes, strict=True))
         if needed > cap * (1 + ROUNDING)
     ]
     if faults:
@@ -93,7 +87,7 @@ def _split_1f1b(placement: Placement, num_microbatches: int) -> Schedule:
         split_queue(rank, num_microbatches, num_warmup=placement.num_ranks - 1 - rank, num_deferred=0)
         for rank in range(placement.num_ranks)
     )
-    return Schedule("1f1b-split", placement, num_microbatches, ranks)
+    return Schedule("zb-auto", placement, num_microbatches, ranks)
 
 
 @dataclass(slots=True)
@@ -117,7 +111,7 @@ class _Planner:
         self.ranks = [_Rank([], [], []) for _ in range(costs.num_stages)]
         self.last = costs.num_stages - 1
         self.delay_seconds = partial(costs.delay_seconds, placement=Placement.linear(costs.num_stages))
-        caps = costs.memory_caps or (float("inf"),) * costs.num_stages
+        caps = costs.memory_caps or (inf,) * costs.num_stages
         self.caps = [cap * (1 + ROUNDING) for cap in caps]
         self.slack_seconds = ROUNDING * max(
             costs.forward_seconds + costs.input_grad_seconds + costs.weight_grad_seconds

@@ -9,7 +9,7 @@ import math
 
 from evenflow.search.chance import Cooling, State, below, geometric, heat_at, uniform
 from evenflow.search.compiled import compiled
-from evenflow.search.problem import Ints, Tables
+from evenflow.search.tables import Ints, Tables
 from evenflow.search.timing import INFEASIBLE, NOTHING, Letters, Reading, Trace, copy_trace, run
 
 # The journal of a try, to take it back: rows of (rank, from, to). An insertion comes from NOTHING, a removal

@@ -53,7 +53,7 @@ def laps(engine: Engine, budget: float, report: Report) -> None:
 
 
 def _lists(engine: Engine, budget: float) -> list[Candidate]:
-    first = [(engine.tuned(taste, budget * FIRST_LIST), taste) for taste in tastes(engine.problem)]
+    first = [(engine.tuned(taste, budget * FIRST_LIST), taste) for taste in tastes(engine.instance)]
     first.sort(key=lambda made: made[0].excess)
     longer = [engine.tuned(taste, budget * LONG_LIST, hot=0.6) for _, taste in first[:2]]
     return best_of([*(made for made, _ in first), *longer], 3)
@@ -61,7 +61,7 @@ def _lists(engine: Engine, budget: float) -> list[Candidate]:
 
 def _merges(engine: Engine, budget: float) -> list[Candidate]:
     stop, made = engine.spent + budget * MERGES, []
-    for merge in merges(engine.problem):
+    for merge in merges(engine.instance):
         made.append((_merged(engine, merge), merge))
         if engine.spent > stop:
             break
@@ -77,5 +77,5 @@ def _merges(engine: Engine, budget: float) -> list[Candidate]:
 
 
 def _merged(engine: Engine, merge: Merge) -> Candidate:
-    order, lengths = merged(engine.problem, merge)
+    order, lengths = merged(engine.instance, merge)
     return engine.timed(order, lengths, lazy=True, fill=merge.fill)

@@ -1,4 +1,4 @@
-"""Engine: one problem under search. It owns the kernels' memory and the budget, and keeps the best orders."""
+"""Engine: one instance under search. It owns the kernels' memory and the budget and keeps the best orders."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,16 +6,18 @@ from random import Random
 
 import numpy as np
 
+from evenflow.bounds import Instance
 from evenflow.ir.timeline import Objective
 from evenflow.search.anneal import anneal
 from evenflow.search.chance import Cooling, chance
 from evenflow.search.listing import Taste
-from evenflow.search.problem import Ints, Problem
+from evenflow.search.tables import Ints, tables_of
 from evenflow.search.timing import INFEASIBLE, Letters, Reading, copy_trace, run, trace_for
 from evenflow.search.tune import Tastes, tune
 
 NUM_LEADERS = 12
 SPREAD = 0.3  # of the mean excess, beside the worst: so that the ranks that are not the worst improve too
+LISTING_COST = 5.0  # of an op of a list beside one of `timing`, measured at 8 ranks and 32 microbatches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,20 +43,20 @@ def best_of(candidates: Iterable[Candidate], num: int) -> list[Candidate]:
 
 
 class Engine:
-    """Runs the kernels on one problem; `spent` counts the ops that they timed, which is their cost.
+    """Runs the kernels on one instance; `spent` counts the ops that they timed, which is their cost.
 
-    `leaders` are the best orders so far, which differ in their cost. `goal` is the excess at which a search
-    may stop. Heats are in mean op seconds.
+    `leaders` are the best orders so far, which differ in their cost. At `target` seconds, or at the longest
+    rank's work, a search may stop: `goal` is that as an excess. Heats are in mean op seconds.
     """
 
-    def __init__(self, problem: Problem, objective: Objective, *, seed: int, goal: float) -> None:
-        self.problem = problem
-        self.goal = goal
-        self.tables = problem.tables(objective)
+    def __init__(self, instance: Instance, objective: Objective, *, seed: int, target: float = 0.0) -> None:
+        self.instance = instance
+        self.tables = tables_of(instance, objective)
+        self.goal = max(0.0, target - self.tables.base) + 1e-9
         self.trace = trace_for(self.tables)
         self.state = chance(seed)
         self.dice = Random(seed)
-        self.size = 3 * problem.num_stages * problem.num_microbatches
+        self.size = len(self.tables.seconds) * instance.num_microbatches
         self.unit = float(self.tables.seconds.mean()) or 1.0
         self.spent = 0.0
         self.leaders: list[Candidate] = []
@@ -83,22 +85,20 @@ class Engine:
             copy_trace(self.trace, wide, used)
         return self._kept(Candidate(cost, wide, used))
 
-    def tuned(self, taste: Taste, ops: float, *, hot: float = 1.0, cold: float = 0.05) -> Candidate:
+    def tuned(self, taste: Taste, ops: float, *, hot: float = 1.0) -> Candidate:
         """Improve a taste in place; return the best list schedule on the way."""
         order, lengths = self._blank()
         tastes = Tastes(taste, _copy(taste), _copy(taste))
-        cooling = self._cooling(ops / LISTING_COST, hot, cold)
+        cooling = self._cooling(ops / LISTING_COST, hot, 0.05)
         begin = self._num_timed
         excess = tune(self.tables, self.trace, tastes, SPREAD, self.state, cooling, self.unit, order, lengths)
         self.spent += (self._num_timed - begin) * LISTING_COST
         return self._kept(Candidate(excess, order, lengths))
 
-    def annealed(
-        self, start: Candidate, ops: float, *, lazy: bool, hot: float = 0.3, cold: float = 0.02
-    ) -> Candidate:
+    def annealed(self, start: Candidate, ops: float, *, lazy: bool, hot: float = 0.3) -> Candidate:
         """Return the best order found from `start` on, which is `start` at worst."""
         work, best = (start.order.copy(), start.lengths.copy()), self._blank()
-        reading, cooling = Reading(lazy, 1.0, SPREAD), self._cooling(ops, hot, cold)
+        reading, cooling = Reading(lazy, 1.0, SPREAD), self._cooling(ops, hot, 0.02)
         begin = self._num_timed
         excess = anneal(self.tables, self.trace, *work, reading, self.state, cooling, *best, self.goal)
         self.spent += self._num_timed - begin
@@ -114,10 +114,6 @@ class Engine:
 
     def _blank(self) -> tuple[Letters, Ints]:
         return np.zeros_like(self.trace.letters), np.zeros(len(self.tables.cap), np.int64)
-
-
-# What an op of a list costs beside an op of `timing`, measured at 8 ranks and 32 microbatches.
-LISTING_COST = 5.0
 
 
 def _copy(taste: Taste) -> Taste:

@@ -14,8 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from evenflow.search.problem import Ints, Tables
+from evenflow.search.tables import Ints, Tables
 from evenflow.search.timing import Letters, Trace
+
+MOST_REPEATS = 4  # microbatches in a window
+MOMENTS = np.linspace(0.1, 0.9, 65)  # where a window may begin, as shares of the schedule
 
 
 class Extension(NamedTuple):
@@ -51,10 +54,6 @@ def extensions(tables: Tables, trace: Trace, *, extra: int) -> Iterator[Extensio
         for repeats in range(1, MOST_REPEATS + 1):
             if extra % repeats == 0:
                 yield from _extended(tables, strings, extra // repeats, repeats, lazy=lazy)
-
-
-MOST_REPEATS = 4  # microbatches in a window
-MOMENTS = np.linspace(0.1, 0.9, 65)  # where a window may begin, as shares of the schedule
 
 
 class _String(NamedTuple):

@@ -1,18 +1,19 @@
-"""Find: the door of the search. It takes a problem and a budget, and returns the best order found."""
+"""Find: the door of the search. It takes an instance and a budget, and returns the best order found."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 
+from evenflow.bounds import Instance
 from evenflow.errors import ScheduleError
 from evenflow.ir.timeline import Objective
 from evenflow.search.campaign import Report, campaign, laps
 from evenflow.search.engine import Candidate, Engine
 from evenflow.search.extend import extensions
-from evenflow.search.problem import Ints, Order, Problem
+from evenflow.search.tables import Ints, Order
 from evenflow.search.timing import Letters
 
 Progress: TypeAlias = Callable[[str, float], None]
@@ -28,7 +29,7 @@ EXTENSION_SHARE = 0.3  # of those, at most, to extend what was found
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search found: the strict letters of each rank (`problem`), its objective in seconds, ops timed.
+    """What a search found: the strict letters of each rank (`tables`), its objective in seconds, ops timed.
 
     The n-th occurrence of a letter on its rank is that letter's op of microbatch n.
     """
@@ -43,46 +44,46 @@ def _no_seeds(_: int) -> Iterable[Order]:
 
 
 def find(
-    problem: Problem,
+    instance: Instance,
     *,
     objective: Objective = "span",
     seeds: Seeds = _no_seeds,
     time_budget_seconds: float = 60.0,
     seed: int = 0,
-    target: float | None = None,
+    target: float = 0.0,
     progress: Progress | None = None,
 ) -> Found:
     """Return the best order found; never worse than the best of `seeds`.
 
-    `seeds` gives orders, strict or lazy, for as many microbatches as it is asked for: those of the problem,
+    `seeds` gives orders, strict or lazy, for as many microbatches as it is asked for: those of the instance,
     and fewer. The budget is spent in ops and not by the clock, so the result depends on the arguments alone.
     A value of `target` or less ends the search. `progress` is called with each step's name and the best value
     so far.
 
-    Raises `ScheduleError` where no order was found within the caps.
+    Raises `ScheduleError` for more stages than can be searched, and where no order was found within the caps.
 
-    >>> problem = Problem.equal(range(2), num_microbatches=2, cap=2.0)
-    >>> find(problem, time_budget_seconds=0.01).value
+    >>> from evenflow.bounds import instance_of
+    >>> from evenflow.ir import Costs, Placement
+    >>> find(instance_of(Placement.linear(2), 2, Costs.uniform(2)), time_budget_seconds=0.01).value
     7.0
     """
-    base = float(problem.work_seconds().max())
-    goal = max(0.0, target - base) if target is not None else 0.0
-    engine = Engine(problem, objective, seed=seed, goal=goal + 1e-9)
+    num_ranks, num_microbatches = instance.placement.num_ranks, instance.num_microbatches
+    engine = Engine(instance, objective, seed=seed, target=target)
     budget = time_budget_seconds * OPS_PER_SECOND
 
     def report(step: str) -> None:
         if progress is not None:
-            progress(step, engine.excess + base)
+            progress(step, engine.excess + engine.tables.base)
 
-    for order in seeds(problem.num_microbatches):
+    for order in seeds(num_microbatches):
         _take(engine, order)
     report("known schedules")
-    numbers = few_microbatches(problem)
-    is_long = bool(numbers) and 2 * max(numbers) <= problem.num_microbatches
+    numbers = few_microbatches(num_ranks, num_microbatches)
+    is_long = bool(numbers) and 2 * max(numbers) <= num_microbatches
     share = (FEW_SHARE_OF_MANY if is_long else FEW_SHARE) / max(1, len(numbers))
     for few in numbers:
         if not engine.done:
-            small = Engine(problem.with_microbatches(few), objective, seed=seed, goal=1e-9)
+            small = Engine(replace(instance, num_microbatches=few), objective, seed=seed)
             for order in seeds(few):
                 _take(small, order)
             campaign(small, budget * share, partial(_report_few, report, few))
@@ -95,22 +96,22 @@ def find(
         campaign(engine, budget - engine.spent, report)
     if not engine.leaders:
         raise ScheduleError(
-            f"no order of {problem.num_microbatches} microbatches on {problem.num_ranks} ranks was found "
-            f"within the memory caps {problem.cap_bytes.tolist()}: raise them, or cut the stages finer"
+            f"no order of {num_microbatches} microbatches on {num_ranks} ranks was found "
+            f"within the memory caps {list(instance.caps)}: raise them, or cut the stages finer"
         )
-    return Found(_order(engine.leaders[0]), engine.excess + base, engine.spent)
+    return Found(_order(engine.leaders[0]), engine.excess + engine.tables.base, engine.spent)
 
 
-def few_microbatches(problem: Problem) -> tuple[int, ...]:
+def few_microbatches(num_ranks: int, num_microbatches: int) -> tuple[int, ...]:
     """Return for how many microbatches to search first: warm-up, cool-down and some periods between.
 
     Two numbers, because what is found for one may have no steady state to repeat.
 
-    >>> few_microbatches(Problem.equal(range(8), num_microbatches=32, cap=8.0))
+    >>> few_microbatches(num_ranks=8, num_microbatches=32)
     (20, 16)
     """
-    numbers = (5 * problem.num_ranks // 2, 2 * problem.num_ranks)
-    return tuple(few for few in numbers if few + 2 <= problem.num_microbatches)
+    numbers = (5 * num_ranks // 2, 2 * num_ranks)
+    return tuple(few for few in numbers if few + 2 <= num_microbatches)
 
 
 def _report_few(report: Report, few: int, step: str) -> None:
@@ -125,7 +126,7 @@ def _take(engine: Engine, order: Order) -> None:
 def _extend(small: Engine, engine: Engine, num_ops: float) -> None:
     """Give an engine what the leaders for few microbatches become for its own number of them."""
     stop = engine.spent + num_ops
-    extra = engine.problem.num_microbatches - small.problem.num_microbatches
+    extra = engine.instance.num_microbatches - small.instance.num_microbatches
     for leader in small.leaders:
         small.timed(leader.order, leader.lengths, lazy=False)  # so that the trace is its own
         for order, lengths, lazy in extensions(small.tables, small.trace, extra=extra):

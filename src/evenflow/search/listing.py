@@ -8,7 +8,7 @@ have in flight, `caps`: it shapes the whole warm-up, and it keeps a late stage f
 from typing import NamedTuple
 
 from evenflow.search.compiled import compiled, inlined
-from evenflow.search.problem import Floats, Ints, Tables
+from evenflow.search.tables import Floats, Ints, Tables
 from evenflow.search.timing import INFEASIBLE, NOTHING, Trace, arrival, clear, pending_weight, perform
 
 

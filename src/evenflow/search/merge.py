@@ -7,14 +7,15 @@ gaps. What is left to choose is how many forwards lead on each rank: a line over
 are decoded, see `timing`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TypeAlias
 
 import numpy as np
 
-from evenflow.search.problem import Ints, Problem
+from evenflow.bounds import Instance
+from evenflow.search.tables import Ints
 from evenflow.search.timing import Letters
 
 Rounds: TypeAlias = tuple[int, ...]  # how many microbatches each round has; the last size is repeated
@@ -29,20 +30,23 @@ class Merge:
     fill: float
 
 
-def merged(problem: Problem, merge: Merge) -> tuple[Letters, Ints]:
+def merged(instance: Instance, merge: Merge) -> tuple[Letters, Ints]:
     """Return the lazy order of a merge.
 
-    >>> problem = Problem.equal(range(1), num_microbatches=3, cap=2.0)
-    >>> order, lengths = merged(problem, Merge((1,), np.array([2]), 1.0))
+    >>> from evenflow.bounds import instance_of
+    >>> from evenflow.ir import Costs, Placement
+    >>> instance = instance_of(Placement.linear(1), 3, Costs.uniform(1))
+    >>> order, lengths = merged(instance, Merge((1,), np.array([2]), 1.0))
     >>> order[0, : lengths[0]].tolist()
     [0, 0, 1, 0, 1, 1]
     """
-    num = problem.num_stages
+    placement, num_microbatches = instance.placement, instance.num_microbatches
+    num = placement.num_stages
     queues = []
-    for rank in range(problem.num_ranks):
-        local = [stage for stage in range(num) if problem.rank_of[stage] == rank]
-        forwards = _rounds(local, problem.num_microbatches, merge.rounds)
-        inputs = _rounds([num + stage for stage in reversed(local)], problem.num_microbatches, merge.rounds)
+    for rank in range(placement.num_ranks):
+        local = placement.stages_on(rank)
+        forwards = _rounds(local, num_microbatches, merge.rounds)
+        inputs = _rounds([num + stage for stage in reversed(local)], num_microbatches, merge.rounds)
         lead = min(max(int(merge.warmups[rank]), 1), len(forwards))
         queue = forwards[:lead]
         for at, letter in enumerate(inputs):
@@ -55,13 +59,13 @@ def merged(problem: Problem, merge: Merge) -> tuple[Letters, Ints]:
     return order, np.array([len(queue) for queue in queues], np.int64)
 
 
-def merges(problem: Problem) -> Iterator[Merge]:
+def merges(instance: Instance) -> Iterator[Merge]:
     """Yield merges to try: rounds of some sizes, and warm-ups on a line over the ranks."""
-    num_ranks = problem.num_ranks
-    most = np.array([_most_forwards(problem, rank) for rank in range(num_ranks)])
+    num_ranks = instance.placement.num_ranks
+    most = np.array([_most_forwards(instance, rank) for rank in range(num_ranks)])
     backs = num_ranks - 1 - np.arange(num_ranks)
     step = max(1, int(most.max()) // 40)
-    for rounds in _sizes(num_ranks, problem.num_microbatches):
+    for rounds in _sizes(num_ranks, instance.num_microbatches):
         for slope in (1.0, 1.5, 2.0):
             for first in range(1, int(most.max()) + step, step):
                 warmups = np.minimum(first + np.floor(slope * backs), most).astype(np.int64)
@@ -71,11 +75,11 @@ def merges(problem: Problem) -> Iterator[Merge]:
                     break
 
 
-def _most_forwards(problem: Problem, rank: int) -> int:
+def _most_forwards(instance: Instance, rank: int) -> int:
     """How many forwards may lead on a rank, whatever their stages."""
-    own = problem.rank_of == rank
-    all_of_them = problem.num_microbatches * int(own.sum())
-    stored, cap = float(problem.stored_bytes[own].min()), float(problem.cap_bytes[rank])
+    own = instance.placement.stages_on(rank)
+    all_of_them = instance.num_microbatches * len(own)
+    stored, cap = min(instance.held_memory[stage] for stage in own), instance.caps[rank]
     return max(1, min(all_of_them, int(cap / stored))) if cap < stored * all_of_them else all_of_them
 
 
@@ -84,7 +88,7 @@ def _sizes(num_ranks: int, num_microbatches: int) -> list[Rounds]:
     return [(1,), *((first, rest) for first in longer for rest in sorted({num_ranks, first}))]
 
 
-def _rounds(letters: list[int], num_microbatches: int, rounds: Rounds) -> list[int]:
+def _rounds(letters: Sequence[int], num_microbatches: int, rounds: Rounds) -> list[int]:
     queue: list[int] = []
     first = turn = 0
     while first < num_microbatches:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenflow.search.compiled import compiled, inlined
-from evenflow.search.problem import Floats, Ints, Tables
+from evenflow.search.tables import Floats, Ints, Tables
 
 Letters = npt.NDArray[np.int16]
 
@@ -72,7 +72,7 @@ class Trace(NamedTuple):
 
 
 def trace_for(tables: Tables) -> Trace:
-    """Return the memory that the kernels need for one problem."""
+    """Return the memory that the kernels need for one instance."""
     num_ranks, letters = len(tables.cap), len(tables.seconds)
     longest = 3 * tables.num_microbatches * int(np.diff(tables.stage_start).max())
     return Trace(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from evenflow.search.chance import Cooling, State, below, geometric, heat_at, normal, uniform
 from evenflow.search.compiled import compiled
 from evenflow.search.listing import Taste, listed
-from evenflow.search.problem import Ints, Tables
+from evenflow.search.tables import Ints, Tables
 from evenflow.search.timing import INFEASIBLE, Letters, Trace, copy_trace
 
 

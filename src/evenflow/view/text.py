@@ -8,6 +8,14 @@ from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.simulate import simulate
 
+_FILLS: dict[type[ComputeOp], str] = {
+    Forward: ">",
+    Backward: "<",
+    InputGrad: "-",
+    WeightGrad: "=",
+    Overlap: "x",
+}
+
 
 def draw_schedule(schedule: Schedule) -> str:
     """Return a table of the schedule: a row for each rank, and a column for the time of one forward.
@@ -88,12 +96,3 @@ def _lane(spans: list[Span], origin: float, columns_per_second: float, width: in
         # A name leaves a column to its fill, which tells the kind and parts neighbours.
         lane[start:end] = (name if len(name) < end - start else "").ljust(end - start, _FILLS[type(op)])
     return "".join(lane)
-
-
-_FILLS: dict[type[ComputeOp], str] = {
-    Forward: ">",
-    Backward: "<",
-    InputGrad: "-",
-    WeightGrad: "=",
-    Overlap: "x",
-}
