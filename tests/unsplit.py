@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 import evenflow
 from evenflow.checkpoint.load import open_checkpoint
-from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
+from evenflow.graph.positions import legal_positions
 from evenflow.pipe import choices
 from evenflow.runtime.microbatch import Microbatches, split
 

@@ -9,17 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evenflow.errors import RecordError
-from evenflow.graph.cut import (
-    Cut,
-    crossing_bytes,
-    cut,
-    legal_positions,
-    num_bytes,
-    positions_for_owners,
-)
+from evenflow.graph.cut import Cut, cut
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.graph.leaves import flatten
+from evenflow.graph.positions import crossing_bytes, legal_positions, num_bytes, positions_for_owners
 from evenflow.graph.record import record
 from evenflow.graph.tree import BatchLeaf, ParameterSource
 from unsplit import mean_square, mlp, regression

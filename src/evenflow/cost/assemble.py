@@ -7,19 +7,17 @@ else, until the backward computes the region again.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 
-from evenflow.cost.handing import Places, handed_over
 from evenflow.cost.measured import Measured
-from evenflow.graph.cut import crossing_bytes, legal_positions, lifetimes, num_bytes, skips
+from evenflow.cost.outline import Places, chain_with, handed_over, memory_of_state
 from evenflow.graph.graph import Graph
-from evenflow.graph.recomputable import may_be_recomputed
-from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
-from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.graph.positions import lifetimes, num_bytes
+from evenflow.graph.tree import BatchLeaf
+from evenflow.plan.chain import Chain, Held, Seconds
 
 _Storage: TypeAlias = int  # the number of a memory in the graph
 _Users: TypeAlias = Mapping[_Storage, frozenset[int]]  # who holds it until the backward: places in the chain
@@ -44,23 +42,17 @@ def chain_of(
     private_kept = [
         0 if n.region is not None else m.private_kept_bytes for n, m in zip(nodes, costs, strict=True)
     ]
-    forward_transient = _forward_transients(graph, costs, saved, sizes)
     handed, places = handed_over(graph, sizes)
-    return Chain(
-        names=tuple(node.name for node in nodes),
+    return chain_with(
+        graph,
+        model,
         num_rows=num_rows,
-        flops=tuple(float(node.flops) for node in nodes),
         seconds={kind: _seconds(graph, measured)},
         saved=_held(saved, sizes, private, places),
         kept=_held(kept, sizes, private_kept, places),
-        parameters=parameters_used(graph, model),
-        forward_transient_bytes=forward_transient,
-        backward_transient_bytes=_backward_transients(graph, costs),
-        cut_bytes=tuple(map(float, crossing_bytes(graph)[: len(nodes)])),
-        legal=tuple(legal_positions(graph)[: len(nodes)]),
-        skips=values_past_nodes(graph),
         handed=handed,
-        recomputable=may_be_recomputed(graph),
+        forward_transient_bytes=_forward_transients(graph, costs, saved, sizes),
+        backward_transient_bytes=_backward_transients(graph, costs),
     )
 
 
@@ -99,12 +91,6 @@ def _first_users(graph: Graph) -> dict[int, int]:
 # -- what is held
 
 
-def _not_counted(graph: Graph) -> frozenset[_Storage]:
-    """Memories of parameters and buffers, which are there anyway."""
-    own = ParameterSource | BufferSource
-    return frozenset(value.storage for value in graph.values if isinstance(value.source, own))
-
-
 def _storage_bytes(graph: Graph, measured: Mapping[int, Measured]) -> dict[_Storage, int]:
     """How large each memory of the graph is: as its maker left it, else as its largest value."""
     sizes: dict[_Storage, int] = {}
@@ -138,7 +124,7 @@ def _by_storage(graph: Graph, costs: Sequence[Measured], which: str) -> _Users:
             for value in graph.chain[place].inputs:
                 if value not in inside:
                     users[graph.values[value].storage].add(place)
-    skipped = _not_counted(graph)
+    skipped = memory_of_state(graph)
     return {storage: frozenset(places) for storage, places in users.items() if storage not in skipped}
 
 
@@ -178,7 +164,7 @@ def _forward_transients(
 def _storage_lives(graph: Graph) -> dict[_Storage, tuple[int, int]]:
     """The first maker and the last user of each memory that nodes of the chain make."""
     lives: dict[_Storage, tuple[int, int]] = {}
-    skipped = _not_counted(graph)
+    skipped = memory_of_state(graph)
     for value, (born, last) in lifetimes(graph).items():
         storage = graph.values[value].storage
         if storage not in skipped:
@@ -203,34 +189,3 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
             waiting[place] += num_bytes(info)
     parts = zip(graph.chain, costs, waiting, strict=True)
     return tuple(float(one.backward_peak_bytes + again[node.region] + size) for node, one, size in parts)
-
-
-def values_past_nodes(graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes) -> tuple[Held, ...]:
-    """`Chain.skips` of a graph."""
-    return tuple(Held(float(size), places) for size, places in skips(graph, size_of))
-
-
-def as_it_travels(chain: Chain, graph: Graph, size_of: Callable[[TensorInfo], int]) -> Chain:
-    """The graph's chain where values have so many bytes when they cross a cut."""
-    return replace(
-        chain,
-        cut_bytes=tuple(map(float, crossing_bytes(graph, size_of)[: chain.num_nodes])),
-        skips=values_past_nodes(graph, size_of),
-    )
-
-
-# -- parameters
-
-
-def parameters_used(graph: Graph, model: torch.nn.Module) -> tuple[Parameter, ...]:
-    """The parameters that the nodes of the chain use, under the first of their names."""
-    users: defaultdict[str, set[int]] = defaultdict(set)
-    for place, node in enumerate(graph.chain):
-        for name in node.parameters:
-            users[name].add(place)
-    return tuple(_parameter(name, model.get_parameter(name), places) for name, places in users.items())
-
-
-def _parameter(name: str, own: torch.nn.Parameter, places: Iterable[int]) -> Parameter:
-    size = own.numel() * own.element_size()
-    return Parameter(name, own.numel(), size, own.requires_grad, tuple(sorted(places)))

@@ -13,14 +13,11 @@ from dataclasses import replace
 import torch
 
 from evenflow.cluster.device import Device
-from evenflow.cost.assemble import parameters_used, values_past_nodes
 from evenflow.cost.experts import Experts
-from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
-from evenflow.cost.handing import Places, handed_over
-from evenflow.graph.cut import crossing_bytes, legal_positions
+from evenflow.cost.functions import FunctionCost, FunctionCosts, Pass
+from evenflow.cost.outline import Places, chain_with, handed_over
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.module_calls import RUN_FOR_REAL
-from evenflow.graph.recomputable import may_be_recomputed
 from evenflow.plan.chain import Chain, Held, Seconds
 
 # No kernel reads and writes at the memory's full rate: assumed.
@@ -56,41 +53,31 @@ def estimate(
     }
     of_chain = [costs[node.index] for node in graph.chain]
     handed, places = handed_over(graph, functions.bytes_of)
-    saved = _held(graph, of_chain, functions, places, lambda cost: (cost.kept, cost.kept_bytes))
-    kept = _held(graph, of_chain, functions, places, lambda cost: (cost.put_off, cost.put_off_bytes))
     kinds = {device.name: device for device in devices}
-    num_nodes = len(graph.chain)
-    experts = Experts(graph)
-    return Chain(
-        names=tuple(node.name for node in graph.chain),
+    chain = chain_with(
+        graph,
+        model,
         num_rows=num_rows,
-        flops=tuple(float(node.flops) for node in graph.chain),
         seconds={name: _seconds(graph.chain, of_chain, device, dtype) for name, device in kinds.items()},
-        saved=saved,
-        kept=kept,
-        parameters=tuple(
-            replace(parameter, is_expert=parameter.name in experts.parameters)
-            for parameter in parameters_used(graph, model)
-        ),
+        saved=_held(graph, of_chain, functions, places, lambda cost: (cost.saved, cost.saved_bytes)),
+        kept=_held(graph, of_chain, functions, places, lambda cost: (cost.kept, cost.kept_bytes)),
+        handed=handed,
         forward_transient_bytes=tuple(
             max((cost.forward_bytes for cost in node), default=0.0) for node in of_chain
         ),
         backward_transient_bytes=tuple(
             max((cost.backward_bytes for cost in node), default=0.0) for node in of_chain
         ),
-        cut_bytes=tuple(map(float, crossing_bytes(graph)[:num_nodes])),
-        legal=tuple(legal_positions(graph)[:num_nodes]),
-        expert_bytes=experts.handed_bytes,
-        skips=values_past_nodes(graph),
-        handed=handed,
-        recomputable=may_be_recomputed(graph),
     )
+    experts = Experts(graph)
+    parameters = (replace(each, is_expert=each.name in experts.parameters) for each in chain.parameters)
+    return replace(chain, parameters=tuple(parameters), expert_bytes=experts.handed_bytes)
 
 
 def _seconds(
     nodes: Iterable[Node], costs: Iterable[list[FunctionCost]], device: Device, dtype: str | None
 ) -> Seconds:
-    def total(works: Iterable[Work]) -> float:
+    def total(works: Iterable[Pass]) -> float:
         return sum(_work_seconds(work, device, dtype) for work in works)
 
     forward, input_grad, weight_grad = [], [], []
@@ -103,7 +90,7 @@ def _seconds(
     return Seconds(tuple(forward), tuple(input_grad), tuple(weight_grad))
 
 
-def _work_seconds(work: Work, device: Device, dtype: str | None) -> float:
+def _work_seconds(work: Pass, device: Device, dtype: str | None) -> float:
     products = 0.0
     if work.flops:
         products = work.flops / (device.peak(dtype or work.dtype) * device.efficiency)

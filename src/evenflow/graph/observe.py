@@ -6,6 +6,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,19 +28,27 @@ _BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch
 _PATCH = threading.Lock()  # what is patched here is one per process
 
 
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """The call of a module of the model that is about to be made; `path` is the module's there."""
+
+    module: torch.nn.Module
+    path: str
+    own: Callable[..., Any]  # `Module.__call__`
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def make(self) -> Any:
+        """Call the module, and return what it returns."""
+        return self.own(self.module, *self.args, **self.kwargs)
+
+
 class ModuleListener(Protocol):
     """What is told of each call of a module, and makes it."""
 
     paths: dict[int, str]  # id(module) -> its path in the model
 
-    def module(
-        self,
-        module: torch.nn.Module,
-        path: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def module(self, asked: Invocation) -> Any:
         """Make and note the call of a module of the model."""
 
 
@@ -113,12 +122,25 @@ def observed_by(
         contextlib.nullcontext() if kernels is None else _subclasses_refused(kernels),
         _modules_observed(modules, functions),
         _custom_functions_observed(functions),
-        _scripted_functions_observed(functions),
-        _transforms_observed(functions),
+        _whole_functions_observed(functions),
         _Functions(functions),
         contextlib.nullcontext() if kernels is None else _Kernels(kernels),
     ):
         yield
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:  # owner: a class or a module
+    """Put something else in the place of a class's or a module's attribute meanwhile."""
+    inherits, before = name not in vars(owner), vars(owner).get(name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if inherits:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 @contextlib.contextmanager
@@ -132,8 +154,7 @@ def _unvalidated_distributions() -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
-@contextlib.contextmanager
-def _needless_conversions_left_out() -> Iterator[None]:
+def _needless_conversions_left_out() -> contextlib.AbstractContextManager[None]:
     """Let `module.to(…)` in a forward leave alone what is right already: fakes cannot be swapped."""
     apply: Callable[..., torch.nn.Module] = torch.nn.Module._apply  # noqa: SLF001 (the place to patch)
 
@@ -146,31 +167,19 @@ def _needless_conversions_left_out() -> Iterator[None]:
                 return module
         return apply(module, convert, recurse)
 
-    torch.nn.Module._apply = applied  # type: ignore[method-assign]  # noqa: SLF001 (the patch is the point)
-    try:
-        yield
-    finally:
-        torch.nn.Module._apply = apply  # type: ignore[method-assign]  # noqa: SLF001
+    return patched(torch.nn.Module, "_apply", applied)
 
 
-@contextlib.contextmanager
-def _swaps_refused() -> Iterator[None]:
-    swap = torch.utils.swap_tensors
-
+def _swaps_refused() -> contextlib.AbstractContextManager[None]:
     def refused(*_: torch.Tensor) -> None:
         raise RecordError(
             "the program calls torch.utils.swap_tensors, of which a recording cannot follow the tensors"
         )
 
-    torch.utils.swap_tensors = refused
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = swap
+    return patched(torch.utils, "swap_tensors", refused)
 
 
-@contextlib.contextmanager
-def _subclasses_refused(kernels: KernelListener) -> Iterator[None]:
+def _subclasses_refused(kernels: KernelListener) -> contextlib.AbstractContextManager[None]:
     """Refuse by name to make another class of a fake tensor, which is of a class of its own."""
     own = torch.Tensor.as_subclass
 
@@ -179,69 +188,51 @@ def _subclasses_refused(kernels: KernelListener) -> Iterator[None]:
             raise kernels.no_subclass("as_subclass", kind)
         return tensor if isinstance(tensor, FakeTensor) else own(tensor, kind)
 
-    torch.Tensor.as_subclass = as_subclass  # type: ignore[method-assign, assignment]  # the patch is the point
-    try:
-        yield
-    finally:
-        del torch.Tensor.as_subclass  # it is inherited
+    return patched(torch.Tensor, "as_subclass", as_subclass)
 
 
-@contextlib.contextmanager
-def _modules_observed(modules: ModuleListener, functions: FunctionListener) -> Iterator[None]:
-    forward, thread = torch.nn.Module.__call__, threading.get_ident()
+def _modules_observed(
+    modules: ModuleListener, functions: FunctionListener
+) -> contextlib.AbstractContextManager[None]:
+    own, thread = torch.nn.Module.__call__, threading.get_ident()
 
     def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
         if threading.get_ident() != thread:
-            return forward(module, *args, **kwargs)
+            return own(module, *args, **kwargs)
         path = modules.paths.get(id(module))
         if path is not None and not functions.blind:
-            return modules.module(module, path, forward, args, kwargs)
+            return modules.module(Invocation(module, path, own, args, kwargs))
         if path is None and any(True for _ in module.parameters()):
             raise RecordError(
                 f"{type(module).__name__} is called by the loss function but is not part of the model; "
                 "put both into one nn.ModuleDict and pass that as the model"
             )
-        return forward(module, *args, **kwargs)
+        return own(module, *args, **kwargs)
 
-    torch.nn.Module.__call__ = observed  # type: ignore[method-assign]  # the patch is the point
-    try:
-        yield
-    finally:
-        torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
+    return patched(torch.nn.Module, "__call__", observed)
 
 
-@contextlib.contextmanager
-def _custom_functions_observed(observer: FunctionListener) -> Iterator[None]:
+def _shown(
+    own: Callable[..., Any], show: Callable[..., Any], observer: FunctionListener
+) -> Callable[..., Any]:
+    """`show` in the place of `own`, except on other threads and inside of what is shown already."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
+        other = observer.blind or threading.get_ident() != thread
+        return own(*args, **kwargs) if other else show(*args, **kwargs)
+
+    return call
+
+
+def _custom_functions_observed(observer: FunctionListener) -> contextlib.AbstractContextManager[None]:
     """Custom autograd functions bypass `__torch_function__`: each `apply` is shown as one torch function."""
-    own, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+    own = vars(torch.autograd.Function)["apply"].__func__
 
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:  # as Function.apply
-        bound = types.MethodType(own.__func__, cls)
-        if observer.blind or threading.get_ident() != thread:
-            return bound(*args, **kwargs)
-        return observer.custom_function(bound, args, kwargs)
+    def show(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:  # as Function.apply
+        return observer.custom_function(types.MethodType(own, cls), args, kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]  # the patch is the point
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = own  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _scripted_functions_observed(observer: FunctionListener) -> Iterator[None]:
-    own, thread = torch.jit.ScriptFunction.__call__, threading.get_ident()
-
-    def call(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
-        if observer.blind or threading.get_ident() != thread:
-            return own(function, *args, **kwargs)
-        return observer.whole_function(function, args, kwargs, name=function.name)
-
-    torch.jit.ScriptFunction.__call__ = call  # type: ignore[assignment, method-assign]  # the patch is the point
-    try:
-        yield
-    finally:
-        torch.jit.ScriptFunction.__call__ = own  # type: ignore[method-assign]
+    return patched(torch.autograd.Function, "apply", classmethod(_shown(own, show, observer)))
 
 
 # What a transformed function calls, the function itself among its arguments; torch has no public place.
@@ -253,25 +244,25 @@ _TRANSFORMS = (
 
 
 @contextlib.contextmanager
-def _transforms_observed(observer: FunctionListener) -> Iterator[None]:
-    thread = threading.get_ident()
+def _whole_functions_observed(observer: FunctionListener) -> Iterator[None]:
+    """Scripted functions and transforms bypass `__torch_function__` too."""
+    scripted = torch.jit.ScriptFunction.__call__
 
-    def patched(own: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
-            if observer.blind or threading.get_ident() != thread:
-                return own(*args, **kwargs)
+    def show_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
+        return observer.whole_function(function, args, kwargs, name=function.name)
+
+    def transform(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def show(*args: Any, **kwargs: Any) -> Any:  # as `own`
             return observer.whole_function(own, args, kwargs, name=name)
 
-        return call
+        return _shown(own, show, observer)
 
-    before = [getattr(module, key) for module, key, _ in _TRANSFORMS]
-    try:
-        for (module, key, name), own in zip(_TRANSFORMS, before, strict=True):
-            setattr(module, key, patched(own, name))
+    with contextlib.ExitStack() as stack:
+        shown = _shown(scripted, show_scripted, observer)
+        stack.enter_context(patched(torch.jit.ScriptFunction, "__call__", shown))
+        for module, key, name in _TRANSFORMS:
+            stack.enter_context(patched(module, key, transform(getattr(module, key), name)))
         yield
-    finally:
-        for (module, key, _), own in zip(_TRANSFORMS, before, strict=True):
-            setattr(module, key, own)
 
 
 class _Functions(TorchFunctionMode):

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.compare import find_difference, forget_changes, keep_whole_alike, same_functions
-from evenflow.graph.constants import Rehearsal
-from evenflow.graph.cut import Cut, cut, glue_section, positions_for_owners
+from evenflow.graph.constants import FirstRun
+from evenflow.graph.cut import Cut, cut, glue_section
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.leaves import flatten
@@ -34,6 +34,7 @@ from evenflow.graph.outside import (
     frozen,
     seen_by_function,
 )
+from evenflow.graph.positions import positions_for_owners
 from evenflow.graph.reach import Reach
 from evenflow.graph.recomputable import Again
 from evenflow.graph.record import record
@@ -190,7 +191,7 @@ class Recordings:
         tree = first = self._run(program, microbatch, None, look, by_others)
         look()
         if first.difference is not None:
-            tree = self._run(program, microbatch, first.rehearsal, look, by_others)
+            tree = self._run(program, microbatch, first.as_first, look, by_others)
             look()
         if tree.dependence is not None:
             raise RecordError(
@@ -198,7 +199,7 @@ class Recordings:
                 f"({tree.dependence}), and evenflow cannot carry that from one microbatch to the next: "
                 "pass it in the batch, or keep it in a buffer"
             )
-        changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
+        changing = first.as_first.self_changed | tree.as_first.self_changed
         if frozen(_host_random()) != host:
             raise RecordError(
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
@@ -215,9 +216,9 @@ class Recordings:
             self._check_second(first, tree, steady=not changed_names(*states[:2], tensors=False))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place
             changing &= frozenset(changed_names(*states[1:3]))
-            forgotten = first.rehearsal.self_changed - changing
+            forgotten = first.as_first.self_changed - changing
             forget_changes(first, forgotten)
-            self._left.learn(forgotten, first.rehearsal.constants)
+            self._left.learn(forgotten, first.as_first.constants)
         graph = self._flat(tree)
         self._self_changing |= changing
         self._seen = self._without_own(self._seen)
@@ -256,7 +257,7 @@ class Recordings:
         self,
         program: Program,
         microbatch: Any,
-        rehearsal: Rehearsal | None,
+        first: FirstRun | None,
         between: Callable[[], None],
         by_others: Callable[[], contextlib.AbstractContextManager[list[str]]],
     ) -> CallTree:
@@ -266,7 +267,7 @@ class Recordings:
             microbatch,
             device=self._device,
             fakes=self._fakes,
-            rehearsal=rehearsal,
+            first=first,
             between=between,
             by_others=by_others,
         )
