@@ -7,17 +7,17 @@ else, until the backward computes the region again.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 
-from evenflow.cost.measured import Measured
-from evenflow.cost.outline import Places, chain_with, handed_over, memory_of_state
+from evenflow.cost.measured import NOTHING_KEPT, Kept, Measured
+from evenflow.cost.outline import chain_with, given_to_regions, handed_over, held, memory_of_state
 from evenflow.graph.graph import Graph
 from evenflow.graph.positions import lifetimes, num_bytes
 from evenflow.graph.tree import BatchLeaf
-from evenflow.plan.chain import Chain, Held, Seconds
+from evenflow.plan.chain import Chain, Seconds
 
 _Storage: TypeAlias = int  # the number of a memory in the graph
 _Users: TypeAlias = Mapping[_Storage, frozenset[int]]  # who holds it until the backward: places in the chain
@@ -32,26 +32,21 @@ def chain_of(
     kind: str,
 ) -> Chain:
     """The chain of a graph. `measured` is by the index of a node; `kind` names the device."""
-    nodes = graph.chain
-    costs = [measured[node.index] for node in nodes]
+    costs = [measured[node.index] for node in graph.chain]
     sizes = _storage_bytes(graph, measured)
-    saved, kept = (_by_storage(graph, costs, of) for of in ("saved", "kept"))
-    private = [
-        0 if n.region is not None else m.private_saved_bytes for n, m in zip(nodes, costs, strict=True)
-    ]
-    private_kept = [
-        0 if n.region is not None else m.private_kept_bytes for n, m in zip(nodes, costs, strict=True)
-    ]
+    saved = _outside_regions(graph, (one.saved for one in costs))
+    kept = _outside_regions(graph, (one.kept for one in costs))
+    savers = _holders(graph, saved, given_to_regions(graph))
     handed, places = handed_over(graph, sizes)
     return chain_with(
         graph,
         model,
         num_rows=num_rows,
         seconds={kind: _seconds(graph, measured)},
-        saved=_held(saved, sizes, private, places),
-        kept=_held(kept, sizes, private_kept, places),
+        saved=held(savers, [one.private_bytes for one in saved], sizes, places),
+        kept=held(_holders(graph, kept), [one.private_bytes for one in kept], sizes, places),
         handed=handed,
-        forward_transient_bytes=_forward_transients(graph, costs, saved, sizes),
+        forward_transient_bytes=_forward_transients(graph, costs, savers, sizes),
         backward_transient_bytes=_backward_transients(graph, costs),
     )
 
@@ -95,8 +90,7 @@ def _storage_bytes(graph: Graph, measured: Mapping[int, Measured]) -> dict[_Stor
     """How large each memory of the graph is: as its maker left it, else as its largest value."""
     sizes: dict[_Storage, int] = {}
     for node in graph.nodes:
-        found = measured[node.index].result_bytes if node.index in measured else (0,) * len(node.makes)
-        for value, size in zip(node.makes, found, strict=True):
+        for value, size in zip(node.makes, measured[node.index].result_bytes, strict=True):
             storage = graph.values[value].storage
             sizes[storage] = max(sizes.get(storage, 0), size)
     for each in graph.values:
@@ -105,38 +99,22 @@ def _storage_bytes(graph: Graph, measured: Mapping[int, Measured]) -> dict[_Stor
     return sizes
 
 
-def _by_storage(graph: Graph, costs: Sequence[Measured], which: str) -> _Users:
-    """Which nodes hold each memory of a value."""
+def _outside_regions(graph: Graph, of_nodes: Iterable[Kept]) -> list[Kept]:
+    """What nodes hold themselves: those of a checkpoint region hold nothing."""
+    pairs = zip(graph.chain, of_nodes, strict=True)
+    return [NOTHING_KEPT if node.region is not None else own for node, own in pairs]
+
+
+def _holders(graph: Graph, of_nodes: Sequence[Kept], more: Iterable[tuple[int, int]] = ()) -> _Users:
+    """Which nodes, by place, hold each memory of a value; `more` are places and values that they hold too."""
     users: defaultdict[_Storage, set[int]] = defaultdict(set)
-    regions: defaultdict[int, list[int]] = defaultdict(list)
-    for place, (node, one) in enumerate(zip(graph.chain, costs, strict=True)):
-        if node.region is not None:
-            regions[node.region].append(place)
-            continue
-        inputs, results = (
-            (one.inputs_saved, one.results_saved) if which == "saved" else (one.inputs_kept, one.results_kept)
-        )
-        for value in (*(node.inputs[at] for at in inputs), *(node.makes[at] for at in results)):
+    for place, (node, own) in enumerate(zip(graph.chain, of_nodes, strict=True)):
+        for value in (*(node.inputs[at] for at in own.inputs), *(node.makes[at] for at in own.results)):
             users[graph.values[value].storage].add(place)
-    for places in regions.values() if which == "saved" else ():
-        inside = {value for place in places for value in graph.chain[place].makes}
-        for place in places:
-            for value in graph.chain[place].inputs:
-                if value not in inside:
-                    users[graph.values[value].storage].add(place)
+    for place, value in more:
+        users[graph.values[value].storage].add(place)
     skipped = memory_of_state(graph)
     return {storage: frozenset(places) for storage, places in users.items() if storage not in skipped}
-
-
-def _held(
-    users: _Users, sizes: Mapping[_Storage, int], private: Sequence[int], places: Places
-) -> tuple[Held, ...]:
-    shared = [
-        Held(float(sizes[storage]), tuple(sorted(nodes)), places.get(storage))
-        for storage, nodes in users.items()
-    ]
-    own = [Held(float(size), (place,)) for place, size in enumerate(private) if size]
-    return tuple(sorted((one for one in (*shared, *own) if one.num_bytes), key=lambda one: one.nodes))
 
 
 # -- what is there for a while
@@ -154,7 +132,7 @@ def _forward_transients(
                 passing[place] += sizes[storage]
     found = []
     for place, (node, one) in enumerate(zip(graph.chain, costs, strict=True)):
-        stays = 0 if node.region is not None else one.private_saved_bytes
+        stays = 0 if node.region is not None else one.saved.private_bytes
         mine = {graph.values[value].storage for value in node.makes}
         stays += sum(sizes[each] for each in mine if each in saved and lives.get(each, (-1, -1))[0] == place)
         found.append(float(max(0, one.forward_peak_bytes - stays) + passing[place]))
@@ -180,7 +158,7 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
     """
     again: defaultdict[int | None, int] = defaultdict(int)
     for node, one in zip(graph.chain, costs, strict=True):
-        again[node.region] += one.private_saved_bytes + sum(one.result_bytes)
+        again[node.region] += one.saved.private_bytes + sum(one.result_bytes)
     again[None] = 0
     waiting = [0] * len(graph.chain)
     for value, (born, last) in lifetimes(graph).items():

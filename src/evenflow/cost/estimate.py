@@ -15,7 +15,7 @@ import torch
 from evenflow.cluster.device import Device
 from evenflow.cost.experts import Experts
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Pass
-from evenflow.cost.outline import Places, chain_with, handed_over
+from evenflow.cost.outline import Places, chain_with, given_to_regions, handed_over, held
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.module_calls import RUN_FOR_REAL
 from evenflow.plan.chain import Chain, Held, Seconds
@@ -106,18 +106,14 @@ def _held(
     what: Callable[[FunctionCost], tuple[frozenset[int], float]],
 ) -> tuple[Held, ...]:
     """What functions keep: each storage once, under all the nodes that keep it."""
-    keepers: defaultdict[int, dict[int, None]] = defaultdict(dict)
-    held: list[Held] = []
-    for at, (node, of_node) in enumerate(zip(graph.chain, costs, strict=True)):
-        if node.region is not None:  # a checkpoint keeps what it was given
-            for number in node.inputs:
-                if number in graph.maker:
-                    keepers[graph.values[number].storage][at] = None
-            continue
-        for cost in of_node:
-            for storage in what(cost)[0]:
-                keepers[storage][at] = None
-        if alone := sum(what(cost)[1] for cost in of_node):
-            held.append(Held(alone, (at,)))
-    held += [Held(float(functions.bytes_of[s]), tuple(nodes), places.get(s)) for s, nodes in keepers.items()]
-    return tuple(sorted(held, key=lambda each: each.nodes))
+    keepers: defaultdict[int, set[int]] = defaultdict(set)
+    alone = [0.0] * len(graph.chain)
+    for place, value in given_to_regions(graph):
+        if value in graph.maker:
+            keepers[graph.values[value].storage].add(place)
+    for place, (node, of_node) in enumerate(zip(graph.chain, costs, strict=True)):
+        for storages, num_bytes in map(what, of_node) if node.region is None else ():
+            alone[place] += num_bytes
+            for storage in storages:
+                keepers[storage].add(place)
+    return held(keepers, alone, functions.bytes_of, places)

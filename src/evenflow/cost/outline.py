@@ -1,7 +1,7 @@
 """The outline of a chain: what follows from the recorded graph alone, whoever says what its nodes cost."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,6 +62,33 @@ def _skips(graph: Graph, size_of: Callable[[TensorInfo], int]) -> tuple[Held, ..
 def memory_of_state(graph: Graph) -> frozenset[int]:
     """Memories of parameters and buffers, which are there anyway."""
     return frozenset(value.storage for value in graph.values if value.is_state)
+
+
+def given_to_regions(graph: Graph) -> Iterator[tuple[int, int]]:
+    """What a checkpoint region keeps: what it was given; as pairs of a place in the chain and a value."""
+    regions: defaultdict[int | None, list[int]] = defaultdict(list)
+    for place, node in enumerate(graph.chain):
+        regions[node.region].append(place)
+    regions.pop(None, None)
+    for places in regions.values():
+        inside = {value for place in places for value in graph.chain[place].makes}
+        for place in places:
+            yield from ((place, value) for value in graph.chain[place].inputs if value not in inside)
+
+
+def held(
+    holders: Mapping[int, Iterable[int]],
+    private_bytes: Sequence[float],
+    sizes: Mapping[int, float],
+    places: Places,
+) -> tuple[Held, ...]:
+    """What is held of memories, each under the places of all nodes that do, and privately by each node."""
+    shared = [
+        Held(float(sizes[storage]), tuple(sorted(nodes)), places.get(storage))
+        for storage, nodes in holders.items()
+    ]
+    own = [Held(float(size), (place,)) for place, size in enumerate(private_bytes)]
+    return tuple(sorted((one for one in (*shared, *own) if one.num_bytes), key=lambda one: one.nodes))
 
 
 def handed_over(graph: Graph, sizes: Mapping[int, float]) -> tuple[tuple[Handed, ...], Places]:

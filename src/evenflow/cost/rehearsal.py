@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from evenflow.cost.bench import places_of_parameters, ready, undisturbed
 from evenflow.cost.cache import Cache
 from evenflow.cost.clock import timed
-from evenflow.cost.measured import Measured
+from evenflow.cost.measured import NOTHING_KEPT, Measured
 from evenflow.cost.recorded import Recorded
 from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.cut import Cut, cut
@@ -126,8 +126,9 @@ def found_in(cache: Cache, signs: Sequence[str], positions: Sequence[int]) -> Pa
 def keep_in(cache: Cache, signs: Sequence[str], positions: Sequence[int], passed: Passed) -> None:
     """Keep what a rehearsal's stages took, for the next time."""
     for stage, (forward, backward) in enumerate(passed):
-        cost = Measured(forward, backward, 0.0, 0.0, (), (), 0, (), (), 0, (), 0, 0)
-        cache.keep(_sign(signs, positions, stage), f"stage {stage} of a rehearsal", cost)
+        sign = _sign(signs, positions, stage)
+        cost = Measured(forward, backward, 0.0, 0.0, NOTHING_KEPT, NOTHING_KEPT, (), 0, 0)
+        cache.keep(sign, f"stage {stage} of a rehearsal", cost)
 
 
 def _sign(signs: Sequence[str], positions: Sequence[int], stage: int) -> str:

@@ -10,7 +10,7 @@ differs in the last bits.)
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evenflow.graph.graph import Graph, Node, changed_buffers
 from evenflow.graph.tree import BatchLeaf, BufferSource
@@ -30,15 +30,15 @@ class Section:
     stage: int
     nodes: tuple[Node, ...]
     batch: tuple[tuple[int, int], ...]  # (tensor leaf of the microbatch, value)
-    receives: Mapping[int, tuple[int, ...]]
-    sends: Mapping[int, tuple[int, ...]]
-    gradient_receives: Mapping[int, tuple[int, ...]]
-    gradient_sends: Mapping[int, tuple[int, ...]]
-    relayed: frozenset[int]
     cloned: frozenset[int]
-    live: frozenset[int]
-    kept_buffers: frozenset[str]
-    needs_output: bool  # the last stage hands back what the loss function returned
+    receives: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    sends: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gradient_receives: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gradient_sends: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    relayed: frozenset[int] = frozenset()
+    live: frozenset[int] = frozenset()
+    kept_buffers: frozenset[str] = frozenset()
+    needs_output: bool = False  # the last stage hands back what the loss function returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +91,9 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
 
 
 def glue_section(graph: Graph, values: Sequence[int]) -> Section:
-    """A section of no stage that computes these batch-derived values."""
+    """A section by itself that computes these batch-derived values."""
     need = _slice(graph, (), values)
-    return Section(
-        stage=-1,
-        nodes=need.nodes,
-        batch=_batch_leaves(graph, need),
-        receives={},
-        sends={},
-        gradient_receives={},
-        gradient_sends={},
-        relayed=frozenset(),
-        cloned=_changed(graph, need),
-        live=frozenset(),
-        kept_buffers=frozenset(),
-        needs_output=False,
-    )
+    return Section(0, need.nodes, _batch_leaves(graph, need), _changed(graph, need))
 
 
 # -- what a stage needs

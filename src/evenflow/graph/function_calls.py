@@ -20,16 +20,16 @@ from evenflow.errors import RecordError
 from evenflow.graph.constants import Constants
 from evenflow.graph.echo import INDEXING, Noted, described, name_of, without_tensors_in_slices
 from evenflow.graph.encode import PLAIN_KINDS, Encoder
-from evenflow.graph.fake_kernels import MASKS, run_padding
+from evenflow.graph.fake_kernels import run_padding
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.handed import made_of
 from evenflow.graph.kernel_notes import KernelNotes
+from evenflow.graph.kernels import MASKS
 from evenflow.graph.known_results import result_at, zeros_like
 from evenflow.graph.needs_numbers import needs_numbers
 from evenflow.graph.observe import unwatched
 from evenflow.graph.open_calls import OpenCalls, autocast_now
 from evenflow.graph.reach import PLAIN
-from evenflow.graph.regions import changes_state
 from evenflow.graph.template import Template, flatten_tree, is_tensor
 from evenflow.graph.tree import ARRAYS, SHAPE, Draws, FunctionCall, ParameterSource, ReadCall
 from evenflow.graph.values import Values
@@ -123,9 +123,12 @@ class FunctionCalls:
             if tensor._version != version or id(tensor) in self._kernels.changed
         ]
         call = self._calls.innermost
-        if name == REENTRANT:  # what happens inside is not seen
-            self._refuse_recomputed_changes(before)
-            call.recomputes = grad_enabled
+        if name == REENTRANT and grad_enabled:  # what happens inside is not seen
+            call.recomputes = True
+            now = self._buffer_versions().items()
+            call.recomputed += tuple(
+                f"the buffer {key}" for key, version in now if version != before.get(key)
+            )
         self._note_special(function, name, inputs, leaves)
         if name in READS:
             call.children.append(ReadCall(function, name, call.path, self._calls.clock, inputs, result))
@@ -345,11 +348,6 @@ class FunctionCalls:
 
     def _buffer_versions(self) -> dict[str, int]:
         return {name: buffer._version for name, buffer in self._model.named_buffers()}
-
-    def _refuse_recomputed_changes(self, before: dict[str, int]) -> None:
-        for name, version in self._buffer_versions().items():
-            if torch.is_grad_enabled() and version != before.get(name):
-                raise changes_state(f"the buffer {name}")
 
     def note_caught(self) -> None:
         """An error that did not end the program was caught here: another batch may not raise it."""

@@ -35,6 +35,10 @@ class FunctionTarget:
 Target: TypeAlias = ModuleTarget | FunctionTarget
 
 
+# Functions in which autograd walks.
+_WALKS = frozenset(("grad", "backward", "func.grad", "func.grad_and_value", "func.vjp"))
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One torch function that ran inside a node, and its values: from these its cost is estimated."""
@@ -47,6 +51,11 @@ class Step:
     grad_enabled: bool
     autocast: bool = False  # it ran where autocast was on
     region: int | None = None  # the checkpoint region in which it ran, if any
+
+    @property
+    def walks(self) -> bool:
+        """Whether autograd walks in it."""
+        return self.name in _WALKS
 
 
 @dataclass(frozen=True, slots=True)

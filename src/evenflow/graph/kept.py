@@ -54,8 +54,7 @@ class KeptBuffers:
                     # What it changes itself are running statistics, which its backward does without.
                     yield from (name for name in taken if name not in call.changed_buffers)
             case ModuleCall() if call.unseen or call.real:
-                inside = f"{call.path}." if call.path else ""
-                yield from (name for name in sorted(self._changed) if name.startswith(inside))
+                yield from (name for name in sorted(self._changed) if name.startswith(call.inside))
 
 
 def refuse_unprotected(

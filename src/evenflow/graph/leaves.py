@@ -178,8 +178,7 @@ class _Choice:
         return None
 
     def wanted_apart(self, call: ModuleCall) -> bool:
-        inside = f"{call.path}." if call.path else ""
-        if any(name.startswith(inside) for name in self.opened):
+        if any(name.startswith(call.inside) for name in self.opened):
             return True
         if self.is_atomic(call.path):
             return False

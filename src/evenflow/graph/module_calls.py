@@ -151,8 +151,7 @@ class ModuleCalls:
 
         Nothing is lost by that: where the real result requires none, its backward has no root.
         """
-        inside = f"{call.path}." if call.path else ""
-        trains = any(name.startswith(inside) for name in self._fakes.tied)
+        trains = any(name.startswith(call.inside) for name in self._fakes.tied)
         trains |= any(self._values.all[ref].info.requires_grad for ref in call.args.refs)
         for number in call.output.refs if call.grad_enabled and trains else ():
             if self._values.all[number].born >= call.start:

@@ -66,7 +66,7 @@ class ModuleStates:
         if not changed:
             return
         self._expected[call.path] = after
-        call.changed = _full_names(call.path, changed)
+        call.changed = tuple(call.inside + name for name in changed)
         call.whole_besides = call.whole
         self.self_changed.update(call.changed)
         call.whole = f"it changes its own attributes while it runs: {', '.join(changed)}"
@@ -74,9 +74,8 @@ class ModuleStates:
 
     def note_inner_changes(self, call: ModuleCall) -> None:
         """Note which modules inside a call changed their attributes while nobody looked."""
-        inside = f"{call.path}." if call.path else ""
         for path, module in self._modules.items():
-            if path.startswith(inside) and path != call.path:
+            if path.startswith(call.inside) and path != call.path:
                 state = python_state(module)
                 changed = changed_names(self._expected[path], state)
                 names = tuple(f"{path}.{key}" for key in changed)
@@ -86,7 +85,7 @@ class ModuleStates:
 
     def note_real_run(self, call: ModuleCall, attributes: Iterable[str]) -> None:
         """Note what a call changed that ran for real, and whose changes were put back."""
-        names = _full_names(call.path, attributes)
+        names = [call.inside + name for name in attributes]
         call.stateful = bool(names)
         self.self_changed.update(names)
 
@@ -98,7 +97,3 @@ class ModuleStates:
                     f"{path or 'the model'} makes or removes parameters while it runs, which no "
                     "optimizer would know: run it once before the pipeline is built"
                 )
-
-
-def _full_names(path: str, names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"{path}.{name}" if path else name for name in names)

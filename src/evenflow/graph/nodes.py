@@ -91,8 +91,8 @@ def _unseen_parameters(call: Call, tree: CallTree) -> Iterator[str]:
     """Parameters that may have been used where nobody could see: all those of the module that did it."""
     for inner in modules_in(call):
         if _is_opaque(inner):
-            inside = f"{inner.path}." if inner.path else ""
-            yield from (first for name, first in tree.parameter_names.items() if name.startswith(inside))
+            names = tree.parameter_names.items()
+            yield from (first for name, first in names if name.startswith(inner.inside))
 
 
 def _module_target(call: ModuleCall) -> ModuleTarget:

@@ -11,20 +11,20 @@ from typing import Any, Protocol
 
 import torch
 from torch._functorch import apis, eager_transforms
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenflow.errors import RecordError
-from evenflow.graph.fake_kernels import MASKS, run_kernel
+from evenflow.graph.fake_kernels import run_kernel
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.flops import flops_of
+from evenflow.graph.kernel_notes import KernelNotes
+from evenflow.graph.kernels import changed_unsaid, deciding, draws, written
 
 _ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
-# Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
-_BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 _PATCH = threading.Lock()  # what is patched here is one per process
 
 
@@ -69,26 +69,6 @@ class FunctionListener(Protocol):
         """Make and note the call of what bypasses `__torch_function__`, blind to what is inside."""
 
 
-class KernelListener(Protocol):
-    """What is told of the kernels that a function runs."""
-
-    num_draws: int
-    flops: int
-    deciding: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
-    known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
-    changed: set[int]  # ids of tensors that a kernel changes without saying so
-    born: set[int]  # memory that the run made, by `storage_of`
-    within: set[int] | None  # inside a whole function: memory that it was given or made
-    captured: bool  # it used other memory
-    all_fake: FakeTensorMode | None  # makes fake what a kernel would make of nothing: a mask of all positions
-
-    def no_subclass(self, name: str, kind: type[torch.Tensor]) -> Exception:
-        """What to raise where a subclass of Tensor meets a fake one."""
-
-    def write_outside(self, tensor: torch.Tensor) -> None:
-        """A kernel is about to change a real tensor, perhaps one that the run did not make."""
-
-
 def unwatched() -> contextlib.AbstractContextManager[None]:
     """For the observer's own looks at tensors: torch functions called meanwhile are not the program's."""
     return torch._C.DisableTorchFunction()
@@ -111,7 +91,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def observed_by(
-    modules: ModuleListener, functions: FunctionListener, *, kernels: KernelListener | None = None
+    modules: ModuleListener, functions: FunctionListener, *, kernels: KernelNotes | None = None
 ) -> Iterator[None]:
     """Tell listeners of all calls of this thread meanwhile, and `kernels` of all kernels below them."""
     with (
@@ -179,7 +159,7 @@ def _swaps_refused() -> contextlib.AbstractContextManager[None]:
     return patched(torch.utils, "swap_tensors", refused)
 
 
-def _subclasses_refused(kernels: KernelListener) -> contextlib.AbstractContextManager[None]:
+def _subclasses_refused(kernels: KernelNotes) -> contextlib.AbstractContextManager[None]:
     """Refuse by name to make another class of a fake tensor, which is of a class of its own."""
     own = torch.Tensor.as_subclass
 
@@ -277,7 +257,7 @@ class _Functions(TorchFunctionMode):
 class _Kernels(TorchDispatchMode):
     """Counts draws and FLOPs of the function that is running."""
 
-    def __init__(self, observer: KernelListener) -> None:
+    def __init__(self, observer: KernelNotes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.observer = observer
 
@@ -288,8 +268,9 @@ class _Kernels(TorchDispatchMode):
             return self.seen(func, args, kwargs or {})
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
-        if func._schema.is_mutable:
-            self.note_writes(func, args, kwargs)
+        for tensor in written(func, args, kwargs) if func._schema.is_mutable else ():
+            if not isinstance(tensor, FakeTensor):
+                self.observer.write_outside(tensor)
         with self.observer.all_fake or contextlib.nullcontext():
             result, lengths = run_kernel(func, args, kwargs)
         if self.observer.within is not None:
@@ -306,9 +287,7 @@ class _Kernels(TorchDispatchMode):
             self.observer.deciding += deciding(func, args)
         elif func is _ITEM:
             self.observer.deciding.append(args[0])
-        packet = func.overloadpacket
-        if packet.__name__ in _BATCH_NORMS and args[5]:
-            self.observer.changed.update(id(statistic) for statistic in args[3:5])
+        self.observer.changed.update(map(id, changed_unsaid(func, args)))
         self.observer.flops += flops_of(func, args, kwargs, result)
         return result
 
@@ -321,40 +300,3 @@ class _Kernels(TorchDispatchMode):
         if kernel is not torch.ops.aten.lift_fresh.default:  # by which `torch.tensor` makes one of numbers
             self.observer.captured |= not used <= within
         within |= used | made
-
-    def note_writes(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for position, argument in enumerate(kernel._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in given if isinstance(given, list) else (given,):
-                    if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
-                        self.observer.write_outside(tensor)
-
-
-def deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload
-    """The tensors whose numbers decide a result's shape; an index has that tag but means its masks only."""
-    if kernel is torch.ops.aten.index.Tensor:
-        return [index for index in args[1] if index is not None and index.dtype in MASKS]
-    if kernel is torch.ops.aten.masked_select.default:
-        return [args[1]]
-    return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """The default generator that kernels on `device` draw from."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
-
-
-def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload
-    """Whether this call of a kernel draws random numbers: by its tag, unless its dropout is zero."""
-    if torch.Tag.nondeterministic_seeded not in kernel.tags:
-        return False
-    for position, argument in enumerate(kernel._schema.arguments):
-        if argument.name == "dropout_p":
-            given = kwargs.get(
-                "dropout_p", args[position] if position < len(args) else argument.default_value
-            )
-            return bool(given)
-    return True

@@ -16,9 +16,6 @@ from evenflow.graph.regions import memory_of
 from evenflow.graph.template import Shared
 from evenflow.plan.blocks import block_of
 
-# In such a node autograd walks: it frees what is to be made again, or allows no hooks on what is kept.
-_WALKS = frozenset(("grad", "backward", "func.grad", "func.grad_and_value", "func.vjp"))
-
 
 class Recomputable:
     """Asks of each node of a graph why it may not be computed again.
@@ -68,7 +65,7 @@ class Recomputable:
         shared = (leaf for leaf in node.args.leaves if isinstance(leaf, Shared))
         if any(each.number in self._graph.changing_objects for each in shared):
             return "it is handed an object whose Python state the program changes"
-        if any(step.name in _WALKS for step in node.steps):
+        if any(step.walks for step in node.steps):  # that frees what is to be made again
             return "autograd walks inside it"
         return None
 

@@ -15,7 +15,7 @@ from evenflow.graph.graph import Node
 from evenflow.graph.tree import CallTree, FunctionCall, ModuleCall, Value, walk
 
 
-def changes_state(what: str) -> RecordError:
+def _changes_state(what: str) -> RecordError:
     """What to raise where a checkpoint changes a buffer or an attribute."""
     return RecordError(
         f"a gradient checkpoint in the program changes {what}: a recomputation changes it once more, and in "
@@ -29,9 +29,9 @@ def refuse_changes_of_state(tree: CallTree) -> None:
     for call in walk(tree.root):
         match call:
             case FunctionCall(region=int(), changed_buffers=(name, *_)):
-                raise changes_state(f"the buffer {name}")
+                raise _changes_state(f"the buffer {name}")
             case ModuleCall(region=int(), changed=(name, *_)) | ModuleCall(recomputed=(name, *_)):
-                raise changes_state(name)
+                raise _changes_state(name)
 
 
 def refuse_changes_across_autocast(nodes: Sequence[Node], values: Sequence[Value]) -> None:

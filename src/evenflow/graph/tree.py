@@ -139,7 +139,7 @@ class ModuleCall:
     region: int | None = None  # the checkpoint region in which it was called, if any
     sequential: bool = False  # it sets the generator's state itself: its draws are keyed at entry alone
     recomputes: bool = False  # it calls a reentrant checkpoint, whose inside was not seen
-    recomputed: tuple[str, ...] = ()  # the attributes that were changed in there
+    recomputed: tuple[str, ...] = ()  # the attributes and buffers that were changed in there
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
@@ -147,6 +147,11 @@ class ModuleCall:
     whole_besides: str | None = None  # why it must not be taken apart even if that does not matter
     hooks: bool = False  # it put hooks of its own on the backward
     foreign: str | None = None  # what other code changed of the module: why it must be taken apart
+
+    @property
+    def inside(self) -> str:
+        """What all names begin with that lie inside the module."""
+        return f"{self.path}." if self.path else ""
 
 
 def never(*_: Any) -> Any:
