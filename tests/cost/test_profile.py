@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from evenflow.cost.cache import Cache, Place
+from evenflow.cost.measured import Kept, Measured
 from evenflow.cost.profile import profile_of
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
@@ -282,17 +284,35 @@ def test_another_model_with_the_same_layers_finds_them(tmp_path):
     assert profile_of(record(wider), cache=tmp_path, budget_seconds=0.0).num_measured == 3
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"measured": 1}', '{"measured": {"forward_seconds": 1}}']
-)
-def test_a_broken_file_is_made_again(tmp_path, text):
+def test_a_broken_file_is_made_again(tmp_path):
     found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     profile_of(found, cache=tmp_path, budget_seconds=0.0)
     broken = min(tmp_path.rglob("*.json"))
-    broken.write_text(text)
+    broken.write_text("{")
     assert profile_of(found, cache=tmp_path, budget_seconds=0.0).num_measured == 1
     assert json.loads(broken.read_text())["measured"]["forward_seconds"] >= 0
     assert profile_of(found, cache=tmp_path, budget_seconds=0.0).num_measured == 0
+
+
+MEASURED = Measured(1.0, 2.0, 1.5, 0.5, Kept((0,), (0,), 8), Kept((), (), 0), (16,), 32, 64)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A cache that holds one measurement, and its file."""
+    cache = Cache(tmp_path, Place("cpu", "2", 1))
+    cache.keep("sign", "a node", MEASURED)
+    assert cache.find("sign") == MEASURED
+    return cache, min(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"measured": 1}', '{"measured": {"forward_seconds": 1}}']
+)
+def test_a_file_that_holds_something_else_counts_as_none(kept, text):
+    cache, file = kept
+    file.write_text(text)
+    assert cache.find("sign") is None
 
 
 @pytest.mark.parametrize(
@@ -304,16 +324,15 @@ def test_a_broken_file_is_made_again(tmp_path, text):
         ("forward_seconds", [1.0]),
         ("forward_seconds", -1.0),
         ("forward_seconds", True),
+        ("saved", {"inputs": [0], "results": [0]}),
     ],
 )
-def test_a_number_that_is_none_counts_as_broken(tmp_path, name, value):
-    found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
-    profile_of(found, cache=tmp_path, budget_seconds=0.0)
-    file = min(tmp_path.rglob("*.json"))
+def test_a_number_that_is_none_counts_as_broken(kept, name, value):
+    cache, file = kept
     held = json.loads(file.read_text())
     held["measured"][name] = value
     file.write_text(json.dumps(held))
-    assert profile_of(found, cache=tmp_path, budget_seconds=0.0).num_measured == 1
+    assert cache.find("sign") is None
 
 
 def test_progress_names_each_node_that_is_measured():
