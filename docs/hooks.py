@@ -19,14 +19,15 @@ from mkdocs.structure.pages import Page
 _LOG = logging.getLogger("mkdocs.hooks")  # warnings end a strict build
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#\s:]+)(?=[)#])")
 _LANGUAGES = {".py": "python", ".toml": "toml"}
-CHANGELOG = "CHANGELOG.md"
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages of the menu that stand beside docs/
 _ITEM = re.compile(r"(?P<indent> *)(?:[-*+]|\d+\.) ")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the changelog, and each file outside of docs/ that a page links to."""
+    """Add the pages that stand beside docs/, and each file outside of it that a page links to."""
     root = Path(config.docs_dir).parent
-    files.append(File.generated(config, CHANGELOG, content=(root / CHANGELOG).read_text()))
+    for beside in OUTSIDE:
+        files.append(File.generated(config, beside, content=(root / beside).read_text()))
     for page in list(files.documentation_pages()):
         for match in _LINK.finditer(page.content_string):
             path = in_repository(page.src_uri, match["path"])
@@ -77,7 +78,7 @@ def in_repository(page: str, link: str) -> str:
     >>> in_repository("api/index.md", "../../examples/gpt.py"), in_repository("CHANGELOG.md", "docs/own.md")
     ('examples/gpt.py', 'docs/own.md')
     """
-    folder = "" if page == CHANGELOG else posixpath.join("docs", posixpath.dirname(page))
+    folder = "" if page in OUTSIDE else posixpath.join("docs", posixpath.dirname(page))
     return posixpath.normpath(posixpath.join(folder, link))
 
 

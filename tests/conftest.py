@@ -1,6 +1,7 @@
 """Set-up of every test: no network, one thread, as each rank has, and an empty folder for measurements."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -16,7 +17,25 @@ if "EVENFLOW_CACHE" not in os.environ:
 import pytest
 import torch
 
+from forked import launch_by_fork
+
 torch.set_num_threads(1)
+
+
+# How processes begin, end and print is what these are about.
+_BEGUN_IN_THE_ORDINARY_WAY = {
+    "test_launcher",
+    "test_training_run",
+    "test_restarts",
+    "test_host_memory",
+    "test_pages",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ranks_begin_at_once(request):
+    with contextlib.nullcontext() if request.path.stem in _BEGUN_IN_THE_ORDINARY_WAY else launch_by_fork():
+        yield
 
 
 @pytest.fixture(autouse=True)

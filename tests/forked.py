@@ -1,22 +1,48 @@
-"""Ranks as processes that begin within milliseconds, under a launcher that is this process.
+"""Ranks as processes that begin within milliseconds, forked from a server that has imported what they need.
 
-They are forked from a server that has imported torch. As under torchrun, the store where they meet lives in
-none of them, and torch is told where a rank's error goes.
+`launch_by_fork` has `evenflow.launch` begin them so. `run_ranks` is itself the launcher: as under torchrun,
+the store where ranks meet lives in none of them, and torch is told where a rank's error goes.
 """
 
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from torch.distributed import TCPStore
 
-_PRELOADED = ["torch", "torch.distributed", "evenflow.pipe.build", "evenflow.launcher"]
+from evenflow import launcher
+
+_PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "evenflow.pipe.build",
+    "evenflow.launcher",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+@contextlib.contextmanager
+def launch_by_fork() -> Iterator[None]:
+    """While this is entered `evenflow.launch` forks ranks; they print where the server does.
+
+    Begun in the ordinary way each of them would first import for three or four seconds.
+    """
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    ordinary = launcher.LaunchConfig
+    launcher.LaunchConfig = functools.partial(ordinary, start_method="forkserver")
+    try:
+        yield
+    finally:
+        launcher.LaunchConfig = ordinary
 
 
 @dataclass(frozen=True)

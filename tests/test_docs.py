@@ -28,7 +28,8 @@ from evenflow.schedules.catalog import SCHEDULES
 from public_api import PUBLIC
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BESIDE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES = [*BESIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
@@ -58,6 +59,39 @@ def test_the_map_of_the_design_names_every_file():
         if path.stem not in named.get("" if path.parent == source else path.parent.name, set())
     ]
     assert not missing
+
+
+INSIDE = [
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docs" / "design.md",
+    *sorted((ROOT / "docs" / "design").glob("*.md")),
+    *sorted((ROOT / "docs" / "decisions").glob("*.md")),
+]
+
+
+def unknown_places(text):
+    """Files, packages and tests that a page names and that are not there; `my_…` are the reader's own."""
+    tops = ("src", "tests", "benchmarks", "docs")
+    paths = [path.relative_to(ROOT).parts for top in tops for path in (ROOT / top).rglob("*")]
+    ends = {*tops, *("/".join(parts[at:]) for parts in paths for at in range(len(parts)))}
+    tests = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    places = re.findall(r"`([\w/]+\.py|[\w/]+/)`", text)
+    return [place for place in places if place.strip("/") not in ends and "my_" not in place] + [
+        name for name in re.findall(r"`(test_\w+)`", text) if name not in tests
+    ]
+
+
+@pytest.mark.parametrize("page", INSIDE, ids=lambda page: page.name)
+def test_what_the_design_names_is_there(page):
+    assert not unknown_places(page.read_text())
+    found = unknown_places(
+        "`plan/none.py` `launcher.py` `none/` `test_none` `test_one_last_bit_would_be_noticed`"
+    )
+    assert found == ["plan/none.py", "none/", "test_none"]
 
 
 LAUNCHING = (ROOT / "docs" / "launching.md").read_text()
@@ -176,9 +210,9 @@ def test_the_reference_has_what_is_public_and_no_more():
 def test_every_page_of_the_site_is_in_its_menu_under_its_own_title():
     menu = re.findall(r"^ +- (?:(.*): )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {str(page.relative_to(ROOT / "docs")): page for page in (ROOT / "docs").rglob("*.md")}
-    assert {place for _, place in menu} == pages.keys() | {"CHANGELOG.md"}
+    assert {place for _, place in menu} == pages.keys() | {"CHANGELOG.md", "CONTRIBUTING.md"}
     for title, place in menu:
-        if title not in ("", "Home", "Changelog"):
+        if title not in ("", "Home", "Changelog", "Contributing"):
             assert pages[place].read_text().startswith(f"# {title}\n")
 
 

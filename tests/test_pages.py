@@ -1,4 +1,4 @@
-"""README.md and every page under docs/: what can be typed there does what the page says.
+"""README.md, CONTRIBUTING.md and every page under docs/: what can be typed there does what the page says.
 
 The blocks of a page that are marked `python` or `sh` run as they stand, in order: in a process of their own,
 the blocks of Python with one set of names, those of the shell by `bash -e`, in an empty folder with a copy of
@@ -20,7 +20,7 @@ import evenflow
 import pages
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def run(page, folder, *expressions):
