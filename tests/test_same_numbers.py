@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evenflow
-from evenflow.graph.cut import legal_positions
+from evenflow.graph.positions import legal_positions
 from evenflow.ir import Exchange, Payload, Program, Recv, Send
 from evenflow.lower import lower
 from evenflow.pipe import choices, programs

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from evenflow.cost.assemble import chain_of
-from evenflow.cost.measured import Measured
+from evenflow.cost.measured import Kept, Measured
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
 
@@ -28,12 +28,8 @@ def chain(model, loss, *, backward=2.0, input_grad=1.5):
             backward_seconds=0.0 if node.glue else backward,
             input_grad_seconds=0.0 if node.glue else input_grad,
             entry_seconds=0.25,
-            inputs_saved=(0,),
-            results_saved=(0,),
-            private_saved_bytes=100,
-            inputs_kept=(0,),
-            results_kept=(),
-            private_kept_bytes=50,
+            saved=Kept(inputs=(0,), results=(0,), private_bytes=100),
+            kept=Kept(inputs=(0,), results=(), private_bytes=50),
             result_bytes=(1000,) * len(node.makes),
             forward_peak_bytes=1500,
             backward_peak_bytes=700,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import evenflow
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
-    "num_hidden_layers": 32,
+    "num_hidden_layers": 4,  # of 32, which are all alike
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "vocab_size": 128256,
@@ -26,7 +27,6 @@ LLAMA_8B = {
 LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
     "intermediate_size": 28672,
-    "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
 # 1e12 operations and 1e11 bytes a second: what takes longer is plain to see.
@@ -73,11 +73,17 @@ def test_llama_computes_six_operations_for_each_parameter_and_token(sizes):
 
 def test_deepseek_v3_computes_with_its_active_parameters():
     length = 512
-    chain = chain_of(deferred(DeepseekV3ForCausalLM, DeepseekV3Config(use_cache=False)), length)
+
+    def flops(num_layers):
+        config = DeepseekV3Config(num_hidden_layers=num_layers, use_cache=False)
+        return sum(chain_of(deferred(DeepseekV3ForCausalLM, config), length).flops)
+
+    four = flops(4)  # all after the third have experts, and are alike
+    total = four + 57 * (flops(5) - four)
     # Scores over keys of 128 + 64 numbers, and sums of values of 128, in 128 heads of 61 layers.
     attention = 2 * length * 61 * 128 * (192 + 128)
     # The technical report (arXiv 2412.19437) counts 37 B active parameters, the embedding's among them.
-    active = (sum(chain.flops) / length - attention) / 2 + 129280 * 7168
+    active = (total / length - attention) / 2 + 129280 * 7168
     assert active == pytest.approx(37e9, rel=0.05)
 
 
@@ -211,6 +217,25 @@ def test_a_tensor_that_several_nodes_keep_is_held_once():
         (f"{at}.weight", 1024, (at,)) for at in range(3)
     ]
     assert chain.cut_bytes[:3] == (0.0, 512.0, 1024.0)
+
+
+def test_a_checkpoint_keeps_what_it_was_given_and_no_more():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, x):
+            return self.down(self.up(x).tanh())
+
+    def program(model, batch):
+        return checkpoint(model[1], model[0](batch), use_reentrant=False).sum()
+
+    model = nn.Sequential(nn.Linear(16, 16), Block())
+    graph = recorded(model, torch.ones(8, 16), program)
+    chain = estimate(graph, model, [TOY], num_rows=8)
+    assert chain.names[1:4] == ("1.up", "1:tanh", "1.down")
+    assert [(held.num_bytes, held.nodes) for held in chain.saved] == [(8 * 16 * 4.0, (1,))]
 
 
 def test_a_product_with_a_weight_s_view_is_not_put_off():

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from evenflow.cost.cache import Cache, Place
+from evenflow.cost.measured import Kept, Measured
+from evenflow.cost.profile import profile_of
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
 
@@ -33,7 +36,7 @@ def record(model, loss=mean_square, batch=None, share=0.0, device=CPU, atomic=()
 
 
 def measured(model, device=CPU, **others):
-    return record(model, device=device, **others).profile(budget_seconds=0.0)
+    return profile_of(record(model, device=device, **others), budget_seconds=0.0)
 
 
 def held_by(chain, held, name):
@@ -121,7 +124,7 @@ def test_an_attribute_that_only_numbers_the_layer_makes_no_difference():
 
     def alike(powers):
         layers = [nn.Linear(WIDTH, WIDTH), *(Layer(1 + at, power) for at, power in enumerate(powers))]
-        found = record(nn.Sequential(*layers), share=0.9).profile(budget_seconds=0.0)
+        found = profile_of(record(nn.Sequential(*layers), share=0.9), budget_seconds=0.0)
         return found.alike[1:3]
 
     assert alike([3.0, 3.0]) == (1, 1)
@@ -206,14 +209,11 @@ def test_a_model_without_memory_is_profiled_and_stays_without():
     with evenflow.deferred_init():
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
     without = []
-    chain = (
-        record(model)
-        .profile(
-            budget_seconds=0.0,
-            progress=lambda *_: without.append(all(p.is_meta for p in model.parameters())),
-        )
-        .chain
-    )
+    chain = profile_of(
+        record(model),
+        budget_seconds=0.0,
+        progress=lambda *_: without.append(all(p.is_meta for p in model.parameters())),
+    ).chain
     assert without == [True] * 5  # between two nodes there is none in memory
     assert all(parameter.is_meta for parameter in model.parameters())
     assert chain.num_nodes == 5
@@ -224,7 +224,7 @@ def test_model_buffers_and_generator_are_left_as_they_were():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.5))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found, state = record(model), torch.get_rng_state()
-    found.profile(budget_seconds=0.0)
+    profile_of(found, budget_seconds=0.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -244,7 +244,9 @@ def test_indexes_that_a_node_makes_are_real_ones():
     values = found.graph.values
     table = next(node for node in found.graph.chain if node.name == "table")
     assert values[table.inputs[0]].info.dtype is torch.int64
-    assert seconds(found.profile(budget_seconds=0.0).chain).weight_grad[found.graph.chain.index(table)] > 0
+    assert (
+        seconds(profile_of(found, budget_seconds=0.0).chain).weight_grad[found.graph.chain.index(table)] > 0
+    )
 
 
 def test_boundaries_are_the_graphs_own():
@@ -259,10 +261,10 @@ def test_boundaries_are_the_graphs_own():
 
 def test_with_a_full_cache_nothing_is_measured(tmp_path):
     found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)))
-    first = found.profile(cache=tmp_path, budget_seconds=0.0)
+    first = profile_of(found, cache=tmp_path, budget_seconds=0.0)
     told = []
-    second = found.profile(
-        cache=tmp_path, budget_seconds=0.0, progress=lambda *told_now: told.append(told_now)
+    second = profile_of(
+        found, cache=tmp_path, budget_seconds=0.0, progress=lambda *told_now: told.append(told_now)
     )
     assert first.num_measured == 4
     assert second.num_measured == 0
@@ -271,26 +273,46 @@ def test_with_a_full_cache_nothing_is_measured(tmp_path):
 
 
 def test_another_model_with_the_same_layers_finds_them(tmp_path):
-    record(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))).profile(
-        cache=tmp_path, budget_seconds=0.0
+    profile_of(
+        record(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))),
+        cache=tmp_path,
+        budget_seconds=0.0,
     )
     longer = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5)))
-    assert record(longer).profile(cache=tmp_path, budget_seconds=0.0).num_measured == 0
+    assert profile_of(record(longer), cache=tmp_path, budget_seconds=0.0).num_measured == 0
     wider = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH))
-    assert record(wider).profile(cache=tmp_path, budget_seconds=0.0).num_measured == 3
+    assert profile_of(record(wider), cache=tmp_path, budget_seconds=0.0).num_measured == 3
+
+
+def test_a_broken_file_is_made_again(tmp_path):
+    found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    profile_of(found, cache=tmp_path, budget_seconds=0.0)
+    broken = min(tmp_path.rglob("*.json"))
+    broken.write_text("{")
+    assert profile_of(found, cache=tmp_path, budget_seconds=0.0).num_measured == 1
+    assert json.loads(broken.read_text())["measured"]["forward_seconds"] >= 0
+    assert profile_of(found, cache=tmp_path, budget_seconds=0.0).num_measured == 0
+
+
+MEASURED = Measured(1.0, 2.0, 1.5, 0.5, Kept((0,), (0,), 8), Kept((), (), 0), (16,), 32, 64)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A cache that holds one measurement, and its file."""
+    cache = Cache(tmp_path, Place("cpu", "2", 1))
+    cache.keep("sign", "a node", MEASURED)
+    assert cache.find("sign") == MEASURED
+    return cache, min(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"measured": 1}', '{"measured": {"forward_seconds": 1}}']
 )
-def test_a_broken_file_is_made_again(tmp_path, text):
-    found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
-    found.profile(cache=tmp_path, budget_seconds=0.0)
-    broken = min(tmp_path.rglob("*.json"))
-    broken.write_text(text)
-    assert found.profile(cache=tmp_path, budget_seconds=0.0).num_measured == 1
-    assert json.loads(broken.read_text())["measured"]["forward_seconds"] >= 0
-    assert found.profile(cache=tmp_path, budget_seconds=0.0).num_measured == 0
+def test_a_file_that_holds_something_else_counts_as_none(kept, text):
+    cache, file = kept
+    file.write_text(text)
+    assert cache.find("sign") is None
 
 
 @pytest.mark.parametrize(
@@ -302,22 +324,23 @@ def test_a_broken_file_is_made_again(tmp_path, text):
         ("forward_seconds", [1.0]),
         ("forward_seconds", -1.0),
         ("forward_seconds", True),
+        ("saved", {"inputs": [0], "results": [0]}),
     ],
 )
-def test_a_number_that_is_none_counts_as_broken(tmp_path, name, value):
-    found = record(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
-    found.profile(cache=tmp_path, budget_seconds=0.0)
-    file = min(tmp_path.rglob("*.json"))
+def test_a_number_that_is_none_counts_as_broken(kept, name, value):
+    cache, file = kept
     held = json.loads(file.read_text())
     held["measured"][name] = value
     file.write_text(json.dumps(held))
-    assert found.profile(cache=tmp_path, budget_seconds=0.0).num_measured == 1
+    assert cache.find("sign") is None
 
 
 def test_progress_names_each_node_that_is_measured():
     told = []
-    record(nn.Sequential(nn.Linear(WIDTH, WIDTH))).profile(
-        budget_seconds=0.0, progress=lambda *told_now: told.append(told_now)
+    profile_of(
+        record(nn.Sequential(nn.Linear(WIDTH, WIDTH))),
+        budget_seconds=0.0,
+        progress=lambda *told_now: told.append(told_now),
     )
     assert told == [("0", 0, 3), ("square", 1, 3), ("mean", 2, 3)]
 

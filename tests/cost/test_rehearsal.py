@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from evenflow.cost.cache import Cache, Place
-from evenflow.cost.rehearsal import as_rehearsed, found_in, keep_in
+from evenflow.cost.profile import profile_of
+from evenflow.cost.rehearsal import Rehearsal, as_rehearsed, found_in, keep_in
 from evenflow.errors import RecordError
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
@@ -31,7 +32,7 @@ def rehearsal(model, loss=mean_square):
         device=CPU,
         atomic=[Slow, Picky],
     )
-    return found.rehearsal(found.profile(budget_seconds=0.0).chain)
+    return Rehearsal.of(found, profile_of(found, budget_seconds=0.0).chain)
 
 
 class Sleeps(torch.autograd.Function):

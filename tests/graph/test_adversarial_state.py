@@ -17,18 +17,6 @@ from torch.nn import functional as F
 cases = Cases()
 program = cases.program
 
-UNDERSCORE = "names that begin with _ are not compared (graph/outside.py, graph/modules.py)"
-APART = "only modules that were taken apart are compared (recordings._state)"
-METHOD = "what a method other than __call__ changes is not compared (record.module)"
-OPAQUE = "other objects are compared by identity (outside.frozen)"
-CODE = "functions that the program calls are not followed (outside.around_function)"
-TWICE = "state inside other objects: no two calls are the same (recording twice would tell)"
-LEAF = "a read of the batch inside a leaf that stays whole is no guard"
-VIEW = (
-    "leaves._node: a change through a view does not make its node a user of the buffer, for legal_positions"
-)
-GUARD = "a guard on a buffer: KeyError from Template.fill (loud)"
-
 
 def straight(self, x):
     return self.head(self.b(self.a(x)))

@@ -1,4 +1,4 @@
-"""Cutting: what travels between stages, what is computed again, and where a cut is illegal."""
+"""Cutting: what travels between stages, and what is computed again."""
 
 import itertools
 
@@ -8,30 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evenflow.errors import RecordError
-from evenflow.graph.cut import (
-    Cut,
-    crossing_bytes,
-    cut,
-    legal_positions,
-    num_bytes,
-    positions_for_owners,
-)
+from evenflow.graph.cut import Cut, cut
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
 from evenflow.graph.leaves import flatten
+from evenflow.graph.positions import legal_positions
 from evenflow.graph.record import record
 from evenflow.graph.tree import BatchLeaf, ParameterSource
-from unsplit import mean_square, mlp, regression
+from unsplit import regression
 
 WIDTH = 4
 
 
-def graph_of(program, model: nn.Module | None = None) -> Graph:
+def graph_of(program, model: nn.Module | None = None, *, max_share: float = 0.0) -> Graph:
     model = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in "abcd"}) if model is None else model
-    fakes = FakeParameters(model, torch.device("cpu"))
-    batch = regression(4, WIDTH)
-    return flatten(record(program, model, batch, device=torch.device("cpu"), fakes=fakes), max_share=0.0)
+    cpu = torch.device("cpu")
+    tree = record(program, model, regression(4, WIDTH), device=cpu, fakes=FakeParameters(model, cpu))
+    return flatten(tree, max_share=max_share)
 
 
 def straight(model, batch):
@@ -54,14 +47,6 @@ def with_mask(model, batch):
     h = model["a"](batch["x"])
     h = model["b"](h) * mask
     return (model["c"](h) * mask).mean()
-
-
-def changing(model, batch):
-    h = model["a"](batch["x"]) * 1.0
-    view = h[0]
-    y = model["b"](batch["x"])
-    h.add_(y)
-    return (model["c"](h) + view).mean()
 
 
 def at(graph: Graph, name: str) -> int:
@@ -174,112 +159,3 @@ def test_parameters_are_never_sent():
         for section in made.sections:
             for values in section.sends.values():
                 assert not any(isinstance(GRAPHS[program].values[v].source, ParameterSource) for v in values)
-
-
-# -- where
-
-
-def test_a_cut_never_parts_a_change_from_an_alias_that_matters():
-    graph = graph_of(changing)
-    legal = legal_positions(graph)
-    view, change = at(graph, "__getitem__"), at(graph, "add_")
-    assert not any(legal[view + 1 : change + 1])
-    assert legal[1], "before there is an alias"
-
-
-def test_a_cut_never_parts_the_users_of_a_buffer_that_is_changed():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = mlp(WIDTH, WIDTH, WIDTH, 1)
-            self.register_buffer("calls", torch.zeros(1))
-
-        def forward(self, x):
-            x = self.layers[0](x) + self.calls
-            x = self.layers[2](self.layers[1](x))
-            self.calls += 1
-            return self.layers[4](self.layers[3](x + self.calls))
-
-    graph = graph_of(mean_square, Model())
-    legal = legal_positions(graph)
-    first, change, copied = at(graph, "add"), at(graph, "add_"), at(graph, "calls (copied)")
-    assert not any(legal[first + 1 : change + 1])
-    assert legal[first]
-    assert change < copied, "what reads it later takes a copy"
-    assert not legal[copied]
-    assert all(legal[copied + 1 :])
-
-
-def test_crossing_bytes_are_those_of_the_values_alive():
-    graph = graph_of(skipping)
-    size = 4 * WIDTH * 4
-    crossing = crossing_bytes(graph)
-    assert crossing[0] == 0
-    assert crossing[at(graph, "b")] == size
-    assert crossing[at(graph, "d")] == 2 * size
-    assert num_bytes(graph.values[graph.chain[0].results[0]].info) == size
-
-
-# -- again, for the owners that are
-
-
-def test_another_recording_is_cut_where_its_parameters_live():
-    graph = graph_of(skipping)
-    owners = {f"{name}.{kind}": stage for stage, name in enumerate("abcd") for kind in ("weight", "bias")}
-    positions = positions_for_owners(graph, owners, 4)
-    for stage, section in enumerate(cut(graph, positions).sections):
-        names = {name for node in section.nodes for name in node.parameters}
-        assert {owners[name] for name in names} == {stage}
-
-
-def test_a_stage_that_a_recording_does_not_use_stays_empty():
-    graph = graph_of(lambda model, batch: model["d"](model["a"](batch["x"])).mean())
-    owners = {f"{name}.{kind}": stage for stage, name in enumerate("abcd") for kind in ("weight", "bias")}
-    sections = cut(graph, positions_for_owners(graph, owners, 4)).sections
-    assert [bool(section.nodes) for section in sections] == [True, False, False, True]
-
-
-def test_another_recording_is_cut_at_a_legal_place_between_owners():
-    def program(model, batch):
-        h = model["a"](batch["x"]) * 2
-        part = h[:1]
-        k = model["b"](h)
-        part.add_(1)
-        return (k + h).mean()
-
-    graph = graph_of(program)
-    assert not legal_positions(graph)[at(graph, "b")]
-    assert positions_for_owners(graph, {"a.weight": 0, "b.weight": 1}, 2) == (at(graph, "__getitem__"),)
-
-
-def test_owners_that_no_legal_place_parts_are_refused():
-    def program(model, batch):
-        h = model["c"](batch["x"])
-        part = h[:1]
-        k = model["b"](h) + model["a"](h)
-        part.add_(1)
-        return (k + h).mean()
-
-    graph = graph_of(program)
-    with pytest.raises(RecordError, match="a begins stage 1, but between stages 0 and 1 is no place to cut"):
-        positions_for_owners(graph, {"b.weight": 0, "a.weight": 1}, 2)
-
-
-def test_each_use_of_a_shared_parameter_stays_on_its_stage():
-    def program(model, batch):
-        h = model["b"](model["a"](batch["x"]))
-        return model["c"](model["a"](h)).mean()
-
-    graph = graph_of(program)
-    uses = {("a.weight", 0): 0, ("a.weight", 1): 1}
-    assert positions_for_owners(graph, {"c.weight": 1}, 2, uses) == (2,)
-    with pytest.raises(
-        RecordError, match=r"a is use number 2 of the shared parameter a\.weight, .* stage 0 before"
-    ):
-        positions_for_owners(graph, {"b.weight": 1}, 2, {("a.weight", 1): 0})
-
-
-def test_an_order_that_no_cut_follows_is_refused():
-    graph = graph_of(lambda model, batch: model["a"](model["b"](batch["x"])).mean())
-    with pytest.raises(RecordError, match=r"^for this batch a runs after parameters of stage 1 but owns"):
-        positions_for_owners(graph, {"a.weight": 0, "a.bias": 0, "b.weight": 1, "b.bias": 1}, 2)

@@ -1,5 +1,7 @@
 """Random numbers: the same at every cut and granularity, and other ones where they should be."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -72,21 +74,24 @@ def one_step(
     return pipeline_step(pipe, model, batch())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@functools.cache
+def on_one_stage():
+    return one_step(share=0.0, stages=1)
+
+
+@pytest.mark.parametrize(("stages", "share"), [(1, 1.0), (2, 0.1), (2, 1.0), (3, 0.0), (3, 0.3)])
 def test_draws_do_not_depend_on_cuts_or_leaves(stages, share):
-    expected = one_step(share=0.0, stages=1)
-    assert_same_step(one_step(share=share, stages=stages), expected)
+    assert_same_step(one_step(share=share, stages=stages), on_one_stage())
 
 
-@pytest.mark.parametrize("cuts", range(4))
+@pytest.mark.parametrize("cuts", range(2))
 def test_draws_do_not_depend_on_random_cuts(cuts):
-    assert_same_step(one_step(share=0.0, stages=4, cuts=cuts), one_step(share=0.0, stages=1))
+    assert_same_step(one_step(share=0.0, stages=4, cuts=cuts), on_one_stage())
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "gpipe"])
 def test_draws_do_not_depend_on_the_schedule(schedule):
-    assert_same_step(one_step(share=0.0, stages=3, schedule=schedule), one_step(share=0.0, stages=1))
+    assert_same_step(one_step(share=0.0, stages=3, schedule=schedule), on_one_stage())
 
 
 def noise(*shape):
@@ -163,9 +168,9 @@ def test_the_users_generator_is_left_alone(stages):
 
 
 def test_the_users_generator_does_not_matter():
-    first = one_step(share=0.0, stages=2)
+    expected = on_one_stage()
     torch.manual_seed(99)
-    assert_same_step(one_step(share=0.0, stages=2), first)
+    assert_same_step(one_step(share=0.0, stages=2), expected)
 
 
 def test_closing_leaves_no_hooks():

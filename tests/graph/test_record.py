@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from evenflow.errors import ConfigError, RecordError
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget
-from evenflow.graph.leaves import flatten, walk
+from evenflow.graph.leaves import flatten
 from evenflow.graph.record import record
 from evenflow.graph.settings import Under
-from evenflow.graph.tree import BatchLeaf, BufferSource, CallTree, ModuleCall, ParameterSource
+from evenflow.graph.tree import BatchLeaf, BufferSource, CallTree, ParameterSource, modules_in
 from unsplit import mean_square, mlp, regression
 
 CPU = torch.device("cpu")
@@ -364,7 +364,7 @@ def test_a_hidden_value_that_reaches_the_loss_function_is_refused():
 
 def test_the_tree_holds_every_call_with_its_place():
     tree = tree_of(blocks(2))
-    calls = [call for call in walk(tree.root) if isinstance(call, ModuleCall)]
+    calls = list(modules_in(tree.root))
     assert [call.path for call in calls] == ["", "", "0", "0.a", "0.b", "1", "1.a", "1.b", "2"]
     assert all(call.start <= call.end for call in calls)
 
@@ -373,7 +373,7 @@ def test_calls_of_one_module_are_counted():
     def program(model, batch):
         return mean_square(lambda x: model[2](model[0](model[0](x))), batch)
 
-    calls = [c for c in walk(tree_of(blocks(2), program).root) if isinstance(c, ModuleCall) and c.path == "0"]
+    calls = [call for call in modules_in(tree_of(blocks(2), program).root) if call.path == "0"]
     assert [call.call for call in calls] == [0, 1]
 
 

@@ -7,34 +7,11 @@ from typing import Any
 import pytest
 import torch
 from zoo_case import Case, assert_alike, pipeline_outcome, plain_outcome
-from zoo_transformers import CASES
+from zoo_transformers import CASES, ON_RANKS
 
 import evenflow
 from unsplit import Step, assert_same_step
 
-CHOSEN = (
-    "llama",
-    "llama, checkpointed",
-    "qwen3",
-    "gemma2",
-    "gpt2",
-    "mixtral",
-    "mixtral, eager experts",
-    "deepseek-v3",
-    "mamba",
-    "bert",
-    "albert",
-    "t5",
-    "bart",
-    "whisper",
-    "vit",
-    "swin",
-    "resnet",
-    "clip",
-    "wav2vec2, ctc",
-    "llava",
-    "perceiver",
-)
 BY_NAME = {case.name: case for case in CASES}
 TOLERANCE = 1e-6
 
@@ -53,7 +30,7 @@ class Share:
 def on_a_rank() -> list[Share]:
     """Every chosen case on this rank of two."""
     torch.set_num_threads(1)
-    return [one(BY_NAME[name]) for name in CHOSEN]
+    return [one(BY_NAME[name]) for name in ON_RANKS]
 
 
 def one(case: Case) -> Share:
@@ -79,9 +56,9 @@ def from_ranks() -> list[list[Share]]:
     return evenflow.launch(on_a_rank, nproc=2)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", ON_RANKS)
 def test_two_processes_give_the_numbers_of_the_unsplit_model(name):
-    shares = [found[CHOSEN.index(name)] for found in from_ranks()]
+    shares = [found[ON_RANKS.index(name)] for found in from_ranks()]
     case, expected = BY_NAME[name], plain_outcome(BY_NAME[name])
     buffers = {key: tensor for share in shares for key, tensor in share.buffers.items()}
     found = Step(

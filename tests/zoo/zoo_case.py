@@ -75,8 +75,10 @@ def plain_outcome(case: Case) -> Outcome:
     return Outcome(step, join(rests, parts), join(predictions, parts))
 
 
-def pipeline_outcome(case: Case, *, stages: int, max_leaf_share: float | None) -> Outcome:
-    """What a pipeline gives."""
+def pipeline_outcome(
+    case: Case, *, stages: int, max_leaf_share: float | None, predicts: bool = False
+) -> Outcome:
+    """What a pipeline gives; a prediction where it is to make one."""
     model, batch = case.build(), case.batch()
     pipe = evenflow.pipeline(
         model,
@@ -88,7 +90,7 @@ def pipeline_outcome(case: Case, *, stages: int, max_leaf_share: float | None) -
         exact=case.exact,
         reduction=case.reduction,
     )
-    prediction = pipe.predict(batch, case.loss)
+    prediction = pipe.predict(batch, case.loss) if predicts else None
     result = pipe.step(batch)
     gradients = {name: gradient for name, gradient in pipe.named_gradients() if gradient is not None}
     pipe.close()

@@ -16,3 +16,28 @@ CASES = [
     *SOUNDS,
     *SERIES,
 ]
+
+# Those that are tried on two processes, in two stages of large leaves.
+ON_RANKS = (
+    "llama",
+    "llama, checkpointed",
+    "qwen3",
+    "gemma2",
+    "gpt2",
+    "mixtral",
+    "mixtral, eager experts",
+    "deepseek-v3",
+    "mamba",
+    "bert",
+    "albert",
+    "t5",
+    "bart",
+    "whisper",
+    "vit",
+    "swin",
+    "resnet",
+    "clip",
+    "wav2vec2, ctc",
+    "llava",
+    "perceiver",
+)

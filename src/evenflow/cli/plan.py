@@ -27,10 +27,11 @@ from evenflow.cluster.read import read_cluster
 from evenflow.cluster.short import parse_cluster
 from evenflow.cluster.sizes import parse_bytes
 from evenflow.cost.estimate import estimate
+from evenflow.cost.recorded import Recorded
 from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
 from evenflow.pipe.choices import Splitter
-from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
 from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import RECOMPUTE_NAMES, Choice, describe

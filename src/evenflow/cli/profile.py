@@ -16,10 +16,11 @@ from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import make_feed, refusing
 from evenflow.cli.writing import check_new
 from evenflow.cost.cache import user_folder
-from evenflow.cost.profile import Profile
+from evenflow.cost.profile import Profile, profile_of
+from evenflow.cost.recorded import Recorded
 from evenflow.cost_table import LayerTimes, write_layers
 from evenflow.pipe.choices import Splitter, device_kind
-from evenflow.pipe.recorded import Recorded, recorded
+from evenflow.pipe.recorded import recorded
 from evenflow.plan.chain import Chain, Held
 
 
@@ -39,7 +40,7 @@ def profile(flags: Flags, *, csv: Path | None) -> None:
 
         with refusing("the model cannot be measured"):
             found = _recorded(flags)
-            measured = found.profile(cache=user_folder(), progress=tell)
+            measured = profile_of(found, cache=user_folder(), progress=tell)
     _print(console, measured, found)
     if csv is not None:
         write_layers(csv, *_layers(measured.chain))

@@ -7,19 +7,17 @@ else, until the backward computes the region again.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 
-from evenflow.cost.handing import Places, handed_over
-from evenflow.cost.measured import Measured
-from evenflow.graph.cut import crossing_bytes, legal_positions, lifetimes, num_bytes, skips
+from evenflow.cost.measured import NOTHING_KEPT, Kept, Measured
+from evenflow.cost.outline import chain_with, given_to_regions, handed_over, held, memory_of_state
 from evenflow.graph.graph import Graph
-from evenflow.graph.recomputable import may_be_recomputed
-from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
-from evenflow.plan.chain import Chain, Held, Parameter, Seconds
+from evenflow.graph.positions import lifetimes, num_bytes
+from evenflow.graph.tree import BatchLeaf
+from evenflow.plan.chain import Chain, Seconds
 
 _Storage: TypeAlias = int  # the number of a memory in the graph
 _Users: TypeAlias = Mapping[_Storage, frozenset[int]]  # who holds it until the backward: places in the chain
@@ -34,33 +32,22 @@ def chain_of(
     kind: str,
 ) -> Chain:
     """The chain of a graph. `measured` is by the index of a node; `kind` names the device."""
-    nodes = graph.chain
-    costs = [measured[node.index] for node in nodes]
+    costs = [measured[node.index] for node in graph.chain]
     sizes = _storage_bytes(graph, measured)
-    saved, kept = (_by_storage(graph, costs, of) for of in ("saved", "kept"))
-    private = [
-        0 if n.region is not None else m.private_saved_bytes for n, m in zip(nodes, costs, strict=True)
-    ]
-    private_kept = [
-        0 if n.region is not None else m.private_kept_bytes for n, m in zip(nodes, costs, strict=True)
-    ]
-    forward_transient = _forward_transients(graph, costs, saved, sizes)
+    saved = _outside_regions(graph, (one.saved for one in costs))
+    kept = _outside_regions(graph, (one.kept for one in costs))
+    savers = _holders(graph, saved, given_to_regions(graph))
     handed, places = handed_over(graph, sizes)
-    return Chain(
-        names=tuple(node.name for node in nodes),
+    return chain_with(
+        graph,
+        model,
         num_rows=num_rows,
-        flops=tuple(float(node.flops) for node in nodes),
         seconds={kind: _seconds(graph, measured)},
-        saved=_held(saved, sizes, private, places),
-        kept=_held(kept, sizes, private_kept, places),
-        parameters=parameters_used(graph, model),
-        forward_transient_bytes=forward_transient,
-        backward_transient_bytes=_backward_transients(graph, costs),
-        cut_bytes=tuple(map(float, crossing_bytes(graph)[: len(nodes)])),
-        legal=tuple(legal_positions(graph)[: len(nodes)]),
-        skips=values_past_nodes(graph),
+        saved=held(savers, [one.private_bytes for one in saved], sizes, places),
+        kept=held(_holders(graph, kept), [one.private_bytes for one in kept], sizes, places),
         handed=handed,
-        recomputable=may_be_recomputed(graph),
+        forward_transient_bytes=_forward_transients(graph, costs, savers, sizes),
+        backward_transient_bytes=_backward_transients(graph, costs),
     )
 
 
@@ -99,18 +86,11 @@ def _first_users(graph: Graph) -> dict[int, int]:
 # -- what is held
 
 
-def _not_counted(graph: Graph) -> frozenset[_Storage]:
-    """Memories of parameters and buffers, which are there anyway."""
-    own = ParameterSource | BufferSource
-    return frozenset(value.storage for value in graph.values if isinstance(value.source, own))
-
-
 def _storage_bytes(graph: Graph, measured: Mapping[int, Measured]) -> dict[_Storage, int]:
     """How large each memory of the graph is: as its maker left it, else as its largest value."""
     sizes: dict[_Storage, int] = {}
     for node in graph.nodes:
-        found = measured[node.index].result_bytes if node.index in measured else (0,) * len(node.makes)
-        for value, size in zip(node.makes, found, strict=True):
+        for value, size in zip(node.makes, measured[node.index].result_bytes, strict=True):
             storage = graph.values[value].storage
             sizes[storage] = max(sizes.get(storage, 0), size)
     for each in graph.values:
@@ -119,38 +99,22 @@ def _storage_bytes(graph: Graph, measured: Mapping[int, Measured]) -> dict[_Stor
     return sizes
 
 
-def _by_storage(graph: Graph, costs: Sequence[Measured], which: str) -> _Users:
-    """Which nodes hold each memory of a value."""
+def _outside_regions(graph: Graph, of_nodes: Iterable[Kept]) -> list[Kept]:
+    """What nodes hold themselves: those of a checkpoint region hold nothing."""
+    pairs = zip(graph.chain, of_nodes, strict=True)
+    return [NOTHING_KEPT if node.region is not None else own for node, own in pairs]
+
+
+def _holders(graph: Graph, of_nodes: Sequence[Kept], more: Iterable[tuple[int, int]] = ()) -> _Users:
+    """Which nodes, by place, hold each memory of a value; `more` are places and values that they hold too."""
     users: defaultdict[_Storage, set[int]] = defaultdict(set)
-    regions: defaultdict[int, list[int]] = defaultdict(list)
-    for place, (node, one) in enumerate(zip(graph.chain, costs, strict=True)):
-        if node.region is not None:
-            regions[node.region].append(place)
-            continue
-        inputs, results = (
-            (one.inputs_saved, one.results_saved) if which == "saved" else (one.inputs_kept, one.results_kept)
-        )
-        for value in (*(node.inputs[at] for at in inputs), *(node.makes[at] for at in results)):
+    for place, (node, own) in enumerate(zip(graph.chain, of_nodes, strict=True)):
+        for value in (*(node.inputs[at] for at in own.inputs), *(node.makes[at] for at in own.results)):
             users[graph.values[value].storage].add(place)
-    for places in regions.values() if which == "saved" else ():
-        inside = {value for place in places for value in graph.chain[place].makes}
-        for place in places:
-            for value in graph.chain[place].inputs:
-                if value not in inside:
-                    users[graph.values[value].storage].add(place)
-    skipped = _not_counted(graph)
+    for place, value in more:
+        users[graph.values[value].storage].add(place)
+    skipped = memory_of_state(graph)
     return {storage: frozenset(places) for storage, places in users.items() if storage not in skipped}
-
-
-def _held(
-    users: _Users, sizes: Mapping[_Storage, int], private: Sequence[int], places: Places
-) -> tuple[Held, ...]:
-    shared = [
-        Held(float(sizes[storage]), tuple(sorted(nodes)), places.get(storage))
-        for storage, nodes in users.items()
-    ]
-    own = [Held(float(size), (place,)) for place, size in enumerate(private) if size]
-    return tuple(sorted((one for one in (*shared, *own) if one.num_bytes), key=lambda one: one.nodes))
 
 
 # -- what is there for a while
@@ -168,7 +132,7 @@ def _forward_transients(
                 passing[place] += sizes[storage]
     found = []
     for place, (node, one) in enumerate(zip(graph.chain, costs, strict=True)):
-        stays = 0 if node.region is not None else one.private_saved_bytes
+        stays = 0 if node.region is not None else one.saved.private_bytes
         mine = {graph.values[value].storage for value in node.makes}
         stays += sum(sizes[each] for each in mine if each in saved and lives.get(each, (-1, -1))[0] == place)
         found.append(float(max(0, one.forward_peak_bytes - stays) + passing[place]))
@@ -178,7 +142,7 @@ def _forward_transients(
 def _storage_lives(graph: Graph) -> dict[_Storage, tuple[int, int]]:
     """The first maker and the last user of each memory that nodes of the chain make."""
     lives: dict[_Storage, tuple[int, int]] = {}
-    skipped = _not_counted(graph)
+    skipped = memory_of_state(graph)
     for value, (born, last) in lifetimes(graph).items():
         storage = graph.values[value].storage
         if storage not in skipped:
@@ -194,7 +158,7 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
     """
     again: defaultdict[int | None, int] = defaultdict(int)
     for node, one in zip(graph.chain, costs, strict=True):
-        again[node.region] += one.private_saved_bytes + sum(one.result_bytes)
+        again[node.region] += one.saved.private_bytes + sum(one.result_bytes)
     again[None] = 0
     waiting = [0] * len(graph.chain)
     for value, (born, last) in lifetimes(graph).items():
@@ -203,34 +167,3 @@ def _backward_transients(graph: Graph, costs: Sequence[Measured]) -> tuple[float
             waiting[place] += num_bytes(info)
     parts = zip(graph.chain, costs, waiting, strict=True)
     return tuple(float(one.backward_peak_bytes + again[node.region] + size) for node, one, size in parts)
-
-
-def values_past_nodes(graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes) -> tuple[Held, ...]:
-    """`Chain.skips` of a graph."""
-    return tuple(Held(float(size), places) for size, places in skips(graph, size_of))
-
-
-def as_it_travels(chain: Chain, graph: Graph, size_of: Callable[[TensorInfo], int]) -> Chain:
-    """The graph's chain where values have so many bytes when they cross a cut."""
-    return replace(
-        chain,
-        cut_bytes=tuple(map(float, crossing_bytes(graph, size_of)[: chain.num_nodes])),
-        skips=values_past_nodes(graph, size_of),
-    )
-
-
-# -- parameters
-
-
-def parameters_used(graph: Graph, model: torch.nn.Module) -> tuple[Parameter, ...]:
-    """The parameters that the nodes of the chain use, under the first of their names."""
-    users: defaultdict[str, set[int]] = defaultdict(set)
-    for place, node in enumerate(graph.chain):
-        for name in node.parameters:
-            users[name].add(place)
-    return tuple(_parameter(name, model.get_parameter(name), places) for name, places in users.items())
-
-
-def _parameter(name: str, own: torch.nn.Parameter, places: Iterable[int]) -> Parameter:
-    size = own.numel() * own.element_size()
-    return Parameter(name, own.numel(), size, own.requires_grad, tuple(sorted(places)))

@@ -5,19 +5,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from evenflow.cost.measured import Measured
 from evenflow.errors import ConfigError
 from evenflow.foreign import parse_json, read_text
+from evenflow.plain_data import read_as
 
-_LARGEST = 1e100  # sums and products of such numbers are still finite
-_VERSION = 2  # of how things are measured: raised where old numbers mean something else
+_VERSION = 3  # of how things are measured: raised where old numbers mean something else
 
 
 def user_folder() -> Path:
@@ -83,9 +81,10 @@ class Cache:
             return None
         try:
             found = parse_json(read_text(path, "measurement"))
+            measured = found.get("measured") if isinstance(found, dict) else None
+            return read_as(Measured, measured, lambda _kind, _place: 0)
         except ConfigError:
             return None
-        return _measured(found.get("measured")) if isinstance(found, dict) else None
 
     def keep(self, signature: str, name: str, measured: Measured) -> None:
         """Write a measurement of the node of that name; does nothing where the folder cannot be written."""
@@ -110,21 +109,3 @@ class Cache:
         what = repr((_VERSION, signature, dataclasses.astuple(self._place)))
         digest = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
         return self._folder / "costs" / f"{digest}.json"
-
-
-def _measured(found: object) -> Measured | None:
-    """What a file holds, if it is whole."""
-    fields = {field.name: field.type for field in dataclasses.fields(Measured)}
-    if not isinstance(found, Mapping) or found.keys() != fields.keys():
-        return None
-    for name, value in found.items():
-        numbers = value if isinstance(value, list) else [value]
-        listed = "tuple" in str(fields[name])
-        if listed is not isinstance(value, list) or not all(_is_amount(each) for each in numbers):
-            return None
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    return Measured(**values)  # of the right types, as was just seen
-
-
-def _is_amount(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < _LARGEST

@@ -13,14 +13,11 @@ from dataclasses import replace
 import torch
 
 from evenflow.cluster.device import Device
-from evenflow.cost.assemble import parameters_used, values_past_nodes
 from evenflow.cost.experts import Experts
-from evenflow.cost.functions import FunctionCost, FunctionCosts, Work
-from evenflow.cost.handing import Places, handed_over
-from evenflow.graph.cut import crossing_bytes, legal_positions
+from evenflow.cost.functions import FunctionCost, FunctionCosts, Pass
+from evenflow.cost.outline import Places, chain_with, given_to_regions, handed_over, held
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.module_calls import RUN_FOR_REAL
-from evenflow.graph.recomputable import may_be_recomputed
 from evenflow.plan.chain import Chain, Held, Seconds
 
 # No kernel reads and writes at the memory's full rate: assumed.
@@ -56,41 +53,31 @@ def estimate(
     }
     of_chain = [costs[node.index] for node in graph.chain]
     handed, places = handed_over(graph, functions.bytes_of)
-    saved = _held(graph, of_chain, functions, places, lambda cost: (cost.kept, cost.kept_bytes))
-    kept = _held(graph, of_chain, functions, places, lambda cost: (cost.put_off, cost.put_off_bytes))
     kinds = {device.name: device for device in devices}
-    num_nodes = len(graph.chain)
-    experts = Experts(graph)
-    return Chain(
-        names=tuple(node.name for node in graph.chain),
+    chain = chain_with(
+        graph,
+        model,
         num_rows=num_rows,
-        flops=tuple(float(node.flops) for node in graph.chain),
         seconds={name: _seconds(graph.chain, of_chain, device, dtype) for name, device in kinds.items()},
-        saved=saved,
-        kept=kept,
-        parameters=tuple(
-            replace(parameter, is_expert=parameter.name in experts.parameters)
-            for parameter in parameters_used(graph, model)
-        ),
+        saved=_held(graph, of_chain, functions, places, lambda cost: (cost.saved, cost.saved_bytes)),
+        kept=_held(graph, of_chain, functions, places, lambda cost: (cost.kept, cost.kept_bytes)),
+        handed=handed,
         forward_transient_bytes=tuple(
             max((cost.forward_bytes for cost in node), default=0.0) for node in of_chain
         ),
         backward_transient_bytes=tuple(
             max((cost.backward_bytes for cost in node), default=0.0) for node in of_chain
         ),
-        cut_bytes=tuple(map(float, crossing_bytes(graph)[:num_nodes])),
-        legal=tuple(legal_positions(graph)[:num_nodes]),
-        expert_bytes=experts.handed_bytes,
-        skips=values_past_nodes(graph),
-        handed=handed,
-        recomputable=may_be_recomputed(graph),
     )
+    experts = Experts(graph)
+    parameters = (replace(each, is_expert=each.name in experts.parameters) for each in chain.parameters)
+    return replace(chain, parameters=tuple(parameters), expert_bytes=experts.handed_bytes)
 
 
 def _seconds(
     nodes: Iterable[Node], costs: Iterable[list[FunctionCost]], device: Device, dtype: str | None
 ) -> Seconds:
-    def total(works: Iterable[Work]) -> float:
+    def total(works: Iterable[Pass]) -> float:
         return sum(_work_seconds(work, device, dtype) for work in works)
 
     forward, input_grad, weight_grad = [], [], []
@@ -103,7 +90,7 @@ def _seconds(
     return Seconds(tuple(forward), tuple(input_grad), tuple(weight_grad))
 
 
-def _work_seconds(work: Work, device: Device, dtype: str | None) -> float:
+def _work_seconds(work: Pass, device: Device, dtype: str | None) -> float:
     products = 0.0
     if work.flops:
         products = work.flops / (device.peak(dtype or work.dtype) * device.efficiency)
@@ -119,18 +106,14 @@ def _held(
     what: Callable[[FunctionCost], tuple[frozenset[int], float]],
 ) -> tuple[Held, ...]:
     """What functions keep: each storage once, under all the nodes that keep it."""
-    keepers: defaultdict[int, dict[int, None]] = defaultdict(dict)
-    held: list[Held] = []
-    for at, (node, of_node) in enumerate(zip(graph.chain, costs, strict=True)):
-        if node.region is not None:  # a checkpoint keeps what it was given
-            for number in node.inputs:
-                if number in graph.maker:
-                    keepers[graph.values[number].storage][at] = None
-            continue
-        for cost in of_node:
-            for storage in what(cost)[0]:
-                keepers[storage][at] = None
-        if alone := sum(what(cost)[1] for cost in of_node):
-            held.append(Held(alone, (at,)))
-    held += [Held(float(functions.bytes_of[s]), tuple(nodes), places.get(s)) for s, nodes in keepers.items()]
-    return tuple(sorted(held, key=lambda each: each.nodes))
+    keepers: defaultdict[int, set[int]] = defaultdict(set)
+    alone = [0.0] * len(graph.chain)
+    for place, value in given_to_regions(graph):
+        if value in graph.maker:
+            keepers[graph.values[value].storage].add(place)
+    for place, (node, of_node) in enumerate(zip(graph.chain, costs, strict=True)):
+        for storages, num_bytes in map(what, of_node) if node.region is None else ():
+            alone[place] += num_bytes
+            for storage in storages:
+                keepers[storage].add(place)
+    return held(keepers, alone, functions.bytes_of, places)

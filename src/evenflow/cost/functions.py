@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from evenflow.graph.graph import Graph, Step
-from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
+from evenflow.graph.tree import BatchLeaf, ParameterSource, TensorInfo
 from evenflow.graph.weight_uses import WeightUses
 
 _KEEPS_NOTHING = frozenset(
@@ -26,7 +26,6 @@ _KEEPS_NOTHING = frozenset(
 )
 _KEEPS_RESULT = frozenset(("softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "relu"))
 _GATHERS = frozenset(("embedding", "gather", "index_select", "getitem", "take_along_dim"))
-_NONE: frozenset[int] = frozenset()
 _PRODUCTS = frozenset(("mul", "rmul", "imul", "div", "truediv", "rtruediv"))
 _ATTENTION = "scaled_dot_product_attention"
 # FlashAttention-2 (Dao, 2023), section 4: five products in the backward for two in the forward, as the
@@ -35,7 +34,7 @@ _ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Pass:
     """Operations of matrix products in a dtype, bytes read and written, and kernels."""
 
     flops: float
@@ -48,20 +47,20 @@ class Work:
 class FunctionCost:
     """What one call of a function costs: its three passes, and what it leaves in memory.
 
-    - `kept`: the storages of values that the backward needs; `kept_bytes`: what it needs besides.
-    - `put_off` and `put_off_bytes`: what the weight gradient alone needs, of these and of gradients.
-    - `forward_bytes`, `backward_bytes`: what is allocated while it runs, kept or not.
+    - `saved`: the storages of values that the backward needs; `saved_bytes`: what it needs besides.
+    - `kept` and `kept_bytes`: what the weight gradient alone needs, of these and of gradients.
+    - `forward_bytes`, `backward_bytes`: what is allocated while it runs, saved or not.
     """
 
-    forward: Work
-    input_grad: Work
-    weight_grad: Work
-    kept: frozenset[int]
-    kept_bytes: float
-    put_off: frozenset[int]
-    put_off_bytes: float
-    forward_bytes: float
-    backward_bytes: float
+    forward: Pass
+    input_grad: Pass
+    weight_grad: Pass
+    saved: frozenset[int] = frozenset()
+    saved_bytes: float = 0.0
+    kept: frozenset[int] = frozenset()
+    kept_bytes: float = 0.0
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
 
 
 class FunctionCosts:
@@ -71,11 +70,7 @@ class FunctionCosts:
         self._values = graph.values
         self._weights = {v.number for v in graph.values if isinstance(v.source, ParameterSource)}
         self._put_off = WeightUses(graph.chain, graph.values).weights
-        self._given = {
-            v.storage
-            for v in graph.values
-            if isinstance(v.source, ParameterSource | BufferSource | BatchLeaf)
-        }
+        self._given = {v.storage for v in graph.values if v.is_state or isinstance(v.source, BatchLeaf)}
         self._used: set[int] = set()
         self.bytes_of: dict[int, int] = {}  # of each storage
         for value in graph.values:
@@ -94,37 +89,41 @@ class FunctionCosts:
         is_view = not step.in_place and {self._storage(n) for n in step.gives} <= {
             self._storage(n) for n in takes
         }
+        nothing = Pass(0.0, 0.0, 0, dtype)
         if is_view and not step.flops:
-            nothing = Work(0.0, 0.0, 0, dtype)
-            return FunctionCost(nothing, nothing, nothing, _NONE, 0.0, _NONE, 0.0, 0.0, 0.0)
+            return FunctionCost(nothing, nothing, nothing)
         differentiable = step.grad_enabled and any(self._requires_grad(n) for n in step.gives)
         inside = self._inside(kind, step) if differentiable else 0.0
         moved = self._bytes(step.gives) + inside
         moved += self._bytes(step.gives) if kind in _GATHERS else self._bytes(takes)
-        forward = Work(step.flops, moved, 1, dtype)
+        forward = Pass(step.flops, moved, 1, dtype)
         made = sum(self.bytes_of[s] for s in self._new_storages(step)) + inside
         if not differentiable:
-            nothing = Work(0.0, 0.0, 0, dtype)
-            return FunctionCost(forward, nothing, nothing, _NONE, 0.0, _NONE, 0.0, made, 0.0)
-        kept = self._kept(kind, step) - self._given
+            return FunctionCost(forward, nothing, nothing, forward_bytes=made)
+        saved = self._saved(kind, step) - self._given
         received = [n for n in takes if self._requires_grad(n) and n not in self._weights]
         weights = [n for n in takes if self._requires_grad(n) and n in self._weights]
         input_grad, weight_grad = self._backward(kind, forward, received, weights)
         if unseen_weights:
             weight_grad = _times(forward, 1, 0.0)
-        gradients = self._bytes((*step.gives, *received, *weights))
-        put_off, put_off_bytes = _NONE, 0.0
-        if weights and self._put_off.issuperset(weights):
-            put_off, put_off_bytes = kept, self._bytes(step.gives)
-        else:  # all of it comes with the input's gradient
+        is_put_off = bool(weights) and self._put_off.issuperset(weights)
+        if not is_put_off:  # all of it comes with the input's gradient
             input_grad, weight_grad = _sum(input_grad, weight_grad), _times(weight_grad, 0, 0.0)
         return FunctionCost(
-            *(forward, input_grad, weight_grad, kept, inside, put_off, put_off_bytes, made, gradients)
+            forward,
+            input_grad,
+            weight_grad,
+            saved=saved,
+            saved_bytes=inside,
+            kept=saved if is_put_off else frozenset(),
+            kept_bytes=self._bytes(step.gives) if is_put_off else 0.0,
+            forward_bytes=made,
+            backward_bytes=self._bytes((*step.gives, *received, *weights)),
         )
 
     def _backward(
-        self, kind: str, forward: Work, received: list[int], weights: list[int]
-    ) -> tuple[Work, Work]:
+        self, kind: str, forward: Pass, received: list[int], weights: list[int]
+    ) -> tuple[Pass, Pass]:
         # A value that is used again gets the sum of two gradients; a weight's is added to those before.
         sums = 3.0 * self._bytes(n for n in received if n in self._used)
         added = 3.0 * self._bytes(weights)
@@ -133,7 +132,7 @@ class FunctionCosts:
             factor = _ATTENTION_BACKWARD if received else 0.0
             flops, moved = factor * forward.flops, factor * forward.num_bytes
             num_kernels = 1 if received else 0
-            return Work(flops, moved + sums, num_kernels, forward.dtype), Work(0.0, added, 0, forward.dtype)
+            return Pass(flops, moved + sums, num_kernels, forward.dtype), Pass(0.0, added, 0, forward.dtype)
         if forward.flops:
             matrices = [n for n in weights if len(self._values[n].info.shape) > 1]
             return (
@@ -144,27 +143,27 @@ class FunctionCosts:
             sums += self._bytes(received)
             added += self._bytes(weights)
         moved = forward.num_bytes + sums
-        both = Work(0.0, moved, 1 if received else 0, forward.dtype)
-        nothing = Work(0.0, added, 0, forward.dtype)
-        return (both, nothing) if received else (nothing, Work(0.0, moved + added, 1, forward.dtype))
+        both = Pass(0.0, moved, 1 if received else 0, forward.dtype)
+        nothing = Pass(0.0, added, 0, forward.dtype)
+        return (both, nothing) if received else (nothing, Pass(0.0, moved + added, 1, forward.dtype))
 
-    def _kept(self, kind: str, step: Step) -> frozenset[int]:
+    def _saved(self, kind: str, step: Step) -> frozenset[int]:
         floats = [n for n in step.takes if self._values[n].info.dtype.is_floating_point]
-        kept = [n for n in step.takes if n not in floats]  # indexes and masks
+        saved = [n for n in step.takes if n not in floats]  # indexes and masks
         if (step.flops and kind != _ATTENTION) or kind in _PRODUCTS:
-            kept += [
+            saved += [
                 n
                 for n in floats
                 if any(self._requires_grad(other) for other in floats if other != n)
                 or (floats.count(n) == len(floats) and self._requires_grad(n))
             ]
         elif kind in _KEEPS_RESULT:
-            kept += step.gives
+            saved += step.gives
         elif kind == _ATTENTION:
-            kept += (*floats, *step.gives)
+            saved += (*floats, *step.gives)
         elif kind not in _KEEPS_NOTHING:
-            kept += floats
-        return frozenset(self._storage(n) for n in kept)
+            saved += floats
+        return frozenset(self._storage(n) for n in saved)
 
     def _inside(self, kind: str, step: Step) -> float:
         """Bytes that the function makes for its backward and gives to nobody."""
@@ -208,8 +207,8 @@ def held_bytes(info: TensorInfo) -> int:
     return math.prod(size for size, stride in pairs if stride) * int(info.dtype.itemsize)
 
 
-def _sum(one: Work, other: Work) -> Work:
-    return Work(
+def _sum(one: Pass, other: Pass) -> Pass:
+    return Pass(
         one.flops + other.flops,
         one.num_bytes + other.num_bytes,
         one.num_kernels + other.num_kernels,
@@ -217,7 +216,7 @@ def _sum(one: Work, other: Work) -> Work:
     )
 
 
-def _times(work: Work, number: int, more_bytes: float) -> Work:
-    return Work(
+def _times(work: Pass, number: int, more_bytes: float) -> Pass:
+    return Pass(
         work.flops * number, work.num_bytes * number + more_bytes, work.num_kernels * number, work.dtype
     )

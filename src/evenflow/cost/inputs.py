@@ -4,14 +4,15 @@ Whole numbers that other nodes compute (the experts that a router chose, say) mu
 nodes that make them are run for that.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
 
-from evenflow.graph.graph import Graph, Node
+from evenflow.cost.recorded import Recorded
+from evenflow.graph.graph import Node
 from evenflow.graph.template import Template
-from evenflow.graph.tree import BufferSource, ParameterSource, TensorInfo
+from evenflow.graph.tree import TensorInfo
 from evenflow.runtime.glue import Glue
 
 # Large enough for no product of two to be subnormal, which processors are slow at.
@@ -36,19 +37,10 @@ def random_like(info: TensorInfo, device: torch.device) -> torch.Tensor:
 
 
 class Inputs:
-    """Makes the inputs of a graph's nodes, anew each time. `batch` holds the microbatch's tensors."""
+    """Makes the inputs of a graph's nodes, anew each time."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        model: torch.nn.Module,
-        batch: Sequence[torch.Tensor],
-        *,
-        device: torch.device,
-        run: Run,
-    ) -> None:
-        self._graph, self._model, self._batch, self._device = graph, model, batch, device
-        self._run = run
+    def __init__(self, recorded: Recorded, run: Run) -> None:
+        self._recorded, self._graph, self._run = recorded, recorded.graph, run
         self._whole: dict[int, torch.Tensor] = {}  # whole numbers that nodes of the chain made
 
     def of(self, node: Node) -> dict[int, torch.Tensor]:
@@ -57,9 +49,7 @@ class Inputs:
 
     def values_of(self, node: Node) -> list[int]:
         """The values that a node must be given."""
-        values = self._graph.values
-        own = ParameterSource | BufferSource
-        return [value for value in node.inputs if not isinstance(values[value].source, own)]
+        return [value for value in node.inputs if not self._graph.values[value].is_state]
 
     def from_batch(self, value: int) -> bool:
         """Whether the batch alone decides a value."""
@@ -71,7 +61,7 @@ class Inputs:
             return self._glue[value].clone(memory_format=torch.preserve_format)
         info = self._graph.values[value].info
         if info.dtype.is_floating_point or info.dtype.is_complex:
-            return random_like(info, self._device)
+            return random_like(info, self._recorded.device)
         if value not in self._whole:
             maker = self._graph.maker[value]
             made = self._run(maker, self.of(maker))
@@ -85,4 +75,5 @@ class Inputs:
         """All that nodes are given and the batch decides."""
         needed = {value for node in self._graph.nodes for value in self.values_of(node)}
         wanted = Template.of_values(sorted(value for value in needed if self.from_batch(value)))
-        return Glue(self._graph, self._model, wanted, self._device).values(self._batch)
+        found = self._recorded
+        return Glue(self._graph, found.model, wanted, found.device).values(found.batch)

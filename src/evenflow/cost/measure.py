@@ -9,12 +9,13 @@ as a large cache holds that cores share. Then the runtime's own path is run once
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from evenflow.cost.bench import Bench
 from evenflow.cost.clock import timed
-from evenflow.cost.measured import Measured
+from evenflow.cost.measured import NOTHING_KEPT, Kept, Measured
 from evenflow.cost.storages import Made, Memory
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.snapshots import copy_of
@@ -44,12 +45,8 @@ def measure(
         backward_seconds=backward,
         input_grad_seconds=min(input_grad, backward),
         entry_seconds=entry,
-        inputs_saved=saved[0],
-        results_saved=saved[1],
-        private_saved_bytes=saved[2],
-        inputs_kept=kept[0],
-        results_kept=kept[1],
-        private_kept_bytes=kept[2],
+        saved=saved,
+        kept=kept,
         result_bytes=result_bytes,
         forward_peak_bytes=forward_peak,
         backward_peak_bytes=_backward_peak(bench, inputs(), device),
@@ -129,12 +126,10 @@ def _medians(rows: Iterable[tuple[float, ...]]) -> list[float]:
 
 # -- memory
 
-_Kept = tuple[tuple[int, ...], tuple[int, ...], int]  # inputs and results by place, bytes of others
-
 
 def _held(
     bench: Bench, inputs: Callable[[], Values], device: torch.device
-) -> tuple[_Kept, _Kept, tuple[int, ...], int]:
+) -> tuple[Kept, Kept, tuple[int, ...], int]:
     """What is held until the backward, and until the weight gradient; bytes of results; the forward's peak.
 
     All tensors outside of autograd's graph are let go of, so that what is still there is what it holds.
@@ -154,23 +149,22 @@ def _held(
     in_results = {memory.number for memory in memories if memory is not None}
     private = [memory for memory in new.values() if memory.number not in in_results]
 
-    def still_there() -> _Kept:
-        return (
+    def still_there() -> Kept:
+        return Kept(
             tuple(at for at, v in enumerate(node.inputs) if v in entered and entered[v].alive),
             tuple(at for at, memory in enumerate(memories) if memory is not None and memory.alive),
             sum(memory.num_bytes for memory in private if memory.alive),
         )
 
-    saved = still_there()
-    kept: _Kept = ((), (), 0)
+    saved, kept = still_there(), NOTHING_KEPT
     if bench.walks:
         with Made(device) as later:  # (the parameters have gradients by now)
             bench.arrive(flight)
             bench.input_grad(flight)
         flight.owed.clear()
-        inputs_kept, results_kept, private_bytes = still_there()
+        kept = still_there()
         gradient_bytes = sum(memory.num_bytes for memory in later.alive())
-        kept = inputs_kept, results_kept, private_bytes + gradient_bytes
+        kept = replace(kept, private_bytes=kept.private_bytes + gradient_bytes)
         bench.weight_grad(flight)
     return saved, kept, result_bytes, peak
 

@@ -4,15 +4,26 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Which of a node's inputs and results, by place in `Node.inputs` and `Node.makes`, and what else."""
+
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+    private_bytes: int
+
+
+NOTHING_KEPT = Kept((), (), 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """The costs of one call of a node, on one microbatch.
 
     - `forward_seconds`; `backward_seconds`, all of it; `input_grad_seconds`, the part of that which makes
       gradients for other nodes (all of it where it cannot be taken apart).
     - `entry_seconds`: what a stage without a node takes, forward and backward together.
-    - `inputs_saved`, `results_saved`: which of the node's inputs and results (by place in `Node.inputs` and
-      `Node.makes`) are in memory until the backward; `private_saved_bytes` what else is. `inputs_kept`,
-      `results_kept`, `private_kept_bytes`: those that the input gradient leaves for the weight gradient.
+    - `saved`: what is in memory until the backward; `kept`: what the input gradient leaves for the weight
+      gradient.
     - `result_bytes`: of each result the memory that it lies in, 0 where that was there before.
     - `forward_peak_bytes`, `backward_peak_bytes`: the most that was allocated meanwhile.
     """
@@ -21,12 +32,8 @@ class Measured:
     backward_seconds: float
     input_grad_seconds: float
     entry_seconds: float
-    inputs_saved: tuple[int, ...]
-    results_saved: tuple[int, ...]
-    private_saved_bytes: int
-    inputs_kept: tuple[int, ...]
-    results_kept: tuple[int, ...]
-    private_kept_bytes: int
+    saved: Kept
+    kept: Kept
     result_bytes: tuple[int, ...]
     forward_peak_bytes: int
     backward_peak_bytes: int

@@ -1,4 +1,4 @@
-"""`profile`: measure every distinct node of a recorded program on a device, one at a time.
+"""`profile_of`: measure every distinct node of a recorded program on a device, one at a time.
 
 Only one node's parameters and inputs are in memory at once, made of small random numbers; the model's own may
 have none. So a model can be profiled on a device that it is too large for.
@@ -6,7 +6,7 @@ have none. So a model can be profiled on a device that it is too large for.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from evenflow.cost.cache import Cache, Place
 from evenflow.cost.inputs import Inputs
 from evenflow.cost.measure import measure
 from evenflow.cost.measured import Measured
+from evenflow.cost.recorded import Recorded
 from evenflow.cost.signature import signature
 from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.graph import Graph, Node
@@ -52,20 +53,15 @@ class Profile:
         return tuple(first[sign] for sign in self.signs)
 
 
-def profile(
-    graph: Graph,
-    model: torch.nn.Module,
-    batch: Sequence[torch.Tensor],
+def profile_of(
+    recorded: Recorded,
     *,
-    num_rows: int,
-    device: torch.device,
     cache: Path | None = None,
     budget_seconds: float = BUDGET_SECONDS,
     progress: Progress | None = None,
 ) -> Profile:
-    """Measure the nodes of a graph that was recorded of `model`, on `device`.
+    """Measure the nodes of a recorded program on its device.
 
-    - `batch`: the tensors of the microbatch on which it was recorded, of `num_rows` rows.
     - `cache`: a folder for measurements, which are then found again by what runs, device, version of torch
       and number of threads.
     - `budget_seconds`: how long to repeat each distinct node.
@@ -73,17 +69,17 @@ def profile(
     The model, its buffers and all random generators are left as they were. Raises `RecordError` for a node
     that cannot run by itself.
     """
-    place = Place.of(device)
-    if device.type == "cpu":
+    graph, place = recorded.graph, Place.of(recorded.device)
+    if recorded.device.type == "cpu":
         keep_freed_memory()  # as a run does
-    with undisturbed(model, device):
-        profiler = _Profiler(graph, model, batch, device, Cache(cache, place), budget_seconds)
+    with undisturbed(recorded.model, recorded.device):
+        profiler = _Profiler(recorded, Cache(cache, place), budget_seconds)
         profiler.measure_all(progress)
     chain = chain_of(
         graph,
-        model,
+        recorded.model,
         {index: profiler.measured[sign] for index, sign in profiler.signs.items()},
-        num_rows=num_rows,
+        num_rows=recorded.num_rows,
         kind=place.device,
     )
     signs = tuple(profiler.signs[node.index] for node in graph.chain)
@@ -97,18 +93,12 @@ def profile(
 class _Profiler:
     """Measures the nodes of one graph. `signs` are the signatures of nodes, by index."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        model: torch.nn.Module,
-        batch: Sequence[torch.Tensor],
-        device: torch.device,
-        cache: Cache,
-        budget_seconds: float,
-    ) -> None:
-        self._graph, self._device, self._cache, self._budget = graph, device, cache, budget_seconds
-        self._benches = Benches(graph, model, places_of_parameters(model), device)
-        self._inputs = Inputs(graph, model, batch, device=device, run=self._run)
+    def __init__(self, recorded: Recorded, cache: Cache, budget_seconds: float) -> None:
+        graph, model = recorded.graph, recorded.model
+        self._graph, self._device, self._cache = graph, recorded.device, cache
+        self._budget_seconds = budget_seconds
+        self._benches = Benches(graph, model, places_of_parameters(model), recorded.device)
+        self._inputs = Inputs(recorded, self._run)
         self._roles = _roles(graph)
         self.signs = {
             node.index: signature(graph, node, model, graded=self._roles[node.index].all_graded)
@@ -144,7 +134,7 @@ class _Profiler:
                     idle,
                     lambda: self._inputs.of(node),
                     self._device,
-                    budget_seconds=self._budget,
+                    budget_seconds=self._budget_seconds,
                 )
         except (EvenflowError, torch.OutOfMemoryError):
             raise

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from evenflow.cost.bench import places_of_parameters, ready, undisturbed
 from evenflow.cost.cache import Cache
 from evenflow.cost.clock import timed
-from evenflow.cost.measured import Measured
+from evenflow.cost.measured import NOTHING_KEPT, Measured
+from evenflow.cost.recorded import Recorded
 from evenflow.errors import EvenflowError, RecordError
 from evenflow.graph.cut import Cut, cut
-from evenflow.graph.graph import Graph
 from evenflow.ir.op import Payload
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.partition import balanced_cuts
@@ -35,33 +35,24 @@ Passed = tuple[tuple[float, float], ...]  # seconds of each stage's forward and 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """A recorded program, cut into stages of about equal work; `batch` holds a microbatch's tensors.
+    """A recorded program, cut into stages of about equal work.
 
     `needed_bytes` is what a device must have room for.
     """
 
-    graph: Graph
-    model: torch.nn.Module
-    batch: Sequence[torch.Tensor]
-    device: torch.device
+    recorded: Recorded
     positions: tuple[int, ...]
     needed_bytes: float
 
     @staticmethod
-    def of(
-        graph: Graph,
-        model: torch.nn.Module,
-        batch: Sequence[torch.Tensor],
-        device: torch.device,
-        chain: Chain,
-    ) -> "Rehearsal":
+    def of(recorded: Recorded, chain: Chain) -> "Rehearsal":
         """Rehearse the program that this chain was made of."""
         num_stages = min(_MOST_STAGES, 1 + sum(chain.legal[1:]))
         cuts = balanced_cuts(chain.flops, cut_bytes=chain.cut_bytes, legal=chain.legal, num_stages=num_stages)
         transients = (*chain.forward_transient_bytes, *chain.backward_transient_bytes)
         weights = sum(each.num_bytes * (1 + each.trains) for each in chain.parameters)
         needed = weights + sum(held.num_bytes for held in chain.saved) + max(transients)
-        return Rehearsal(graph, model, batch, device, cuts, needed)
+        return Rehearsal(recorded, cuts, needed)
 
     def run(self, repetitions: int, *, late: bool = False) -> list[Passed]:
         """Pass the microbatch through, once to warm up and then so many times.
@@ -71,13 +62,11 @@ class Rehearsal:
         model, its buffers and all random generators are left as they were. Raises `RecordError` where a stage
         fails.
         """
-        made, places = cut(self.graph, self.positions), places_of_parameters(self.model)
+        graph, model, device = self.recorded.graph, self.recorded.model, self.recorded.device
+        made, places = cut(graph, self.positions), places_of_parameters(model)
         with (
-            undisturbed(self.model, self.device),
-            ready(self.graph, self.model, places, made.sections, self.device, keeps_numbers=True) as (
-                stages,
-                works,
-            ),
+            undisturbed(model, device),
+            ready(graph, model, places, made.sections, device, keeps_numbers=True) as (stages, works),
         ):
             first = self._passed(made, stages, works)
             if late:
@@ -85,21 +74,21 @@ class Rehearsal:
             return [self._passed(made, stages, works) for _ in range(repetitions)]
 
     def _passed(self, made: Cut, stages: Sequence[Stage], works: Sequence[Work]) -> Passed:
-        batch = dict(enumerate(self.batch))
+        batch, device = dict(enumerate(self.recorded.batch)), self.recorded.device
         flights = [InFlight(work) for work in works]
         forward, backward = [0.0] * len(stages), [0.0] * len(stages)
         number = 0
         try:
             for number, (stage, flight) in enumerate(zip(stages, flights, strict=True)):
                 run = partial(stage.run_forward, flight, batch, step=0, microbatch=0)
-                forward[number], _ = timed(run, self.device)
+                forward[number], _ = timed(run, device)
                 for target in made.sections[number].sends:
                     flights[target].activations[number] = stage.outgoing(flight, target, Payload.ACTIVATION)
             flights[-1].loss = pytree.tree_leaves(flights[-1].output)[0]
             flights[-1].output = None
             for number, stage in reversed([*enumerate(stages)]):
                 run = partial(stage.run_backward, flights[number])
-                backward[number], _ = timed(run, self.device)
+                backward[number], _ = timed(run, device)
                 for target in made.sections[number].gradient_sends:
                     parcel = stage.outgoing(flights[number], target, Payload.GRADIENT)
                     flights[target].gradients[number] = parcel
@@ -136,8 +125,9 @@ def found_in(cache: Cache, signs: Sequence[str], positions: Sequence[int]) -> Pa
 def keep_in(cache: Cache, signs: Sequence[str], positions: Sequence[int], passed: Passed) -> None:
     """Keep what a rehearsal's stages took, for the next time."""
     for stage, (forward, backward) in enumerate(passed):
-        cost = Measured(forward, backward, 0.0, 0.0, (), (), 0, (), (), 0, (), 0, 0)
-        cache.keep(_sign(signs, positions, stage), f"stage {stage} of a rehearsal", cost)
+        sign = _sign(signs, positions, stage)
+        cost = Measured(forward, backward, 0.0, 0.0, NOTHING_KEPT, NOTHING_KEPT, (), 0, 0)
+        cache.keep(sign, f"stage {stage} of a rehearsal", cost)
 
 
 def _sign(signs: Sequence[str], positions: Sequence[int], stage: int) -> str:

@@ -15,11 +15,11 @@ from typing import Any, assert_never
 import torch
 
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
+from evenflow.graph.outside import MODULES_OWN
 from evenflow.graph.template import Ref, Shared, Shell, Template
-from evenflow.graph.tree import BufferSource, ParameterSource, TensorInfo
+from evenflow.graph.tree import TensorInfo
 
 _DEPTH = 4  # of objects in objects
-_OWN_OF_MODULES = frozenset(vars(torch.nn.Module()))  # where torch keeps hooks, parameters and the like
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, slice, range, type(Ellipsis)),
     *(torch.dtype, torch.layout, torch.memory_format, torch.Size),
@@ -52,7 +52,7 @@ def signature(graph: Graph, node: Node, model: torch.nn.Module, *, graded: Set[i
         node.hooks,
         node.stateful,
         node.opaque,
-        node.hidden,
+        node.unknown_to_autograd,
     )
     places = {value: at for at, value in enumerate(refs)}
     args, output = _template(node.args, places), _template(node.output, places)
@@ -65,8 +65,7 @@ def _value(graph: Graph, number: int, refs: tuple[int, ...], graded: bool) -> An
     value = graph.values[number]
     first_alias = next(at for at, other in enumerate(refs) if graph.values[other].storage == value.storage)
     kind = type(value.source).__name__
-    own = isinstance(value.source, ParameterSource | BufferSource)
-    return kind, _info(value.info), first_alias, graded and not own
+    return kind, _info(value.info), first_alias, graded and not value.is_state
 
 
 def _info(info: TensorInfo) -> tuple[Any, ...]:
@@ -104,14 +103,14 @@ def _described_module(module: torch.nn.Module, path: str) -> tuple[Any, ...]:
         settings = {
             key: _setting(value, numbers)
             for key, value in vars(inner).items()
-            if key not in _OWN_OF_MODULES and not isinstance(value, torch.nn.Module)
+            if key not in MODULES_OWN and not isinstance(value, torch.nn.Module)
         }
         tensors = [
             (key, known.setdefault(id(tensor), whole) == whole, _tensor(tensor))
             for key, tensor in (*inner._parameters.items(), *inner._buffers.items())
             if tensor is not None
         ]
-        found.append((inner_path, _name(type(inner)), inner.training, sorted(settings.items()), tensors))
+        found.append((inner_path, _name(type(inner)), sorted(settings.items()), tensors))
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from evenflow.graph.graph import FunctionTarget, Graph, Guard, ModuleTarget, Node
 from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import Ref, Shared, Template
-from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, ModuleCall, Value, walk
+from evenflow.graph.tree import BufferSource, CallTree, FunctionCall, Value, functions_in, modules_in
 
 
 def find_difference(first: Graph, second: Graph) -> str:
@@ -57,24 +57,23 @@ def same_functions(first: CallTree, second: CallTree) -> bool:
     found = []
     for tree in (first, second):
         describe = _Described(tree.values, tree.pure)
-        calls = (call for call in walk(tree.root) if isinstance(call, FunctionCall))
+        calls = functions_in(tree.root)
         found.append([describe.call(call) for call in calls if not describe.is_pure(call)])
     return found[0] == found[1]
 
 
 def forget_changes(tree: CallTree, names: frozenset[str]) -> None:
     """Let modules be taken apart that changed only these attributes, which proved not to matter."""
-    for call in walk(tree.root):
-        if isinstance(call, ModuleCall) and call.changed and names.issuperset(call.changed):
+    for call in modules_in(tree.root):
+        if call.changed and names.issuperset(call.changed):
             call.whole, call.stateful, call.changed = call.whole_besides, False, ()
 
 
 def keep_whole_alike(first: CallTree, second: CallTree) -> None:
     """Keep whole in a second run what changed its own state in the first, though it did not do so again."""
-    calls = [call for call in walk(first.root) if isinstance(call, ModuleCall) and call.stateful]
-    reasons = {call.path: call.whole for call in calls}
-    for call in walk(second.root):
-        if isinstance(call, ModuleCall) and call.path in reasons:
+    reasons = {call.path: call.whole for call in modules_in(first.root) if call.stateful}
+    for call in modules_in(second.root):
+        if call.path in reasons:
             call.whole, call.stateful = call.whole or reasons[call.path], True
 
 

@@ -19,8 +19,8 @@ _MOST_COMPARED = 2**20  # numbers of a constant that are compared between runs; 
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
-    """What a run leaves to the next: tensors of Python's own, and those that it made of nothing else."""
+class FirstRun:
+    """What a run leaves to a second: tensors of Python's own, and those that it made of nothing else."""
 
     constants: dict[int, torch.Tensor]
     made: dict[int, torch.Tensor]  # all that it met
@@ -31,10 +31,10 @@ class Rehearsal:
 class Constants:
     """The constants that a run met, by the name that stands for each. `born`: memory that the run made."""
 
-    def __init__(self, born: set[int], rehearsal: Rehearsal | None) -> None:
+    def __init__(self, born: set[int], first: FirstRun | None) -> None:
         self.by_name: dict[str, torch.Tensor] = {}
         self._pure: dict[int, torch.Tensor] = {}  # by id: tensors that nothing but constants decide
-        self._born, self._rehearsal = born, rehearsal
+        self._born, self._first = born, first
 
     def name(self, tensor: torch.Tensor, used_by: str) -> str | None:
         """The name of a tensor, met for the first time, that was there before; of another one, nothing."""
@@ -45,7 +45,7 @@ class Constants:
         return name
 
     def _was_there(self, tensor: torch.Tensor, used_by: str) -> bool:
-        before = self._rehearsal
+        before = self._first
         if before is not None:
             kept = id(tensor) in before.made or storage_of(tensor) in before.born - self._born
             if kept and id(tensor) not in before.constants:
@@ -87,15 +87,15 @@ class Constants:
         own = self._own()
         return {at: _numbers_in(tensor) for at, tensor in enumerate(tensors) if id(tensor) in own}
 
-    def rehearsal(self, met: Iterable[torch.Tensor], self_changed: Iterable[str]) -> Rehearsal:
-        """What this run leaves to the next, with what it was left itself; `met` are its tensors."""
+    def as_first(self, met: Iterable[torch.Tensor], self_changed: Iterable[str]) -> FirstRun:
+        """What this run leaves to another, with what it was left itself; `met` are its tensors."""
         constants, made = self._own(), {id(tensor): tensor for tensor in met}
         born = frozenset(self._born)
-        if self._rehearsal is not None:
-            constants |= self._rehearsal.constants
-            made |= self._rehearsal.made
-            born |= self._rehearsal.born
-        return Rehearsal(constants, made, born, frozenset(self_changed))
+        if self._first is not None:
+            constants |= self._first.constants
+            made |= self._first.made
+            born |= self._first.born
+        return FirstRun(constants, made, born, frozenset(self_changed))
 
 
 def _numbers_in(tensor: torch.Tensor) -> Any:

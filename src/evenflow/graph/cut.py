@@ -8,17 +8,12 @@ differs in the last bits.)
 """
 
 import itertools
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from evenflow.errors import RecordError
-from evenflow.graph.graph import Graph, Node
-from evenflow.graph.regions import first_in_region, memory_of
-from evenflow.graph.template import Shared
-from evenflow.graph.tree import BatchLeaf, BufferSource, ParameterSource, TensorInfo
+from evenflow.graph.graph import Graph, Node, changed_buffers
+from evenflow.graph.tree import BatchLeaf, BufferSource
 from evenflow.ir.flow import Flow
 
 
@@ -35,15 +30,15 @@ class Section:
     stage: int
     nodes: tuple[Node, ...]
     batch: tuple[tuple[int, int], ...]  # (tensor leaf of the microbatch, value)
-    receives: Mapping[int, tuple[int, ...]]
-    sends: Mapping[int, tuple[int, ...]]
-    gradient_receives: Mapping[int, tuple[int, ...]]
-    gradient_sends: Mapping[int, tuple[int, ...]]
-    relayed: frozenset[int]
     cloned: frozenset[int]
-    live: frozenset[int]
-    kept_buffers: frozenset[str]
-    needs_output: bool  # the last stage hands back what the loss function returned
+    receives: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    sends: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gradient_receives: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gradient_sends: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    relayed: frozenset[int] = frozenset()
+    live: frozenset[int] = frozenset()
+    kept_buffers: frozenset[str] = frozenset()
+    needs_output: bool = False  # the last stage hands back what the loss function returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,81 +49,6 @@ class Cut:
     positions: tuple[int, ...]
     sections: tuple[Section, ...]
     flow: Flow
-
-
-def num_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor's elements."""
-    return math.prod(info.shape) * int(info.dtype.itemsize)
-
-
-def crossing_bytes(graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes) -> list[int]:
-    """Bytes of activations alive across each position of the chain (entry `c`: a cut before node `c`).
-
-    `size_of` says how many bytes a value has when it travels.
-    """
-    steps = [0] * (len(graph.chain) + 2)
-    for value, (born, last) in lifetimes(graph).items():
-        size = size_of(graph.values[value].info)
-        steps[born + 1] += size
-        steps[last + 1] -= size
-    return list(itertools.accumulate(steps))[: len(graph.chain) + 1]
-
-
-def legal_positions(graph: Graph) -> list[bool]:
-    """Where a cut changes nothing.
-
-    It must not separate a change in place from an alias that still matters, nor from an earlier user whose
-    backward sees the change, nor the users of a buffer that is changed; and one tensor must not cross it
-    under two numbers, whose gradients would be summed apart.
-    """
-    legal = [True] * (len(graph.chain) + 1)
-    lives = lifetimes(graph)
-    by_storage: defaultdict[int, list[int]] = defaultdict(list)
-    for value in lives:
-        by_storage[graph.values[value].storage].append(value)
-    for at, node in enumerate(graph.chain):
-        for storage in {graph.values[old].storage for old, _ in node.rebinds}:
-            for position in range(1, at + 1):
-                across = [v for v in by_storage[storage] if lives[v][0] < position <= lives[v][1]]
-                legal[position] = legal[position] and len(across) < 2
-            for position in range(_tied_to(graph, at, storage) + 1, at + 1):
-                legal[position] = False
-    for later in graph.same_tensor:
-        earlier = later
-        while earlier in graph.same_tensor:
-            earlier = graph.same_tensor[earlier]
-            if later in lives and earlier in lives:
-                for position in range(lives[later][0] + 1, min(lives[later][1], lives[earlier][1]) + 1):
-                    legal[position] = False
-    changed = {name for node in graph.nodes for name in node.changed_buffers}
-    for name in changed:
-        users = [at for at, node in enumerate(graph.chain) if _uses_buffer(graph, node, name)]
-        if any(_is_buffer(graph, value, name) for value in graph.output.refs):
-            users.append(len(graph.chain) - 1)  # the last stage returns it as it is after this microbatch
-        for position in range(users[0] + 1, users[-1] + 1):
-            legal[position] = False
-    for number in graph.changing_objects:  # each stage has a copy of its own
-        users = [at for at, node in enumerate(graph.chain) if _is_handed(node, number)]
-        for position in range(users[0] + 1, users[-1] + 1) if users else ():
-            legal[position] = False
-    return legal
-
-
-def _tied_to(graph: Graph, at: int, storage: int) -> int:
-    """The first node that must not be parted from node `at`, which changes a memory in place."""
-    node = graph.chain[at]
-    first = at
-    if node.hidden:  # the backward of whoever used it sees the change
-        first = next(
-            place for place, each in enumerate(graph.chain) if storage in memory_of(each, graph.values)
-        )
-    if node.region is not None:  # computed again, a part would change twice what it was given
-        first = min(first, first_in_region(graph.chain, graph.values, at, storage))
-    return first
-
-
-def _is_handed(node: Node, number: int) -> bool:
-    return any(isinstance(leaf, Shared) and leaf.number == number for leaf in node.args.leaves)
 
 
 def cut(graph: Graph, positions: Sequence[int]) -> Cut:
@@ -170,78 +90,10 @@ def cut(graph: Graph, positions: Sequence[int]) -> Cut:
     return Cut(graph, tuple(positions), sections, traffic.flow())
 
 
-def positions_for_owners(
-    graph: Graph,
-    stage_of_parameter: Mapping[str, int],
-    num_stages: int,
-    stage_of_use: Mapping[tuple[str, int], int] = MappingProxyType({}),
-) -> tuple[int, ...]:
-    """Cuts of another recording of the same model under which every stage uses only parameters it owns.
-
-    `stage_of_parameter` names the parameters that one stage alone uses, `stage_of_use` the stage of single
-    uses (by name and how many came before) of shared ones. Raises `RecordError` when the recording uses them
-    in an order that no cut follows.
-    """
-    highest, free, positions = 0, 0, []  # free: the first position after the last node that has a stage
-    legal = legal_positions(graph)
-    uses: Counter[str] = Counter()
-    for at, node in enumerate(graph.chain):
-        stages = {stage_of_parameter[name] for name in node.parameters if name in stage_of_parameter}
-        used = [(name, uses[name]) for name in node.parameters]
-        uses.update(node.parameters)
-        held = {use: stage_of_use[use] for use in used if use in stage_of_use}
-        for (name, before), stage in held.items():
-            if {stage, *stages} != {stage} or stage < highest:
-                raise RecordError(
-                    f"for this batch {node.name} is use number {before + 1} of the shared parameter {name}, "
-                    f"which was on stage {stage} before and cannot be there now; exact=True adds up the "
-                    "gradients of each use on one stage: use fewer stages, or exact=False, which may differ "
-                    "in the last bits"
-                )
-        stages.update(held.values())
-        if not stages:
-            continue
-        if len(stages) > 1 and node.whole is not None:
-            raise RecordError(
-                f"for this batch {node.name} stays whole ({node.whole}), and it uses parameters of stages "
-                f"{', '.join(map(str, sorted(stages)))}, which another kind of batch parted; use one stage, "
-                "or leave out what needs this kind of batch"
-            )
-        if len(stages) > 1 or min(stages) < highest:
-            raise RecordError(
-                f"for this batch {node.name} runs after parameters of stage {highest} but owns some of stage "
-                f"{min(stages)}: the program changes the order of its modules with the batch; use fewer "
-                "stages, or split= so that these modules share a stage"
-            )
-        places = [position for position in range(free, at + 1) if legal[position]]
-        if min(stages) > highest and not places:
-            raise RecordError(
-                f"for this batch {node.name} begins stage {min(stages)}, but between stages {highest} and "
-                f"{min(stages)} is no place to cut: a tensor that is changed in place, or what else cannot "
-                "be parted, is used on both; use fewer stages, or split= so that these modules share a stage"
-            )
-        positions += places[-1:] * (min(stages) - highest)
-        highest, free = min(stages), at + 1
-    return tuple(positions + [len(graph.chain)] * (num_stages - 1 - len(positions)))
-
-
 def glue_section(graph: Graph, values: Sequence[int]) -> Section:
-    """A section of no stage that computes these batch-derived values."""
+    """A section by itself that computes these batch-derived values."""
     need = _slice(graph, (), values)
-    return Section(
-        stage=-1,
-        nodes=need.nodes,
-        batch=_batch_leaves(graph, need),
-        receives={},
-        sends={},
-        gradient_receives={},
-        gradient_sends={},
-        relayed=frozenset(),
-        cloned=_changed(graph, need),
-        live=frozenset(),
-        kept_buffers=frozenset(),
-        needs_output=False,
-    )
+    return Section(0, need.nodes, _batch_leaves(graph, need), _changed(graph, need))
 
 
 # -- what a stage needs
@@ -275,7 +127,7 @@ def _slice(graph: Graph, own: Sequence[Node], extra: Sequence[int]) -> _Need:
         if maker is not None and maker.glue:
             glue[maker.index] = maker
             wanted.extend(maker.inputs)
-        elif not isinstance(graph.values[value].source, ParameterSource | BufferSource):
+        elif not graph.values[value].is_state:
             outside.add(value)
     return _Need(tuple(sorted((*own, *glue.values()), key=lambda node: node.index)), frozenset(outside))
 
@@ -286,57 +138,13 @@ def _changed(graph: Graph, need: _Need) -> frozenset[int]:
     return frozenset(value for value in need.values if graph.values[value].storage in storages)
 
 
-def _uses_buffer(graph: Graph, node: Node, name: str) -> bool:
-    """Whether a node uses a buffer, by name or through a view of its memory."""
-    return name in node.buffers or any(
-        graph.storage_of_buffer.get(name) == graph.values[v].storage for v in node.inputs
-    )
-
-
-def _is_buffer(graph: Graph, value: int, name: str) -> bool:
-    source = graph.values[value].source
-    return isinstance(source, BufferSource) and source.name == name
-
-
 def _live(graph: Graph, leaving: Sequence[int]) -> frozenset[int]:
-    changed = {name for node in graph.nodes for name in node.changed_buffers}
+    changed = changed_buffers(graph.nodes)
     sources = ((value.source, value.storage) for value in graph.values)
     storages = {
         storage for source, storage in sources if isinstance(source, BufferSource) and source.name in changed
     }
     return frozenset(value for value in leaving if graph.values[value].storage in storages)
-
-
-def skips(
-    graph: Graph, size_of: Callable[[TensorInfo], int] = num_bytes
-) -> list[tuple[int, tuple[int, ...]]]:
-    """The values that more than the node after their maker needs, each with its bytes as it travels.
-
-    They stand with the positions in the chain of their maker and of their users, ascending; what the program
-    returns is used by the last node.
-    """
-    uses = [(value, at) for at, node in enumerate(graph.chain) for value in node.inputs]
-    users: defaultdict[int, set[int]] = defaultdict(set)
-    for value, at in (*uses, *((value, len(graph.chain) - 1) for value in graph.output.refs)):
-        users[value].add(at)
-    return [
-        (size_of(graph.values[value].info), (born, *sorted(users[value] - {born})))
-        for value, (born, last) in lifetimes(graph).items()
-        if last > born + 1
-    ]
-
-
-def lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
-    """For each value that a chain node makes: the chain positions of its maker and of its last user."""
-    at = {node.index: position for position, node in enumerate(graph.chain)}
-    lives = {value: (at[node.index], at[node.index]) for node in graph.chain for value in node.makes}
-    uses: Iterator[tuple[int, int]] = (
-        (v, position) for position, node in enumerate(graph.chain) for v in node.inputs
-    )
-    for value, position in itertools.chain(uses, ((v, len(graph.chain)) for v in graph.output.refs)):
-        if value in lives:
-            lives[value] = (lives[value][0], max(lives[value][1], position))
-    return lives
 
 
 class _Traffic:

@@ -8,7 +8,6 @@ Rejected: building on meta and calling `reset_parameters` later, which knows tor
 """
 
 import contextlib
-import functools
 import inspect
 import threading
 import types
@@ -29,7 +28,8 @@ from torch.utils._python_dispatch import (
 
 from evenflow.errors import ConfigError
 from evenflow.graph.fakes import storage_of
-from evenflow.graph.observe import deciding, draws, unwatched
+from evenflow.graph.kernels import deciding, draws, written
+from evenflow.graph.observe import unwatched
 from evenflow.graph.recipes import (
     OVERWRITING,
     KernelCall,
@@ -201,7 +201,7 @@ def _asked_for_meta(tensor: torch.Tensor, mode: types.FrameType | None) -> bool:
         with _disable_current_modes():
             function(**arguments)
     if memory_of(tensor) is not None:
-        _note(function, (), arguments, (), written=(tensor,), drawn=True)
+        _note(function, (), arguments, (), changed=(tensor,), drawn=True)
     return True
 
 
@@ -218,9 +218,9 @@ class _Kernels(TorchDispatchMode):
 
     def run(self, kernel: Any, args: Any, kwargs: Any) -> Any:
         given = _tensors((args, kwargs))
-        written = _written(kernel, args, kwargs)
+        changed = written(kernel, args, kwargs)
         if any(tensor.is_meta for tensor in given):
-            real = next((tensor for tensor in written if not tensor.is_meta), None)
+            real = next((tensor for tensor in changed if not tensor.is_meta), None)
             if real is not None:
                 raise ConfigError(
                     f"{_plain(kernel)} writes numbers of {_label(given)} into another tensor, of shape "
@@ -237,15 +237,15 @@ class _Kernels(TorchDispatchMode):
         else:
             if _needs_numbers(kernel, args):
                 _looked_at(given)
-            for tensor in written:
+            for tensor in changed:
                 keep_before_writing(tensor)
             result = kernel(*args, **kwargs)
-        written = [tensor for tensor in written if memory_of(tensor) is not None]
+        changed = [tensor for tensor in changed if memory_of(tensor) is not None]
         made = self.made(given, result)
         if made and not given:
             kwargs = _settled(kernel, kwargs, result)
-        if made or written:
-            _note(kernel, args, kwargs, made, written=written, drawn=draws(kernel, args, kwargs))
+        if made or changed:
+            _note(kernel, args, kwargs, made, changed=changed, drawn=draws(kernel, args, kwargs))
         return result
 
     def made(self, given: Sequence[torch.Tensor], result: Any) -> list[tuple[int, Memory]]:
@@ -270,21 +270,20 @@ def _note(
     kwargs: Any,
     made: Sequence[tuple[int, Memory]],
     *,
-    written: Sequence[torch.Tensor],
+    changed: Sequence[torch.Tensor],
     drawn: bool,
 ) -> None:
     read: dict[Memory, int] = {}
     args, kwargs = _encoded(args, read), _encoded(kwargs, read)
     overwritten = None
-    if len(written) == 1 and _plain(kernel) in OVERWRITING:
-        memory = memory_of(written[0])
+    if len(changed) == 1 and _plain(kernel) in OVERWRITING:
+        memory = memory_of(changed[0])
         assert memory is not None
-        if read[memory] == 1 and written[0].is_contiguous() and written[0].nbytes == memory.num_bytes:
+        if read[memory] == 1 and changed[0].is_contiguous() and changed[0].nbytes == memory.num_bytes:
             overwritten = memory
             del read[memory]
     call = KernelCall(kernel, args, kwargs, tuple(read), tuple(made), overwritten, drawn)
-    changed = [memory_of(tensor) for tensor in written]
-    for memory in dict.fromkeys([*changed, *(memory for _, memory in made)]):
+    for memory in dict.fromkeys([*map(memory_of, changed), *(memory for _, memory in made)]):
         assert memory is not None
         memory.writers.append(call)
 
@@ -348,17 +347,6 @@ def _is_huge(kernel: Any, args: Any, kwargs: Any) -> bool:
     if "device" not in kwargs:
         return False
     return any(tensor.nbytes >= _HUGE_BYTES for tensor in _tensors(kernel(*args, **_emptied(kwargs))))
-
-
-def _written(kernel: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    changed = [args[at] if at < len(args) else kwargs.get(name) for at, name in _written_arguments(kernel)]
-    return _tensors(changed)
-
-
-@functools.cache
-def _written_arguments(kernel: Any) -> tuple[tuple[int, str], ...]:
-    arguments = enumerate(kernel._schema.arguments)
-    return tuple((at, a.name) for at, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from evenflow.graph.handed import made_of
-from evenflow.graph.observe import observed_by, quiet, unwatched
+from evenflow.graph.observe import Invocation, observed_by, quiet, unwatched
 from evenflow.graph.reach import PLAIN
 from evenflow.graph.template import flatten_tree
 
@@ -92,21 +92,14 @@ class _Echo:
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.anew: dict[int, tuple[torch.Tensor, int]] = {}  # an unseen tensor, and the id of its first one
 
-    def module(
-        self,
-        module: torch.nn.Module,
-        path: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        call = (path, self.calls[path])
-        self.calls[path] += 1
+    def module(self, asked: Invocation) -> Any:
+        call = (asked.path, self.calls[asked.path])
+        self.calls[asked.path] += 1
         if call in self.opaque:
             return self.opaque[call]
-        self.stack.append(path)
+        self.stack.append(asked.path)
         try:
-            return forward(module, *args, **kwargs)
+            return asked.make()
         finally:
             self.stack.pop()
 

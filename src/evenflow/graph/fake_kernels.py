@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from evenflow.graph.kernels import MASKS
+
 _GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
-MASKS = (torch.bool, torch.uint8)  # an index of these types picks where it is true
 _CANNOT = (UnsupportedOperatorException, DataDependentOutputException, DynamicOutputShapeException)
 # The most memory, in bytes, that a kernel's inputs may take for its run on real numbers.
 MAX_BYTES = 2**30

@@ -37,14 +37,7 @@ class FakeParameters:
                 if parameter is None:
                     continue
                 name = f"{path}.{key}" if path else key
-                if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-                    raise ConfigError(f"{name} has no shape yet: run the lazy module once before")
-                is_plain = type(parameter) is torch.nn.Parameter
-                if not is_plain and not is_dtensor(parameter):
-                    raise ConfigError(
-                        f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of "
-                        "which only its own code knows how it computes; use plain parameters"
-                    )
+                _refuse_unfit(name, parameter)
                 memory = storage_of(local_part(parameter))
                 # Without memory, one storage is the only sign that is left of a tie that a library undid.
                 place = (memory, parameter.storage_offset(), parameter.shape, parameter.stride())
@@ -58,19 +51,20 @@ class FakeParameters:
                             "(head.weight = embedding.weight)"
                         )
                     memories[memory] = name
-                    local = local_part(parameter)
-                    with self.mode:
-                        data = torch.empty_strided(
-                            local.shape, local.stride(), dtype=dtype_of(parameter), device=device
-                        )
-                    fake = torch.nn.Parameter(
-                        with_local(parameter, data), requires_grad=parameter.requires_grad
-                    )
-                    vars(fake).update(vars(parameter))  # what a program may ask of it
-                    made[identity] = fake
+                    fake = made[identity] = self._stand_in(parameter, dtype_of(parameter), device)
                     self.names[id(fake)] = name
                 self.slots.append((module, key, fake))
                 self.tied[name] = self.names[id(fake)]
+
+    def _stand_in(
+        self, parameter: torch.nn.Parameter, dtype: torch.dtype, device: torch.device
+    ) -> torch.nn.Parameter:
+        local = local_part(parameter)
+        with self.mode:
+            data = torch.empty_strided(local.shape, local.stride(), dtype=dtype, device=device)
+        fake = torch.nn.Parameter(with_local(parameter, data), requires_grad=parameter.requires_grad)
+        vars(fake).update(vars(parameter))  # what a program may ask of it
+        return fake
 
     @property
     def trainable_names(self) -> list[str]:
@@ -91,6 +85,16 @@ class FakeParameters:
         finally:
             for (module, key, _), parameter in zip(self.slots, real, strict=True):
                 module._parameters[key] = parameter
+
+
+def _refuse_unfit(name: str, parameter: torch.nn.Parameter) -> None:
+    if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+        raise ConfigError(f"{name} has no shape yet: run the lazy module once before")
+    if type(parameter) is not torch.nn.Parameter and not is_dtensor(parameter):
+        raise ConfigError(
+            f"{name} is a {type(parameter).__name__}, a kind of parameter of its own, of which only its own "
+            "code knows how it computes; use plain parameters"
+        )
 
 
 class RealParameters:
@@ -117,10 +121,8 @@ def _real(module: torch.nn.Module, key: str) -> torch.nn.Parameter:
 def buffers_copied(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Let a run work on copies of the buffers, on its device, and put the real ones back afterwards."""
     slots = [(m, k, b) for m in model.modules() for k, b in m._buffers.items() if b is not None]
-    memories: dict[int, torch.Tensor] = {}
-    copies: dict[
-        int, torch.Tensor
-    ] = {}  # one buffer in two modules stays one, views of one memory stay views
+    memories: dict[int, torch.Tensor] = {}  # views of one memory stay views,
+    copies: dict[int, torch.Tensor] = {}  # and one buffer in two modules stays one
     try:
         for module, key, buffer in slots:
             if id(buffer) not in copies:

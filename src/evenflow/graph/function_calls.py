@@ -20,16 +20,16 @@ from evenflow.errors import RecordError
 from evenflow.graph.constants import Constants
 from evenflow.graph.echo import INDEXING, Noted, described, name_of, without_tensors_in_slices
 from evenflow.graph.encode import PLAIN_KINDS, Encoder
-from evenflow.graph.fake_kernels import MASKS, run_padding
+from evenflow.graph.fake_kernels import run_padding
 from evenflow.graph.fakes import FakeParameters, RealParameters, storage_of
 from evenflow.graph.handed import made_of
 from evenflow.graph.kernel_notes import KernelNotes
+from evenflow.graph.kernels import MASKS
 from evenflow.graph.known_results import result_at, zeros_like
 from evenflow.graph.needs_numbers import needs_numbers
 from evenflow.graph.observe import unwatched
 from evenflow.graph.open_calls import OpenCalls, autocast_now
 from evenflow.graph.reach import PLAIN
-from evenflow.graph.recomputed import REMEDY
 from evenflow.graph.template import Template, flatten_tree, is_tensor
 from evenflow.graph.tree import ARRAYS, SHAPE, Draws, FunctionCall, ParameterSource, ReadCall
 from evenflow.graph.values import Values
@@ -123,9 +123,12 @@ class FunctionCalls:
             if tensor._version != version or id(tensor) in self._kernels.changed
         ]
         call = self._calls.innermost
-        if name == REENTRANT:  # what happens inside is not seen
-            self._refuse_recomputed_changes(before)
-            call.recomputes = grad_enabled
+        if name == REENTRANT and grad_enabled:  # what happens inside is not seen
+            call.recomputes = True
+            now = self._buffer_versions().items()
+            call.recomputed += tuple(
+                f"the buffer {key}" for key, version in now if version != before.get(key)
+            )
         self._note_special(function, name, inputs, leaves)
         if name in READS:
             call.children.append(ReadCall(function, name, call.path, self._calls.clock, inputs, result))
@@ -183,10 +186,24 @@ class FunctionCalls:
             output = self._encoder.encode(result, name)
             taken = (self._values.tensor(ref) for ref in inputs.refs)
             self._constants.note_results(taken, made, changed, draws=draws is not None)
-            modes = (grad_enabled, autocast_now(), self._calls.region())
-            state = (changes.rebinds, changes.buffers, draws, self._kernels.flops, *modes, changes.hidden)
-            called = self._calls.under_settings(function, name)
-            call.children.append(FunctionCall(called, name, path, self._calls.clock, inputs, output, *state))
+            call.children.append(
+                FunctionCall(
+                    self._calls.under_settings(function, name),
+                    name,
+                    path,
+                    self._calls.clock,
+                    inputs,
+                    output,
+                    rebinds=changes.rebinds,
+                    changed_buffers=changes.buffers,
+                    draws=draws,
+                    flops=self._kernels.flops,
+                    grad_enabled=grad_enabled,
+                    autocast=autocast_now(),
+                    region=self._calls.region(),
+                    unknown_to_autograd=changes.unknown_to_autograd,
+                )
+            )
         return made
 
     def custom_function(self, apply: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -302,37 +319,28 @@ class FunctionCalls:
         if not known:
             return
         for at, tensor in enumerate(flatten_tree(result)[0]):
-            if is_tensor(tensor) and not isinstance(tensor, FakeTensor) and storage_of(tensor) in known:
-                self._calls.tick()
-                fakes = (isinstance(leaf, FakeTensor) for leaf in leaves)
-                args = Template(
-                    tuple(
-                        zeros_like(leaf) if fake else self._encoder.leaf(leaf, name)
-                        for leaf, fake in zip(leaves, fakes, strict=True)
-                    ),
-                    spec,
-                )
-                self._values.result(tensor, self._calls.clock, changed=False)
-                output = self._encoder.encode(tensor, name)
-                path, modes = (
+            if not is_tensor(tensor) or isinstance(tensor, FakeTensor) or storage_of(tensor) not in known:
+                continue
+            self._calls.tick()
+            given = (
+                zeros_like(leaf) if isinstance(leaf, FakeTensor) else self._encoder.leaf(leaf, name)
+                for leaf in leaves
+            )
+            args = Template(tuple(given), spec)
+            self._values.result(tensor, self._calls.clock, changed=False)
+            self._calls.innermost.children.append(
+                FunctionCall(
+                    result_at(function, at),
+                    name,
                     self._calls.innermost.path,
-                    (torch.is_grad_enabled(), autocast_now(), self._calls.region()),
+                    self._calls.clock,
+                    args,
+                    self._encoder.encode(tensor, name),
+                    grad_enabled=torch.is_grad_enabled(),
+                    autocast=autocast_now(),
+                    region=self._calls.region(),
                 )
-                self._calls.innermost.children.append(
-                    FunctionCall(
-                        result_at(function, at),
-                        name,
-                        path,
-                        self._calls.clock,
-                        args,
-                        output,
-                        (),
-                        (),
-                        None,
-                        0,
-                        *modes,
-                    )
-                )
+            )
 
     def _whole_number(self, tensor: torch.Tensor) -> Any:
         """A tensor as a slice's bound."""
@@ -340,11 +348,6 @@ class FunctionCalls:
 
     def _buffer_versions(self) -> dict[str, int]:
         return {name: buffer._version for name, buffer in self._model.named_buffers()}
-
-    def _refuse_recomputed_changes(self, before: dict[str, int]) -> None:
-        for name, version in self._buffer_versions().items():
-            if torch.is_grad_enabled() and version != before.get(name):
-                raise RecordError(f"a gradient checkpoint in the program changes the buffer {name}: {REMEDY}")
 
     def note_caught(self) -> None:
         """An error that did not end the program was caught here: another batch may not raise it."""

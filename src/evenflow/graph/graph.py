@@ -5,7 +5,7 @@ order; values connect them. *Glue* nodes depend on the batch alone (masks, posit
 belong to no stage and are computed again wherever their results are needed, instead of being sent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -35,6 +35,10 @@ class FunctionTarget:
 Target: TypeAlias = ModuleTarget | FunctionTarget
 
 
+# Functions in which autograd walks.
+_WALKS = frozenset(("grad", "backward", "func.grad", "func.grad_and_value", "func.vjp"))
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One torch function that ran inside a node, and its values: from these its cost is estimated."""
@@ -47,6 +51,11 @@ class Step:
     grad_enabled: bool
     autocast: bool = False  # it ran where autocast was on
     region: int | None = None  # the checkpoint region in which it ran, if any
+
+    @property
+    def walks(self) -> bool:
+        """Whether autograd walks in it."""
+        return self.name in _WALKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +85,18 @@ class Node:
     stateful: bool = False  # it keeps Python state, so it must run once per microbatch, on its owner
     opaque: bool = False  # what it does inside was not seen: only running it shows what it returns
     hooks: bool = False  # it puts hooks on its backward, so that must run once per microbatch
-    hidden: bool = False  # autograd is not told of what it changes in place
+    unknown_to_autograd: bool = False  # what it changes in place
     glue: bool = False
     steps: tuple[Step, ...] = ()  # all that ran inside, in program order
+
+    @property
+    def function_name(self) -> str:
+        """The name of the torch function that it calls; empty where it calls a module."""
+        match self.target:
+            case FunctionTarget(function):
+                return getattr(function, "__name__", "")
+            case ModuleTarget():
+                return ""
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -89,6 +107,11 @@ class Node:
     def makes(self) -> tuple[int, ...]:
         """Values that exist once it has run."""
         return tuple(dict.fromkeys((*self.results, *(new for _, new in self.rebinds))))
+
+
+def changed_buffers(nodes: Iterable[Node]) -> frozenset[str]:
+    """Names of the buffers that nodes change."""
+    return frozenset(name for node in nodes for name in node.changed_buffers)
 
 
 @dataclass(frozen=True, slots=True)

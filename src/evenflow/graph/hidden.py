@@ -4,7 +4,7 @@ A call that stays whole is handed its arguments and gives back its result, and n
 a tensor from a closure or leaves one in an attribute must be taken apart.
 """
 
-from evenflow.graph.tree import BufferSource, Call, CallTree, FunctionCall, ModuleCall, ParameterSource, walk
+from evenflow.graph.tree import Call, CallTree, ModuleCall, functions_in
 
 
 def hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
@@ -18,7 +18,7 @@ def hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
     def visit(call: Call, around: tuple[ModuleCall, ...]) -> None:
         if isinstance(call, ModuleCall):
             given[call] = frozenset(call.args.refs)
-            rebinds = (pair for c in walk(call) if isinstance(c, FunctionCall) for pair in c.rebinds)
+            rebinds = (pair for function in functions_in(call) for pair in function.rebinds)
             changed = (new for old, new in rebinds if births[tree.values[old].storage] < call.start)
             shown[call] = frozenset((*call.output.refs, *changed))
             for child in call.children:
@@ -32,7 +32,7 @@ def hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
     hides: dict[ModuleCall, str] = {}
     for number, user, around in uses:
         value = tree.values[number]
-        if isinstance(value.source, ParameterSource | BufferSource):
+        if value.is_state:
             continue
         home = homes.get(value.born, ())
         for call in around[1:]:

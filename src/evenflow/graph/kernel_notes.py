@@ -15,17 +15,26 @@ from evenflow.graph.open_calls import OpenCalls
 
 
 class KernelNotes:
-    """A `KernelListener`, which says what each note means; `own` are tensors that the run may work on."""
+    """What is noted; `own` are tensors that the run may work on.
+
+    - Of the function that runs: `num_draws` and `flops`; `deciding`, what decides the shape of a kernel's
+      result by its numbers; `known`, results of a kernel on fakes that are real, for other arguments decide
+      them; `changed`, the ids of tensors that a kernel changes without saying so.
+    - `born`: memory that the run made, by `storage_of`.
+    - Inside a whole function, `within` is the memory that it was given or made; `captured` says whether it
+      used other memory.
+    - `all_fake` makes fake what a kernel would make of nothing: a mask of all positions.
+    """
 
     def __init__(self, calls: OpenCalls, own: Iterable[torch.Tensor]) -> None:
-        self.num_draws = self.flops = 0  # this and the next three: of the function that runs
+        self.num_draws = self.flops = 0
         self.deciding: list[torch.Tensor] = []
         self.known: list[torch.Tensor] = []
         self.changed: set[int] = set()
+        self.born = {storage_of(tensor) for tensor in own}
         self.within: set[int] | None = None
         self.captured = False
         self.all_fake: FakeTensorMode | None = None
-        self.born = {storage_of(tensor) for tensor in own}
         self._calls = calls
         self._outside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # written to: (it, a copy)
 

@@ -3,7 +3,6 @@
 A module that cannot run on fake tensors runs once more for real, as one opaque step.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from evenflow.graph.kernel_notes import KernelNotes
 from evenflow.graph.module_states import ModuleStates
 from evenflow.graph.modules import python_state
 from evenflow.graph.needs_numbers import NeedsNumbers
-from evenflow.graph.observe import unwatched
+from evenflow.graph.observe import Invocation, unwatched
 from evenflow.graph.open_calls import OpenCalls
 from evenflow.graph.real_run import CannotRun, RealRun, run_for_real
 from evenflow.graph.template import is_tensor
@@ -49,29 +48,23 @@ class ModuleCalls:
         self._functions, self._states = functions, states
         self._fakes, self._device = fakes, device
 
-    def module(
-        self,
-        module: torch.nn.Module,
-        path: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def module(self, asked: Invocation) -> Any:
+        module, path = asked.module, asked.path
         with unwatched():
             self._functions.note_caught()
-            call = self._calls.enter(module, path, self._encoder.encode((args, kwargs), path))
+            call = self._calls.enter(module, path, self._encoder.encode((asked.args, asked.kwargs), path))
             state = python_state(module)
         mark, own = self._values.mark(), dict(vars(module))
         num_noted = len(self._functions.noted)
         self._states.note_foreign(call, module, state)
         try:
             try:
-                result = forward(module, *args, **kwargs)
+                result = asked.make()
             except Exception as error:  # noqa: BLE001 (raised again, unless the module can run for real)
                 vars(module).clear()
                 vars(module).update(own)
                 with unwatched():
-                    result = self._again_for_real(error, call, module, forward, args, kwargs)
+                    result = self._again_for_real(error, call, asked)
                     del self._functions.noted[num_noted:]
             with unwatched():
                 # The call is still open: an unknown tensor among the results is its own doing.
@@ -91,15 +84,7 @@ class ModuleCalls:
         self._values.restore(mark, filter(is_tensor, pytree.tree_leaves(result)))
         return result
 
-    def _again_for_real(
-        self,
-        error: Exception,
-        call: ModuleCall,
-        module: torch.nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _again_for_real(self, error: Exception, call: ModuleCall, asked: Invocation) -> Any:
         """The result of a module that failed on fake tensors, after running it alone on real ones.
 
         Raises `error` again where that cannot be, or where its cause is another one.
@@ -114,7 +99,7 @@ class ModuleCalls:
         self._kernels.num_draws = self._kernels.flops = call.num_draws = 0
         self._functions.blind = True
         try:
-            run = run_for_real(module, forward, args, kwargs, fakes=self._fakes, device=self._device)
+            run = run_for_real(asked, fakes=self._fakes, device=self._device)
         except CannotRun as reason:
             error.add_note(f"evenflow: {call.path} cannot stay whole: {reason}")
             raise error from None
@@ -142,16 +127,21 @@ class ModuleCalls:
         call.num_draws = max(1, self._kernels.num_draws // 2)
         draws = Draws(call.path, call.call, 0, call.num_draws)
         output = self._encoder.encode(run.result, call.path)
-        state = (
-            changes.rebinds,
-            changes.buffers,
-            draws,
-            self._kernels.flops // 2,
-            call.grad_enabled,
-            call.autocast,
-        )
         call.children.append(
-            FunctionCall(never, RUN_FOR_REAL, call.path, self._calls.clock, call.args, output, *state)
+            FunctionCall(
+                never,
+                RUN_FOR_REAL,
+                call.path,
+                self._calls.clock,
+                call.args,
+                output,
+                rebinds=changes.rebinds,
+                changed_buffers=changes.buffers,
+                draws=draws,
+                flops=self._kernels.flops // 2,
+                grad_enabled=call.grad_enabled,
+                autocast=call.autocast,
+            )
         )
         call.real = True
         self._states.note_real_run(call, run.attributes)
@@ -161,8 +151,7 @@ class ModuleCalls:
 
         Nothing is lost by that: where the real result requires none, its backward has no root.
         """
-        inside = f"{call.path}." if call.path else ""
-        trains = any(name.startswith(inside) for name in self._fakes.tied)
+        trains = any(name.startswith(call.inside) for name in self._fakes.tied)
         trains |= any(self._values.all[ref].info.requires_grad for ref in call.args.refs)
         for number in call.output.refs if call.grad_enabled and trains else ():
             if self._values.all[number].born >= call.start:

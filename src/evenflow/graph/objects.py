@@ -46,9 +46,10 @@ class Objects:
 
     def shell(self, thing: Any, used_by: str) -> Shell | None:
         """What is returned in an object: the object without its tensors, and which they were."""
-        refs = _Used({id(tensor): Ref(number) for number, tensor in enumerate(self._values.tensors())})
-        prototype = _copied(thing, refs | self._keep, used_by)
-        return Shell(prototype, tuple(refs.used.values()), self._keep) if refs.used else None
+        refs = {id(tensor): Ref(number) for number, tensor in enumerate(self._values.tensors())}
+        memo = _Used(refs | self._keep)
+        prototype = _copied(thing, memo, used_by)
+        return Shell(prototype, tuple(memo.used.values()), self._keep) if memo.used else None
 
     def put_back(self) -> None:
         """Give the program's own random generators the states that they had."""
@@ -72,15 +73,11 @@ def _is_cache(thing: object) -> bool:
 
 
 class _Used(dict[int, Any]):
-    """A memo for `deepcopy` that knows what was looked up in it."""
+    """A memo for `deepcopy` that knows which references were looked up in it."""
 
     def __init__(self, known: dict[int, Any]) -> None:
         super().__init__(known)
         self.used: dict[int, Ref] = {}
-
-    def __or__(self, other: Any) -> Any:  # as a dict's, but the same object
-        self.update(other)
-        return self
 
     def get(self, key: int, default: Any = None) -> Any:
         found = super().get(key, default)

@@ -6,25 +6,41 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch._functorch import apis, eager_transforms
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenflow.errors import RecordError
-from evenflow.graph.fake_kernels import MASKS, run_kernel
+from evenflow.graph.fake_kernels import run_kernel
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.flops import flops_of
+from evenflow.graph.kernel_notes import KernelNotes
+from evenflow.graph.kernels import changed_unsaid, deciding, draws, written
 
 _ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
-# Kernels that update running statistics (arguments 3 and 4, when argument 5 says so) though no schema tells.
-_BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 _PATCH = threading.Lock()  # what is patched here is one per process
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """The call of a module of the model that is about to be made; `path` is the module's there."""
+
+    module: torch.nn.Module
+    path: str
+    own: Callable[..., Any]  # `Module.__call__`
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def make(self) -> Any:
+        """Call the module, and return what it returns."""
+        return self.own(self.module, *self.args, **self.kwargs)
 
 
 class ModuleListener(Protocol):
@@ -32,14 +48,7 @@ class ModuleListener(Protocol):
 
     paths: dict[int, str]  # id(module) -> its path in the model
 
-    def module(
-        self,
-        module: torch.nn.Module,
-        path: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def module(self, asked: Invocation) -> Any:
         """Make and note the call of a module of the model."""
 
 
@@ -58,26 +67,6 @@ class FunctionListener(Protocol):
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str
     ) -> Any:
         """Make and note the call of what bypasses `__torch_function__`, blind to what is inside."""
-
-
-class KernelListener(Protocol):
-    """What is told of the kernels that a function runs."""
-
-    num_draws: int
-    flops: int
-    deciding: list[torch.Tensor]  # what decides the shape of a kernel's result by its numbers
-    known: list[torch.Tensor]  # results of a kernel on fakes that are real: other arguments decide
-    changed: set[int]  # ids of tensors that a kernel changes without saying so
-    born: set[int]  # memory that the run made, by `storage_of`
-    within: set[int] | None  # inside a whole function: memory that it was given or made
-    captured: bool  # it used other memory
-    all_fake: FakeTensorMode | None  # makes fake what a kernel would make of nothing: a mask of all positions
-
-    def no_subclass(self, name: str, kind: type[torch.Tensor]) -> Exception:
-        """What to raise where a subclass of Tensor meets a fake one."""
-
-    def write_outside(self, tensor: torch.Tensor) -> None:
-        """A kernel is about to change a real tensor, perhaps one that the run did not make."""
 
 
 def unwatched() -> contextlib.AbstractContextManager[None]:
@@ -102,7 +91,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def observed_by(
-    modules: ModuleListener, functions: FunctionListener, *, kernels: KernelListener | None = None
+    modules: ModuleListener, functions: FunctionListener, *, kernels: KernelNotes | None = None
 ) -> Iterator[None]:
     """Tell listeners of all calls of this thread meanwhile, and `kernels` of all kernels below them."""
     with (
@@ -113,12 +102,25 @@ def observed_by(
         contextlib.nullcontext() if kernels is None else _subclasses_refused(kernels),
         _modules_observed(modules, functions),
         _custom_functions_observed(functions),
-        _scripted_functions_observed(functions),
-        _transforms_observed(functions),
+        _whole_functions_observed(functions),
         _Functions(functions),
         contextlib.nullcontext() if kernels is None else _Kernels(kernels),
     ):
         yield
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:  # owner: a class or a module
+    """Put something else in the place of a class's or a module's attribute meanwhile."""
+    inherits, before = name not in vars(owner), vars(owner).get(name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if inherits:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 @contextlib.contextmanager
@@ -132,8 +134,7 @@ def _unvalidated_distributions() -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
-@contextlib.contextmanager
-def _needless_conversions_left_out() -> Iterator[None]:
+def _needless_conversions_left_out() -> contextlib.AbstractContextManager[None]:
     """Let `module.to(…)` in a forward leave alone what is right already: fakes cannot be swapped."""
     apply: Callable[..., torch.nn.Module] = torch.nn.Module._apply  # noqa: SLF001 (the place to patch)
 
@@ -146,31 +147,19 @@ def _needless_conversions_left_out() -> Iterator[None]:
                 return module
         return apply(module, convert, recurse)
 
-    torch.nn.Module._apply = applied  # type: ignore[method-assign]  # noqa: SLF001 (the patch is the point)
-    try:
-        yield
-    finally:
-        torch.nn.Module._apply = apply  # type: ignore[method-assign]  # noqa: SLF001
+    return patched(torch.nn.Module, "_apply", applied)
 
 
-@contextlib.contextmanager
-def _swaps_refused() -> Iterator[None]:
-    swap = torch.utils.swap_tensors
-
+def _swaps_refused() -> contextlib.AbstractContextManager[None]:
     def refused(*_: torch.Tensor) -> None:
         raise RecordError(
             "the program calls torch.utils.swap_tensors, of which a recording cannot follow the tensors"
         )
 
-    torch.utils.swap_tensors = refused
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = swap
+    return patched(torch.utils, "swap_tensors", refused)
 
 
-@contextlib.contextmanager
-def _subclasses_refused(kernels: KernelListener) -> Iterator[None]:
+def _subclasses_refused(kernels: KernelNotes) -> contextlib.AbstractContextManager[None]:
     """Refuse by name to make another class of a fake tensor, which is of a class of its own."""
     own = torch.Tensor.as_subclass
 
@@ -179,69 +168,51 @@ def _subclasses_refused(kernels: KernelListener) -> Iterator[None]:
             raise kernels.no_subclass("as_subclass", kind)
         return tensor if isinstance(tensor, FakeTensor) else own(tensor, kind)
 
-    torch.Tensor.as_subclass = as_subclass  # type: ignore[method-assign, assignment]  # the patch is the point
-    try:
-        yield
-    finally:
-        del torch.Tensor.as_subclass  # it is inherited
+    return patched(torch.Tensor, "as_subclass", as_subclass)
 
 
-@contextlib.contextmanager
-def _modules_observed(modules: ModuleListener, functions: FunctionListener) -> Iterator[None]:
-    forward, thread = torch.nn.Module.__call__, threading.get_ident()
+def _modules_observed(
+    modules: ModuleListener, functions: FunctionListener
+) -> contextlib.AbstractContextManager[None]:
+    own, thread = torch.nn.Module.__call__, threading.get_ident()
 
     def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # as Module.__call__
         if threading.get_ident() != thread:
-            return forward(module, *args, **kwargs)
+            return own(module, *args, **kwargs)
         path = modules.paths.get(id(module))
         if path is not None and not functions.blind:
-            return modules.module(module, path, forward, args, kwargs)
+            return modules.module(Invocation(module, path, own, args, kwargs))
         if path is None and any(True for _ in module.parameters()):
             raise RecordError(
                 f"{type(module).__name__} is called by the loss function but is not part of the model; "
                 "put both into one nn.ModuleDict and pass that as the model"
             )
-        return forward(module, *args, **kwargs)
+        return own(module, *args, **kwargs)
 
-    torch.nn.Module.__call__ = observed  # type: ignore[method-assign]  # the patch is the point
-    try:
-        yield
-    finally:
-        torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
+    return patched(torch.nn.Module, "__call__", observed)
 
 
-@contextlib.contextmanager
-def _custom_functions_observed(observer: FunctionListener) -> Iterator[None]:
+def _shown(
+    own: Callable[..., Any], show: Callable[..., Any], observer: FunctionListener
+) -> Callable[..., Any]:
+    """`show` in the place of `own`, except on other threads and inside of what is shown already."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
+        other = observer.blind or threading.get_ident() != thread
+        return own(*args, **kwargs) if other else show(*args, **kwargs)
+
+    return call
+
+
+def _custom_functions_observed(observer: FunctionListener) -> contextlib.AbstractContextManager[None]:
     """Custom autograd functions bypass `__torch_function__`: each `apply` is shown as one torch function."""
-    own, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+    own = vars(torch.autograd.Function)["apply"].__func__
 
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:  # as Function.apply
-        bound = types.MethodType(own.__func__, cls)
-        if observer.blind or threading.get_ident() != thread:
-            return bound(*args, **kwargs)
-        return observer.custom_function(bound, args, kwargs)
+    def show(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:  # as Function.apply
+        return observer.custom_function(types.MethodType(own, cls), args, kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]  # the patch is the point
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = own  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _scripted_functions_observed(observer: FunctionListener) -> Iterator[None]:
-    own, thread = torch.jit.ScriptFunction.__call__, threading.get_ident()
-
-    def call(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
-        if observer.blind or threading.get_ident() != thread:
-            return own(function, *args, **kwargs)
-        return observer.whole_function(function, args, kwargs, name=function.name)
-
-    torch.jit.ScriptFunction.__call__ = call  # type: ignore[assignment, method-assign]  # the patch is the point
-    try:
-        yield
-    finally:
-        torch.jit.ScriptFunction.__call__ = own  # type: ignore[method-assign]
+    return patched(torch.autograd.Function, "apply", classmethod(_shown(own, show, observer)))
 
 
 # What a transformed function calls, the function itself among its arguments; torch has no public place.
@@ -253,25 +224,25 @@ _TRANSFORMS = (
 
 
 @contextlib.contextmanager
-def _transforms_observed(observer: FunctionListener) -> Iterator[None]:
-    thread = threading.get_ident()
+def _whole_functions_observed(observer: FunctionListener) -> Iterator[None]:
+    """Scripted functions and transforms bypass `__torch_function__` too."""
+    scripted = torch.jit.ScriptFunction.__call__
 
-    def patched(own: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:  # as `own`
-            if observer.blind or threading.get_ident() != thread:
-                return own(*args, **kwargs)
+    def show_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:  # as ScriptFunction.__call__
+        return observer.whole_function(function, args, kwargs, name=function.name)
+
+    def transform(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def show(*args: Any, **kwargs: Any) -> Any:  # as `own`
             return observer.whole_function(own, args, kwargs, name=name)
 
-        return call
+        return _shown(own, show, observer)
 
-    before = [getattr(module, key) for module, key, _ in _TRANSFORMS]
-    try:
-        for (module, key, name), own in zip(_TRANSFORMS, before, strict=True):
-            setattr(module, key, patched(own, name))
+    with contextlib.ExitStack() as stack:
+        shown = _shown(scripted, show_scripted, observer)
+        stack.enter_context(patched(torch.jit.ScriptFunction, "__call__", shown))
+        for module, key, name in _TRANSFORMS:
+            stack.enter_context(patched(module, key, transform(getattr(module, key), name)))
         yield
-    finally:
-        for (module, key, _), own in zip(_TRANSFORMS, before, strict=True):
-            setattr(module, key, own)
 
 
 class _Functions(TorchFunctionMode):
@@ -286,7 +257,7 @@ class _Functions(TorchFunctionMode):
 class _Kernels(TorchDispatchMode):
     """Counts draws and FLOPs of the function that is running."""
 
-    def __init__(self, observer: KernelListener) -> None:
+    def __init__(self, observer: KernelNotes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.observer = observer
 
@@ -297,8 +268,9 @@ class _Kernels(TorchDispatchMode):
             return self.seen(func, args, kwargs or {})
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
-        if func._schema.is_mutable:
-            self.note_writes(func, args, kwargs)
+        for tensor in written(func, args, kwargs) if func._schema.is_mutable else ():
+            if not isinstance(tensor, FakeTensor):
+                self.observer.write_outside(tensor)
         with self.observer.all_fake or contextlib.nullcontext():
             result, lengths = run_kernel(func, args, kwargs)
         if self.observer.within is not None:
@@ -315,9 +287,7 @@ class _Kernels(TorchDispatchMode):
             self.observer.deciding += deciding(func, args)
         elif func is _ITEM:
             self.observer.deciding.append(args[0])
-        packet = func.overloadpacket
-        if packet.__name__ in _BATCH_NORMS and args[5]:
-            self.observer.changed.update(id(statistic) for statistic in args[3:5])
+        self.observer.changed.update(map(id, changed_unsaid(func, args)))
         self.observer.flops += flops_of(func, args, kwargs, result)
         return result
 
@@ -330,40 +300,3 @@ class _Kernels(TorchDispatchMode):
         if kernel is not torch.ops.aten.lift_fresh.default:  # by which `torch.tensor` makes one of numbers
             self.observer.captured |= not used <= within
         within |= used | made
-
-    def note_writes(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for position, argument in enumerate(kernel._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in given if isinstance(given, list) else (given,):
-                    if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
-                        self.observer.write_outside(tensor)
-
-
-def deciding(kernel: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:  # kernel: an OpOverload
-    """The tensors whose numbers decide a result's shape; an index has that tag but means its masks only."""
-    if kernel is torch.ops.aten.index.Tensor:
-        return [index for index in args[1] if index is not None and index.dtype in MASKS]
-    if kernel is torch.ops.aten.masked_select.default:
-        return [args[1]]
-    return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """The default generator that kernels on `device` draw from."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
-
-
-def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # kernel: an OpOverload
-    """Whether this call of a kernel draws random numbers: by its tag, unless its dropout is zero."""
-    if torch.Tag.nondeterministic_seeded not in kernel.tags:
-        return False
-    for position, argument in enumerate(kernel._schema.arguments):
-        if argument.name == "dropout_p":
-            given = kwargs.get(
-                "dropout_p", args[position] if position < len(args) else argument.default_value
-            )
-            return bool(given)
-    return True

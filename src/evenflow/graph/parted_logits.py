@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import EllipsisType
 
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.settings import bare
@@ -91,15 +90,15 @@ class _Walk:
         if reshapes(node):
             *before, last = [leaf for leaf in node.args.leaves if type(leaf) is int] or [0]
             return last == self.size or (last == -1 and self.size not in before)
-        if _name(node) == "__getitem__":  # rows, or positions: never words
+        if node.function_name == "__getitem__":  # rows, or positions: never words
             return all(isinstance(leaf, Ref | slice | EllipsisType) for leaf in node.args.leaves)
-        return _name(node) in _KEEPS
+        return node.function_name in _KEEPS
 
     def _is_loss(self, node: Node, value: int) -> bool:
         """Whether it is a plain cross-entropy of these logits, with numbers of classes for targets."""
         match node.target:
             case FunctionTarget(function) if bare(function) is F.cross_entropy:
-                args, kwargs = pytree.tree_unflatten(list(node.args.leaves), node.args.spec)
+                args, kwargs = node.args.unfilled()
                 given = _SIGNATURE.bind(*args, **kwargs)
             case _:
                 return False
@@ -118,13 +117,4 @@ class _Walk:
 
 def reshapes(node: Node) -> bool:
     """Whether it gives a tensor sizes that it is told."""
-    return _name(node) in _RESHAPES
-
-
-def _name(node: Node) -> str:
-    """That of a torch function; none of a module."""
-    match node.target:
-        case FunctionTarget(function):
-            return getattr(bare(function), "__name__", "")
-        case _:
-            return ""
+    return node.function_name in _RESHAPES

@@ -9,7 +9,7 @@ module that called it is tried in its place.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from evenflow.graph.fakes import FakeParameters, storage_of
 from evenflow.graph.modules import python_kept, python_state
+from evenflow.graph.observe import Invocation
 from evenflow.graph.outside import MODULES_OWN, changed_names
 from evenflow.graph.template import flatten_tree
 
@@ -38,19 +39,10 @@ class RealRun:
     signature: Any  # equal for two runs that differ in numbers only
 
 
-def run_for_real(
-    module: torch.nn.Module,
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    fakes: FakeParameters,
-    device: torch.device,
-) -> RealRun:
-    """Call `forward(module, *args, **kwargs)` on real tensors; raises `CannotRun` or the module's error."""
-    _check_memory(module, fakes, device)
-    first = _run(module, forward, args, kwargs, fakes, device, seed=0)
-    second = _run(module, forward, args, kwargs, fakes, device, seed=1)
+def run_for_real(asked: Invocation, *, fakes: FakeParameters, device: torch.device) -> RealRun:
+    """Make the call on real tensors; raises `CannotRun` or the module's error."""
+    _check_memory(asked.module, fakes, device)
+    first, second = (_run(asked, fakes, device, seed=seed) for seed in (0, 1))
     if first.signature != second.signature:
         raise CannotRun("what it returns depends on its numbers")
     return first
@@ -73,18 +65,9 @@ def _slots(
     return [slot for slot in fakes.slots if id(slot[0]) in inside]
 
 
-def _run(
-    module: torch.nn.Module,
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    fakes: FakeParameters,
-    device: torch.device,
-    *,
-    seed: int,
-) -> RealRun:
-    chance = torch.Generator(device).manual_seed(seed)
-    leaves, spec = flatten_tree((args, kwargs))
+def _run(asked: Invocation, fakes: FakeParameters, device: torch.device, *, seed: int) -> RealRun:
+    module, chance = asked.module, torch.Generator(device).manual_seed(seed)
+    leaves, spec = flatten_tree((asked.args, asked.kwargs))
     given = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
     stand_ins = {key: _made_up(leaf, chance) for key, leaf in given.items()}
     filled = [stand_ins.get(id(leaf), leaf) for leaf in leaves]
@@ -95,7 +78,7 @@ def _run(
             *((b, b) for b in module.buffers()),
         ]
         versions = [stand_in._version for _, stand_in in watched]
-        result = forward(module, *real_args, **real_kwargs)
+        result = dataclasses.replace(asked, args=real_args, kwargs=real_kwargs).make()
         changed = tuple(
             tensor
             for (tensor, real), version in zip(watched, versions, strict=True)

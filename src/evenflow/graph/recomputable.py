@@ -11,12 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from evenflow.graph.cut import Section
-from evenflow.graph.graph import Graph, Node
+from evenflow.graph.graph import Graph, Node, changed_buffers
+from evenflow.graph.regions import memory_of
 from evenflow.graph.template import Shared
 from evenflow.plan.blocks import block_of
-
-# In such a node autograd walks: it frees what is to be made again, or allows no hooks on what is kept.
-_WALKS = frozenset(("grad", "backward", "func.grad", "func.grad_and_value", "func.vjp"))
 
 
 class Recomputable:
@@ -36,17 +34,14 @@ class Recomputable:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._changed = {name for node in graph.nodes for name in node.changed_buffers}
+        self._changed = changed_buffers(graph.nodes)
         self._of_changed = {graph.storage_of_buffer[n] for n in self._changed if n in graph.storage_of_buffer}
         users: defaultdict[int, set[int]] = defaultdict(set)  # memory -> indexes of nodes
         for node in graph.nodes:
-            for storage in self._memory_of(node):
+            for storage in memory_of(node, graph.values):
                 users[storage].add(node.index)
         rebound = {graph.values[old].storage for node in graph.nodes for old, _ in node.rebinds}
         self._apart = {storage for storage in rebound if len(users[storage]) > 1}
-
-    def _memory_of(self, node: Node) -> set[int]:
-        return {self._graph.values[value].storage for value in (*node.inputs, *node.makes)}
 
     def refusal(self, node: Node) -> str | None:  # noqa: PLR0911 (one line for each reason)
         """Why a node of the chain may not be computed again; None where it may."""
@@ -56,21 +51,21 @@ class Recomputable:
             return f"it changes the buffer {node.changed_buffers[0]}"
         if read := self._changed.intersection(node.buffers):
             return f"it reads the buffer {min(read)}, which the program changes"
-        memory = self._memory_of(node)
+        memory = memory_of(node, self._graph.values)
         if memory & self._of_changed:
             return "it uses a buffer that the program changes"
         if node.stateful:
             return "it changes attributes of its modules"
         if node.hooks:
             return "it puts hooks on its backward"
-        if node.hidden:
+        if node.unknown_to_autograd:
             return "it changes a tensor behind autograd's back (.data)"
         if memory & self._apart:
             return "it uses a tensor that is changed in place, and so do other nodes"
         shared = (leaf for leaf in node.args.leaves if isinstance(leaf, Shared))
         if any(each.number in self._graph.changing_objects for each in shared):
             return "it is handed an object whose Python state the program changes"
-        if any(step.name in _WALKS for step in node.steps):
+        if any(step.walks for step in node.steps):  # that frees what is to be made again
             return "autograd walks inside it"
         return None
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import RecordError
-from evenflow.graph.constants import Constants, Rehearsal
+from evenflow.graph.constants import Constants, FirstRun
 from evenflow.graph.echo import echo
 from evenflow.graph.encode import Encoder
 from evenflow.graph.fakes import FakeParameters, RealParameters, buffers_copied, storage_of
@@ -33,7 +33,6 @@ from evenflow.graph.modules import PythonState
 from evenflow.graph.objects import Objects
 from evenflow.graph.observe import observed_by, quiet
 from evenflow.graph.open_calls import OpenCalls
-from evenflow.graph.setters import Setters
 from evenflow.graph.template import flatten_tree, is_tensor
 from evenflow.graph.tree import BatchLeaf, BufferSource, CallTree, ParameterSource
 from evenflow.graph.values import Values
@@ -46,7 +45,7 @@ def record(
     *,
     device: torch.device,
     fakes: FakeParameters | RealParameters,
-    rehearsal: Rehearsal | None = None,
+    first: FirstRun | None = None,
     seen: Callable[[int, torch.Tensor], None] | None = None,
     between: Callable[[], None] | None = None,
     by_others: Callable[[], contextlib.AbstractContextManager[list[str]]] = lambda: contextlib.nullcontext(
@@ -60,7 +59,7 @@ def record(
     The run works on copies of the microbatch's tensors and of the buffers, and leaves the random generators
     as they were. Raises `RecordError` where the program needs a parameter's numbers, or hides what it does
     at the outermost level; the program's own errors come with a note of where they arose. With the
-    `rehearsal` of an earlier run, a tensor counts as Python's constant only if that run met the same.
+    `first` run of the same program, a tensor counts as Python's constant only if that run met the same.
 
     With `between` the program runs once more, after that was called, without computing anything: the tree's
     `difference` says what it did differently. It runs likewise under `by_others`, which changes attributes
@@ -74,7 +73,7 @@ def record(
         if isinstance(fakes, FakeParameters):
             torch.default_generator.manual_seed(SEED)  # two runs draw alike, whatever the draws decide
         tensors = [leaf for leaf in leaves if is_tensor(leaf)]
-        recorder = _Recorder(model, fakes, tensors, device, rehearsal, seen)
+        recorder = _Recorder(model, fakes, tensors, device, first, seen)
         tree = recorder.run(program, pytree.tree_unflatten(leaves, spec))
         if between is not None:
             between()
@@ -116,7 +115,7 @@ class _Recorder:
         fakes: FakeParameters | RealParameters,
         batch: list[torch.Tensor],
         device: torch.device,
-        rehearsal: Rehearsal | None,
+        first: FirstRun | None,
         seen: Callable[[int, torch.Tensor], None] | None,
     ) -> None:
         self.model, self.fakes, self.device = model, fakes, device
@@ -130,10 +129,9 @@ class _Recorder:
                 self.values.add(fake, ParameterSource(fakes.names[id(fake)]))
         for name, buffer in model.named_buffers():
             self.values.add(buffer, BufferSource(name))
-        self.setters = Setters(self.calls.stack)
-        self.states = ModuleStates(modules, self.setters)
+        self.states = ModuleStates(modules, self.calls.stack)
         self.kernels = KernelNotes(self.calls, (*batch, *model.buffers()))
-        self.constants = Constants(self.kernels.born, rehearsal)
+        self.constants = Constants(self.kernels.born, first)
         self.objects = Objects(self.values, modules.values())
         self.encoder = Encoder(self.calls, self.values, self.constants, self.objects, modules)
         self.functions = FunctionCalls(
@@ -156,7 +154,7 @@ class _Recorder:
         try:
             with (
                 observed_by(self.modules, self.functions, kernels=self.kernels),
-                self.setters.watching(),
+                self.states.watching(),
                 quiet(),
             ):
                 result = program(self.model, microbatch)
@@ -190,7 +188,7 @@ class _Recorder:
             frozenset(self.objects.changing),
             self.values.changed_leaves(),
             self.device,
-            self.constants.rehearsal(tensors, self.states.self_changed),
+            self.constants.as_first(tensors, self.states.self_changed),
         )
 
     def echo(self, program: Callable[[], Any]) -> str | None:

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
 from evenflow.graph.settings import bare
@@ -119,13 +118,15 @@ class _Reader:
         if found is not None:
             yield found
             return
-        name, arguments = _call(node)
+        name = node.function_name
         refs = [leaf.value for leaf in node.args.leaves if isinstance(leaf, Ref)]
         if name in _ADD:
             for ref in refs:
                 yield from list(self.terms(ref)) or (Unread(),)
-        elif name in _DIVIDE and len(arguments) == 2:
-            yield from self.divided(*arguments)
+        elif name in _DIVIDE:
+            arguments, _ = node.args.unfilled()
+            if len(arguments) == 2:
+                yield from self.divided(*arguments)
         elif name in _MULTIPLY:
             yield from self.scaled(refs)
         elif name in {"mean", "sum"} and refs:
@@ -169,7 +170,7 @@ class _Reader:
         self, node: Node, function: Any, kind: type[torch.nn.Module]
     ) -> Mapping[str, Any] | None:  # of torch's functions, of any type
         """The arguments by name where the node calls this loss function, or a module that does."""
-        args, kwargs = pytree.tree_unflatten(list(node.args.leaves), node.args.spec)
+        args, kwargs = node.args.unfilled()
         signature = inspect.signature(function)
         match node.target:
             case FunctionTarget(called) if bare(called) is function:
@@ -217,7 +218,7 @@ class _Reader:
             yield from self.terms(operand)
             return
         maker = self.graph.maker.get(operand)
-        if maker is not None and _call(maker)[0] == "stack":
+        if maker is not None and maker.function_name == "stack":
             for ref in maker.args.refs:
                 yield from self.terms(ref)
         elif name == "sum":
@@ -270,11 +271,3 @@ class _Reader:
 class _Leaf:
     index: int
     shape: tuple[int, ...]
-
-
-def _call(node: Node) -> tuple[str, tuple[Any, ...]]:
-    """Name and positional arguments of a function call; no name for a module."""
-    if not isinstance(node.target, FunctionTarget):
-        return "", ()
-    args, _ = pytree.tree_unflatten(list(node.args.leaves), node.args.spec)
-    return getattr(node.target.function, "__name__", ""), tuple(args)

@@ -1,7 +1,10 @@
-"""Checkpoint regions whose parts are computed again one by one: what must not be changed across parts.
+"""Checkpoint regions (`torch.utils.checkpoint`): what must not be changed in them, for they run again.
 
-A stage runs its part of a region as a checkpoint of its own, and one for each stretch with and without
-autocast. What one part changes in place of another's, its recomputation would change twice.
+State must not: a plain loop recomputes a microbatch before the next one's forward, a pipeline after it, so
+buffers and attributes would be changed in another order, and what is read of them would be something else.
+
+And no part what another part made: a stage runs its part of a region as a checkpoint of its own, and one for
+each stretch with and without autocast. What it changes in place, its recomputation would change twice.
 """
 
 import itertools
@@ -9,7 +12,26 @@ from collections.abc import Sequence
 
 from evenflow.errors import RecordError
 from evenflow.graph.graph import Node
-from evenflow.graph.tree import Value
+from evenflow.graph.tree import CallTree, FunctionCall, ModuleCall, Value, walk
+
+
+def _changes_state(what: str) -> RecordError:
+    """What to raise where a checkpoint changes a buffer or an attribute."""
+    return RecordError(
+        f"a gradient checkpoint in the program changes {what}: a recomputation changes it once more, and in "
+        "a pipeline after the forwards of other microbatches: leave the module that does so out of the "
+        "checkpoint, or switch its changes off (eval() of a BatchNorm)"
+    )
+
+
+def refuse_changes_of_state(tree: CallTree) -> None:
+    """Raise `RecordError` naming the first buffer or attribute that is changed inside a checkpoint."""
+    for call in walk(tree.root):
+        match call:
+            case FunctionCall(region=int(), changed_buffers=(name, *_)):
+                raise _changes_state(f"the buffer {name}")
+            case ModuleCall(region=int(), changed=(name, *_)) | ModuleCall(recomputed=(name, *_)):
+                raise _changes_state(name)
 
 
 def refuse_changes_across_autocast(nodes: Sequence[Node], values: Sequence[Value]) -> None:

@@ -95,6 +95,10 @@ class Template:
                 found.extend(ref.value for ref in leaf.refs)
         return tuple(found)
 
+    def unfilled(self) -> Any:
+        """The tree with its stand-ins where they are."""
+        return pytree.tree_unflatten(list(self.leaves), self.spec)
+
     def rewrite(self, change: Callable[[Any], Any]) -> "Template":
         """The same tree with `change` applied to every leaf."""
         return Template(tuple(change(leaf) for leaf in self.leaves), self.spec)

@@ -5,7 +5,7 @@ Its inner nodes are calls of the model's modules, its leaves calls of torch func
 choice of leaves be a pure function of one recording.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -71,6 +71,11 @@ class Value:
     storage: int  # two values with the same storage are aliases
     born: int  # clock of the call that made it; -1 when it was there before the program began
 
+    @property
+    def is_state(self) -> bool:
+        """Whether it is a parameter or a buffer: of the model, and there whatever runs."""
+        return isinstance(self.source, ParameterSource | BufferSource)
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:
@@ -99,7 +104,7 @@ class FunctionCall:
     grad_enabled: bool = True
     autocast: tuple[tuple[str, Any], ...] = ()  # (device type, dtype) of each active one; ("nesting", depth)
     region: int | None = None  # the checkpoint region in which it ran, if any
-    hidden: bool = False  # it changed something in place of which autograd is not told
+    unknown_to_autograd: bool = False  # what it changed in place
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +139,7 @@ class ModuleCall:
     region: int | None = None  # the checkpoint region in which it was called, if any
     sequential: bool = False  # it sets the generator's state itself: its draws are keyed at entry alone
     recomputes: bool = False  # it calls a reentrant checkpoint, whose inside was not seen
-    recomputed: tuple[str, ...] = ()  # the attributes that were changed in there
+    recomputed: tuple[str, ...] = ()  # the attributes and buffers that were changed in there
     looks: bool = False  # it read numbers, its own calls or those inside it
     real: bool = False  # it ran for real, as one opaque step: it may use any parameter inside it
     stateful: bool = False  # it changed its own attributes
@@ -142,6 +147,11 @@ class ModuleCall:
     whole_besides: str | None = None  # why it must not be taken apart even if that does not matter
     hooks: bool = False  # it put hooks of its own on the backward
     foreign: str | None = None  # what other code changed of the module: why it must be taken apart
+
+    @property
+    def inside(self) -> str:
+        """What all names begin with that lie inside the module."""
+        return f"{self.path}." if self.path else ""
 
 
 def never(*_: Any) -> Any:
@@ -162,6 +172,33 @@ def walk(call: Call) -> Iterator[Call]:
             waiting.extend(reversed(inner.children))
 
 
+def functions_in(call: Call) -> Iterator[FunctionCall]:
+    """The calls of functions in a call, in program order; of a function's, that itself."""
+    return (inner for inner in walk(call) if isinstance(inner, FunctionCall))
+
+
+def modules_in(call: Call) -> Iterator[ModuleCall]:
+    """The calls of modules in a call, in program order, that itself first if it is one."""
+    return (inner for inner in walk(call) if isinstance(inner, ModuleCall))
+
+
+def reads_in(call: Call) -> Iterator[ReadCall]:
+    """Where Python looked at numbers inside a call."""
+    return (inner for inner in walk(call) if isinstance(inner, ReadCall))
+
+
+def parameters_in(call: Call, values: Sequence[Value]) -> Iterator[str]:
+    """Names of the parameters that functions inside a call use, once for each function that does."""
+    for function in functions_in(call):
+        sources = (values[ref].source for ref in dict.fromkeys(function.args.refs))
+        yield from (source.name for source in sources if isinstance(source, ParameterSource))
+
+
+def flops_in(call: Call) -> int:
+    """What a call computes."""
+    return sum(function.flops for function in functions_in(call))
+
+
 @dataclass(slots=True)
 class CallTree:
     """All of one recorded run; `root` is the call of the program (the loss function) itself."""
@@ -176,6 +213,6 @@ class CallTree:
     changing_objects: frozenset[int]  # numbers of the `Shared` objects that the program changes
     changed_leaves: frozenset[int]  # places of the batch's tensors that it changes in place
     device: Any  # torch.device on which it was recorded
-    rehearsal: Any  # what the next run of the same program should know: a `constants.Rehearsal`
+    as_first: Any  # what a second run of the program should know: a `constants.FirstRun`
     difference: str | None = None  # what the program did differently when it ran once more
     dependence: str | None = None  # what it does differently where another kind of call left a tensor

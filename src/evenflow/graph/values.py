@@ -26,13 +26,13 @@ from evenflow.graph.tree import (
 class Changes:
     """What a change in place did: (old value, new value) pairs, and the buffers and parameters it met.
 
-    `hidden`: autograd is not told (`data`), and takes what it kept for the backward for unchanged.
+    `unknown_to_autograd`: by way of `data`, so that it takes what it kept for the backward for unchanged.
     """
 
     rebinds: tuple[tuple[int, int], ...]
     buffers: tuple[str, ...]
     parameters: tuple[str, ...]
-    hidden: bool
+    unknown_to_autograd: bool
 
 
 class Values:
@@ -91,12 +91,12 @@ class Values:
         counted = {storage_of(t) for t in given if t._version != self._version_of.get(id(t))}
         storages = {storage_of(tensor) for tensor in given}
         self.changed_storages |= storages
-        hidden = False
+        unknown = False
         for storage in storages:
             for tensor in self._aliases[storage]:
                 old = self._number_of[id(tensor)]
                 same = tensor._version == self._version_of[id(tensor)]
-                hidden = hidden or (same and storage in counted)
+                unknown = unknown or (same and storage in counted)
                 self._version_of[id(tensor)] = tensor._version
                 match self.all[old].source:
                     case ParameterSource(name):
@@ -105,7 +105,7 @@ class Values:
                         buffers.append(name)  # one object for the whole run: its owner changes it in place
                     case _:
                         pairs.append((old, self.add(tensor, CallSource(), clock)))
-        return Changes(tuple(pairs), tuple(buffers), tuple(parameters), hidden)
+        return Changes(tuple(pairs), tuple(buffers), tuple(parameters), unknown)
 
     def changed_leaves(self) -> frozenset[int]:
         """Places of the batch's tensors that were changed in place."""

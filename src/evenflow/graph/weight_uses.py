@@ -19,7 +19,6 @@ _INPUTS = {
     "multi_head_attention_forward": (0,),  # its projections are calls of `linear`
 }
 _MOST_EARLIER = 16  # values that a weight was made of, one from the other
-_WALKS = frozenset(("grad", "backward"))  # a node in which autograd walks is not looked into
 
 _Names = frozenset[str]
 
@@ -118,4 +117,4 @@ class WeightUses:
 
 def _is_apart(step: Step) -> bool:
     """Whether a step inside a node is walked, or computed again, at times of its own."""
-    return step.name in _WALKS or step.region is not None
+    return step.walks or step.region is not None

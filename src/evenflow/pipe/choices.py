@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
-from evenflow.graph.cut import crossing_bytes, legal_positions
 from evenflow.graph.graph import Graph
+from evenflow.graph.positions import crossing_bytes, legal_positions
 from evenflow.graph.template import flatten_tree
 from evenflow.ir.placement import Placement
 from evenflow.pipe.agree import Prepared

@@ -17,18 +17,19 @@ import torch
 
 from evenflow.cluster.cluster import Cluster, Host
 from evenflow.cluster.device import Device
-from evenflow.cost.assemble import as_it_travels
 from evenflow.cost.cache import Cache, Place, device_name
 from evenflow.cost.local_device import local_device
 from evenflow.cost.optimizer import OptimizerCost, OptimizerFactory, optimizer_cost
-from evenflow.cost.profile import Profile
-from evenflow.cost.rehearsal import Passed, as_rehearsed, found_in, keep_in, over
+from evenflow.cost.outline import as_it_travels
+from evenflow.cost.profile import Profile, profile_of
+from evenflow.cost.recorded import Recorded
+from evenflow.cost.rehearsal import Passed, Rehearsal, as_rehearsed, found_in, keep_in, over
 from evenflow.errors import EvenflowError
 from evenflow.ir.costs import Link as LinkCost
 from evenflow.ir.placement import Placement
 from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
-from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request
@@ -156,7 +157,7 @@ def _profiled(
             seed=run.seed,
         )
         recordings.append(found)
-        return found.profile(cache=cache, budget_seconds=_BUDGET_SECONDS, progress=named)
+        return profile_of(found, cache=cache, budget_seconds=_BUDGET_SECONDS, progress=named)
 
     profiles = _on_every_rank(world, measured)
     _keep_means(profiles, Cache(cache, Place.of(device)))
@@ -176,7 +177,7 @@ def _rehearsed(
     device that has no room for the whole program does not rehearse.
     """
     own = {size: (found, profiles[world.rank]) for size, (found, profiles) in measured.items()}
-    rehearsals = {size: found.rehearsal(profile.chain) for size, (found, profile) in own.items()}
+    rehearsals = {size: Rehearsal.of(found, mine.chain) for size, (found, mine) in own.items()}
     passed = {size: found_in(cache, own[size][1].signs, each.positions) for size, each in rehearsals.items()}
     new: dict[int, list[Passed]] = {size: [] for size, known in passed.items() if known is None}
 

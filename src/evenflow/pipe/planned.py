@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evenflow.errors import ConfigError
-from evenflow.graph.cut import legal_positions
 from evenflow.graph.graph import Graph
+from evenflow.graph.positions import legal_positions
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
 from evenflow.pipe import choices

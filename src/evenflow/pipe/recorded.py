@@ -1,62 +1,23 @@
 """A model recorded for planning: nothing is cut, and no parameter gets memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from evenflow.cost.profile import BUDGET_SECONDS, Profile, Progress, profile
-from evenflow.cost.rehearsal import Rehearsal
+from evenflow.cost.recorded import Recorded
 from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.graph import Graph
 from evenflow.pipe.choices import Splitter, leaf_share
 from evenflow.pipe.deferred import recipes_of
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import refuse_unfit
-from evenflow.plan.chain import Chain
 from evenflow.runtime.microbatch import tensors
 from evenflow.runtime.parameters import parameters_by_name
 from evenflow.runtime.tracing import Leaves, Program, Tracing
 from evenflow.runtime.weights import rows_of
 
 _FINEST = 8  # ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """A graph, the model of which it was recorded, and the microbatch's tensors; `num_rows` of them."""
-
-    graph: Graph
-    model: torch.nn.Module
-    batch: Sequence[torch.Tensor]
-    num_rows: int
-    device: torch.device
-
-    def profile(
-        self,
-        *,
-        cache: Path | None = None,
-        budget_seconds: float = BUDGET_SECONDS,
-        progress: Progress | None = None,
-    ) -> Profile:
-        """Measure its nodes on its device; see `evenflow.cost.profile.profile`."""
-        return profile(
-            self.graph,
-            self.model,
-            self.batch,
-            num_rows=self.num_rows,
-            device=self.device,
-            cache=cache,
-            budget_seconds=budget_seconds,
-            progress=progress,
-        )
-
-    def rehearsal(self, chain: Chain) -> Rehearsal:
-        """Pass its microbatch through on its device; `chain` is what was measured of it."""
-        return Rehearsal.of(self.graph, self.model, self.batch, self.device, chain)
 
 
 def recorded(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from evenflow.graph.kernels import generator_of
 from evenflow.graph.modules import PythonState
-from evenflow.graph.observe import generator_of
 
 
 class Snapshot:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.graph.cut import num_bytes
+from evenflow.graph.positions import num_bytes
 from evenflow.graph.tree import TensorInfo
 from evenflow.runtime.links.link import Parcel
 

@@ -15,10 +15,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
-from evenflow.graph.cut import Cut, cut, positions_for_owners
+from evenflow.graph.cut import Cut, cut
 from evenflow.graph.fakes import storage_of
 from evenflow.graph.graph import Graph, Guard
 from evenflow.graph.outside import Snapshot, frozen
+from evenflow.graph.positions import positions_for_owners
 from evenflow.graph.recomputable import Again
 from evenflow.graph.template import is_plain
 from evenflow.runtime.call import ParameterOf

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenflow.graph.graph import ModuleTarget
-from evenflow.graph.observe import draws, generator_of
+from evenflow.graph.kernels import draws, generator_of
 from evenflow.graph.tree import Draws
 
 _MASK = (1 << 64) - 1

@@ -107,7 +107,7 @@ class Tracing:
         tree = first = run(between=look, by_others=by_others)
         look()
         if first.difference is not None:
-            tree = run(rehearsal=first.rehearsal, between=look, by_others=by_others)
+            tree = run(first=first.as_first, between=look, by_others=by_others)
             look()
         if tree.dependence is not None:
             raise RecordError(
@@ -115,7 +115,7 @@ class Tracing:
                 f"({tree.dependence}), and evenflow cannot carry that from one microbatch to the next: "
                 "pass it in the batch, or keep it in a buffer"
             )
-        changing = first.rehearsal.self_changed | tree.rehearsal.self_changed
+        changing = first.as_first.self_changed | tree.as_first.self_changed
         if frozen(_host_random()) != host:
             raise RecordError(
                 "the program draws from Python's or numpy's random module, which cannot be keyed; draw with "
@@ -132,9 +132,9 @@ class Tracing:
             self._check_second(first, tree, steady=not changed_names(*states[:2], tensors=False))
         else:  # what changed once and made no difference does not matter: a flag, hooks put in place
             changing &= frozenset(changed_names(*states[1:3]))
-            forgotten = first.rehearsal.self_changed - changing
+            forgotten = first.as_first.self_changed - changing
             forget_changes(first, forgotten)
-            self._left.learn(forgotten, first.rehearsal.constants)
+            self._left.learn(forgotten, first.as_first.constants)
         graph = self._flat(tree)
         self._self_changing |= changing
         self.seen = self._without_own(self.seen)
