@@ -82,12 +82,7 @@ class _Answers(BaseHTTPRequestHandler):
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page: /")
             return
         names = [name for name in catalog.NAMES if name != "forward-only"]
-        page = self_contained(
-            "play.html",
-            title="Evenflow playground",
-            scripts=["play.js"],
-            data={"names": names, "first": _FIRST},
-        )
+        page = self_contained("play", title="Evenflow playground", data={"names": names, "first": _FIRST})
         self._send(HTTPStatus.OK, "text/html", page)
 
     def do_POST(self) -> None:

@@ -36,7 +36,8 @@ def chrome_trace(last_step: LastStep) -> str:
     """
     events: list[_Event] = []
     # Perfetto drops what is before 0, and ranks wait before the first op that computes.
-    first = min(lane.came_seconds[0] for lane in last_step.measured if lane.ops)
+    first = min((lane.came_seconds[0] for lane in last_step.measured if lane.ops), default=0.0)
+    sizes = {(edge.source, edge.target, edge.payload): edge.num_bytes for edge in last_step.edges}
     for process, name, lanes in (
         (_MEASURED, "measured", last_step.measured),
         (_PREDICTED, "predicted", last_step.predicted),
@@ -45,7 +46,7 @@ def chrome_trace(last_step: LastStep) -> str:
         for rank, lane in enumerate(lanes):
             here = {"pid": process, "tid": rank}
             events.append({"ph": "M", "name": "thread_name", **here, "args": {"name": f"rank {rank}"}})
-            events += _events(lane, first, here, _bytes_of(last_step))
+            events += _events(lane, first, here, sizes)
             events += (
                 {
                     "ph": "C",
@@ -57,10 +58,6 @@ def chrome_trace(last_step: LastStep) -> str:
                 for end, held in zip(lane.end_seconds, lane.held_bytes, strict=False)
             )
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
-
-
-def _bytes_of(last_step: LastStep) -> dict[tuple[int, int, str], int]:
-    return {(edge.source, edge.target, edge.payload): edge.num_bytes for edge in last_step.edges}
 
 
 def _events(

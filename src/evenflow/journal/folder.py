@@ -34,6 +34,8 @@ _VERSION = 2
 _RUN, _STEPS, _LAST_STEP = "run.json", "steps.jsonl", "last_step.json"
 _PLAN, _CONFIG = "plan.toml", "config.toml"
 _MOST_STEPS_BYTES = 2**28  # of two million steps
+# Whole numbers that may be 0; others count from 1.
+_FROM_ZERO = (".rank", ".peak_bytes", ".source", ".target", ".num_nodes", ".num_parameters", ".num_bytes")
 
 T = TypeVar("T")
 
@@ -210,6 +212,3 @@ def _least(kind: type[int] | type[float], place: str) -> float:
     if place == "loss" or "_seconds[" in place or "_bills[" in place:  # a bill's rest, before the first op
         return -math.inf
     return 1 if kind is int and not place.endswith(_FROM_ZERO) and "held_bytes[" not in place else 0
-
-
-_FROM_ZERO = (".rank", ".peak_bytes", ".source", ".target", ".num_nodes", ".num_parameters", ".num_bytes")

@@ -40,10 +40,10 @@ def run_page(run: Run, steps: Sequence[Step], last_step: LastStep, plan: Plan | 
         "steps": {
             "number": [step.number for step in steps],
             "loss": [step.loss for step in steps],
-            "per_second": [_per_second(run, step) for step in steps],
+            "per_second": [run.throughput(step.seconds + step.feed_seconds) for step in steps],
         },
     }
-    return self_contained("run.html", title=f"{run.name} · Evenflow", scripts=["run.js"], data=data)
+    return self_contained("run", title=f"{run.name} · Evenflow", data=data)
 
 
 def _figures(run: Run, steps: Sequence[Step], last_step: LastStep) -> list[tuple[str, str]]:
@@ -97,8 +97,3 @@ def _beside(run: Run, plan: Plan | None) -> list[Data]:
         for each in numbers
         if each.planned is not None and each.measured is not None
     ]
-
-
-def _per_second(run: Run, step: Step) -> float | None:
-    seconds = step.seconds + step.feed_seconds
-    return run.items_per_batch / seconds if seconds > 0 else None

@@ -95,8 +95,11 @@ class Run:
     @property
     def items_per_second(self) -> float:
         """The throughput: items of a batch over the seconds of a median step and its wait for the batch."""
-        seconds = self.step.median + self.feed_seconds
-        return self.items_per_batch / seconds if seconds > 0 else 0.0
+        return self.throughput(self.step.median + self.feed_seconds)
+
+    def throughput(self, batch_seconds: float) -> float:
+        """Items in a second, where a batch takes so long; 0 where it takes no time."""
+        return self.items_per_batch / batch_seconds if batch_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
