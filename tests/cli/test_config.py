@@ -74,13 +74,13 @@ def test_every_key_is_read(read, tmp_path):
         timeout = 20
         [logs]
         json = "log.jsonl"
-        tensorboard = "/curves"
+        tensorboard = true
         """
     )
     assert config.name == "mine"
     assert config.model == FunctionModel("package.module:make", {"width": 3})
     assert config.data == TextData((tmp_path / "a.txt", Path("/b")), batch_size=3, length=5, held_out=0.25)
-    assert config.logs == Logging(json=tmp_path / "log.jsonl", tensorboard=Path("/curves"))
+    assert config.logs == Logging(json=tmp_path / "log.jsonl", tensorboard=True)
     assert config.training == Training(
         steps=7, learning_rate=1.0, warmup_steps=2, weight_decay=0.5, seed=9, validate_every=4
     )

@@ -43,7 +43,7 @@ def read_back(config, folder):
         (
             FolderModel(Path("/models/llama")),
             TextData(paths=(Path("/texts/a"), Path("/b.txt")), length=7),
-            Logging(Path("/log.jsonl"), Path("/curves")),
+            Logging(Path("/log.jsonl")),
         ),
     ],
 )

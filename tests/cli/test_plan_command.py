@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
-from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import prepare_here
 from evenflow.cost.cache import device_name
 from evenflow.errors import ConfigError

@@ -14,9 +14,9 @@ import pytest
 import torture
 
 from evenflow.checkpoint.manifest import checkpoints_in
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
-from evenflow.cli.restarts import fitting
-from evenflow.cli.train import Flags, make_job
+from evenflow.cli.train import fitting
 from evenflow.errors import ConfigError
 from evenflow.journal.folder import read_run, read_steps
 

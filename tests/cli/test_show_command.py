@@ -115,9 +115,8 @@ def test_the_command_writes_a_picture_and_a_trace(tmp_path, capsys):
         ("--trace", "run.json", "a run keeps its records under this name"),
         ("--page", "last_step.json", "a run keeps its records under this name"),
         ("--page", ".", "is a folder: name a file in it"),
-        ("--picture", "none/step.svg", "No such file or directory; name another file"),
-        ("--page", "none/page.html", "No such file or directory; name another file"),
-        ("--trace", "none/step.json", "No such file or directory; name another file"),
+        ("--picture", "none/step.svg", "there is no folder"),
+        ("--page", "none/page.html", "there is no folder"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys, option, name, message):

@@ -361,3 +361,5 @@ def test_steps_that_are_left_out_count_in_the_progress(here, tmp_path):
     assert 0 < len(numbers) < 30, "some steps are left out"
     shown = re.findall(r"^step (\d+)/30\b", ended.stdout, re.MULTILINE)
     assert shown[-1] == "30"
+    assert "validation" in ended.stdout.splitlines()[-1]
+    assert "train loss nan" not in ended.stdout.splitlines()[-1]

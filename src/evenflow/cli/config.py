@@ -8,13 +8,15 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 from evenflow.cli.config_keys import check_keys
 from evenflow.errors import ConfigError
 from evenflow.foreign import is_file_name, read_toml, shown
+from evenflow.interop import loggers
+from evenflow.pipe.checkpoints import OnError
 from evenflow.plan.request import RECOMPUTE_NAMES
 
 
@@ -33,7 +35,6 @@ class FolderModel:
     folder: Path
 
 
-OnError = Literal["continue", "stop"]
 ModelChoice: TypeAlias = FunctionModel | FolderModel
 
 
@@ -192,19 +193,19 @@ class Saving:
             raise ConfigError(f"checkpoints.on_error = {self.on_error!r} must be 'continue' or 'stop'")
 
 
-STDOUT = Path("-")
+STDOUT = Path(loggers.STDOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class Logging:
     """What is written of each step while a run trains.
 
-    `json`: a file that gets a line of JSON for each, "-" for the standard output. `tensorboard`: a folder of
-    curves, or true for one in the run's own.
+    `json`: a file that gets a line of JSON for each, "-" for the standard output. `tensorboard`: curves, in
+    the run's own folder.
     """
 
     json: Path | None = None
-    tensorboard: bool | Path = False
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,19 +303,12 @@ def _data(table: object, folder: Path) -> DataChoice:
     if table is None:
         return ExampleData()
     data = _section(TextData, table, "data")
-    return TextData(
-        paths=tuple(folder / path for path in data.paths),
-        batch_size=data.batch_size,
-        length=data.length,
-        held_out=data.held_out,
-    )
+    return replace(data, paths=tuple(folder / path for path in data.paths))
 
 
 def _logs(table: object, folder: Path) -> Logging:
     said = _section(Logging, table, "logs")
-    json = said.json if said.json in (None, STDOUT) else folder / said.json
-    tensorboard = folder / said.tensorboard if isinstance(said.tensorboard, Path) else said.tensorboard
-    return Logging(json, tensorboard)
+    return said if said.json in (None, STDOUT) else replace(said, json=folder / said.json)
 
 
 S = TypeVar("S")
@@ -333,12 +327,7 @@ def _convert(value: object, hint: Any, place: str) -> object:
     """The TOML value as the field's type; the reason where it cannot be."""
     if isinstance(hint, types.UnionType):
         options = [option for option in get_args(hint) if option is not types.NoneType]
-        fitting = [
-            option
-            for option in options
-            if (get_origin(option) is tuple) == isinstance(value, list)
-            if (option is bool) == isinstance(value, bool)
-        ]
+        fitting = [option for option in options if (get_origin(option) is tuple) == isinstance(value, list)]
         hint = (fitting or options)[0]
     if get_origin(hint) is Literal:
         hint = str  # the dataclass says which

@@ -7,7 +7,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
-from evenflow.cli.config import STDOUT, FolderModel, FunctionModel, Logging, ModelChoice, RunConfig, TextData
+from evenflow.cli.config import STDOUT, FolderModel, FunctionModel, ModelChoice, RunConfig, TextData
 
 
 def write_config(config: RunConfig) -> str:
@@ -19,7 +19,9 @@ def write_config(config: RunConfig) -> str:
     tables = {"model": _model(config.model), "training": _keys(config.training)}
     tables["pipeline"] = _keys(config.pipeline)
     tables["checkpoints"] = _keys(config.checkpoints)
-    tables["logs"] = _logs(config.logs)
+    tables["logs"] = _keys(config.logs)
+    if config.logs.json not in (None, STDOUT):
+        tables["logs"]["json"] = config.logs.json.resolve()
     if isinstance(config.data, TextData):
         paths = [path.resolve() for path in config.data.paths]
         tables["data"] = _keys(config.data) | ({"paths": paths} if paths else {})
@@ -37,12 +39,6 @@ def _model(model: ModelChoice) -> dict[str, object]:
             place, colon, function = reference.rpartition(":")
             where = str(Path(place).resolve()) if place.endswith(".py") else place
             return {"function": f"{where}{colon}{function}"} | ({"arguments": arguments} if arguments else {})
-
-
-def _logs(logs: Logging) -> dict[str, object]:
-    json = {} if logs.json is None else {"json": logs.json if logs.json == STDOUT else logs.json.resolve()}
-    folder = logs.tensorboard
-    return json | {"tensorboard": folder if isinstance(folder, bool) else folder.resolve()}
 
 
 def _keys(section: Any) -> dict[str, object]:  # section: a dataclass

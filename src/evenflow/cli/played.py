@@ -66,7 +66,7 @@ class Question:
             for given in (self.forward_seconds, self.input_grad_seconds, self.weight_grad_seconds)
         )
         table = RankTimes(forward, input_grad, weight_grad)
-        return Prices(table, (0.0, 0.0, 0.0), self.transfer_seconds, self.cap)
+        return Prices(table, self.transfer_seconds, self.cap)
 
 
 def answer(question: Question) -> Data:

@@ -16,7 +16,7 @@ from evenflow.view.columns import typical_seconds
 from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
 from evenflow.view.palette import INK, RED
 from evenflow.view.picture_file import picture_format, save_picture
-from evenflow.view.units import Unit, format_seconds, time_unit
+from evenflow.view.units import Unit, format_count, format_seconds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,9 +75,8 @@ def draw_schedule_picture(
     unit = time_unit(timeline.makespan_seconds)
     longest = timeline.makespan_seconds / unit.size
     panels[0].set_xlim(0.0, longest * 1.002 if longest > 0 else 1.0)
-    figure.suptitle(
-        _title(schedule), x=0.012, horizontalalignment="left", fontsize=14, fontweight="bold", color=INK
-    )
+    title = f"{schedule.name}: {format_sizes(schedule)}"
+    figure.suptitle(title, x=0.012, horizontalalignment="left", fontsize=14, fontweight="bold", color=INK)
     draw_lanes(panels[0], timeline, unit)
     panels[0].set_title(_idleness(timeline), loc="left", fontsize=11, color=INK)
     if schedule.trains:
@@ -99,12 +98,16 @@ def _width_inches(timeline: Timeline) -> float:
     return min(max(_MARGIN_INCHES + num_ops * _OP_INCHES, _MIN_WIDTH_INCHES), _MAX_WIDTH_INCHES)
 
 
-def _title(schedule: Schedule) -> str:
-    placement = schedule.placement
-    stages = f"{placement.num_stages} stage{'s' if placement.num_stages > 1 else ''}"
-    ranks = f"{placement.num_ranks} rank{'s' if placement.num_ranks > 1 else ''}"
-    microbatches = f"{schedule.num_microbatches} microbatch{'es' if schedule.num_microbatches > 1 else ''}"
-    return f"{schedule.name}: {stages} on {ranks}, {microbatches}"
+def format_sizes(schedule: Schedule) -> str:
+    """Return how much there is to do, and for how many.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> format_sizes(gpipe(2, 1, 4))
+    '2 stages on 2 ranks, 4 microbatches'
+    """
+    stages = format_count(schedule.placement.num_stages, "stage")
+    ranks = format_count(schedule.placement.num_ranks, "rank")
+    return f"{stages} on {ranks}, {format_count(schedule.num_microbatches, 'microbatch', 'es')}"
 
 
 def _idleness(timeline: Timeline) -> str:
