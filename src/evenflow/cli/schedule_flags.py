@@ -14,7 +14,7 @@ from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.schedules import catalog
 from evenflow.schedules.sizes import check_workable
-from evenflow.view.picture_file import picture_format
+from evenflow.view.figure import picture_format
 
 
 @dataclass(frozen=True, slots=True)

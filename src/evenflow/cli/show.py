@@ -18,7 +18,7 @@ from evenflow.journal.folder import is_record, read_last_step, read_plan_of, rea
 from evenflow.journal.page import draw_last_step, run_page
 from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.plan.plan import Plan
-from evenflow.view.picture_file import picture_format
+from evenflow.view.figure import picture_format
 from evenflow.view.units import Unit, byte_unit, format_count, format_seconds, time_unit
 
 _LARGE = 0.1  # a deviation that is worth a colour
