@@ -22,14 +22,12 @@ from evenflow.checkpoint.save import Content, write_checkpoint
 from evenflow.checkpoint.weights_in import find_weights
 from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice, read_config
-from evenflow.cli.keeping import CHECKPOINTS, CONFIG
 from evenflow.cli.printing import print_line, print_whole
 from evenflow.cli.source import build
 from evenflow.errors import ConfigError
+from evenflow.journal.folder import CHECKPOINT, CHECKPOINTS, CONFIG
 from evenflow.runtime.world import SingleProcess
 from evenflow.view.units import format_bytes
-
-_LAST = "checkpoint"  # of a run that has ended
 
 
 def ls(folder: Path) -> None:
@@ -123,7 +121,7 @@ def import_weights(weights: Path, folder: Path, source: str | None, model_folder
 
 def _found(folder: Path) -> list[Path]:
     """Whole checkpoints of a folder, those of a run, or itself."""
-    last = [folder / _LAST] if is_checkpoint(folder / _LAST) else []
+    last = [folder / CHECKPOINT] if is_checkpoint(folder / CHECKPOINT) else []
     own = [folder] if is_checkpoint(folder) else []
     found = [*checkpoints_in(folder / CHECKPOINTS), *last]
     return own or sorted(found, key=_num_updates) or checkpoints_in(folder)

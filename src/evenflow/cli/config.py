@@ -73,7 +73,8 @@ class TextData:
 DataChoice: TypeAlias = ExampleData | TextData
 
 
-BAD_NUMBERS = ("stop", "skip", "rollback", "ignore")
+# What can become of a step with bad numbers, and what a pipeline does for it; of a rollback the first half.
+BAD_NUMBERS = {"stop": "stop", "skip": "skip", "rollback": "stop", "ignore": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,21 @@ class RunConfig:
     logs: Logging = field(default_factory=Logging)
 
 
+_SECTIONS = {
+    "data": TextData,
+    "training": Training,
+    "pipeline": Pipelining,
+    "checkpoints": Saving,
+    "logs": Logging,
+}
+# Of each table of the TOML; the top level's under "".
+_KNOWN_KEYS = {
+    "": ("name", "model", *_SECTIONS),
+    "model": ("function", "arguments", "folder"),
+    **{name: tuple(each.name for each in fields(kind)) for name, kind in _SECTIONS.items()},
+}
+
+
 def read_config(path: Path) -> RunConfig:
     """Read a run from a TOML file. Paths inside it count from the file's own folder.
 
@@ -234,7 +250,7 @@ def read_config(path: Path) -> RunConfig:
     """
     content = read_toml(path, "configuration")
     try:
-        check_keys(content, _known_keys())
+        check_keys(content, _KNOWN_KEYS)
         return RunConfig(
             name=_name(content.get("name", path.stem)),
             model=_model(content.get("model"), path.parent),
@@ -257,22 +273,6 @@ def _name(value: object) -> str:
             "slash or control characters"
         )
     return name
-
-
-_MODEL_KEYS = ("function", "arguments", "folder")
-
-
-def _known_keys() -> Mapping[str, tuple[str, ...]]:
-    """The keys of each table of the TOML; the top level's under ''."""
-    return {
-        "": ("name", "model", "data", "training", "pipeline", "checkpoints", "logs"),
-        "model": _MODEL_KEYS,
-        "data": tuple(each.name for each in fields(TextData)),
-        "training": tuple(each.name for each in fields(Training)),
-        "pipeline": tuple(each.name for each in fields(Pipelining)),
-        "checkpoints": tuple(each.name for each in fields(Saving)),
-        "logs": tuple(each.name for each in fields(Logging)),
-    }
 
 
 def _model(table: object, folder: Path) -> ModelChoice:

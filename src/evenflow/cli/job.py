@@ -21,11 +21,10 @@ from evenflow.cli.config import (
     TextData,
     read_config,
 )
-from evenflow.cli.keeping import CONFIG, check_kept
 from evenflow.cli.run_logs import check_logs
 from evenflow.errors import ConfigError
 from evenflow.foreign import file_in_the_way
-from evenflow.journal.folder import is_free
+from evenflow.journal.folder import CONFIG, has_ended, is_free, read_run
 from evenflow.launcher import rank_environment
 from evenflow.pipe.choices import stages_on_each
 from evenflow.pipe.planned import DEFAULT_SCHEDULE
@@ -164,8 +163,11 @@ def _check_saving(config: RunConfig, flags: Flags) -> None:
                 f"{name} needs checkpoints, and this run saves none: say --save-every STEPS, or every under "
                 "[checkpoints]"
             )
-    if flags.resume is not None:
-        check_kept(flags.resume, config.training.steps)
+    num_steps, folder = config.training.steps, flags.resume
+    if folder is not None and has_ended(folder) and read_run(folder).num_steps >= num_steps:
+        raise ConfigError(
+            f"--resume {folder}: the run in it has ended, after {num_steps} steps; ask for more with --steps"
+        )
 
 
 def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:

@@ -317,16 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(arguments) if arguments is not None else None)
     except EvenflowError as error:
         from rich.console import Console
-        from rich.text import Text
 
+        from evenflow.cli.printing import print_line
         from evenflow.foreign import visible
 
         console = Console(stderr=True)
-        # `Text`, because a message may hold square brackets, which rich would take for markup.
         # A message may quote what stands in a file, and a terminal obeys control characters.
-        console.print(Text(f"error: {visible(str(error))}", style="bold red"), soft_wrap=True)
+        print_line(console, f"error: {visible(str(error))}", "bold red")
         for note in getattr(error, "__notes__", ()):
-            console.print(Text(visible(note), style="dim"), soft_wrap=True)
+            print_line(console, visible(note), "dim")
         raise SystemExit(_EXIT_CODE) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

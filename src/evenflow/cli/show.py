@@ -14,7 +14,7 @@ from evenflow.cli.writing import refusing_to_write, unwritable, write
 from evenflow.errors import ConfigError
 from evenflow.journal.chrome_trace import chrome_trace
 from evenflow.journal.deviation import Beside, fits, furthest, rank_numbers, stage_numbers, step_numbers
-from evenflow.journal.folder import is_record, read_last_step, read_plan_of, read_run, read_steps
+from evenflow.journal.folder import PAGE, is_record, read_last_step, read_plan_of, read_run, read_steps
 from evenflow.journal.page import draw_last_step, run_page
 from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.plan.plan import Plan
@@ -70,7 +70,7 @@ def show(folder: Path, files: Files) -> None:
     print_lanes(console, last_step.measured_timeline)
     page = run_page(run, steps, last_step, plan)
     try:
-        write(console, files.page or folder / "page.html", page)
+        write(console, files.page or folder / PAGE, page)
     except ConfigError as error:
         if files.page is not None:
             raise

@@ -1,7 +1,7 @@
 """`evenflow train`: its flags."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -64,10 +64,11 @@ MaxRestarts = Annotated[
     int, typer.Option(help="How often to start again, from the last checkpoint, where a rank is lost.")
 ]
 BadNumbers = Annotated[
-    Literal["stop", "skip", "rollback", "ignore"] | None,
+    str | None,
     typer.Option(
+        metavar="stop|skip|rollback|ignore",
         help="What becomes of a step with NaN or infinite loss or gradients; rollback goes on from the last "
-        "checkpoint, with the batches behind. Default: stop."
+        "checkpoint, with the batches behind. Default: stop.",
     ),
 ]
 FindNan = Annotated[bool, typer.Option("--find-nan", help="Watch each node of each step for them: slower.")]

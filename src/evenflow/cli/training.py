@@ -15,19 +15,27 @@ import torch
 from rich.console import Console
 
 import evenflow
-from evenflow.cli.config import Training
+from evenflow.cli.config import BAD_NUMBERS, RunConfig, Training
 from evenflow.cli.config_text import write_config
 from evenflow.cli.feed import Feed, make_feed
 from evenflow.cli.job import Job
-from evenflow.cli.keeping import check_left, make_checkpoints
 from evenflow.cli.printing import print_line
 from evenflow.cli.report import last_line, print_cut
 from evenflow.cli.run_logs import console_of, json_hook, logged_status, user_output
 from evenflow.cli.source import build, refusing
 from evenflow.cli.step_log import StepLog
-from evenflow.errors import BadNumbersError
+from evenflow.errors import BadNumbersError, ConfigError
 from evenflow.interop.progress import ProgressReport
-from evenflow.journal.folder import claim, write_run
+from evenflow.journal.folder import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    CONFIG,
+    CURVES,
+    PICTURE,
+    claim,
+    write_run,
+    write_text,
+)
 from evenflow.journal.page import draw_last_step
 from evenflow.pipe.choices import world_of
 from evenflow.plan.planner import describe
@@ -38,8 +46,6 @@ from evenflow.view.units import format_seconds
 # Reading a loss waits for the device, so it is read only now and then.
 _READ_EVERY = 10
 _FINAL_RATE = 0.1
-# What a pipeline does with bad numbers; of a rollback the first half.
-_POLICIES = {"stop": "stop", "skip": "skip", "rollback": "stop", "ignore": None}
 
 
 def run_rank(job: Job) -> None:
@@ -105,7 +111,7 @@ def _prepare(
         offload=config.pipeline.offload,
         precision=config.training.precision,
         clip_norm=config.training.clip_norm,
-        bad_numbers=_POLICIES[config.training.bad_numbers],
+        bad_numbers=BAD_NUMBERS[config.training.bad_numbers],
         find_nan=config.training.find_nan,
         seed=config.training.seed,
         device=device,
@@ -152,16 +158,32 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     log = StepLog(pipe, num_steps=training.steps, device=job.device)
     folder = _folder(pipe, job) if job.saves or job.config.logs.tensorboard else None
     if folder is not None and job.config.logs.tensorboard:
-        pipe.log_to(evenflow.log_to_tensorboard(folder / "tensorboard"))
-    checkpoints = make_checkpoints(pipe, job.out, job.config) if job.saves else None
+        pipe.log_to(evenflow.log_to_tensorboard(folder / CURVES))
+    checkpoints = _make_checkpoints(pipe, job.out, job.config) if job.saves else None
     if checkpoints is not None and (found := checkpoints.resume()) is not None:
         print_line(console, f"going on from {found}")
         log.go_on(checkpoints.extra)
-        check_left(job.out, log.num_steps, training.steps)
+        if log.num_steps >= training.steps:
+            raise ConfigError(
+                f"--resume {job.out}: {log.num_steps} steps are made, and {training.steps} are asked for; "
+                "ask for more with --steps"
+            )
     _make_steps(pipe, feed, job, log, checkpoints, console)
     if checkpoints is not None:
         checkpoints.close()
     _end(pipe, feed, job, log, folder, console)
+
+
+def _make_checkpoints(pipe: "evenflow.Pipeline", folder: Path, config: RunConfig) -> evenflow.Checkpoints:
+    """What saves a run and goes on with it, on every rank; its folder is there from now on."""
+    said = config.checkpoints
+    assert said.every is not None, "checked before the ranks start"
+    if pipe.is_main and not (folder / CONFIG).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, write_config(config))
+    return evenflow.Checkpoints(
+        pipe, folder / CHECKPOINTS, every=said.every, keep_last=said.keep_last, on_error=said.on_error
+    )
 
 
 def _make_steps(
@@ -210,9 +232,9 @@ def _end(
     run, steps = log.finish(job.config.name, schedule, feed.units)
     validation_loss = _validate(pipe, feed)
     folder = folder or _folder(pipe, job)
-    pipe.save(folder / "checkpoint")
+    pipe.save(folder / CHECKPOINT)
     if pipe.is_main:
-        draw_last_step(folder / "timeline.png", run, last_step)
+        draw_last_step(folder / PICTURE, run, last_step)
         write_run(folder, run, steps, last_step=last_step, plan=pipe.plan, config=write_config(job.config))
     print_line(console, f"wrote {folder} (look at it with: evenflow show {folder})")
     print_line(console, last_line(run, steps, validation_loss, feed.units.loss))

@@ -32,7 +32,10 @@ from evenflow.plan.plan_file import read_plan_file, write_plan
 
 _VERSION = 2
 _RUN, _STEPS, _LAST_STEP = "run.json", "steps.jsonl", "last_step.json"
-_PLAN, _CONFIG = "plan.toml", "config.toml"
+_PLAN = "plan.toml"
+# What others write there, or read.
+CONFIG, CHECKPOINT, CHECKPOINTS = "config.toml", "checkpoint", "checkpoints"
+PICTURE, PAGE, CURVES = "timeline.png", "page.html", "tensorboard"
 _MOST_STEPS_BYTES = 2**28  # of two million steps
 # Whole numbers that may be 0; others count from 1.
 _FROM_ZERO = (".rank", ".peak_bytes", ".source", ".target", ".num_nodes", ".num_parameters", ".num_bytes")
@@ -85,7 +88,7 @@ def write_run(
     config: str,
 ) -> None:
     """Write what is known of a run into its folder; `config` is the text of its configuration."""
-    write_text(folder / _CONFIG, config)
+    write_text(folder / CONFIG, config)
     if plan is not None:
         write_text(folder / _PLAN, write_plan(plan))
     write_text(folder / _STEPS, "".join(f"{json.dumps(asdict(step), allow_nan=False)}\n" for step in steps))
@@ -115,7 +118,7 @@ def is_record(path: Path) -> bool:
     >>> is_record(Path("runs/mine/run.json")), is_record(Path("runs/mine/step.json"))
     (True, False)
     """
-    return path.name in (_RUN, _STEPS, _LAST_STEP, _PLAN, _CONFIG)
+    return path.name in (_RUN, _STEPS, _LAST_STEP, _PLAN, CONFIG)
 
 
 def read_run(folder: Path) -> Run:
