@@ -40,6 +40,16 @@ def with_two_gpus(monkeypatch):
 
 
 @pytest.fixture
+def small(tmp_path):
+    """A source whose model takes no time."""
+    path = tmp_path / "small.py"
+    model = "nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))"
+    body = f"{model}, lambda model, x: model(x).mean(), torch.ones(8, 4)"
+    path.write_text(f"import torch\nfrom torch import nn\ndef make(): return {body}\n")
+    return f"{path}:make"
+
+
+@pytest.fixture
 def started(monkeypatch):
     """The jobs that would have been started."""
     jobs = []
@@ -357,7 +367,7 @@ def test_an_out_that_is_a_file_is_refused(capsys, started, in_an_empty_folder, o
     assert (in_an_empty_folder / "taken").read_text() == "mine"
 
 
-def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch):
+def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch, small):
     def fail(*arguments, **keywords):
         error = PeerError("rank 1 failed: list[int] [/red]")
         error.add_note("On rank 1: [bold]Traceback")
@@ -365,17 +375,17 @@ def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch):
 
     monkeypatch.setattr(train_module, "launch", fail)
     with pytest.raises(SystemExit) as exited:
-        main(["train", GPT])
+        main(["train", small])
     assert exited.value.code == 2
     assert capsys.readouterr().err == "error: rank 1 failed: list[int] [/red]\nOn rank 1: [bold]Traceback\n"
 
 
-def test_ctrl_c_ends_quietly(capsys, monkeypatch):
+def test_ctrl_c_ends_quietly(capsys, monkeypatch, small):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module, "launch", interrupt)
     with pytest.raises(SystemExit) as exited:
-        main(["train", GPT])
+        main(["train", small])
     assert exited.value.code == 130
     assert "Traceback" not in capsys.readouterr().err

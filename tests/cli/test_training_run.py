@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from evenflow.cli.config import read_config
+from evenflow.cli.config_file import read_config
 from evenflow.cli.main import main
 from evenflow.journal.folder import read_plan_of, read_run, read_steps
 

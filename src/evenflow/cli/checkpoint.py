@@ -21,7 +21,8 @@ from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content, write_checkpoint
 from evenflow.checkpoint.weights_in import find_weights
 from evenflow.checkpoint.weights_out import export_adapter, export_model
-from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice, read_config
+from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice
+from evenflow.cli.config_file import read_config
 from evenflow.cli.printing import print_line, print_whole
 from evenflow.cli.source import build
 from evenflow.errors import ConfigError

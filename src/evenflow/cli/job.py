@@ -19,8 +19,8 @@ from evenflow.cli.config import (
     Pipelining,
     RunConfig,
     TextData,
-    read_config,
 )
+from evenflow.cli.config_file import read_config
 from evenflow.cli.run_logs import check_logs
 from evenflow.errors import ConfigError
 from evenflow.foreign import file_in_the_way

@@ -80,10 +80,8 @@ def answer(question: Question) -> Data:
     timeline, bounds = report.timeline, report.bounds
     limits = ""
     if bounds is not None:
-        span, makespan = (
-            gap(timeline.span_seconds, bounds.span),
-            gap(timeline.makespan_seconds, bounds.makespan),
-        )
+        span = gap(timeline.span_seconds, bounds.span)
+        makespan = gap(timeline.makespan_seconds, bounds.makespan)
         limits = f"Span: {span}. Makespan: {makespan}."
     return {
         "makespan": timeline.makespan_seconds,

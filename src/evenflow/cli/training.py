@@ -16,7 +16,7 @@ from rich.console import Console
 
 import evenflow
 from evenflow.cli.config import BAD_NUMBERS, RunConfig, Training
-from evenflow.cli.config_text import write_config
+from evenflow.cli.config_file import write_config
 from evenflow.cli.feed import Feed, make_feed
 from evenflow.cli.job import Job
 from evenflow.cli.printing import print_line

@@ -126,6 +126,9 @@ def read_run(folder: Path) -> Run:
 
     Raises `ConfigError` for a folder that holds no run, or one of another version, and for what is wrong in
     it, each with its place.
+
+    >>> read_run(Path("runs/mine")).step.median  # doctest: +SKIP
+    0.0125
     """
     path = folder / _RUN
     if not path.exists():
@@ -165,7 +168,15 @@ def _record(path: Path, kind: type[T]) -> T:
 
 
 def read_steps(folder: Path) -> tuple[Step, ...]:
-    """Read a run's steps; raises `ConfigError` with the line for what is wrong."""
+    r"""Read a run's steps. Raises `ConfigError` with the line for what is wrong.
+
+    >>> import tempfile
+    >>> step = '{"number": 1, "seconds": 0.25, "feed_seconds": 0.0, "loss": 5.5}'
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "steps.jsonl").write_text(f"{step}\n")
+    ...     read_steps(Path(folder))
+    (Step(number=1, seconds=0.25, feed_seconds=0.0, loss=5.5),)
+    """
     path = folder / _STEPS
     steps = []
     text = read_text(path, "run's steps", most_bytes=_MOST_STEPS_BYTES)
@@ -182,6 +193,9 @@ def read_plan_of(folder: Path, run: Run) -> Plan | None:
     """Read the plan that a run followed; None where there was none.
 
     Raises `ConfigError` for a plan that can't be read, or that has other stages than the run.
+
+    >>> read_plan_of(Path("runs/mine"), read_run(Path("runs/mine"))).schedule  # doctest: +SKIP
+    'zb-h1'
     """
     path = folder / _PLAN
     if not path.exists():

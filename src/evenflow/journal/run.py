@@ -10,7 +10,11 @@ _NUM_LAST = 20
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Some measurements of one thing, in seconds."""
+    """Some measurements of one thing, in seconds.
+
+    >>> Spread(median=0.2, least=0.19, most=0.4).median
+    0.2
+    """
 
     median: float
     least: float
