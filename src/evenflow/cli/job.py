@@ -64,7 +64,7 @@ class Flags:
     find_nan: bool | None = None
     timeout: float | None = None
     log_json: Path | None = None
-    tensorboard: bool | Path | None = None
+    tensorboard: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

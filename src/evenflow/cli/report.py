@@ -1,15 +1,18 @@
-"""What the user sees of a run before and after it trains: the cut, and the last line."""
+"""What the user sees of a run: how it was cut, where its last step went, its last line."""
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evenflow.bill import Bill
 from evenflow.cli.printing import print_line
 from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.pipe.parts import StageSummary
-from evenflow.view.units import format_bytes
+from evenflow.view.units import format_bytes, time_unit
 
 
 def print_cut(console: Console, cut: Iterable[StageSummary]) -> None:
@@ -42,6 +45,32 @@ def _sent(stage: StageSummary) -> str:
     if stage.num_sent == 0:
         return "-"
     return f"{format_bytes(stage.sends_bytes)} in {stage.num_sent}"
+
+
+def bill_table(predicted: Sequence[Bill], measured: Sequence[Bill]) -> Table:
+    """A row for each rank and each of the two; all numbers are in the unit that the head names.
+
+    >>> bill = Bill(compute=6e-3, schedule=2e-3, imbalance=1e-3, transfer=0, host=0, update=0)
+    >>> table = bill_table([bill], [bill])
+    >>> table.row_count, [column.header for column in table.columns][:3]
+    (2, ['rank', '', 'compute'])
+    """
+    unit = time_unit(max(bill.step for bill in (*predicted, *measured)))
+    names = [each.name for each in fields(Bill)]
+    title = f"where the last step went, in {unit.name}"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("rank", justify="right")
+    table.add_column("")
+    for name in (*names, "step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, pair in enumerate(zip(predicted, measured, strict=True)):
+        for what, bill in zip(("predicted", "measured"), pair, strict=True):
+            numbers = [getattr(bill, name) for name in names]
+            cells = [f"{seconds / unit.size:.1f}" for seconds in (*numbers, bill.step)]
+            table.add_row(str(rank) if what == "predicted" else "", what, *cells)
+    return table
 
 
 def last_line(run: Run, steps: Sequence[Step], validation_loss: float, loss_unit: str) -> str:

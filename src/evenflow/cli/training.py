@@ -20,7 +20,7 @@ from evenflow.cli.config_file import write_config
 from evenflow.cli.feed import Feed, make_feed
 from evenflow.cli.job import Job
 from evenflow.cli.printing import print_line
-from evenflow.cli.report import last_line, print_cut
+from evenflow.cli.report import bill_table, last_line, print_cut
 from evenflow.cli.run_logs import console_of, json_hook, logged_status, user_output
 from evenflow.cli.source import build, refusing
 from evenflow.cli.step_log import StepLog
@@ -40,7 +40,6 @@ from evenflow.journal.page import draw_last_step
 from evenflow.pipe.choices import world_of
 from evenflow.plan.planner import describe
 from evenflow.plan.request import choice_of
-from evenflow.view.bill_table import bill_table
 from evenflow.view.units import format_seconds
 
 # Reading a loss waits for the device, so it is read only now and then.

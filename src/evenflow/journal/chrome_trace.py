@@ -100,9 +100,12 @@ def _arguments(op: Op, sizes: _Sizes) -> _Event:
             return {"stage": stage}
         case Overlap(first, second):
             return {str(part): _arguments(part, sizes) for part in (first, second)}
-        case Forward(stage, microbatch) | Backward(stage, microbatch):
-            return {"stage": stage, "microbatch": microbatch}
-        case InputGrad(stage, microbatch) | WeightGrad(stage, microbatch):
+        case (
+            Forward(stage, microbatch)
+            | Backward(stage, microbatch)
+            | InputGrad(stage, microbatch)
+            | WeightGrad(stage, microbatch)
+        ):
             return {"stage": stage, "microbatch": microbatch}
         case _:
             assert_never(op)
