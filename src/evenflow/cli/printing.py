@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evenflow.ir.timeline import Timeline
-from evenflow.view.terminal import draw_lanes
+from evenflow.view.terminal import lanes_text
 
 _MIN_LANES_WIDTH = 40
 _MAX_TABLE_WIDTH = 200
@@ -32,5 +32,5 @@ def print_whole(console: Console, table: Table) -> None:
 def print_lanes(console: Console, timeline: Timeline) -> None:
     """Draw a lane for each rank, as wide as the terminal is, and an empty line."""
     width = max(_MIN_LANES_WIDTH, console.width)
-    console.print(draw_lanes(timeline, width=width), no_wrap=True, crop=False)
+    console.print(lanes_text(timeline, width=width), no_wrap=True, crop=False)
     console.print()
