@@ -27,7 +27,8 @@ TEXT = """
 function = "{gpt}:build"
 arguments = {{ num_layers = 2, width = 32, length = 32 }}
 [data]
-batch_size = 8
+paths = ["{text}"]
+batch_size = 4
 length = 32
 [training]
 steps = 60
@@ -65,7 +66,7 @@ def test_killed_ranks(tmp_path, monkeypatch):
 
 def config(place: Path, stages: int = 2) -> Path:
     path = place / "text.toml"
-    path.write_text(TEXT.format(gpt=GPT, stages=stages))
+    path.write_text(TEXT.format(gpt=GPT, text=GPT.parents[1] / "LICENSE", stages=stages))
     return path
 
 

@@ -30,6 +30,7 @@ TINY = """
 function = "{gpt}"
 arguments = {{ num_layers = 2, width = 32, length = 32, dropout = 0.1 }}
 [data]
+paths = ["{text}"]
 batch_size = 8
 length = 32
 [training]
@@ -49,7 +50,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 def write_tiny(folder):
     path = folder / "tiny.toml"
-    path.write_text(TINY.format(gpt=GPT))
+    path.write_text(TINY.format(gpt=GPT, text=ROOT / "LICENSE"))
     return path
 
 
@@ -202,9 +203,8 @@ def test_a_run_that_is_told_nothing_plans_itself_and_its_steps_go_out_as_json(tm
     tiny = write_tiny(tmp_path)
     tiny.write_text(tiny.read_text().partition("[pipeline]")[0].replace(GPT, "talking.py:build"))
     (tmp_path / "talking.py").write_text(TALKING.format(folder=str(ROOT / "examples")))
-    done = here(
-        "train", tiny, "--steps", 4, "--log-json", "-", "--tensorboard", "--out", "here", cwd=tmp_path
-    )
+    flags = ("--steps", 4, "--batch-size", 4, "--log-json", "-", "--tensorboard", "--out", "here")
+    done = here("train", tiny, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = read_run(tmp_path / "here")
     plan = read_plan_of(tmp_path / "here", run)
@@ -213,7 +213,7 @@ def test_a_run_that_is_told_nothing_plans_itself_and_its_steps_go_out_as_json(tm
     assert f"{plan.num_microbatches} microbatch" in done.stderr
     assert "talking while it is built" in done.stderr
     assert re.search(
-        r"^step 4/4  loss .*  bubble \d+\.\d %  memory \d+\.\d\d MiB \(rank [01]\)  ETA 0:00:00$",
+        r"^step 4/4  loss .*  bubble [\d.]+ %  memory [\d.]+ MiB of [\d.]+ GiB \(rank [01]\)  ETA 0:00:00$",
         done.stderr,
         re.MULTILINE,
     )
@@ -228,9 +228,9 @@ def test_a_run_that_is_told_nothing_plans_itself_and_its_steps_go_out_as_json(tm
     assert not watched.keys() & {"step_seconds", "wait_seconds", "rows_per_second", "bubble/rank0"}
     for line in lines:
         assert 0 < line["wait_seconds"] < line["step_seconds"]
-        # Of a batch of 8 rows of 32, the loss is a mean over the 31 that are predicted.
-        assert line["rows_per_second"] == pytest.approx(8 / line["step_seconds"])
-        assert line["tokens_per_second"] == pytest.approx(8 * 31 / line["step_seconds"])
+        # Of a batch of 4 rows of 32, the loss is a mean over the 31 that are predicted.
+        assert line["rows_per_second"] == pytest.approx(4 / line["step_seconds"])
+        assert line["tokens_per_second"] == pytest.approx(4 * 31 / line["step_seconds"])
         assert line["grad_norm"] > 0
         assert 0 <= line["bubble/rank0"] < 1
     assert [line["learning_rate"] for line in (lines[0], watched)] == [0.005, 0.01]
