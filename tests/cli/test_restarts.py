@@ -52,7 +52,8 @@ def losses_here(config: Path) -> list[float | None]:
 
 @pytest.mark.timeout(600)
 def test_killed_ranks(tmp_path, monkeypatch):
-    """In a step, in a save and in a load; `make torture` does so a hundred times."""
+    """In a step, in a save and in a load; `make torture` does so a hundred times, on four ranks."""
+    monkeypatch.setattr(torture, "NUM_RANKS", 2)
     killed = torture.run(tmp_path / "killed", 60, num_kills=3)
     assert killed.faults == []
     assert killed.kills == dict.fromkeys(torture.PHASES, 1)
