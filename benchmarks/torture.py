@@ -41,7 +41,7 @@ learning_rate = 1e-2
 warmup_steps = 2
 validate_every = 1000000
 [pipeline]
-stages = 4
+stages = {num_ranks}
 num_microbatches = 4
 [checkpoints]
 every = 3
@@ -61,7 +61,7 @@ def run(place: Path, num_steps: int, *, num_kills: int = 0, seed: int = 0) -> Ou
     """Train in a new folder, with so many kills on the way."""
     place.mkdir(parents=True)
     config = place / "torture.toml"
-    config.write_text(_CONFIG.format(model=MODEL, steps=num_steps))
+    config.write_text(_CONFIG.format(model=MODEL, steps=num_steps, num_ranks=NUM_RANKS))
     command = [sys.executable, "-m", "evenflow", "train", str(config), "--resume", str(place / "run")]
     if num_kills:
         command += ["--max-restarts", str(10 * num_kills)]

@@ -3,12 +3,12 @@
 import pytest
 
 from evenflow.bill import Bill, Ran, bills, of_timeline
+from evenflow.cli.report import bill_table
 from evenflow.ir import Costs, Flow
 from evenflow.ir.op import Backward, Forward, Payload, Recv, Send
 from evenflow.ir.timeline import Timeline
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
-from evenflow.view.bill_table import bill_table
 
 FLOW = Flow.chain(2)
 

@@ -21,8 +21,8 @@ from evenflow.cli.config import (
     Saving,
     TextData,
     Training,
-    read_config,
 )
+from evenflow.cli.config_file import read_config
 from evenflow.cli.main import app
 from evenflow.schedules.catalog import SCHEDULES
 from public_api import PUBLIC

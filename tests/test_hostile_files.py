@@ -17,7 +17,8 @@ from rich.console import Console
 
 from damage import damaged_bytes, damaged_schedule, damaged_toml, damaged_tree
 from evenflow.cli import train
-from evenflow.cli.config import TextData, read_config
+from evenflow.cli.config import TextData
+from evenflow.cli.config_file import read_config
 from evenflow.cli.main import main
 from evenflow.cli.show import print_run
 from evenflow.cluster.cluster import MOST_RANKS

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
-from evenflow.cli.train import Flags, make_job
 from evenflow.cli.training import prepare_here
 from evenflow.cost.cache import device_name
 from evenflow.errors import ConfigError
@@ -85,11 +85,12 @@ def test_a_plan_can_be_trained(capsys, tmp_path):
         make_job(Flags(source=str(CONFIG), plan=out, schedule="gpipe"))
 
 
-def test_too_little_memory_is_told_in_numbers(capsys):
+def test_too_little_memory_is_told_in_numbers_and_what_would_fit(capsys):
     code, _, errors = planned(capsys, "--cluster", "2x CPU core", "--memory", "0.5178GiB", "--pipeline-only")
     assert code == 2
     assert "no plan fits into memory; the nearest: 2 pipeline ranks" in errors
-    assert "needs" in errors
+    assert "and has 18.2 MiB: parameters" in errors
+    assert "- 1 more CPU core, 3 devices in all: 3 pipeline ranks" in errors
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,6 @@ def test_what_can_never_fit_is_refused_before_it_is_recorded(capsys, model_file)
     assert code == 2
     assert "each held once, need 5,120.1 GiB, and all devices together have 629.2 GiB" in errors
     assert "LoRA of rank 16 on all linear layers, 134,217,728 elements" in errors
-
-
-def test_what_would_fit_is_told_in_the_shell(capsys):
-    flags = ("--cluster", "2x CPU core", "--memory", "0.5178GiB", "--pipeline-only")
-    code, _, errors = planned(capsys, *flags)
-    assert code == 2
-    assert "and has 18.2 MiB: parameters" in errors
-    assert "- 1 more CPU core, 3 devices in all: 3 pipeline ranks" in errors
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """What the user sees of a run: the table of stages, and the last line."""
 
 import io
+import math
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from evenflow.cli.report import Summary, Units, print_cut
-
-UNITS = Units(item="tok", num_items_per_batch=2048, loss="nats/byte")
+from evenflow.cli.report import last_line, print_cut
+from small_runs import RUN, STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,14 @@ def written(act, **options):
 
 
 def test_the_last_line_is_one_line_of_the_agreed_form():
-    summary = Summary(
-        first_loss=5.551,
-        last_loss=1.5,
-        validation_loss=1.6004,
-        items_per_second=10240.0,
-        step_seconds=0.2,
-        bubble=0.2512,
+    assert last_line(RUN, STEPS, 1.6004, "nats/byte") == (
+        "done: train loss -1.250 -> -1.250, validation 1.600 nats/byte, 1000 tok/s, step 200.0 ms, "
+        "bubble 22.5 %"
     )
-    assert summary.line(UNITS) == (
-        "done: train loss 5.551 -> 1.500, validation 1.600 nats/byte, 10240 tok/s, step 200.0 ms, "
-        "bubble 25.1 %"
-    )
+
+
+def test_a_run_without_a_finite_loss_has_a_last_line_too():
+    assert "train loss nan -> nan" in last_line(RUN, STEPS[1:], math.nan, "nats/byte")
 
 
 def test_the_table_shows_each_stage():

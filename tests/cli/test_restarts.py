@@ -14,9 +14,10 @@ import pytest
 import torture
 
 from evenflow.checkpoint.manifest import checkpoints_in
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
-from evenflow.cli.restarts import fitting
-from evenflow.cli.train import Flags, make_job
+from evenflow.cli.train import fitting
+from evenflow.cli.training import run_rank
 from evenflow.errors import ConfigError
 from evenflow.journal.folder import read_run, read_steps
 
@@ -26,7 +27,8 @@ TEXT = """
 function = "{gpt}:build"
 arguments = {{ num_layers = 2, width = 32, length = 32 }}
 [data]
-batch_size = 8
+paths = ["{text}"]
+batch_size = 4
 length = 32
 [training]
 steps = 60
@@ -41,15 +43,23 @@ every = 2
 """
 
 
+def losses_here(config: Path) -> list[float | None]:
+    """What a run loses that is trained in this process, on one stage: those of any number of ranks."""
+    folder = config.parent / "here"
+    run_rank(make_job(Flags(source=str(config), device="cpu", stages=1, out=folder)))
+    return [step.loss for step in read_steps(folder)]
+
+
 @pytest.mark.timeout(600)
-def test_killed_ranks(tmp_path):
-    """In a step, in a save and in a load; `make torture` does so a hundred times."""
-    undisturbed = torture.run(tmp_path / "undisturbed", 60)
+def test_killed_ranks(tmp_path, monkeypatch):
+    """In a step, in a save and in a load; `make torture` does so a hundred times, on four ranks."""
+    monkeypatch.setattr(torture, "NUM_RANKS", 2)
     killed = torture.run(tmp_path / "killed", 60, num_kills=3)
-    assert undisturbed.faults == killed.faults == []
+    assert killed.faults == []
     assert killed.kills == dict.fromkeys(torture.PHASES, 1)
     assert len(killed.losses) == 60
-    assert killed.losses == undisturbed.losses
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    assert killed.losses == losses_here(tmp_path / "killed" / "torture.toml")
 
 
 # -- one run is stopped, and gone on with by hand
@@ -57,7 +67,7 @@ def test_killed_ranks(tmp_path):
 
 def config(place: Path, stages: int = 2) -> Path:
     path = place / "text.toml"
-    path.write_text(TEXT.format(gpt=GPT, stages=stages))
+    path.write_text(TEXT.format(gpt=GPT, text=GPT.parents[1] / "LICENSE", stages=stages))
     return path
 
 
@@ -108,9 +118,7 @@ def quiet(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[float | None]:
-    place = tmp_path_factory.mktemp("undisturbed")
-    assert ended(started(place, "-m", "evenflow", "train", config(place), "--resume", "run")) == 0
-    return [step.loss for step in read_steps(place / "run")]
+    return losses_here(config(tmp_path_factory.mktemp("undisturbed")))
 
 
 def test_a_run_that_was_stopped_goes_on_with_other_stages(tmp_path, undisturbed, capfd):
@@ -197,7 +205,15 @@ def test_refused(flags, text):
         make_job(Flags(source=f"{GPT}:build", device="cpu", **flags))
 
 
-def test_torchrun_needs_a_folder(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
-    assert ended(started(tmp_path, *launcher, "-m", "evenflow", "train", config(tmp_path, stages=1))) != 0
-    assert "under torchrun a run that saves needs --resume FOLDER" in (tmp_path / "output.txt").read_text()
+def test_torchrun_needs_a_folder(tmp_path, monkeypatch, capfd):
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert quiet("train", config(tmp_path, stages=1)) == 2
+    assert "under torchrun a run that saves needs --resume FOLDER" in capfd.readouterr().err
+    assert quiet("train", config(tmp_path, stages=1), "--resume", "run", "--max-restarts", 1) == 2
+    assert "it is torchrun that restarts, give it the flag" in capfd.readouterr().err

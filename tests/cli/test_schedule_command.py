@@ -269,7 +269,7 @@ def test_a_file_that_cannot_be_written_is_told(capsys, folder: Path, monkeypatch
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SystemExit) as exited:
         main(["schedule", "gpipe", *SIZES, "--save", "out.csv"])
     assert exited.value.code == 2

@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -115,9 +113,8 @@ def test_the_command_writes_a_picture_and_a_trace(tmp_path, capsys):
         ("--trace", "run.json", "a run keeps its records under this name"),
         ("--page", "last_step.json", "a run keeps its records under this name"),
         ("--page", ".", "is a folder: name a file in it"),
-        ("--picture", "none/step.svg", "No such file or directory; name another file"),
-        ("--page", "none/page.html", "No such file or directory; name another file"),
-        ("--trace", "none/step.json", "No such file or directory; name another file"),
+        ("--picture", "none/step.svg", "there is no folder"),
+        ("--page", "none/page.html", "there is no folder"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys, option, name, message):
@@ -157,9 +154,3 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
         main(["show", str(tmp_path)])
     assert exited.value.code == 2
     assert "holds no run.json: name a folder that `evenflow train` has written" in capsys.readouterr().err
-
-
-def test_showing_needs_no_torch():
-    code = "import evenflow.cli.main, evenflow.cli.show, sys; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evenflow.cli import restarts as restarts_module
+from evenflow.cli import job as job_module
 from evenflow.cli import train as train_module
 from evenflow.cli.config import ExampleData, FolderModel, FunctionModel, Logging, TextData
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
-from evenflow.cli.train import Flags, make_job
 from evenflow.errors import PeerError
 from evenflow.launcher import RankEnvironment
 
@@ -40,10 +40,20 @@ def with_two_gpus(monkeypatch):
 
 
 @pytest.fixture
+def small(tmp_path):
+    """A source whose model takes no time."""
+    path = tmp_path / "small.py"
+    model = "nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))"
+    body = f"{model}, lambda model, x: model(x).mean(), torch.ones(8, 4)"
+    path.write_text(f"import torch\nfrom torch import nn\ndef make(): return {body}\n")
+    return f"{path}:make"
+
+
+@pytest.fixture
 def started(monkeypatch):
     """The jobs that would have been started."""
     jobs = []
-    monkeypatch.setattr(restarts_module, "launch", lambda fn, job, nproc: jobs.append((job, nproc)))
+    monkeypatch.setattr(train_module, "launch", lambda fn, job, nproc: jobs.append((job, nproc)))
     return jobs
 
 
@@ -157,7 +167,7 @@ def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
     arguments = (
         "--steps 3 --batch-size 4 --length 16 --learning-rate 0.5 --seed 7 --stages 6 --stages-per-rank 2 "
         "--schedule gpipe --microbatches 2 --out here --device cpu --log-json log.jsonl "
-        "--tensorboard-folder curves"
+        "--tensorboard"
     )
     main_returns(["train", CONFIG, *arguments.split()])
     ((job, nproc),) = started
@@ -176,10 +186,10 @@ def test_every_flag_of_the_command_reaches_the_job(started, without_cuda):
         out=Path("here"),
         device="cpu",
         log_json=Path("log.jsonl"),
-        tensorboard=Path("curves"),
+        tensorboard=True,
     )
     assert job == make_job(flags)
-    assert job.config.logs == Logging(Path("log.jsonl"), Path("curves"))
+    assert job.config.logs == Logging(Path("log.jsonl"), tensorboard=True)
     assert dataclasses.replace(flags, steps=4) != flags
 
 
@@ -337,7 +347,7 @@ def test_more_stages_than_gpus_are_refused(capsys, started, with_two_gpus):
 
 
 def test_on_several_hosts_there_may_be_more_ranks_than_gpus_here(with_two_gpus, monkeypatch):
-    monkeypatch.setattr(train_module, "rank_environment", lambda: RankEnvironment(3, 1, 4, 0))
+    monkeypatch.setattr(job_module, "rank_environment", lambda: RankEnvironment(3, 1, 4, 0))
     assert make_job(Flags(source=CONFIG)).num_ranks == 4
 
 
@@ -357,25 +367,25 @@ def test_an_out_that_is_a_file_is_refused(capsys, started, in_an_empty_folder, o
     assert (in_an_empty_folder / "taken").read_text() == "mine"
 
 
-def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch):
+def test_an_error_with_brackets_and_notes_is_printed_whole(capsys, monkeypatch, small):
     def fail(*arguments, **keywords):
         error = PeerError("rank 1 failed: list[int] [/red]")
         error.add_note("On rank 1: [bold]Traceback")
         raise error
 
-    monkeypatch.setattr(restarts_module, "launch", fail)
+    monkeypatch.setattr(train_module, "launch", fail)
     with pytest.raises(SystemExit) as exited:
-        main(["train", GPT])
+        main(["train", small])
     assert exited.value.code == 2
     assert capsys.readouterr().err == "error: rank 1 failed: list[int] [/red]\nOn rank 1: [bold]Traceback\n"
 
 
-def test_ctrl_c_ends_quietly(capsys, monkeypatch):
+def test_ctrl_c_ends_quietly(capsys, monkeypatch, small):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(restarts_module, "launch", interrupt)
+    monkeypatch.setattr(train_module, "launch", interrupt)
     with pytest.raises(SystemExit) as exited:
-        main(["train", GPT])
+        main(["train", small])
     assert exited.value.code == 130
     assert "Traceback" not in capsys.readouterr().err

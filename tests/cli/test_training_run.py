@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from evenflow.cli.config import read_config
+from evenflow.cli.config_file import read_config
 from evenflow.cli.main import main
 from evenflow.journal.folder import read_plan_of, read_run, read_steps
 
@@ -30,6 +30,7 @@ TINY = """
 function = "{gpt}"
 arguments = {{ num_layers = 2, width = 32, length = 32, dropout = 0.1 }}
 [data]
+paths = ["{text}"]
 batch_size = 8
 length = 32
 [training]
@@ -49,12 +50,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 def write_tiny(folder):
     path = folder / "tiny.toml"
-    path.write_text(TINY.format(gpt=GPT))
+    path.write_text(TINY.format(gpt=GPT, text=ROOT / "LICENSE"))
     return path
 
 
-def evenflow(*arguments, cwd, before=()):
-    command = [sys.executable, *before, "-m", "evenflow", *map(str, arguments)]
+def under_torchrun(*arguments, cwd):
+    command = [sys.executable, *TORCHRUN, "-m", "evenflow", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -77,14 +78,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path):
+def made() -> dict:
+    return {}
+
+
+@pytest.fixture
+def runs(made, folder: Path, here):
     """The same training in two processes, in two under torchrun, and in one by another schedule."""
-    tiny = write_tiny(folder)
-    return {
-        "two": evenflow("train", tiny, cwd=folder),
-        "torchrun": evenflow("train", tiny, cwd=folder, before=TORCHRUN),
-        "one": evenflow("train", tiny, "--stages", 1, "--schedule", "sequential", cwd=folder),
-    }
+    if not made:
+        tiny = write_tiny(folder)
+        made["two"] = here("train", tiny, cwd=folder)
+        made["torchrun"] = under_torchrun("train", tiny, cwd=folder)
+        made["one"] = here("train", tiny, "--stages", 1, "--schedule", "sequential", cwd=folder)
+    return made
 
 
 @pytest.mark.parametrize("way", ["two", "torchrun", "one"])
@@ -177,18 +183,6 @@ def test_a_planned_run_is_shown_beside_its_plan(tmp_path, here):
     assert "Furthest from the plan: stage " in shown.stdout
 
 
-def test_a_run_that_is_told_nothing_plans_itself(tmp_path, here):
-    tiny = write_tiny(tmp_path)
-    tiny.write_text(tiny.read_text().partition("[pipeline]")[0])
-    done = here("train", tiny, "--steps", 3, "--out", "here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    run = read_run(tmp_path / "here")
-    plan = read_plan_of(tmp_path / "here", run)
-    assert (plan.degrees.pipeline, plan.schedule) == (2, run.schedule)
-    assert f"planned: 2 pipeline ranks, {plan.schedule}" in done.stdout
-    assert f"{plan.num_microbatches} microbatch" in done.stdout
-
-
 TALKING = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -205,17 +199,21 @@ def build(**arguments):
 """
 
 
-def test_steps_go_to_the_standard_output_as_json_and_all_else_does_not(tmp_path, here):
+def test_a_run_that_is_told_nothing_plans_itself_and_its_steps_go_out_as_json(tmp_path, here):
     tiny = write_tiny(tmp_path)
-    tiny.write_text(tiny.read_text().replace(GPT, "talking.py:build"))
+    tiny.write_text(tiny.read_text().partition("[pipeline]")[0].replace(GPT, "talking.py:build"))
     (tmp_path / "talking.py").write_text(TALKING.format(folder=str(ROOT / "examples")))
-    done = here(
-        "train", tiny, "--steps", 4, "--log-json", "-", "--tensorboard", "--out", "here", cwd=tmp_path
-    )
+    flags = ("--steps", 4, "--batch-size", 4, "--log-json", "-", "--tensorboard", "--out", "here")
+    done = here("train", tiny, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "here")
+    plan = read_plan_of(tmp_path / "here", run)
+    assert (plan.degrees.pipeline, plan.schedule) == (2, run.schedule)
+    assert f"planned: 2 pipeline ranks, {plan.schedule}" in done.stderr
+    assert f"{plan.num_microbatches} microbatch" in done.stderr
     assert "talking while it is built" in done.stderr
     assert re.search(
-        r"^step 4/4  loss .*  bubble \d+\.\d %  memory \d+\.\d\d MiB \(rank [01]\)  ETA 0:00:00$",
+        r"^step 4/4  loss .*  bubble [\d.]+ %  memory [\d.]+ MiB of [\d.]+ GiB \(rank [01]\)  ETA 0:00:00$",
         done.stderr,
         re.MULTILINE,
     )
@@ -230,20 +228,13 @@ def test_steps_go_to_the_standard_output_as_json_and_all_else_does_not(tmp_path,
     assert not watched.keys() & {"step_seconds", "wait_seconds", "rows_per_second", "bubble/rank0"}
     for line in lines:
         assert 0 < line["wait_seconds"] < line["step_seconds"]
-        # Of a batch of 8 rows of 32, the loss is a mean over the 31 that are predicted.
-        assert line["rows_per_second"] == pytest.approx(8 / line["step_seconds"])
-        assert line["tokens_per_second"] == pytest.approx(8 * 31 / line["step_seconds"])
+        # Of a batch of 4 rows of 32, the loss is a mean over the 31 that are predicted.
+        assert line["rows_per_second"] == pytest.approx(4 / line["step_seconds"])
+        assert line["tokens_per_second"] == pytest.approx(4 * 31 / line["step_seconds"])
         assert line["grad_norm"] > 0
         assert 0 <= line["bubble/rank0"] < 1
     assert [line["learning_rate"] for line in (lines[0], watched)] == [0.005, 0.01]
     assert len(list((tmp_path / "here" / "tensorboard").glob("events.out.tfevents.*"))) == 1
-
-
-def test_a_function_alone_learns_its_example_by_heart(tmp_path, here):
-    done = here("train", GPT, "--steps", 3, "--stages", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
-    assert re.match(r"done: .* validation [\d.]+ loss \(on the same batch\), \d+ samples/s", last)
 
 
 def children_of(pid):
@@ -352,7 +343,7 @@ def build():
 """
 
 
-def test_steps_that_are_left_out_count_in_the_progress(here, tmp_path):
+def test_a_function_alone_learns_its_example_and_steps_that_are_left_out_count(here, tmp_path):
     (tmp_path / "model.py").write_text(SOMETIMES_BAD)
     flags = ("--device", "cpu", "--stages", 1, "--microbatches", 1, "--steps", 30, "--bad-numbers", "skip")
     ended = here("train", "model.py:build", *flags, "--log-json", "log.jsonl", cwd=tmp_path)
@@ -361,3 +352,7 @@ def test_steps_that_are_left_out_count_in_the_progress(here, tmp_path):
     assert 0 < len(numbers) < 30, "some steps are left out"
     shown = re.findall(r"^step (\d+)/30\b", ended.stdout, re.MULTILINE)
     assert shown[-1] == "30"
+    assert re.match(
+        r"done: train loss [\d.-]+ -> [\d.-]+, validation [\d.-]+ loss \(on the same batch\), \d+ samples/s",
+        ended.stdout.splitlines()[-1],
+    )

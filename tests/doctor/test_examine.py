@@ -78,7 +78,7 @@ def test_the_command_writes_a_cluster_and_leaves_nothing_running(tmp_path, capsy
     with pytest.raises(SystemExit) as again:
         main(arguments)
     assert again.value.code == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "it exists" in capsys.readouterr().err
 
 
 def running_in_group(group):

@@ -52,6 +52,12 @@ def test_nothing_is_before_zero_which_perfetto_would_drop():
     assert times["1F0"] == 2000
 
 
+def test_a_step_in_which_no_rank_did_anything_is_a_trace_too():
+    idle = LaneRecord((), (), (), ())
+    found = events(dataclasses.replace(LAST_STEP, measured=(idle, idle)))
+    assert {event["pid"] for event in found if event["ph"] == "X"} == {2}
+
+
 def test_ranks_and_processes_are_named():
     names = [event["args"]["name"] for event in events() if event["ph"] == "M"]
     assert names == ["measured", "rank 0", "rank 1", "predicted", "rank 0", "rank 1"]

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
-from evenflow.cli.step_log import StepLog
-from evenflow.cli.train import Flags, make_job
 from evenflow.errors import BadNumbersError, ConfigError
 from evenflow.pipe.bad_numbers import MOST_SKIPS
 from evenflow.pipe.first_bad import FromGradient, Noted, first_bad
@@ -642,12 +641,3 @@ def test_train_stops_with_the_message(tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().err
     assert "error: rank 0: step 0 has bad numbers: its loss is nan. They began in the forward of" in message
     assert "log made" in message
-
-
-def test_the_loss_that_train_ends_with_is_of_steps_that_were_not_left_out():
-    pipe = make(stages=2, bad_numbers="skip")
-    log = StepLog(pipe, num_steps=0, device="cpu")
-    for batch in (data(), data(log=0)):
-        log.step(batch)
-    assert math.isnan(log.losses[1])
-    assert log.last_losses(20) == [log.losses[0]]

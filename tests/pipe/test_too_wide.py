@@ -6,8 +6,8 @@ import pytest
 import too_wide
 
 import evenflow
+from evenflow.cli.job import Flags
 from evenflow.cli.plan import Asked, plan_run
-from evenflow.cli.train import Flags
 from evenflow.cluster.sizes import parse_bytes
 from evenflow.plan.plan import Plan
 

@@ -7,11 +7,11 @@ from evenflow.errors import ConfigError
 from evenflow.ir import Backward, Costs, Flow, Forward, InputGrad, Overlap, Span, Timeline, WeightGrad
 from evenflow.schedules.catalog import get
 from evenflow.simulate import simulate
-from evenflow.view.terminal import draw_lanes
+from evenflow.view.terminal import lanes_text
 
 
 def drawn(timeline: Timeline, width: int = 60, **options: int) -> list[str]:
-    return draw_lanes(timeline, width=width, **options).plain.splitlines()
+    return lanes_text(timeline, width=width, **options).plain.splitlines()
 
 
 def timeline_of(name: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> Timeline:
@@ -88,7 +88,7 @@ def test_no_time_at_all_is_drawn() -> None:
 def test_colours_stand_behind_the_letters_on_a_terminal() -> None:
     console = Console(force_terminal=True, color_system="truecolor", width=60)
     with console.capture() as capture:
-        console.print(draw_lanes(timeline_of("gpipe", 1, 1, 2), width=60))
+        console.print(lanes_text(timeline_of("gpipe", 1, 1, 2), width=60))
     assert "\x1b[38;2;33;33;33;48;2;" in capture.get()
 
 

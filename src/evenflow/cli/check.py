@@ -1,10 +1,15 @@
 """`evenflow check`: one step split against one step of the whole model, in this process and on the CPU."""
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from evenflow.cli.report import print_check, print_cut
-from evenflow.cli.train import Flags, make_job
-from evenflow.cli.training import prepare_here, refusing
+from evenflow.cli.job import Flags, make_job
+from evenflow.cli.printing import print_line
+from evenflow.cli.report import print_cut
+from evenflow.cli.source import refusing
+from evenflow.cli.training import prepare_here
+from evenflow.pipe.check_report import CheckReport
 
 
 def check(flags: Flags) -> bool:
@@ -25,5 +30,17 @@ def check(flags: Flags) -> bool:
                 report = pipe.check(feed.validation[0], progress=status.update)
         finally:
             pipe.close()
-    print_check(console, report)
+    _print(console, report)
     return report.equal
+
+
+def _print(console: Console, report: CheckReport) -> None:
+    """Show what a check compared, and its verdict: green where all is equal, else red."""
+    print_line(console, report.title, "bold")
+    table = Table()
+    for heading in report.headings:
+        table.add_column(heading, justify="right" if heading in ("compared", "equal") else "left")
+    for row in report.table:
+        table.add_row(*(Text(cell) for cell in row))  # `Text`: names of outputs hold square brackets
+    console.print(table)
+    print_line(console, report.verdict, "bold green" if report.equal else "bold red")

@@ -21,15 +21,14 @@ from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content, write_checkpoint
 from evenflow.checkpoint.weights_in import find_weights
 from evenflow.checkpoint.weights_out import export_adapter, export_model
-from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice, read_config
-from evenflow.cli.keeping import CHECKPOINTS, CONFIG
-from evenflow.cli.report import print_whole
+from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice
+from evenflow.cli.config_file import read_config
+from evenflow.cli.printing import print_line, print_whole
 from evenflow.cli.source import build
 from evenflow.errors import ConfigError
+from evenflow.journal.folder import CHECKPOINT, CHECKPOINTS, CONFIG
 from evenflow.runtime.world import SingleProcess
 from evenflow.view.units import format_bytes
-
-_LAST = "checkpoint"  # of a run that has ended
 
 
 def ls(folder: Path) -> None:
@@ -67,11 +66,9 @@ def verify(place: Path) -> bool:
     else:
         size, number = format_bytes(checkpoint.manifest.num_bytes), len(checkpoint.table)
         if not faults:
-            console.print(
-                Text(f"{checkpoint.folder}: {number} tensors, {size}: whole", style="green"), soft_wrap=True
-            )
+            print_line(console, f"{checkpoint.folder}: {number} tensors, {size}: whole", "green")
     for fault in faults:
-        console.print(Text(fault, style="red"), soft_wrap=True)
+        print_line(console, fault, "red")
     return not faults
 
 
@@ -90,7 +87,7 @@ def export(place: Path, folder: Path, source: str | None, model_folder: Path | N
         export_adapter(folder, SingleProcess(), model, owned, loaded=loaded, device=torch.device("cpu"))
     else:
         export_model(folder, SingleProcess(), model, owned, loaded=loaded)
-    Console().print(f"wrote {folder}, of step {checkpoint.manifest.step}", soft_wrap=True, highlight=False)
+    print_line(Console(), f"wrote {folder}, of step {checkpoint.manifest.step}")
 
 
 def import_weights(weights: Path, folder: Path, source: str | None, model_folder: Path | None) -> None:
@@ -120,12 +117,12 @@ def import_weights(weights: Path, folder: Path, source: str | None, model_folder
         plan=None,
     )
     write_checkpoint(folder, SingleProcess(), content)
-    Console().print(f"wrote {folder}, {len(tensors)} tensors", soft_wrap=True, highlight=False)
+    print_line(Console(), f"wrote {folder}, {len(tensors)} tensors")
 
 
 def _found(folder: Path) -> list[Path]:
     """Whole checkpoints of a folder, those of a run, or itself."""
-    last = [folder / _LAST] if is_checkpoint(folder / _LAST) else []
+    last = [folder / CHECKPOINT] if is_checkpoint(folder / CHECKPOINT) else []
     own = [folder] if is_checkpoint(folder) else []
     found = [*checkpoints_in(folder / CHECKPOINTS), *last]
     return own or sorted(found, key=_num_updates) or checkpoints_in(folder)

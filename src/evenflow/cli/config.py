@@ -5,16 +5,14 @@ before a process starts.
 """
 
 import math
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin
+from typing import TypeAlias, get_args
 
-from evenflow.cli.config_keys import check_keys
 from evenflow.errors import ConfigError
-from evenflow.foreign import is_file_name, read_toml, shown
+from evenflow.interop import loggers
+from evenflow.pipe.checkpoints import OnError
 from evenflow.plan.choice import RECOMPUTE_NAMES
 
 
@@ -33,7 +31,6 @@ class FolderModel:
     folder: Path
 
 
-OnError = Literal["continue", "stop"]
 ModelChoice: TypeAlias = FunctionModel | FolderModel
 
 
@@ -72,7 +69,8 @@ class TextData:
 DataChoice: TypeAlias = ExampleData | TextData
 
 
-BAD_NUMBERS = ("stop", "skip", "rollback", "ignore")
+# What can become of a step with bad numbers, and what a pipeline does for it; of a rollback the first half.
+BAD_NUMBERS = {"stop": "stop", "skip": "skip", "rollback": "stop", "ignore": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,19 +190,19 @@ class Saving:
             raise ConfigError(f"checkpoints.on_error = {self.on_error!r} must be 'continue' or 'stop'")
 
 
-STDOUT = Path("-")
+STDOUT = Path(loggers.STDOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class Logging:
     """What is written of each step while a run trains.
 
-    `json`: a file that gets a line of JSON for each, "-" for the standard output. `tensorboard`: a folder of
-    curves, or true for one in the run's own.
+    `json`: a file that gets a line of JSON for each, "-" for the standard output. `tensorboard`: curves, in
+    the run's own folder.
     """
 
     json: Path | None = None
-    tensorboard: bool | Path = False
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,146 +216,6 @@ class RunConfig:
     pipeline: Pipelining = field(default_factory=Pipelining)
     checkpoints: Saving = field(default_factory=Saving)
     logs: Logging = field(default_factory=Logging)
-
-
-def read_config(path: Path) -> RunConfig:
-    """Read a run from a TOML file. Paths inside it count from the file's own folder.
-
-    Raises:
-        ConfigError: The file cannot be read or is no TOML; a key is unknown (the nearest known one is
-            suggested), has the wrong type or lies out of its range; the model is missing.
-
-    Example:
-        >>> read_config(Path("examples/train_gpt.toml")).name  # doctest: +SKIP
-        'train_gpt'
-    """
-    content = read_toml(path, "configuration")
-    try:
-        check_keys(content, _known_keys())
-        return RunConfig(
-            name=_name(content.get("name", path.stem)),
-            model=_model(content.get("model"), path.parent),
-            data=_data(content.get("data"), path.parent),
-            training=_section(Training, content.get("training", {}), "training"),
-            pipeline=_section(Pipelining, content.get("pipeline", {}), "pipeline"),
-            checkpoints=_section(Saving, content.get("checkpoints", {}), "checkpoints"),
-            logs=_logs(content.get("logs", {}), path.parent),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _name(value: object) -> str:
-    name = _convert(value, str, "name")
-    assert isinstance(name, str), "converted"
-    if not is_file_name(name):
-        raise ConfigError(
-            f"name = {shown(name)} names a folder under runs/, so it cannot be empty, or '..', or hold a "
-            "slash or control characters"
-        )
-    return name
-
-
-_MODEL_KEYS = ("function", "arguments", "folder")
-
-
-def _known_keys() -> Mapping[str, tuple[str, ...]]:
-    """The keys of each table of the TOML; the top level's under ''."""
-    return {
-        "": ("name", "model", "data", "training", "pipeline", "checkpoints", "logs"),
-        "model": _MODEL_KEYS,
-        "data": tuple(each.name for each in fields(TextData)),
-        "training": tuple(each.name for each in fields(Training)),
-        "pipeline": tuple(each.name for each in fields(Pipelining)),
-        "checkpoints": tuple(each.name for each in fields(Saving)),
-        "logs": tuple(each.name for each in fields(Logging)),
-    }
-
-
-def _model(table: object, folder: Path) -> ModelChoice:
-    match table:
-        case {"function": str(reference), **rest} if "folder" not in rest:
-            arguments = rest.get("arguments", {})
-            if not isinstance(arguments, dict):
-                raise ConfigError(
-                    f"model.arguments = {shown(arguments)} must be a table of the function's arguments"
-                )
-            return FunctionModel(_from_folder(reference, folder), arguments)
-        case {"folder": str(path), **rest} if not rest:
-            return FolderModel(folder / path)
-        case _:
-            raise ConfigError(
-                '[model] must say which model to train: either function = "FILE.py:FUNCTION" (or '
-                '"MODULE:FUNCTION"), with its arguments if it takes any, or folder = "a Hugging Face folder"'
-            )
-
-
-def _from_folder(reference: str, folder: Path) -> str:
-    """A `FILE.py:FUNCTION` of a configuration file counts from that file's folder."""
-    place, colon, function = reference.rpartition(":")
-    return f"{folder / place}{colon}{function}" if place.endswith(".py") else reference
-
-
-def _data(table: object, folder: Path) -> DataChoice:
-    if table is None:
-        return ExampleData()
-    data = _section(TextData, table, "data")
-    return TextData(
-        paths=tuple(folder / path for path in data.paths),
-        batch_size=data.batch_size,
-        length=data.length,
-        held_out=data.held_out,
-    )
-
-
-def _logs(table: object, folder: Path) -> Logging:
-    said = _section(Logging, table, "logs")
-    json = said.json if said.json in (None, STDOUT) else folder / said.json
-    tensorboard = folder / said.tensorboard if isinstance(said.tensorboard, Path) else said.tensorboard
-    return Logging(json, tensorboard)
-
-
-S = TypeVar("S")
-_LARGEST_WHOLE = 2**63 - 1
-
-
-def _section(kind: type[S], table: object, place: str) -> S:
-    """Build one of the dataclasses from its table, whose keys have been checked."""
-    assert isinstance(table, dict), "checked with the keys"
-    hints = typing.get_type_hints(kind)
-    return kind(**{key: _convert(value, hints[key], f"{place}.{key}") for key, value in table.items()})
-
-
-# The hint is a type, a union or a generic alias: `Any`, because Python has no common type for these.
-def _convert(value: object, hint: Any, place: str) -> object:
-    """The TOML value as the field's type; the reason where it cannot be."""
-    if isinstance(hint, types.UnionType):
-        options = [option for option in get_args(hint) if option is not types.NoneType]
-        fitting = [
-            option
-            for option in options
-            if (get_origin(option) is tuple) == isinstance(value, list)
-            if (option is bool) == isinstance(value, bool)
-        ]
-        hint = (fitting or options)[0]
-    if get_origin(hint) is Literal:
-        hint = str  # the dataclass says which
-    if get_origin(hint) is tuple:
-        element = get_args(hint)[0]
-        if not isinstance(value, list):
-            raise ConfigError(f"{place} = {shown(value)} must be a list, in square brackets")
-        return tuple(_convert(each, element, place) for each in value)
-    # In Python a bool is an int; in a configuration it is a mistake.
-    if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
-        raise ConfigError(f"{place} = {shown(value)} must lie between -{_LARGEST_WHOLE} and {_LARGEST_WHOLE}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
-        return value
-    names = {int: "a whole number", float: "a number", str: "a string", Path: "a path", bool: "true or false"}
-    raise ConfigError(f"{place} = {shown(value)} must be {names[hint]}")
 
 
 def _at_least(place: str, value: int, least: int) -> None:

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evenflow.cli.printing import print_line
+from evenflow.cli.writing import check_new
 from evenflow.cluster.write import write_cluster
 from evenflow.doctor.advice import advice
 from evenflow.doctor.cluster_of import cluster_of
@@ -13,7 +15,6 @@ from evenflow.doctor.examine import Examination
 from evenflow.doctor.exchange import Exchange
 from evenflow.doctor.run import run
 from evenflow.doctor.worker import Fault
-from evenflow.errors import ConfigError
 from evenflow.launcher import rank_environment
 from evenflow.view.units import format_bytes, format_seconds
 
@@ -23,8 +24,7 @@ def doctor(device: str | None, num_ranks: int | None, out: Path | None, timeout_
 
     Raises `ConfigError` for ranks that cannot be, a file that is there already or cannot be written.
     """
-    if out is not None and out.exists():
-        raise ConfigError(f"{out} is there already: give another name, or remove it")
+    check_new("--out", out)
     console = Console()
     place = rank_environment()
     with console.status("examining the links"):
@@ -33,7 +33,7 @@ def doctor(device: str | None, num_ranks: int | None, out: Path | None, timeout_
         print_examination(console, found)
         if out is not None:
             write_cluster(cluster_of(found), out)
-            console.print(Text(f"written: {out}"))
+            print_line(console, f"wrote {out}")
     return all(isinstance(link, Exchange) for link in found.links.values())
 
 

@@ -4,21 +4,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evenflow.cli.writing import check_new, refusing_to_write
+from evenflow.cli.printing import print_line
+from evenflow.cli.writing import check_new, write
 from evenflow.errors import ConfigError
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file
 from evenflow.plan.target_settings import TORCH, export_plan
 from evenflow.schedule_file import read_schedule_file
 from evenflow.torch_schedule import format_torch_schedule
+from evenflow.view.units import format_count
 
 
-def export(source: Path, to: str, out: Path | None, console: Console | None = None) -> None:
+def export(source: Path, to: str, out: Path | None) -> None:
     """Print a plan or a schedule as another system takes it, or write it to `out`, a new file.
 
     Raises `ConfigError` for files that cannot be read or written, and for what the system cannot run.
     """
-    console = console or Console()
+    console = Console()
     check_new("--out", out)
     plan = None
     if source.suffix == ".toml":
@@ -34,19 +36,14 @@ def export(source: Path, to: str, out: Path | None, console: Console | None = No
     if out is None:
         console.out(text, end="", highlight=False)
         return
-    with refusing_to_write(out):
-        out.write_text(text, encoding="utf-8")
-    console.print(f"wrote {out}", soft_wrap=True, highlight=False, markup=False)
+    write(console, out, text)
     if plan is not None and to == TORCH:
         _tell_stages(console, plan)
 
 
 def _tell_stages(console: Console, plan: Plan) -> None:
     """Say what torch's file does not: where the model is cut."""
-    num_microbatches, rows = plan.num_microbatches, plan.microbatch_size
-    console.print(
-        f"{num_microbatches} microbatch{'es' if num_microbatches > 1 else ''} of {rows}", highlight=False
-    )
+    microbatches = format_count(plan.num_microbatches, "microbatch", "es")
+    print_line(console, f"{microbatches} of {plan.microbatch_size}")
     for number, stage in enumerate(plan.stages):
-        line = f"stage {number} on rank {stage.rank} begins with {stage.first}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(console, f"stage {number} on rank {stage.rank} begins with {stage.first}")

@@ -10,7 +10,6 @@ import typer
 from evenflow import __version__
 from evenflow.cli.checkpoint_app import app as checkpoint_app
 from evenflow.cli.collecting import no_collecting
-from evenflow.cli.play_command import play_command
 from evenflow.cli.schedule_command import schedule_command
 from evenflow.cli.shared_flags import (
     BatchSize,
@@ -25,20 +24,7 @@ from evenflow.cli.shared_flags import (
     Source,
     StagesPerRank,
 )
-from evenflow.cli.show_command import show_command
-from evenflow.cli.train_flags import (
-    BadNumbers,
-    Demo,
-    FindNan,
-    KeepLast,
-    LogJson,
-    MaxRestarts,
-    Resume,
-    SaveEvery,
-    Tensorboard,
-    TensorboardFolder,
-    Timeout,
-)
+from evenflow.cli.train_command import train_command
 from evenflow.errors import EvenflowError
 from evenflow.needs import need_torch
 
@@ -76,91 +62,7 @@ def _options(
     """The options that stand before a command."""
 
 
-@app.command("train")
-def train_command(
-    source: Source = None,
-    model: Model = None,
-    demo: Demo = False,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE_OR_FOLDER",
-            help="Text to train on; repeat it for more. Default: the configuration's, or the documentation "
-            "that ships inside Python.",
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="How many batches to train on.")] = None,
-    batch_size: BatchSize = None,
-    length: Length = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
-    seed: Seed = None,
-    stages: Annotated[
-        int | None,
-        typer.Option(help="Into how many stages to cut. Default: for a rank per GPU, or 2 without GPUs."),
-    ] = None,
-    stages_per_rank: StagesPerRank = None,
-    schedule: Schedule = None,
-    microbatches: Microbatches = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(metavar="PLAN.toml", help="What `evenflow plan -o` wrote: it decides all of these."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="A new folder to write to. Default: runs/NAME, or runs/NAME-2 if that is taken, and so on.",
-        ),
-    ] = None,
-    save_every: SaveEvery = None,
-    keep_last: KeepLast = None,
-    resume: Resume = None,
-    max_restarts: MaxRestarts = 0,
-    device: Device = None,
-    bad_numbers: BadNumbers = None,
-    find_nan: FindNan = False,
-    timeout: Timeout = None,
-    log_json: LogJson = None,
-    tensorboard: Tensorboard = False,
-    tensorboard_folder: TensorboardFolder = None,
-) -> None:
-    """Train a model as a pipeline: one process per rank.
-
-    Where nothing is said of stages, schedule and microbatches, the ranks measure the model and plan them.
-    """
-    need_torch("evenflow train")
-    # What takes long to import, which --help and --version need not wait for.
-    from evenflow.cli.train import Flags, train
-
-    train(
-        Flags(
-            source=source,
-            model=model,
-            demo=demo,
-            data=tuple(data or ()),
-            steps=steps,
-            batch_size=batch_size,
-            length=length,
-            learning_rate=learning_rate,
-            seed=seed,
-            stages=stages,
-            stages_per_rank=stages_per_rank,
-            schedule=schedule,
-            num_microbatches=microbatches,
-            plan=plan,
-            out=out,
-            resume=resume,
-            save_every=save_every,
-            keep_last=keep_last,
-            max_restarts=max_restarts,
-            device=device,
-            bad_numbers=bad_numbers,
-            find_nan=find_nan or None,
-            timeout=timeout,
-            log_json=log_json,
-            tensorboard=tensorboard_folder or tensorboard or None,
-        )
-    )
+app.command("train")(train_command)
 
 
 @app.command("check")
@@ -188,7 +90,7 @@ def check_command(
     """
     need_torch("evenflow check")
     from evenflow.cli.check import check
-    from evenflow.cli.train import Flags
+    from evenflow.cli.job import Flags
 
     equal = check(
         Flags(
@@ -273,8 +175,8 @@ def plan_command(
     """
     with no_collecting():
         need_torch("evenflow plan")
+        from evenflow.cli.job import Flags
         from evenflow.cli.plan import Asked, plan_run
-        from evenflow.cli.train import Flags
 
     flags = Flags(source=source, model=model, data=tuple(data or ()), batch_size=batch_size, length=length)
     asked = Asked(cluster, memory, rows, pipeline_only=pipeline_only, target=target, out=out)
@@ -315,7 +217,6 @@ def profile_command(
     data: Data = None,
     batch_size: BatchSize = None,
     length: Length = None,
-    seed: Seed = None,
     stages: Annotated[
         int | None,
         typer.Option(help="For how many stages: more make finer nodes. Default: those of 2 ranks."),
@@ -333,8 +234,8 @@ def profile_command(
     EVENFLOW_CACHE, by default ~/.cache/evenflow, and not made again.
     """
     need_torch("evenflow profile")
+    from evenflow.cli.job import Flags
     from evenflow.cli.profile import profile
-    from evenflow.cli.train import Flags
 
     profile(
         Flags(
@@ -343,7 +244,6 @@ def profile_command(
             data=tuple(data or ()),
             batch_size=batch_size,
             length=length,
-            seed=seed,
             stages=stages,
             num_microbatches=microbatches,
             device=device,
@@ -353,8 +253,54 @@ def profile_command(
 
 
 app.command("schedule")(schedule_command)
-app.command("show")(show_command)
-app.command("play")(play_command)
+
+
+@app.command("show")
+def show_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `evenflow train` has written.")],
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE.html", help="Where the page of the run goes. Default: RUN/page.html."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="STEP.svg", help="Draw the last step to a file too: .svg, .png or .pdf."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STEP.json", help="Write the last step as a trace, for https://ui.perfetto.dev."
+        ),
+    ] = None,
+) -> None:
+    """Show what a run's steps took: step, ranks and stages, beside what its plan expected; and as a page.
+
+    The page is one file that needs no network: every rank over time, memory, idle time by its cause, the cut.
+    """
+    from evenflow.cli.show import Files, show
+
+    show(run, Files(page, picture, trace))
+
+
+@app.command("play")
+def play_command(
+    port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT",
+            help="Where it listens, on this machine alone. Default: any that is free.",
+            show_default=False,
+        ),
+    ] = 0,
+    opens: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser on it.")] = True,
+) -> None:
+    """Play with schedules on a local page.
+
+    Ranks, microbatches, costs and memory are levers: whenever one is moved the step is simulated and drawn.
+    """
+    from evenflow.cli.play import play
+
+    play(port, opens=opens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -371,16 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(arguments) if arguments is not None else None)
     except EvenflowError as error:
         from rich.console import Console
-        from rich.text import Text
 
+        from evenflow.cli.printing import print_line
         from evenflow.foreign import visible
 
         console = Console(stderr=True)
-        # `Text`, because a message may hold square brackets, which rich would take for markup.
         # A message may quote what stands in a file, and a terminal obeys control characters.
-        console.print(Text(f"error: {visible(str(error))}", style="bold red"), soft_wrap=True)
+        print_line(console, f"error: {visible(str(error))}", "bold red")
         for note in getattr(error, "__notes__", ()):
-            console.print(Text(visible(note), style="dim"), soft_wrap=True)
+            print_line(console, visible(note), "dim")
         raise SystemExit(_EXIT_CODE) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 import evenflow
 from evenflow.cli.collecting import no_collecting
 from evenflow.cli.config import RunConfig
+from evenflow.cli.feed import make_feed
+from evenflow.cli.job import Flags, make_job
 from evenflow.cli.plan_here import plan_here
-from evenflow.cli.source import ModelSource, build
-from evenflow.cli.train import Flags, make_job
-from evenflow.cli.training import make_feed, refusing
-from evenflow.cli.writing import check_new
+from evenflow.cli.printing import print_line
+from evenflow.cli.source import ModelSource, build, refusing
+from evenflow.cli.writing import check_new, write
 from evenflow.cluster.cluster import Cluster
 from evenflow.cluster.read import read_cluster
 from evenflow.cluster.short import parse_cluster
@@ -73,8 +74,7 @@ def plan_run(flags: Flags, asked: Asked) -> Plan:
     Raises:
         EvenflowError: The model, the cluster or the levers cannot work as given, or nothing fits.
     """
-    out = asked.out
-    check_new("--out", out)
+    check_new("--out", asked.out)
     memory = None if asked.memory is None else parse_bytes(asked.memory)
     console = Console()
     within: Within | None = None
@@ -85,11 +85,10 @@ def plan_run(flags: Flags, asked: Asked) -> Plan:
         found, within = _estimated(console, flags, asked, asked.cluster, memory, target)
     print_plan(console, found)
     if within is not None:
-        console.print(Text(f"for {within.target.name}:", style="bold"))
-        console.print(settings(within), soft_wrap=True, highlight=False, markup=False)
-    if out is not None:
-        out.write_text(write_plan(found), encoding="utf-8")
-        console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+        print_line(console, f"for {within.target.name}:", "bold")
+        print_line(console, settings(within))
+    if asked.out is not None:
+        write(console, asked.out, write_plan(found))
     return found
 
 
@@ -210,13 +209,12 @@ def _with_rows(example: object, num_rows: int) -> object:
 def print_plan(console: Console, found: Plan) -> None:
     """The plan as tables: what was chosen, each pipeline rank, the runners-up."""
     told = found.prediction
-    console.print(Text(describe(found.choice), style="bold"), soft_wrap=True)
+    print_line(console, describe(found.choice), "bold")
     mfu = f", {told.mfu:.1%} of the devices' peak" if told.mfu is not None else ""
-    console.print(
+    print_line(
+        console,
         f"{format_seconds(told.step_seconds)} a step expected ({told.tokens_per_second:,.0f} tokens/s{mfu}); "
         f"none can take less than {format_seconds(told.bound_seconds)}: this is at most {told.gap:.1%} over",
-        soft_wrap=True,
-        highlight=False,
     )
     console.print(_rank_table(found))
     if found.runners_up:

@@ -2,8 +2,10 @@
 
 from rich.console import Console
 
-from evenflow.cli.source import build
-from evenflow.cli.training import Job, make_feed, make_optimizer, refusing
+from evenflow.cli.feed import make_feed
+from evenflow.cli.job import Job
+from evenflow.cli.source import build, refusing
+from evenflow.cli.training import make_optimizer
 from evenflow.cost.cache import user_folder
 from evenflow.launcher import launch
 from evenflow.pipe.choices import own_device, world_of

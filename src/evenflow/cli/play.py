@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from rich.console import Console
 
 from evenflow.cli.played import Question, answer
+from evenflow.cli.printing import print_line
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.foreign import parse_json
 from evenflow.plain_data import read_as
@@ -26,15 +27,15 @@ _MOST_BYTES = 2**16  # of a question
 _FIRST = {"schedule": "zb-auto"}
 
 
-def play(port: int, *, opens: bool, console: Console | None = None) -> None:
+def play(port: int, *, opens: bool) -> None:
     """Serve the playground until Ctrl-C; `port` 0 takes any that is free.
 
     Raises `ConfigError` for a port that cannot be had.
     """
-    console = console or Console()
+    console = Console()
     with serving(port) as server:
         address = address_of(server)
-        console.print(f"the playground is at {address} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
+        print_line(console, f"the playground is at {address} (Ctrl-C ends it)")
         if opens:  # from a thread: a browser in the terminal returns when it ends, and wants the page before
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try:
@@ -82,12 +83,7 @@ class _Answers(BaseHTTPRequestHandler):
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page: /")
             return
         names = [name for name in catalog.NAMES if name != "forward-only"]
-        page = self_contained(
-            "play.html",
-            title="Evenflow playground",
-            scripts=["play.js"],
-            data={"names": names, "first": _FIRST},
-        )
+        page = self_contained("play", title="Evenflow playground", data={"names": names, "first": _FIRST})
         self._send(HTTPStatus.OK, "text/html", page)
 
     def do_POST(self) -> None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evenflow.bounds import Bound
 from evenflow.cli.schedule import make, report_of
 from evenflow.cli.schedule_flags import Prices, Sizes
 from evenflow.cli.schedule_report import Report, gap
@@ -66,7 +65,7 @@ class Question:
             for given in (self.forward_seconds, self.input_grad_seconds, self.weight_grad_seconds)
         )
         table = RankTimes(forward, input_grad, weight_grad)
-        return Prices(table, (0.0, 0.0, 0.0), self.transfer_seconds, self.cap)
+        return Prices(table, self.transfer_seconds, self.cap)
 
 
 def answer(question: Question) -> Data:
@@ -79,13 +78,11 @@ def answer(question: Question) -> Data:
     """
     report = report_of(_made(question), question.prices.costs_on)
     timeline, bounds = report.timeline, report.bounds
-    limits = []
+    limits = ""
     if bounds is not None:
-        for name, took, bound in (
-            ("Span", timeline.span_seconds, bounds.span),
-            ("Makespan", timeline.makespan_seconds, bounds.makespan),
-        ):
-            limits.append(_limit(name, took, bound))
+        span = gap(timeline.span_seconds, bounds.span)
+        makespan = gap(timeline.makespan_seconds, bounds.makespan)
+        limits = f"Span: {span}. Makespan: {makespan}."
     return {
         "makespan": timeline.makespan_seconds,
         "bubble": timeline.bubble,
@@ -93,7 +90,7 @@ def answer(question: Question) -> Data:
         "span_bubble": timeline.span_bubble,
         "peaks": list(report.peak_microbatches),
         "faults": list(report.memory_faults),
-        "bounds": " ".join(limits),
+        "bounds": limits,
         "command": _command(question),
         "timeline": _timeline(report),
     }
@@ -112,10 +109,6 @@ def _made(question: Question) -> Schedule:
         question.prices.costs_on,
         time_budget_seconds=_SEARCH_SECONDS,
     ).schedule
-
-
-def _limit(name: str, took: float, bound: Bound) -> str:
-    return f"{name}: {gap(took, bound)}."
 
 
 def _command(question: Question) -> str:

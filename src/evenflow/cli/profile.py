@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evenflow.cli.source import build
-from evenflow.cli.train import Flags, make_job
-from evenflow.cli.training import make_feed, refusing
+from evenflow.cli.feed import make_feed
+from evenflow.cli.job import Flags, make_job
+from evenflow.cli.printing import print_line
+from evenflow.cli.source import build, refusing
 from evenflow.cli.writing import check_new
 from evenflow.cost.cache import user_folder
 from evenflow.cost.profile import Profile, profile_of
@@ -22,6 +23,7 @@ from evenflow.cost_table import LayerTimes, write_layers
 from evenflow.pipe.choices import Splitter, device_kind
 from evenflow.pipe.recorded import recorded
 from evenflow.plan.chain import Chain, Held
+from evenflow.view.units import format_count
 
 
 def profile(flags: Flags, *, csv: Path | None) -> None:
@@ -44,7 +46,7 @@ def profile(flags: Flags, *, csv: Path | None) -> None:
     _print(console, measured, found)
     if csv is not None:
         write_layers(csv, *_layers(measured.chain))
-        console.print(f"wrote {csv}", soft_wrap=True, highlight=False)
+        print_line(console, f"wrote {csv}")
 
 
 def _recorded(flags: Flags) -> Recorded:
@@ -87,9 +89,9 @@ class _Row:
 def _print(console: Console, measured: Profile, found: Recorded) -> None:
     chain = measured.chain
     ((device, seconds),) = chain.seconds.items()
-    rows_told = "1 row" if chain.num_rows == 1 else f"{chain.num_rows} rows"
+    rows_told = format_count(chain.num_rows, "row")
     title = f"One microbatch of {rows_told} on {device}, {torch.get_num_threads()} thread(s)"
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    print_line(console, title, "bold")
     table = Table(show_footer=True, padding=0)
     rows = _rows(measured)
     peak = max(row.transient_bytes for row in rows)
@@ -121,7 +123,7 @@ def _print(console: Console, measured: Profile, found: Recorded) -> None:
         )
     console.print(table)
     told = f"{measured.num_measured} distinct nodes measured now" if measured.num_measured else "all cached"
-    console.print(f"{len(found.graph.nodes)} nodes, {told}", soft_wrap=True, highlight=False)
+    print_line(console, f"{len(found.graph.nodes)} nodes, {told}")
 
 
 def _ms(seconds: float) -> str:

@@ -1,99 +1,27 @@
-"""What the user sees of a run before and after it trains: the cut, what was checked, its last line."""
+"""What the user sees of a run: how it was cut, where its last step went, its last line."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from evenflow.view.units import format_bytes
-
-_MAX_WIDTH = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """What this run counts and in what it measures: `tok` and `nats/byte` for text."""
-
-    item: str
-    num_items_per_batch: int
-    loss: str
+from evenflow.bill import Bill
+from evenflow.cli.printing import print_line
+from evenflow.journal.run import Run, Step, first_and_last_loss
+from evenflow.pipe.parts import StageSummary
+from evenflow.view.units import format_bytes, time_unit
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A finished run. The losses are in the units that the line names; `bubble` is a share, 0 to 1."""
-
-    first_loss: float
-    last_loss: float
-    validation_loss: float
-    items_per_second: float
-    step_seconds: float
-    bubble: float
-
-    def line(self, units: Units) -> str:
-        """The last line of the output.
-
-        Example:
-            >>> line = Summary(5.55, 1.5, 1.6, 10240.0, 0.2, 0.25).line(Units("tok", 2048, "nats/byte"))
-            >>> line.startswith("done: train loss 5.550 -> 1.500, validation 1.600 nats/byte, 10240 tok/s, ")
-            True
-        """
-        return (
-            f"done: train loss {self.first_loss:.3f} -> {self.last_loss:.3f}, "
-            f"validation {self.validation_loss:.3f} {units.loss}, "
-            f"{self.items_per_second:.0f} {units.item}/s, "
-            f"step {1000 * self.step_seconds:.1f} ms, bubble {100 * self.bubble:.1f} %"
-        )
-
-
-class CutStage(Protocol):
-    """What the table needs to know of a stage of the cut model."""
-
-    @property
-    def stage(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def num_nodes(self) -> int: ...
-    @property
-    def first(self) -> str: ...
-    @property
-    def last(self) -> str: ...
-    @property
-    def num_parameters(self) -> int: ...
-    @property
-    def share(self) -> float: ...
-    @property
-    def num_sent(self) -> int: ...
-    @property
-    def sends_bytes(self) -> int: ...
-
-
-class ComparisonReport(Protocol):
-    """What the table of a check needs to know: `evenflow.pipe.check_report.CheckReport` knows it."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def headings(self) -> tuple[str, ...]: ...
-    @property
-    def table(self) -> list[tuple[str, ...]]: ...
-    @property
-    def verdict(self) -> str: ...
-    @property
-    def equal(self) -> bool: ...
-
-
-def print_cut(console: Console, cut: Iterable[CutStage]) -> None:
+def print_cut(console: Console, cut: Iterable[StageSummary]) -> None:
     """Show each stage: its rank, nodes, parameters, estimated share of the work, and what it sends.
 
     What it sends are the activations that leave it for each microbatch: tensors, and bytes in all.
     """
     title = "The model, cut into stages (sends: per microbatch, bytes in how many tensors)"
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    print_line(console, title, "bold")
     table = Table()
     for heading in ("stage", "rank"):
         table.add_column(heading, justify="right")
@@ -113,28 +41,44 @@ def print_cut(console: Console, cut: Iterable[CutStage]) -> None:
     console.print(table)
 
 
-def _sent(stage: CutStage) -> str:
+def _sent(stage: StageSummary) -> str:
     if stage.num_sent == 0:
         return "-"
     return f"{format_bytes(stage.sends_bytes)} in {stage.num_sent}"
 
 
-def print_check(console: Console, report: ComparisonReport) -> None:
-    """Show what a check compared, and its verdict: green where all is equal, else red."""
-    console.print(Text(report.title, style="bold"), soft_wrap=True)
-    table = Table()
-    for heading in report.headings:
-        table.add_column(heading, justify="right" if heading in ("compared", "equal") else "left")
-    for row in report.table:
-        table.add_row(*(Text(cell) for cell in row))  # `Text`: names of outputs hold square brackets
-    console.print(table)
-    console.print(Text(report.verdict, style="bold green" if report.equal else "bold red"), soft_wrap=True)
+def bill_table(predicted: Sequence[Bill], measured: Sequence[Bill]) -> Table:
+    """A row for each rank and each of the two; all numbers are in the unit that the head names.
+
+    >>> bill = Bill(compute=6e-3, schedule=2e-3, imbalance=1e-3, transfer=0, host=0, update=0)
+    >>> table = bill_table([bill], [bill])
+    >>> table.row_count, [column.header for column in table.columns][:3]
+    (2, ['rank', '', 'compute'])
+    """
+    unit = time_unit(max(bill.step for bill in (*predicted, *measured)))
+    names = [each.name for each in fields(Bill)]
+    title = f"where the last step went, in {unit.name}"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("rank", justify="right")
+    table.add_column("")
+    for name in (*names, "step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, pair in enumerate(zip(predicted, measured, strict=True)):
+        for what, bill in zip(("predicted", "measured"), pair, strict=True):
+            numbers = [getattr(bill, name) for name in names]
+            cells = [f"{seconds / unit.size:.1f}" for seconds in (*numbers, bill.step)]
+            table.add_row(str(rank) if what == "predicted" else "", what, *cells)
+    return table
 
 
-def print_whole(console: Console, table: Table) -> None:
-    """Print a table with all its columns, however narrow the terminal is: cut off, they tell nothing."""
-    width = console.width
-    console.width = _MAX_WIDTH
-    console.width = max(width, console.measure(table).maximum)
-    console.print(table, crop=False)
-    console.width = width
+def last_line(run: Run, steps: Sequence[Step], validation_loss: float, loss_unit: str) -> str:
+    """The last line of the output; the losses are in `loss_unit`, all three."""
+    first, last = first_and_last_loss(steps) or (math.nan, math.nan)
+    bubble = math.fsum(rank.idle for rank in run.ranks) / len(run.ranks)
+    return (
+        f"done: train loss {first:.3f} -> {last:.3f}, validation {validation_loss:.3f} {loss_unit}, "
+        f"{run.items_per_second:.0f} {run.item}/s, step {1000 * run.step.median:.1f} ms, "
+        f"bubble {100 * bubble:.1f} %"
+    )

@@ -7,9 +7,10 @@ from dataclasses import replace
 from rich.console import Console
 
 from evenflow.bounds_of import bounds_of
-from evenflow.cli.schedule_flags import Flags, Prices, Sizes, check, read_prices, read_sizes
+from evenflow.cli.printing import print_line
+from evenflow.cli.schedule_flags import AllRanks, Flags, Prices, Sizes, check, read_prices, read_sizes
 from evenflow.cli.schedule_report import Report, print_comparison, print_report
-from evenflow.cli.writing import refusing_to_write
+from evenflow.cli.writing import refusing_to_write, write
 from evenflow.cost_table import rank_activations
 from evenflow.critical_path import critical_path
 from evenflow.errors import EvenflowError, ScheduleError
@@ -22,7 +23,6 @@ from evenflow.schedule_file import format_schedule, read_schedule_file
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 from evenflow.soundness import refusal
-from evenflow.torch_schedule import format_torch_schedule
 from evenflow.transfers import count_transfers
 from evenflow.view.schedule_picture import MICROBATCHES, draw_schedule_picture
 from evenflow.view.units import Unit, byte_unit, format_seconds
@@ -122,16 +122,13 @@ def _show(console: Console, flags: Flags, made: Schedule, prices: Prices) -> Non
     if report.memory_faults:
         raise _over_the_cap(report)
     unit = _memory_unit(prices, report)
-    print_report(console, report, unit, in_bytes=prices.table is not None and prices.table.in_bytes)
+    print_report(console, report, unit, in_bytes=prices.in_bytes)
     if flags.save:
-        text = format_torch_schedule(made) if flags.torch else format_schedule(made)
-        with refusing_to_write(flags.save):
-            flags.save.write_text(text, encoding="utf-8")
-        console.print(f"saved to {flags.save}", soft_wrap=True, highlight=False, markup=False)
+        write(console, flags.save, format_schedule(made), told="saved to")
     if flags.draw:
         with refusing_to_write(flags.draw):
             draw_schedule_picture(flags.draw, made, report.timeline, report.costs, memory_unit=unit)
-        console.print(f"drawn to {flags.draw}", soft_wrap=True, highlight=False, markup=False)
+        print_line(console, f"drawn to {flags.draw}")
 
 
 def _over_the_cap(report: Report) -> ScheduleError:
@@ -142,9 +139,9 @@ def _over_the_cap(report: Report) -> ScheduleError:
 
 
 def _memory_unit(prices: Prices, report: Report) -> Unit:
-    if prices.table is None or prices.table.activation is None:
+    if isinstance(prices.times, AllRanks) or prices.times.activation is None:
         return MICROBATCHES
-    return byte_unit(max(report.peaks)) if prices.table.in_bytes else Unit("in the unit of the costs", 1.0)
+    return byte_unit(max(report.peaks)) if prices.in_bytes else Unit("in the unit of the costs", 1.0)
 
 
 def _compare(console: Console, sizes: Sizes, own: Schedule | None, prices: Prices) -> None:

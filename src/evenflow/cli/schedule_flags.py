@@ -1,11 +1,11 @@
 """What `evenflow schedule` was asked for, checked before anything starts."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from evenflow.cli.writing import unwritable
 from evenflow.cost_table import CostTable, RankTimes, capped, price, read_cost_table
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
@@ -14,7 +14,7 @@ from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.schedules import catalog
 from evenflow.schedules.sizes import check_workable
-from evenflow.view.picture_file import picture_format
+from evenflow.view.figure import picture_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,6 @@ class Flags:
     file: Path | None = None
     draw: Path | None = None
     save: Path | None = None
-    torch: bool = False
     compare: bool = False
     objective: Objective | None = None
     budget_seconds: float | None = None
@@ -48,27 +47,43 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
-    """What the costs are to be made from: a table, or the same forward, input and weight gradient a rank."""
+class AllRanks:
+    """Seconds of one microbatch on a rank, the same on all: forward, input gradient, weight gradient."""
 
-    table: CostTable | None
-    each: tuple[float, float, float]
+    forward: float = 1.0
+    input_grad: float = 1.0
+    weight_grad: float = 1.0
+
+    def table(self, num_ranks: int) -> RankTimes:
+        """Return them for so many ranks."""
+        each = (self.forward, self.input_grad, self.weight_grad)
+        forward, input_grad, weight_grad = ((seconds,) * num_ranks for seconds in each)
+        return RankTimes(forward, input_grad, weight_grad)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What the costs are to be made from; `cap` counts microbatches."""
+
+    times: CostTable | AllRanks
     latency_seconds: float
     cap: float | None
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether sizes are in bytes, and not in some unit."""
+        return not isinstance(self.times, AllRanks) and self.times.in_bytes
+
     def costs_on(self, placement: Placement) -> Costs:
         """Return the costs of each stage of a placement; `ConfigError` if they do not fit it."""
-        table = self.table
-        if table is None:
-            forward, input_grad, weight_grad = ((seconds,) * placement.num_ranks for seconds in self.each)
-            table = RankTimes(forward, input_grad, weight_grad)
+        table = self.times.table(placement.num_ranks) if isinstance(self.times, AllRanks) else self.times
         costs = price(table, placement, latency_seconds=self.latency_seconds)
         return costs if self.cap is None else capped(costs, placement, self.cap)
 
 
 def check(flags: Flags) -> None:
     """Raise `ConfigError` with all that is wrong with the flags themselves."""
-    faults = [*_wrong_choice(flags), *_wrong_numbers(flags), *_unwritable(flags)]
+    faults = [*_wrong_choice(flags), *_wrong_numbers(flags), *_wrong_files(flags)]
     if faults:
         raise ConfigError("\n".join(faults))
     if flags.name:
@@ -86,8 +101,6 @@ def _wrong_choice(flags: Flags) -> Iterator[str]:
     elif not flags.name and not flags.file:
         names = ", ".join(catalog.NAMES)
         yield f"no schedule is given: name one ({names}), or give --file S.csv, or --compare"
-    if flags.torch and not flags.save:
-        yield "--torch says how to save the schedule: give --save S.csv"
     if flags.name != catalog.AUTO:
         searching = {"--objective": flags.objective, "--budget": flags.budget_seconds, "--seed": flags.seed}
         for option, wish in searching.items():
@@ -119,23 +132,17 @@ def _wrong_numbers(flags: Flags) -> Iterator[str]:
         yield f"--cap {flags.cap:g} must be finite and above 0: it counts microbatches"
 
 
-def _unwritable(flags: Flags) -> Iterator[str]:
+def _wrong_files(flags: Flags) -> Iterator[str]:
     if flags.draw:
         try:
             picture_format(flags.draw)
         except ConfigError as error:
             yield f"--draw: {error}"
     for option, path in (("--draw", flags.draw), ("--save", flags.save)):
-        if path is None:
-            continue
-        if path.is_dir():
-            yield f"{option} {path} is a folder: name a file in it"
-        elif not path.parent.is_dir():
-            yield f"{option} {path}: there is no folder {path.parent}; make it first"
-        elif path.exists() and option == "--save":
-            yield f"--save {path}: it exists, perhaps edited by hand; name another file, or remove it first"
-        elif not os.access(path if path.exists() else path.parent, os.W_OK):
-            yield f"{option} {path}: you may not write there; name another file"
+        if path is not None and (fault := unwritable(option, path)) is not None:
+            yield fault
+    if flags.save and flags.save.is_file():
+        yield f"--save {flags.save}: it exists, perhaps edited by hand; name another file, or remove it first"
     if flags.draw and flags.save and flags.draw.absolute() == flags.save.absolute():
         yield f"--draw and --save both name {flags.draw}: give each its own file"
 
@@ -153,12 +160,12 @@ def read_prices(flags: Flags) -> Prices:
     0.1
     """
     if flags.costs is None:
-        return Prices(None, (1.0, 1.0, 1.0), flags.latency_seconds or 0.0, flags.cap)
+        return Prices(AllRanks(), flags.latency_seconds or 0.0, flags.cap)
     if Path(flags.costs).is_file() or flags.costs.lower().endswith(".csv"):
         table = read_cost_table(Path(flags.costs))
         if flags.cap is not None and isinstance(table, RankTimes) and table.caps is not None:
             raise ConfigError(f"--cap {flags.cap:g} and the column cap of {flags.costs} contradict: drop one")
-        return Prices(table, (0.0, 0.0, 0.0), flags.latency_seconds or 0.0, flags.cap)
+        return Prices(table, flags.latency_seconds or 0.0, flags.cap)
     numbers = _numbers(flags.costs)
     if len(numbers) > 3 and flags.latency_seconds is not None:
         raise ConfigError(
@@ -166,7 +173,7 @@ def read_prices(flags: Flags) -> Prices:
             "same thing: leave one out"
         )
     latency = numbers[3] if len(numbers) > 3 else flags.latency_seconds or 0.0
-    return Prices(None, (numbers[0], numbers[1], numbers[2]), latency, flags.cap)
+    return Prices(AllRanks(*numbers[:3]), latency, flags.cap)
 
 
 def _numbers(text: str) -> list[float]:
@@ -203,8 +210,8 @@ def read_sizes(flags: Flags, own: Schedule | None, prices: Prices) -> Sizes:
         check_workable(own.placement.num_ranks, own.placement.num_stages, own.num_microbatches)
         return Sizes(own.placement.num_ranks, flags.stages_per_rank, own.num_microbatches)
     num_ranks, num_microbatches = flags.num_ranks, flags.num_microbatches
-    if num_ranks is None and isinstance(prices.table, RankTimes):
-        num_ranks = len(prices.table.forward_seconds)
+    if num_ranks is None and isinstance(prices.times, RankTimes):
+        num_ranks = len(prices.times.forward_seconds)
     faults = []
     if num_ranks is None:
         faults.append("--ranks is missing: say how many ranks there are")

@@ -11,17 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from evenflow.bounds import Bound, Bounds
-from evenflow.cli.report import print_whole
+from evenflow.cli.printing import print_lanes, print_line, print_whole
 from evenflow.cli.schedule_flags import Sizes
 from evenflow.ir.costs import ROUNDING, Costs
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Span, Timeline
 from evenflow.transfers import Transfers
-from evenflow.view.schedule_picture import MICROBATCHES
-from evenflow.view.terminal import draw_lanes
-from evenflow.view.units import Unit, format_bytes, format_seconds, time_unit
+from evenflow.view.schedule_picture import MICROBATCHES, format_sizes
+from evenflow.view.units import Unit, format_bytes, format_count, format_seconds, time_unit
 
-_MIN_WIDTH = 40
 _NUM_NAMED = 8  # ranks that a line tells of one by one
 
 
@@ -53,15 +51,8 @@ class Report:
 def print_report(console: Console, report: Report, memory_unit: Unit, *, in_bytes: bool) -> None:
     """Draw a schedule and tell its numbers; `in_bytes` tells whether sizes are in bytes or in some unit."""
     made = report.schedule
-    sizes = ", ".join(
-        (
-            f"{_count(made.placement.num_stages, 'stage')} on {_count(made.placement.num_ranks, 'rank')}",
-            _count(made.num_microbatches, "microbatch", "es"),
-        )
-    )
-    _line(console, Text.assemble((made.name, "bold"), f": {sizes}"))
-    console.print(draw_lanes(report.timeline, width=max(_MIN_WIDTH, console.width)), no_wrap=True, crop=False)
-    console.print()
+    print_line(console, Text.assemble((made.name, "bold"), f": {format_sizes(made)}"))
+    print_lanes(console, report.timeline)
     timeline, bounds = report.timeline, report.bounds
     span, makespan = (None, None) if bounds is None else (bounds.span, bounds.makespan)
     for name, seconds, idle, bound in (
@@ -136,7 +127,7 @@ def _path(path: tuple[Span, ...], num_ranks: int) -> str:
     if len(shown) > _NUM_NAMED:
         shown = [*shown[:3], f"and {len(shown) - 3} more"]
     text = f"{format_seconds(sum(compute))} compute" + (f" ({', '.join(shown)})" if shown else "")
-    return f"{text}, {format_seconds(sum(gaps))} in {_count(waits, 'transfer')}" if waits else text
+    return f"{text}, {format_seconds(sum(gaps))} in {format_count(waits, 'transfer')}" if waits else text
 
 
 def print_comparison(
@@ -153,7 +144,8 @@ def print_comparison(
             max(each.peak_microbatches),
         ),
     )
-    title = f"{_count(sizes.num_ranks, 'rank')}, {_count(sizes.num_microbatches, 'microbatch', 'es')}"
+    microbatches = format_count(sizes.num_microbatches, "microbatch", "es")
+    title = f"{format_count(sizes.num_ranks, 'rank')}, {microbatches}"
     if reports:
         has_caps = any(each.costs.memory_caps is not None for each in reports)
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -168,11 +160,11 @@ def print_comparison(
         for each in reports:
             table.add_row(*_cells(each, unit, has_caps=has_caps), style="dim" if each.memory_faults else None)
         print_whole(console, table)
-        _line(console, Text("peak held: the most of any rank, in microbatches' activations", "dim"))
+        print_line(console, "peak held: the most of any rank, in microbatches' activations", "dim")
     else:
-        _line(console, Text(f"{title}: no schedule can serve them", "bold"))
+        print_line(console, f"{title}: no schedule can serve them", "bold")
     for name, reason in left_out.items():
-        _line(console, Text.assemble((name, "bold"), f": {reason.removeprefix(f'schedule {name!r} ')}"))
+        print_line(console, Text.assemble((name, "bold"), f": {reason.removeprefix(f'schedule {name!r} ')}"))
 
 
 def _cells(report: Report, unit: Unit, *, has_caps: bool) -> list[str]:
@@ -192,12 +184,4 @@ def _cells(report: Report, unit: Unit, *, has_caps: bool) -> list[str]:
 
 
 def _item(console: Console, name: str, text: str) -> None:
-    _line(console, Text.assemble((f"{name:<13} ", "bold"), text))
-
-
-def _line(console: Console, text: Text) -> None:
-    console.print(text, soft_wrap=True, highlight=False)
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+    print_line(console, Text.assemble((f"{name:<13} ", "bold"), text))

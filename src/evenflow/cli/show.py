@@ -9,21 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evenflow.cli.report import print_whole
-from evenflow.cli.writing import refusing_to_write
+from evenflow.cli.printing import print_lanes, print_line, print_whole
+from evenflow.cli.writing import refusing_to_write, unwritable, write
 from evenflow.errors import ConfigError
 from evenflow.journal.chrome_trace import chrome_trace
 from evenflow.journal.deviation import Beside, fits, furthest, rank_numbers, stage_numbers, step_numbers
-from evenflow.journal.folder import is_record, read_last_step, read_plan_of, read_run, read_steps, write_text
-from evenflow.journal.page import run_page
+from evenflow.journal.folder import PAGE, is_record, read_last_step, read_plan_of, read_run, read_steps
+from evenflow.journal.page import draw_last_step, run_page
 from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.plan.plan import Plan
-from evenflow.view.picture import draw_timelines
-from evenflow.view.picture_file import picture_format
-from evenflow.view.terminal import draw_lanes
-from evenflow.view.units import Unit, byte_unit, format_seconds, time_unit
+from evenflow.view.figure import picture_format
+from evenflow.view.units import Unit, byte_unit, format_count, format_seconds, time_unit
 
-_MIN_WIDTH = 40  # of a drawing in a terminal
 _LARGE = 0.1  # a deviation that is worth a colour
 _PERCENT = Unit("%", 0.01)
 _MISSING = "-"
@@ -46,8 +43,8 @@ class Files:
         for option, path in named.items():
             if path is None:
                 continue
-            if path.is_dir():
-                raise ConfigError(f"{option} {path} is a folder: name a file in it")
+            if (fault := unwritable(option, path)) is not None:
+                raise ConfigError(fault)
             if is_record(path):
                 raise ConfigError(
                     f"{option} {path}: a run keeps its records under this name; name another file"
@@ -69,62 +66,52 @@ def show(folder: Path, files: Files) -> None:
     console = Console()
     print_run(console, run, steps, plan)
     console.print()
-    _line(console, Text("The last step, as it was measured", "bold"))
-    width = max(_MIN_WIDTH, console.width)
-    console.print(draw_lanes(last_step.measured_timeline, width=width), no_wrap=True, crop=False)
-    console.print()
+    print_line(console, "The last step, as it was measured", "bold")
+    print_lanes(console, last_step.measured_timeline)
     page = run_page(run, steps, last_step, plan)
     try:
-        _written(console, files.page or folder / "page.html", page)
+        write(console, files.page or folder / PAGE, page)
     except ConfigError as error:
         if files.page is not None:
             raise
-        _line(console, Text(f"{error}: --page FILE.html", "yellow"))  # the folder may be somebody else's
+        print_line(console, f"{error}: --page FILE.html", "yellow")  # the folder may be somebody else's
     if files.trace is not None:
-        _written(console, files.trace, chrome_trace(last_step))
+        write(console, files.trace, chrome_trace(last_step))
     if files.picture is not None:
-        title = f"{run.name}: {run.schedule}, {len(run.stages)} stages"
-        predicted, measured = last_step.predicted_timeline, last_step.measured_timeline
         with refusing_to_write(files.picture):
-            draw_timelines(files.picture, predicted=predicted, measured=measured, title=title)
-        _line(console, Text(f"drew {files.picture}"))
-
-
-def _written(console: Console, path: Path, text: str) -> None:
-    with refusing_to_write(path):
-        write_text(path, text)
-    _line(console, Text(f"wrote {path}"))
+            draw_last_step(files.picture, run, last_step)
+        print_line(console, f"drew {files.picture}")
 
 
 def print_run(console: Console, run: Run, steps: Sequence[Step], plan: Plan | None) -> None:
     """Print what a run was, its step, its ranks and its stages; beside its plan, where there is one."""
-    _line(console, Text.assemble((run.name, "bold"), f": {_sizes(run)}"))
-    _line(console, Text(f"{run.started}, {run.machine}; evenflow {run.evenflow}", "dim"))
-    _line(console, Text(_learnt(run, steps)))
+    print_line(console, Text.assemble((run.name, "bold"), f": {_sizes(run)}"))
+    print_line(console, f"{run.started}, {run.machine}; evenflow {run.evenflow}", "dim")
+    print_line(console, _learnt(run, steps))
     if plan is not None and not fits(run, plan):
         warning = (
             f"The plan is of steps of {plan.num_microbatches} microbatches, and these had "
             f"{run.num_microbatches}: only what one microbatch takes can be compared."
         )
-        _line(console, Text(warning, "yellow"))
+        print_line(console, warning, "yellow")
     step, ranks, stages = step_numbers(run, plan), rank_numbers(run, plan), stage_numbers(run, plan)
     for table in (_step_table(run, step), _rank_table(run, ranks), _stage_table(run, stages)):
         console.print()
         print_whole(console, table)
     console.print()
-    _line(console, Text(_simulated(run)))
+    print_line(console, _simulated(run))
     if (worst := furthest(each for stage in stages for each in stage)) is not None:
-        _line(console, Text(f"Furthest from the plan: {_told(worst)}", "bold"))
+        print_line(console, f"Furthest from the plan: {_told(worst)}", "bold")
 
 
 def _sizes(run: Run) -> str:
-    stages, ranks = _count(len(run.stages), "stage"), _count(len(run.ranks), "rank")
+    stages, ranks = format_count(len(run.stages), "stage"), format_count(len(run.ranks), "rank")
     return f"{run.schedule}, {stages}, {ranks}, microbatches: {run.num_microbatches}"
 
 
 def _learnt(run: Run, steps: Sequence[Step]) -> str:
     losses = first_and_last_loss(steps)
-    told = f"{_count(run.num_steps, 'step')}, {run.items_per_second:,.0f} {run.item}/s"
+    told = f"{format_count(run.num_steps, 'step')}, {run.items_per_second:,.0f} {run.item}/s"
     if losses is None:
         return told
     first, last = losses
@@ -134,7 +121,7 @@ def _learnt(run: Run, steps: Sequence[Step]) -> str:
 def _step_table(run: Run, numbers: Sequence[Beside]) -> Table:
     unit = time_unit(run.step.median)
     group = _Group(("", ""), unit, numbers)
-    table = _table(f"A step, in {unit.name} (medians of {_count(run.num_timed, 'step')})", "")
+    table = _table(f"A step, in {unit.name} (medians of {format_count(run.num_timed, 'step')})", "")
     group.head(table)
     table.add_column("least", justify="right", vertical="bottom")
     table.add_column("most", justify="right", vertical="bottom")
@@ -249,10 +236,6 @@ def _told(number: Beside) -> str:
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _table(title: str, *headings: str) -> Table:
     table = Table(
         title=title,
@@ -266,7 +249,3 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, vertical="bottom")
     return table
-
-
-def _line(console: Console, text: Text) -> None:
-    console.print(text, soft_wrap=True, highlight=False)

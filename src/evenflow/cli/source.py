@@ -12,6 +12,7 @@ import importlib.util
 import os
 import pickle
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from evenflow.checkpoint.files import files_of, open_folder
 from evenflow.cli.config import FolderModel, FunctionModel, ModelChoice
 from evenflow.cli.text import Tokenize, bytes_as_tokens
 from evenflow.cluster.sizes import told_bytes
-from evenflow.errors import ConfigError, MissingPackageError
+from evenflow.errors import ConfigError, EvenflowError, MissingPackageError
 from evenflow.foreign import shown
 
 # A loss function is the user's: it takes the model and a microbatch, any tree, and returns a loss or
@@ -130,6 +131,19 @@ def build(choice: ModelChoice, *, seed: int, loads: bool = True) -> ModelSource:
             return _build_from_function(reference, arguments)
         case FolderModel(folder=folder):
             return _build_from_folder(folder, loads=loads)
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn an exception of the user's code into a `ConfigError` that says `what` and has its traceback."""
+    try:
+        yield
+    except EvenflowError:
+        raise
+    except Exception as error:
+        refusal = ConfigError(f"{what}: {type(error).__name__}: {error}")
+        refusal.add_note("".join(traceback.format_exception(error)).rstrip())
+        raise refusal from error
 
 
 def _build_from_function(reference: str, arguments: Mapping[str, object]) -> ModelSource:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import evenflow
-from evenflow.cli.report import Units
+from evenflow.cli.feed import Units
 from evenflow.cost.cache import device_name
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, WeightGrad, parts
 from evenflow.ir.timeline import Timeline
@@ -47,7 +47,6 @@ class StepLog:
         self._peak_bytes: int | None = None
         self._unread: list[torch.Tensor] = []
         self._losses: list[float] = []
-        self._left_out: set[int] = set()  # steps with bad numbers, counted from 1
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """What the pipeline feeds of these batches; each goes to `step` before the next is asked for."""
@@ -72,8 +71,6 @@ class StepLog:
             torch.cuda.synchronize()  # the next step waits for it anyway, to agree on the batch
         self._seconds.append((self._waited_seconds, time.perf_counter() - start))
         self._unread.append(result.loss)
-        if result.bad_numbers is not None:
-            self._left_out.add(len(self._seconds))
 
     @property
     def num_steps(self) -> int:
@@ -103,15 +100,6 @@ class StepLog:
         self._losses += [float(loss) for loss in self._unread]
         self._unread.clear()
         return self._losses
-
-    def last_losses(self, num: int) -> Sequence[float]:
-        """Those of so many steps at the end, without those that were left out unless all were."""
-        good = [
-            loss
-            for at, loss in enumerate(self.losses, start=1)
-            if at not in self._left_out and math.isfinite(loss)
-        ]
-        return (good or self.losses)[-num:]
 
     def finish(self, name: str, schedule: str, units: Units) -> tuple[Run, tuple[Step, ...]]:
         """What the run was, and its steps, at least one; a collective call, the same on all ranks."""

@@ -51,7 +51,7 @@ def read_text(paths: Sequence[Path]) -> bytes:
     files = [file for path in paths for file in _files(path)]
     text = b"\n".join(_read(file) for file in files)
     if not text.strip():
-        raise ConfigError(f"the data is empty: there is no text in {_listed(paths)}")
+        raise ConfigError(f"the data is empty: there is no text in {', '.join(map(str, paths))}")
     return text
 
 
@@ -78,10 +78,6 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the data file {file}: {error.strerror}") from error
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    return ", ".join(str(path) for path in paths)
 
 
 def _python_documentation() -> bytes:

@@ -1,74 +1,25 @@
-"""`evenflow train`: from what the user typed to a complete `Job`, checked, and then the ranks are started."""
+"""`evenflow train`: all that can be checked here is, then the ranks start, and again where one is lost."""
 
 import dataclasses
+import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
+from rich.console import Console
 
-from evenflow import demo
-from evenflow.cli.config import (
-    DataChoice,
-    ExampleData,
-    FolderModel,
-    FunctionModel,
-    Pipelining,
-    RunConfig,
-    TextData,
-    read_config,
-)
-from evenflow.cli.keeping import CONFIG, check_kept
-from evenflow.cli.restarts import fitting, launch_again
-from evenflow.cli.run_logs import check_logs, console_of, user_output
-from evenflow.cli.training import Job, prepare_here, run_rank
-from evenflow.errors import ConfigError
-from evenflow.foreign import file_in_the_way
-from evenflow.journal.folder import claim, is_free
+from evenflow.cli.config import Pipelining
+from evenflow.cli.job import Flags, Job, make_job
+from evenflow.cli.printing import print_line
+from evenflow.cli.run_logs import console_of, user_output
+from evenflow.cli.training import prepare_here, run_rank
+from evenflow.errors import ConfigError, PeerError
+from evenflow.journal.folder import claim
 from evenflow.launcher import RankEnvironment, launch, rank_environment
-from evenflow.pipe.choices import stages_on_each
 from evenflow.pipe.planned import DEFAULT_SCHEDULE
-from evenflow.plan.plan import Plan
-from evenflow.plan.plan_file import read_plan_file
-from evenflow.schedules import catalog
+from evenflow.view.units import format_count
 
-_NUM_CPU_RANKS = 2
+_LOG = logging.getLogger(__name__)
 _MOST_PROCESSES = max(64, 4 * (os.cpu_count() or 1))  # each takes some hundred MiB
-
-
-@dataclass(frozen=True, slots=True)
-class Flags:
-    """What the command line said, over what the configuration file says; None where it said nothing."""
-
-    source: str | None = None
-    model: Path | None = None
-    demo: bool = False
-    data: Sequence[Path] = ()
-    steps: int | None = None
-    batch_size: int | None = None
-    length: int | None = None
-    learning_rate: float | None = None
-    seed: int | None = None
-    stages: int | None = None
-    stages_per_rank: int | None = None
-    schedule: str | None = None
-    num_microbatches: int | None = None
-    out: Path | None = None
-    resume: Path | None = None
-    save_every: int | None = None
-    keep_last: int | None = None
-    max_restarts: int = 0
-    plan: Path | None = None
-    exact: bool | None = None
-    device: str | None = None
-    bad_numbers: str | None = None
-    find_nan: bool | None = None
-    timeout: float | None = None
-    log_json: Path | None = None
-    tensorboard: bool | Path | None = None
 
 
 def train(flags: Flags) -> None:
@@ -91,9 +42,8 @@ def train(flags: Flags) -> None:
         )
     if job.saves and flags.resume is None:
         job = dataclasses.replace(job, out=claim(job.out))
-    ranks = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''} × 1 thread"
-    console = console_of(job.config.logs)
-    console.print(f"{job.config.name}: starting {ranks} on {job.device}", soft_wrap=True, highlight=False)
+    console, processes = console_of(job.config.logs), format_count(job.num_processes, "process", "es")
+    print_line(console, f"{job.config.name}: starting {processes} × 1 thread on {job.device}")
     launch_again(job, flags.max_restarts, console)
 
 
@@ -109,230 +59,44 @@ def _under_launcher(job: Job, flags: Flags, place: RankEnvironment) -> Job:
     return fitting(job, place.num_ranks) if place.num_restarts else job
 
 
-def make_job(flags: Flags) -> Job:
-    """Merge flags and configuration, and fill in what depends on the machine.
+def launch_again(job: Job, max_restarts: int, console: Console) -> None:
+    """Start the run's ranks, and start them again where one was lost, at most so many times.
 
-    Raises:
-        ConfigError: The first thing found that cannot work, of what needs no model to be known.
+    What a rank refuses (a wrong configuration, say) would be refused again, and is raised at once.
     """
-    plan = None if flags.plan is None else read_plan_file(flags.plan)
-    config = _overridden(_config(flags), flags)
-    _check_saving(config, flags)
-    check_logs(config.logs)
-    if plan is None:
-        schedule = config.pipeline.schedule or DEFAULT_SCHEDULE
-        catalog.get(schedule)  # an unknown one is refused here, with the list
-    else:
-        config, schedule = _planned(config, plan, flags), plan.schedule
-    device = _device(flags.device)
-    on_each = stages_on_each(config.pipeline.stages_per_rank, schedule)
-    num_stages = _num_stages(config.pipeline, device, on_each)
-    num_ranks = max(1, num_stages // on_each)
-    out = flags.resume or flags.out or Path("runs") / config.name
-    _check_out(out, asked=flags.out is not None)
-    job = Job(
-        config=config,
-        schedule=schedule,
-        num_stages=num_stages,
-        stages_per_rank=on_each,
-        num_ranks=num_ranks,
-        device=device,
-        out=out,
-        plan=plan,
+    for restart in range(max_restarts + 1):
+        try:
+            launch(run_rank, job, nproc=job.num_processes)
+        except PeerError as error:
+            if restart == max_restarts:
+                raise
+            print_line(console, f"restart {restart + 1} of {max_restarts}: {error}")
+            left = torch.cuda.device_count() if job.device == "cuda" else job.num_processes
+            job = fitting(job, left)
+        else:
+            return
+
+
+def fitting(job: Job, num_processes: int) -> Job:
+    """The run as it is, or, where it needs more processes than there are, planned again for those.
+
+    Then nothing that was said of stages, schedule and meshes holds: the ranks measure the model and plan.
+    """
+    if job.num_processes <= num_processes:
+        return job
+    said = job.config.pipeline
+    _LOG.warning(
+        "%d processes are left of %d: planning again for those, whatever was said of the pipeline",
+        num_processes,
+        job.num_processes,
     )
-    # Under torchrun there may be more hosts than this.
-    if device == "cuda" and rank_environment() is None and job.num_processes > torch.cuda.device_count():
-        each = job.num_processes // num_ranks
-        beside = f", {each} times," if each > 1 else ""
-        raise ConfigError(
-            f"{num_stages} stages on CUDA, {on_each} on each device{beside}, need {job.num_processes} devices"
-            f", and this machine has {torch.cuda.device_count()}: lower --stages, or use --device cpu"
-        )
-    return job
-
-
-def _check_saving(config: RunConfig, flags: Flags) -> None:
-    if flags.max_restarts < 0:
-        raise ConfigError(f"--max-restarts {flags.max_restarts}: it is a number of times")
-    if flags.resume is not None and flags.out is not None:
-        raise ConfigError("--resume and --out both name the run's folder: leave one out")
-    for name, asked in (
-        ("--resume", flags.resume is not None),
-        ("--max-restarts", flags.max_restarts > 0),
-        ("bad_numbers = rollback", config.training.bad_numbers == "rollback"),
-    ):
-        if asked and config.checkpoints.every is None:
-            raise ConfigError(
-                f"{name} needs checkpoints, and this run saves none: say --save-every STEPS, or every under "
-                "[checkpoints]"
-            )
-    if flags.resume is not None:
-        check_kept(flags.resume, config.training.steps)
-
-
-def _planned(config: RunConfig, plan: Plan, flags: Flags) -> RunConfig:
-    """The run with a plan in the place of what its configuration says of the pipeline."""
-    given = {
-        "stages": flags.stages,
-        "stages-per-rank": flags.stages_per_rank,
-        "schedule": flags.schedule,
-        "microbatches": flags.num_microbatches,
-    }
-    for name in _given(given):
-        raise ConfigError(f"--{name} and --plan are both given, and a plan decides that: leave one out")
-    said = config.pipeline
-    if (said.data_ranks, said.tensor_ranks, said.shard) != (1, 1, None):
-        raise ConfigError(
-            "data_ranks, tensor_ranks or shard under [pipeline] and --plan are both given, and a plan "
-            "decides that: leave one out"
-        )
-    pipeline = Pipelining(
-        stages=len(plan.stages),
-        stages_per_rank=plan.stages_per_rank,
-        schedule=None if plan.order else plan.schedule,  # the run's folder has the plan as well
-        microbatch_size=plan.microbatch_size,
-        exact=config.pipeline.exact,
-        link=config.pipeline.link,
-        compile=config.pipeline.compile,
-        offload=config.pipeline.offload,
-        timeout=config.pipeline.timeout,
-    )
-    return dataclasses.replace(config, pipeline=pipeline)
-
-
-def _config(flags: Flags) -> RunConfig:
-    """The run that the source names, before the other flags."""
-    if flags.demo:
-        return _demo(flags)
-    match flags.source, flags.model:
-        case None, None if flags.resume is not None and (flags.resume / CONFIG).is_file():
-            return read_config(flags.resume / CONFIG)
-        case None, None:
-            raise ConfigError(
-                "no model is given: name a CONFIG.toml or MODULE:FUNCTION, or give --model FOLDER (evenflow "
-                "train has one of its own too: --demo)"
-            )
-        case None, Path() as folder:
-            return RunConfig(name=folder.resolve().name, model=FolderModel(folder), data=TextData())
-        case str(source), model if source.endswith(".toml"):
-            config = read_config(Path(source))
-            if model is None:
-                return config
-            text = config.data if isinstance(config.data, TextData) else TextData()
-            return dataclasses.replace(config, model=FolderModel(model), data=text)
-        case str(source), None:
-            function = source.rpartition(":")[2]
-            return RunConfig(name=_file_name(function), model=FunctionModel(source), data=ExampleData())
-        case source, model:
-            raise ConfigError(f"two models are given, {source} and --model {model}: leave one out")
-
-
-def _demo(flags: Flags) -> RunConfig:
-    if flags.source is not None or flags.model is not None:
-        other = flags.source or f"--model {flags.model}"
-        raise ConfigError(f"--demo trains a model of its own, and {other} names another: leave one out")
-    return read_config(demo.CONFIG)
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"\W+", "_", name) or "run"
-
-
-def _overridden(config: RunConfig, flags: Flags) -> RunConfig:
-    training = {
-        "steps": flags.steps,
-        "learning_rate": flags.learning_rate,
-        "seed": flags.seed,
-        "bad_numbers": flags.bad_numbers,
-        "find_nan": flags.find_nan,
-    }
-    pipeline = {
-        "stages": flags.stages,
-        "stages_per_rank": flags.stages_per_rank,
-        "schedule": flags.schedule,
-        "exact": flags.exact,
-        "timeout": flags.timeout,
-    }
+    open_again = Pipelining(exact=said.exact, link=said.link, compile=said.compile, timeout=said.timeout)
     return dataclasses.replace(
-        config,
-        data=_overridden_data(config.data, flags),
-        training=dataclasses.replace(config.training, **_given(training)),
-        pipeline=_with_microbatches(dataclasses.replace(config.pipeline, **_given(pipeline)), flags),
-        checkpoints=dataclasses.replace(
-            config.checkpoints, **_given({"every": flags.save_every, "keep_last": flags.keep_last})
-        ),
-        logs=dataclasses.replace(
-            config.logs, **_given({"json": flags.log_json, "tensorboard": flags.tensorboard})
-        ),
+        job,
+        config=dataclasses.replace(job.config, pipeline=open_again),
+        plan=None,
+        schedule=DEFAULT_SCHEDULE,
+        stages_per_rank=1,
+        num_stages=num_processes,
+        num_ranks=num_processes,
     )
-
-
-def _with_microbatches(pipeline: Pipelining, flags: Flags) -> Pipelining:
-    if flags.num_microbatches is None:
-        return pipeline
-    # The flag takes the place of either way in which the file may have said it.
-    return dataclasses.replace(pipeline, num_microbatches=flags.num_microbatches, microbatch_size=None)
-
-
-def _overridden_data(data: DataChoice, flags: Flags) -> DataChoice:
-    sizes = _given({"batch_size": flags.batch_size, "length": flags.length})
-    match data:
-        case ExampleData():
-            if flags.data:
-                return dataclasses.replace(TextData(paths=tuple(flags.data)), **sizes)
-            if sizes:
-                name = next(iter(sizes)).replace("_", "-")
-                raise ConfigError(
-                    f"--{name} shapes batches of text, and this run has none: its only batch is the example "
-                    "that the model's function returns; add --data FILE_OR_FOLDER"
-                )
-            return data
-        case TextData():
-            return dataclasses.replace(data, paths=tuple(flags.data) or data.paths, **sizes)
-
-
-# `Any`: the values have the types of the fields that they will fill, which a dict cannot say.
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _device(asked: str | None) -> str:
-    match asked:
-        case None:
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        case "cpu":
-            return "cpu"
-        case "cuda" if torch.cuda.is_available():
-            return "cuda"
-        case "cuda":
-            built = torch.version.cuda
-            reason = "finds no CUDA device" if built else "was built without CUDA"
-            raise ConfigError(
-                f"--device cuda: torch {torch.__version__} {reason}; use --device cpu, or install a CUDA "
-                "build on a machine with a GPU"
-            )
-        case _:
-            raise ConfigError(f"--device {asked}: there are cpu and cuda")
-
-
-def _num_stages(pipeline: Pipelining, device: str, stages_per_rank: int) -> int:
-    if pipeline.stages is not None:
-        return pipeline.stages
-    if pipeline.split:
-        return len(pipeline.split) + 1
-    if (launched := rank_environment()) is not None:
-        beside = pipeline.data_ranks * pipeline.tensor_ranks
-        return max(1, launched.num_ranks // beside) * stages_per_rank
-    beside = pipeline.data_ranks * pipeline.tensor_ranks
-    num_ranks = max(1, torch.cuda.device_count() // beside) if device == "cuda" else _NUM_CPU_RANKS
-    return num_ranks * stages_per_rank
-
-
-def _check_out(out: Path, *, asked: bool) -> None:
-    if (found := file_in_the_way(out)) is not None:
-        raise ConfigError(f"cannot write the run to {out}: {found} is a file, not a folder")
-    if asked and not is_free(out):
-        raise ConfigError(
-            f"--out {out} holds something already: name a folder that is not there yet, or is empty; without "
-            "--out a run finds a name of its own"
-        )

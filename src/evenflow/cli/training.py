@@ -6,95 +6,44 @@ rank's console speaks.
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+from rich.console import Console
 
 import evenflow
-from evenflow.cli.config import DataChoice, ExampleData, Logging, Pipelining, RunConfig, TextData, Training
-from evenflow.cli.config_text import write_config
-from evenflow.cli.keeping import Keeping, check_left
-from evenflow.cli.logged import logged_status
-from evenflow.cli.report import Summary, Units, print_cut
-from evenflow.cli.run_logs import console_of, json_hook, user_output
-from evenflow.cli.source import ModelSource, build
+from evenflow.cli.config import BAD_NUMBERS, RunConfig, Training
+from evenflow.cli.config_file import write_config
+from evenflow.cli.feed import Feed, make_feed
+from evenflow.cli.job import Job
+from evenflow.cli.printing import print_line
+from evenflow.cli.report import bill_table, last_line, print_cut
+from evenflow.cli.run_logs import console_of, json_hook, logged_status, user_output
+from evenflow.cli.source import build, refusing
 from evenflow.cli.step_log import StepLog
-from evenflow.cli.text import held_out_batches, make_corpus, read_text, training_batches
-from evenflow.errors import BadNumbersError, ConfigError, EvenflowError
+from evenflow.errors import BadNumbersError, ConfigError
 from evenflow.interop.progress import ProgressReport
-from evenflow.journal.folder import claim, write_run
+from evenflow.journal.folder import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    CONFIG,
+    CURVES,
+    PICTURE,
+    claim,
+    write_run,
+    write_text,
+)
+from evenflow.journal.page import draw_last_step
 from evenflow.pipe.choices import world_of
 from evenflow.plan.choice import describe
-from evenflow.plan.plan import Plan
-from evenflow.view.bill_table import bill_table
-from evenflow.view.picture import draw_timelines
 from evenflow.view.units import format_seconds
 
 # Reading a loss waits for the device, so it is read only now and then.
 _READ_EVERY = 10
-# The last training loss is the mean of so many steps, because one batch's is noisy.
-_NUM_LAST_LOSSES = 20
 _FINAL_RATE = 0.1
-# What a pipeline does with bad numbers; of a rollback the first half.
-_POLICIES = {"stop": "stop", "skip": "skip", "rollback": "stop", "ignore": None}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A run as each rank is sent it: nothing is left open but what the ranks are to plan (`plans_itself`)."""
-
-    config: RunConfig
-    schedule: str
-    num_stages: int
-    stages_per_rank: int
-    num_ranks: int
-    device: str
-    out: Path
-    plan: Plan | None = None
-
-    @property
-    def saves(self) -> bool:
-        """Whether it saves while it trains: then its folder is `out`, from the beginning."""
-        return self.config.checkpoints.every is not None
-
-    @property
-    def mesh(self) -> dict[str, int]:
-        """How many ranks of each kind there are; a plan says it, where there is one."""
-        given = self.config.pipeline
-        beside = (given.data_ranks, given.tensor_ranks)
-        if self.plan is not None:
-            beside = (self.plan.degrees.data, self.plan.degrees.tensor)
-        return {"pp": self.num_ranks, "dp": beside[0], "tp": beside[1]}
-
-    @property
-    def num_processes(self) -> int:
-        """How many processes train."""
-        return math.prod(self.mesh.values())
-
-    @property
-    def plans_itself(self) -> bool:
-        """Whether several ranks are told nothing of the pipeline: they measure the model, and plan it."""
-        given = dataclasses.replace(
-            self.config.pipeline, timeout=Pipelining().timeout
-        )  # which decides nothing
-        return self.plan is None and given == Pipelining() and self.num_ranks > 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)  # batches have no equality
-class Feed:
-    """The batches of a run; `loss_scale` turns the model's loss into the units of the validation loss."""
-
-    batches: Iterable[Any]  # the user's batches: any tree
-    validation: Sequence[Any]
-    units: Units
-    loss_scale: float
 
 
 def run_rank(job: Job) -> None:
@@ -103,14 +52,16 @@ def run_rank(job: Job) -> None:
     Raises:
         EvenflowError: The model, the data or the pipeline cannot work as given, or another rank is lost.
     """
-    json = json_hook(job.config.logs)  # before anything else is told to leave the standard output alone
-    with user_output(job.config.logs):
+    logs, pipeline = job.config.logs, job.config.pipeline
+    json = json_hook(logs)  # before anything else is told to leave the standard output alone
+    with user_output(logs):
+        status: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if job.plans_itself:
-            is_main = world_of(job.device, job.config.pipeline.timeout).rank == 0
-            with logged_status(console_of(job.config.logs, is_main=is_main), "recording the model"):
-                pipe, feed = _prepare(job, {}, device=job.device, compiles=job.config.pipeline.compile)
-        else:
-            pipe, feed = _prepare(job, _levers(job), device=job.device, compiles=job.config.pipeline.compile)
+            is_main = world_of(job.device, pipeline.timeout).rank == 0
+            status = logged_status(console_of(logs, is_main=is_main), "recording the model")
+        levers = {} if job.plans_itself else _levers(job)
+        with status:
+            pipe, feed = _prepare(job, levers, device=job.device, compiles=pipeline.compile)
         try:
             if json is not None:
                 pipe.log_to(json)
@@ -135,25 +86,12 @@ def prepare_here(job: Job) -> tuple["evenflow.Pipeline", Feed]:
         levers["plan"] = dataclasses.replace(job.plan, degrees=degrees)
     levers |= dict.fromkeys(("mesh", "shard"))
     with refusing("the model cannot be built and run"):
-        return _prepare(job, levers, device="cpu")
-
-
-@contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn an exception of the user's code into a `ConfigError` that says `what` and has its traceback."""
-    try:
-        yield
-    except EvenflowError:
-        raise
-    except Exception as error:
-        refusal = ConfigError(f"{what}: {type(error).__name__}: {error}")
-        refusal.add_note("".join(traceback.format_exception(error)).rstrip())
-        raise refusal from error
+        return _prepare(job, levers, device="cpu", compiles=False)
 
 
 # levers: arguments of `pipeline`, whose values have many types.
 def _prepare(
-    job: Job, levers: dict[str, Any], *, device: str, compiles: bool = False
+    job: Job, levers: dict[str, Any], *, device: str, compiles: bool
 ) -> tuple["evenflow.Pipeline", Feed]:
     config = job.config
     source = build(config.model, seed=config.training.seed)
@@ -171,7 +109,7 @@ def _prepare(
         offload=config.pipeline.offload,
         precision=config.training.precision,
         clip_norm=config.training.clip_norm,
-        bad_numbers=_POLICIES[config.training.bad_numbers],
+        bad_numbers=BAD_NUMBERS[config.training.bad_numbers],
         find_nan=config.training.find_nan,
         seed=config.training.seed,
         device=device,
@@ -210,22 +148,52 @@ def _levers(job: Job) -> dict[str, Any]:
 
 
 def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
-    console = console_of(job.config.logs, is_main=pipe.is_main)
+    console, training = console_of(job.config.logs, is_main=pipe.is_main), job.config.training
     if job.plans_itself and pipe.plan is not None:
         chosen, seconds = describe(pipe.plan.choice), pipe.plan.prediction.step_seconds
-        console.print(
-            f"planned: {chosen}; {format_seconds(seconds)} a step expected", soft_wrap=True, highlight=False
-        )
+        print_line(console, f"planned: {chosen}; {format_seconds(seconds)} a step expected")
     print_cut(console, pipe.cut)
-    training = job.config.training
     log = StepLog(pipe, num_steps=training.steps, device=job.device)
-    folder = _folder(pipe, job) if job.saves or job.config.logs.tensorboard is True else None
-    _log_curves(pipe, job.config.logs, folder)
-    keeping = Keeping(pipe, job.out, job.config) if job.saves else None
-    before = None if keeping is None else keeping.resume(console)
-    if before is not None:
-        log.go_on(before)
-        check_left(job.out, log.num_steps, training.steps)
+    folder = _folder(pipe, job) if job.saves or job.config.logs.tensorboard else None
+    if folder is not None and job.config.logs.tensorboard:
+        pipe.log_to(evenflow.log_to_tensorboard(folder / CURVES))
+    checkpoints = _make_checkpoints(pipe, job.out, job.config) if job.saves else None
+    if checkpoints is not None and (found := checkpoints.resume()) is not None:
+        print_line(console, f"going on from {found}")
+        log.go_on(checkpoints.extra)
+        if log.num_steps >= training.steps:
+            raise ConfigError(
+                f"--resume {job.out}: {log.num_steps} steps are made, and {training.steps} are asked for; "
+                "ask for more with --steps"
+            )
+    _make_steps(pipe, feed, job, log, checkpoints, console)
+    if checkpoints is not None:
+        checkpoints.close()
+    _end(pipe, feed, job, log, folder, console)
+
+
+def _make_checkpoints(pipe: "evenflow.Pipeline", folder: Path, config: RunConfig) -> evenflow.Checkpoints:
+    """What saves a run and goes on with it, on every rank; its folder is there from now on."""
+    said = config.checkpoints
+    assert said.every is not None, "checked before the ranks start"
+    if pipe.is_main and not (folder / CONFIG).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, write_config(config))
+    return evenflow.Checkpoints(
+        pipe, folder / CHECKPOINTS, every=said.every, keep_last=said.keep_last, on_error=said.on_error
+    )
+
+
+def _make_steps(
+    pipe: "evenflow.Pipeline",
+    feed: Feed,
+    job: Job,
+    log: StepLog,
+    checkpoints: evenflow.Checkpoints | None,
+    console: Console,
+) -> None:
+    """Train, and validate now and then, from the step on that `log` has come to."""
+    training = job.config.training
     number = log.num_steps  # of batches: those left out make no update, and a rollback makes some again
     with ProgressReport(console, num_steps=training.steps, num_made=number) as report:
         pipe.log_to(
@@ -233,48 +201,41 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
             every=lambda _: _is_shown(training, number),
             all_ranks=True,
         )
-        if before is None:
+        if number == 0:
             report.line(f"before training: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
         for number, batch in enumerate(log.batches(feed.batches), start=log.num_steps + 1):
             try:
                 log.step(batch)
             except BadNumbersError as error:
-                if keeping is None or training.bad_numbers != "rollback":
+                if checkpoints is None or training.bad_numbers != "rollback":
                     raise
-                report.line(keeping.roll_back(error))
+                report.line(f"going back to {checkpoints.roll_back(error)}: {error}")
                 continue
-            if keeping is not None and number < training.steps:  # the last one is saved at the end
-                keeping.updated(log.state)
-            if number % training.validate_every == 0 and number < training.steps:
+            if number == training.steps:  # it is saved, and validated, at the end
+                continue
+            if checkpoints is not None:
+                checkpoints.updated(log.state)
+            if number % training.validate_every == 0:
                 report.line(f"step {number}: validation {_validate(pipe, feed):.3f} {feed.units.loss}")
         report.reached(number)
-    if keeping is not None:
-        keeping.close()
-    # Before the last validation, which would be the last step.
-    last_step = pipe.last_step()
-    measured = last_step.measured_timeline
+
+
+def _end(
+    pipe: "evenflow.Pipeline", feed: Feed, job: Job, log: StepLog, folder: Path | None, console: Console
+) -> None:
+    """Tell what the steps took, validate, and write the run's folder, made here if it is not there."""
+    last_step = pipe.last_step()  # before the last validation, which would be the last step
     console.print(bill_table(last_step.predicted_bills, last_step.measured_bills))
     schedule = job.schedule if pipe.plan is None else pipe.plan.schedule
     run, steps = log.finish(job.config.name, schedule, feed.units)
-    last_losses = log.last_losses(_NUM_LAST_LOSSES)
-    summary = Summary(
-        first_loss=log.losses[0],
-        last_loss=math.fsum(last_losses) / len(last_losses),
-        validation_loss=_validate(pipe, feed),
-        items_per_second=run.items_per_second,
-        step_seconds=run.step.median,
-        bubble=math.fsum(rank.idle for rank in run.ranks) / len(run.ranks),
-    )
+    validation_loss = _validate(pipe, feed)
     folder = folder or _folder(pipe, job)
-    pipe.save(folder / "checkpoint")
+    pipe.save(folder / CHECKPOINT)
     if pipe.is_main:
-        title = f"{job.config.name}: {schedule}, {len(pipe.cut)} stages"
-        draw_timelines(
-            folder / "timeline.png", predicted=last_step.predicted_timeline, measured=measured, title=title
-        )
+        draw_last_step(folder / PICTURE, run, last_step)
         write_run(folder, run, steps, last_step=last_step, plan=pipe.plan, config=write_config(job.config))
-    report.line(f"wrote {folder} (look at it with: evenflow show {folder})")
-    report.line(summary.line(feed.units))
+    print_line(console, f"wrote {folder} (look at it with: evenflow show {folder})")
+    print_line(console, last_line(run, steps, validation_loss, feed.units.loss))
 
 
 def _is_shown(training: Training, number: int) -> bool:
@@ -289,59 +250,9 @@ def _folder(pipe: "evenflow.Pipeline", job: Job) -> Path:
     return folder
 
 
-def _log_curves(pipe: "evenflow.Pipeline", logs: Logging, folder: Path | None) -> None:
-    match logs.tensorboard:
-        case False:
-            return
-        case True:
-            assert folder is not None, "it was made for them"
-            pipe.log_to(evenflow.log_to_tensorboard(folder / "tensorboard"))
-        case Path() as named:
-            pipe.log_to(evenflow.log_to_tensorboard(named))
-
-
 def _validate(pipe: "evenflow.Pipeline", feed: Feed) -> float:
     """The mean loss over the held-out batches, in the units of `feed`."""
     return feed.loss_scale * float(pipe.evaluate_all(feed.validation).loss)
-
-
-def make_feed(data: DataChoice, source: ModelSource, training: Training) -> Feed:
-    """The batches that a run trains on and validates with.
-
-    Raises:
-        ConfigError: There is not enough text, or none.
-    """
-    match data:
-        case ExampleData():
-            num_rows = max(
-                (leaf.shape[0] for leaf in pytree.tree_leaves(source.example) if _has_rows(leaf)), default=1
-            )
-            return Feed(
-                batches=itertools.repeat(source.example, training.steps),
-                validation=[source.example],
-                units=Units(item="samples", num_items_per_batch=num_rows, loss="loss (on the same batch)"),
-                loss_scale=1.0,
-            )
-        case TextData():
-            corpus = make_corpus(
-                read_text(data.paths), tokenize=source.tokenize, held_out=data.held_out, length=data.length
-            )
-            return Feed(
-                batches=training_batches(
-                    corpus,
-                    batch_size=data.batch_size,
-                    length=data.length,
-                    seed=training.seed,
-                    num_batches=training.steps,
-                ),
-                validation=held_out_batches(corpus, batch_size=data.batch_size, length=data.length),
-                units=Units(item="tok", num_items_per_batch=data.batch_size * data.length, loss="nats/byte"),
-                loss_scale=1 / corpus.bytes_per_token,
-            )
-
-
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
 
 
 def _warmup_then_cosine(

@@ -12,6 +12,7 @@ from evenflow.ir.op import CollectiveOp, Exchange, Op, Overlap, TransferOp, pars
 from evenflow.journal.last_step import LaneRecord, LastStep
 
 _Event = dict[str, Any]  # as the format has it: numbers, texts, objects of these
+_Sizes = dict[tuple[int, int, str], int]  # bytes of an edge
 _MEASURED, _PREDICTED = 1, 2  # processes of the trace
 
 
@@ -23,6 +24,7 @@ def chrome_trace(last_step: LastStep) -> str:
     events: list[_Event] = []
     # Perfetto drops what is before 0, and ranks wait before the first op that computes.
     first = min((lane.came_seconds[0] for lane in last_step.measured if lane.ops), default=0.0)
+    sizes: _Sizes = {(edge.source, edge.target, edge.payload): edge.num_bytes for edge in last_step.edges}
     for process, name, lanes in (
         (_MEASURED, "measured", last_step.measured),
         (_PREDICTED, "predicted", last_step.predicted),
@@ -31,7 +33,7 @@ def chrome_trace(last_step: LastStep) -> str:
         for rank, lane in enumerate(lanes):
             here = {"pid": process, "tid": rank}
             events.append({"ph": "M", "name": "thread_name", **here, "args": {"name": f"rank {rank}"}})
-            events += _events(lane, first, here, _bytes_of(last_step))
+            events += _events(lane, first, here, sizes)
             events += (
                 {
                     "ph": "C",
@@ -45,13 +47,7 @@ def chrome_trace(last_step: LastStep) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
 
 
-def _bytes_of(last_step: LastStep) -> dict[tuple[int, int, str], int]:
-    return {(edge.source, edge.target, edge.payload): edge.num_bytes for edge in last_step.edges}
-
-
-def _events(
-    lane: LaneRecord, first: float, here: _Event, sizes: dict[tuple[int, int, str], int]
-) -> Iterator[_Event]:
+def _events(lane: LaneRecord, first: float, here: _Event, sizes: _Sizes) -> Iterator[_Event]:
     columns = zip(lane.ops, lane.came_seconds, lane.start_seconds, lane.end_seconds, strict=True)
     for text, came, start, end in columns:
         op = parse_op(text)
@@ -71,7 +67,7 @@ def _kind(op: Op) -> str:
     return "collective" if isinstance(op, CollectiveOp) else type(op).__name__
 
 
-def _arguments(op: Op, sizes: dict[tuple[int, int, str], int]) -> _Event:
+def _arguments(op: Op, sizes: _Sizes) -> _Event:
     if isinstance(op, Exchange):
         return {str(each): _arguments(each, sizes) for each in op.transfers}
     if isinstance(op, Overlap):

@@ -37,9 +37,9 @@ class Beside:
         return 0.0 if self.deviation is None or self.planned is None else abs(self.deviation) * self.planned
 
 
-def fits(run: Run, plan: Plan | None) -> bool:
+def fits(run: Run, plan: Plan) -> bool:
     """Whether the plan is of steps such as the run's: of as many microbatches."""
-    return plan is not None and plan.num_microbatches == run.num_microbatches
+    return plan.num_microbatches == run.num_microbatches
 
 
 def step_numbers(run: Run, plan: Plan | None) -> tuple[Beside, ...]:

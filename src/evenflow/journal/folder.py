@@ -32,7 +32,10 @@ from evenflow.plan.plan_file import read_plan_file, write_plan
 
 _VERSION = 2
 _RUN, _STEPS, _LAST_STEP = "run.json", "steps.jsonl", "last_step.json"
-_PLAN, _CONFIG = "plan.toml", "config.toml"
+_PLAN = "plan.toml"
+# What others write there, or read.
+CONFIG, CHECKPOINT, CHECKPOINTS = "config.toml", "checkpoint", "checkpoints"
+PICTURE, PAGE, CURVES = "timeline.png", "page.html", "tensorboard"
 _MOST_STEPS_BYTES = 2**28  # of two million steps
 # Whole numbers that may be 0; all others are at least 1.
 _FROM_ZERO = (".rank", ".peak_bytes", ".source", ".target", ".num_nodes", ".num_parameters", ".num_bytes")
@@ -85,7 +88,7 @@ def write_run(
     config: str,
 ) -> None:
     """Write what is known of a run into its folder; `config` is the text of its configuration."""
-    write_text(folder / _CONFIG, config)
+    write_text(folder / CONFIG, config)
     if plan is not None:
         write_text(folder / _PLAN, write_plan(plan))
     write_text(folder / _STEPS, "".join(f"{json.dumps(asdict(step), allow_nan=False)}\n" for step in steps))
@@ -115,7 +118,7 @@ def is_record(path: Path) -> bool:
     >>> is_record(Path("runs/mine/run.json")), is_record(Path("runs/mine/step.json"))
     (True, False)
     """
-    return path.name in (_RUN, _STEPS, _LAST_STEP, _PLAN, _CONFIG)
+    return path.name in (_RUN, _STEPS, _LAST_STEP, _PLAN, CONFIG)
 
 
 def read_run(folder: Path) -> Run:
@@ -123,6 +126,9 @@ def read_run(folder: Path) -> Run:
 
     Raises `ConfigError` for a folder that holds no run, or one of another version, and for what is wrong in
     it, each with its place.
+
+    >>> read_run(Path("runs/mine")).step.median  # doctest: +SKIP
+    0.0125
     """
     path = folder / _RUN
     if not path.exists():
@@ -162,7 +168,15 @@ def _record(path: Path, kind: type[T]) -> T:
 
 
 def read_steps(folder: Path) -> tuple[Step, ...]:
-    """Read a run's steps; raises `ConfigError` with the line for what is wrong."""
+    r"""Read a run's steps. Raises `ConfigError` with the line for what is wrong.
+
+    >>> import tempfile
+    >>> step = '{"number": 1, "seconds": 0.25, "feed_seconds": 0.0, "loss": 5.5}'
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "steps.jsonl").write_text(f"{step}\n")
+    ...     read_steps(Path(folder))
+    (Step(number=1, seconds=0.25, feed_seconds=0.0, loss=5.5),)
+    """
     path = folder / _STEPS
     steps = []
     text = read_text(path, "run's steps", most_bytes=_MOST_STEPS_BYTES)
@@ -179,6 +193,9 @@ def read_plan_of(folder: Path, run: Run) -> Plan | None:
     """Read the plan that a run followed; None where there was none.
 
     Raises `ConfigError` for a plan that can't be read, or that has other stages than the run.
+
+    >>> read_plan_of(Path("runs/mine"), read_run(Path("runs/mine"))).schedule  # doctest: +SKIP
+    'zb-h1'
     """
     path = folder / _PLAN
     if not path.exists():

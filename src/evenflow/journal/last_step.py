@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
@@ -74,7 +75,7 @@ class HeldStage:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, which leave no room for what is kept: reading all ops takes time
 class LastStep:
     """The last step of a run: a lane and a bill for each rank, as predicted and as measured.
 
@@ -112,12 +113,12 @@ class LastStep:
             if max(edge.source, edge.target) >= num_stages:
                 raise ConfigError(f"an edge {edge.source}>{edge.target}, and there are {num_stages} stages")
 
-    @property
+    @cached_property
     def predicted_timeline(self) -> Timeline:
         """As the simulator has it."""
         return Timeline(tuple(lane.lane() for lane in self.predicted))
 
-    @property
+    @cached_property
     def measured_timeline(self) -> Timeline:
         """As it came out."""
         return Timeline(tuple(lane.lane() for lane in self.measured))

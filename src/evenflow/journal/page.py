@@ -1,14 +1,16 @@
-"""The page of a run: one HTML file that opens from disk, with all that its folder tells."""
+"""The page of a run, one HTML file that opens from disk, with all that its folder tells; and its picture."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
+from os import PathLike
 
 from evenflow.journal.deviation import Beside, rank_numbers, stage_numbers, step_numbers
 from evenflow.journal.last_step import LaneRecord, LastStep
 from evenflow.journal.run import Run, Step, first_and_last_loss
 from evenflow.plan.plan import Plan
 from evenflow.view.assets import self_contained
+from evenflow.view.picture import draw_timelines
 from evenflow.view.timeline_data import Data, lane_data, rank_data, timeline_data
 from evenflow.view.units import format_seconds
 
@@ -40,10 +42,20 @@ def run_page(run: Run, steps: Sequence[Step], last_step: LastStep, plan: Plan | 
         "steps": {
             "number": [step.number for step in steps],
             "loss": [step.loss for step in steps],
-            "per_second": [_per_second(run, step) for step in steps],
+            "per_second": [run.throughput(step.seconds + step.feed_seconds) for step in steps],
         },
     }
-    return self_contained("run.html", title=f"{run.name} · Evenflow", scripts=["run.js"], data=data)
+    return self_contained("run", title=f"{run.name} · Evenflow", data=data)
+
+
+def draw_last_step(path: str | PathLike[str], run: Run, last_step: LastStep) -> None:
+    """Draw the last step, as it was predicted and as it was measured. Raises as `draw_timelines`."""
+    draw_timelines(
+        path,
+        predicted=last_step.predicted_timeline,
+        measured=last_step.measured_timeline,
+        title=f"{run.name}: {run.schedule}, {len(run.stages)} stages",
+    )
 
 
 def _figures(run: Run, steps: Sequence[Step], last_step: LastStep) -> list[tuple[str, str]]:
@@ -97,8 +109,3 @@ def _beside(run: Run, plan: Plan | None) -> list[Data]:
         for each in numbers
         if each.planned is not None and each.measured is not None
     ]
-
-
-def _per_second(run: Run, step: Step) -> float | None:
-    seconds = step.seconds + step.feed_seconds
-    return run.items_per_batch / seconds if seconds > 0 else None

@@ -1,9 +1,4 @@
-"""Picture: the predicted timeline above the measured one, on one time axis, as a PNG, SVG or PDF.
-
-matplotlib is imported when a picture is drawn and not before, because planning must start in milliseconds.
-Its object interface is used with the Agg canvas, and never `pyplot`, which keeps figures in module state and
-may look for a screen.
-"""
+"""Picture: the predicted timeline above the measured one, on one time axis, as a PNG, SVG or PDF."""
 
 from __future__ import annotations
 
@@ -11,9 +6,9 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from evenflow.ir.timeline import Timeline
-from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
+from evenflow.view.figure import finish, new_figure, picture_format, show_from_zero
+from evenflow.view.lanes import draw_lanes
 from evenflow.view.palette import INK
-from evenflow.view.picture_file import picture_format, save_picture
 from evenflow.view.units import Unit
 
 if TYPE_CHECKING:
@@ -43,35 +38,17 @@ def draw_timelines(path: str | PathLike[str], *, predicted: Timeline, measured: 
     ...     path.read_bytes()[1:4]
     b'PNG'
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     picture_format(path)  # refuses what cannot be drawn, before it takes its time
     num_lanes = predicted.num_ranks + measured.num_ranks
     # Lanes get thinner as they get more, so that sixty-four still make a picture and not a banner.
     lane_inches = max(0.16, min(0.5, 16.0 / num_lanes))
-    figure = Figure(
-        figsize=(_WIDTH_INCHES, 2.5 + lane_inches * num_lanes),
-        dpi=DPI,
-        layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(_WIDTH_INCHES, 2.5 + lane_inches * num_lanes, title)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[predicted.num_ranks, measured.num_ranks])
-    longest_ms = max(predicted.makespan_seconds, measured.makespan_seconds) / _MS.size
-    upper.set_xlim(0.0, longest_ms * 1.002 if longest_ms > 0 else 1.0)
-    figure.suptitle(title, x=0.012, horizontalalignment="left", fontsize=14, fontweight="bold", color=INK)
+    show_from_zero(upper, max(predicted.makespan_seconds, measured.makespan_seconds), _MS)
     _draw_panel(upper, predicted, "Predicted")
     _draw_panel(lower, measured, "Measured")
     lower.set_xlabel("time (ms)", color=INK)
-    patches = legend_patches(predicted, measured)
-    figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=10)
-    # The layout settles how wide the panels are, and that says which names fit.
-    figure.draw_without_rendering()
-    for axes, timeline in ((upper, predicted), (lower, measured)):
-        write_names(axes, timeline, _MS)
-    figure.set_layout_engine("none")
-    save_picture(figure, path)
+    finish(figure, path, [(upper, predicted), (lower, measured)], _MS)
 
 
 def _draw_panel(axes: Axes, timeline: Timeline, name: str) -> None:

@@ -13,10 +13,10 @@ from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Timeline
 from evenflow.memory import memory_curve
 from evenflow.view.columns import typical_seconds
-from evenflow.view.lanes import DPI, draw_lanes, legend_patches, write_names
+from evenflow.view.figure import finish, new_figure, picture_format, show_from_zero
+from evenflow.view.lanes import draw_lanes
 from evenflow.view.palette import INK, RED
-from evenflow.view.picture_file import picture_format, save_picture
-from evenflow.view.units import Unit, format_seconds, time_unit
+from evenflow.view.units import Unit, format_count, format_seconds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,40 +56,22 @@ def draw_schedule_picture(
     ...     path.read_text()[:5]
     '<?xml'
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     picture_format(path)  # refuses what cannot be drawn, before it takes its time
     num_ranks = timeline.num_ranks
     lanes_inches = num_ranks * max(0.16, min(0.5, 10.0 / num_ranks))
     # An evaluation keeps no activations: its memory has nothing to show.
     ratios = [lanes_inches, _MEMORY_INCHES] if schedule.trains else [lanes_inches]
-    figure = Figure(
-        figsize=(_width_inches(timeline), 2.2 + sum(ratios)),
-        dpi=DPI,
-        layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12),
-    )
-    FigureCanvasAgg(figure)
+    title = f"{schedule.name}: {format_sizes(schedule)}"
+    figure = new_figure(_width_inches(timeline), 2.2 + sum(ratios), title)
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     unit = time_unit(timeline.makespan_seconds)
-    longest = timeline.makespan_seconds / unit.size
-    panels[0].set_xlim(0.0, longest * 1.002 if longest > 0 else 1.0)
-    figure.suptitle(
-        _title(schedule), x=0.012, horizontalalignment="left", fontsize=14, fontweight="bold", color=INK
-    )
+    show_from_zero(panels[0], timeline.makespan_seconds, unit)
     draw_lanes(panels[0], timeline, unit)
     panels[0].set_title(_idleness(timeline), loc="left", fontsize=11, color=INK)
     if schedule.trains:
         _draw_memory(panels[1], timeline, costs, unit, memory_unit)
     panels[-1].set_xlabel(f"time ({unit.name})", color=INK)
-    patches = legend_patches(timeline)
-    figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False, fontsize=10)
-    # The layout settles how wide the panel is, and that says which names fit.
-    figure.draw_without_rendering()
-    write_names(panels[0], timeline, unit)
-    figure.set_layout_engine("none")
-    save_picture(figure, path)
+    finish(figure, path, [(panels[0], timeline)], unit)
 
 
 def _width_inches(timeline: Timeline) -> float:
@@ -99,12 +81,16 @@ def _width_inches(timeline: Timeline) -> float:
     return min(max(_MARGIN_INCHES + num_ops * _OP_INCHES, _MIN_WIDTH_INCHES), _MAX_WIDTH_INCHES)
 
 
-def _title(schedule: Schedule) -> str:
-    placement = schedule.placement
-    stages = f"{placement.num_stages} stage{'s' if placement.num_stages > 1 else ''}"
-    ranks = f"{placement.num_ranks} rank{'s' if placement.num_ranks > 1 else ''}"
-    microbatches = f"{schedule.num_microbatches} microbatch{'es' if schedule.num_microbatches > 1 else ''}"
-    return f"{schedule.name}: {stages} on {ranks}, {microbatches}"
+def format_sizes(schedule: Schedule) -> str:
+    """Return how much there is to do, and for how many.
+
+    >>> from evenflow.schedules.gpipe import gpipe
+    >>> format_sizes(gpipe(2, 1, 4))
+    '2 stages on 2 ranks, 4 microbatches'
+    """
+    stages = format_count(schedule.placement.num_stages, "stage")
+    ranks = format_count(schedule.placement.num_ranks, "rank")
+    return f"{stages} on {ranks}, {format_count(schedule.num_microbatches, 'microbatch', 'es')}"
 
 
 def _idleness(timeline: Timeline) -> str:

@@ -28,7 +28,7 @@ _FILLS: dict[type[ComputeOp], str] = {
 }
 
 
-def draw_lanes(timeline: Timeline, *, width: int = 100, max_ranks: int = 24) -> Text:
+def lanes_text(timeline: Timeline, *, width: int = 100, max_ranks: int = 24) -> Text:
     """Return a lane for each rank, the axis of time and the legend, in `width` characters.
 
     Of more than `max_ranks` ranks, the first and the last ones are drawn. Raises `ConfigError` for a width
@@ -38,7 +38,7 @@ def draw_lanes(timeline: Timeline, *, width: int = 100, max_ranks: int = 24) -> 
     >>> from evenflow.schedules.gpipe import gpipe
     >>> from evenflow.simulate import simulate
     >>> timeline = simulate(gpipe(2, 1, 2), Flow.chain(2), Costs.uniform(2))
-    >>> print(draw_lanes(timeline, width=56).plain)
+    >>> print(lanes_text(timeline, width=56).plain)
     rank 0 |0fff1fff            0bbbbbbb1bbbbbbb|  67 % busy
     rank 1 |    0fff1fff0bbbbbbb1bbbbbbb        |  67 % busy
             0                             9.00 s

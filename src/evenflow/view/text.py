@@ -5,8 +5,9 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, Overlap, WeightGrad, parts
 from evenflow.ir.schedule import Schedule
-from evenflow.ir.timeline import Span, Timeline
+from evenflow.ir.timeline import Lane, Timeline
 from evenflow.simulate import simulate
+from evenflow.view.columns import computes, origin_seconds
 
 _FILLS: dict[type[ComputeOp], str] = {
     Forward: ">",
@@ -63,36 +64,33 @@ def draw_timeline(timeline: Timeline, width: int = 100) -> str:
     """
     if width < 10:
         raise ConfigError(f"width must be at least 10 characters, got {width}")
-    spans = [span for span in timeline.spans if span.is_compute]
-    makespan = timeline.makespan_seconds
-    origin = min((span.start_seconds for span in spans), default=0.0)
+    makespan, origin = timeline.makespan_seconds, origin_seconds(timeline)
     head = len(f"rank {timeline.num_ranks - 1}")
     lines = []
-    for rank in range(timeline.num_ranks):
-        lane = _lane(timeline.compute_on(rank), origin, width / makespan if makespan > 0 else 0.0, width)
-        busy = timeline.busy_seconds(rank) / makespan if makespan > 0 else 0.0
-        lines.append(f"{f'rank {rank}'.ljust(head)} |{lane}| {busy:4.0%} busy")
+    for rank, lane in enumerate(timeline.lanes):
+        drawn = _drawn(lane, origin, width / makespan if makespan > 0 else 0.0, width)
+        busy = lane.busy_seconds / makespan if makespan > 0 else 0.0
+        lines.append(f"{f'rank {rank}'.ljust(head)} |{drawn}| {busy:4.0%} busy")
     lines.append(f"makespan {makespan * 1e3:.3f} ms, bubble {timeline.bubble:.1%}")
     return "\n".join(lines)
 
 
-def _lane(spans: list[Span], origin: float, columns_per_second: float, width: int) -> str:
+def _drawn(lane: Lane, origin: float, columns_per_second: float, width: int) -> str:
     boxes: list[tuple[ComputeOp, int, int]] = []
-    for span in spans:
-        if isinstance(span.op, ComputeOp):
-            # Both ends are rounded alike, so that spans that touch neither overlap nor part. Even the
-            # shortest gets a column.
-            start = min(round((span.start_seconds - origin) * columns_per_second), width - 1)
-            end = max(start + 1, round((span.end_seconds - origin) * columns_per_second))
-            boxes.append((span.op, start, end))
+    for op, start_seconds, end_seconds in computes(lane):
+        # Both ends are rounded alike, so that ops that touch neither overlap nor part. Even the shortest
+        # gets a column.
+        start = min(round((start_seconds - origin) * columns_per_second), width - 1)
+        end = max(start + 1, round((end_seconds - origin) * columns_per_second))
+        boxes.append((op, start, end))
     # One form of name for all boxes of a kind, or the eye takes the difference for a meaning.
     roomy = {
         kind: all(len(str(op)) < end - start for op, start, end in boxes if isinstance(op, kind))
         for kind in _FILLS
     }
-    lane = [" "] * width
+    columns = [" "] * width
     for op, start, end in boxes:
         name = str(op) if roomy[type(op)] else "&".join(str(part.microbatch) for part in parts(op))
         # A name leaves a column to its fill, which tells the kind and parts neighbours.
-        lane[start:end] = (name if len(name) < end - start else "").ljust(end - start, _FILLS[type(op)])
-    return "".join(lane)
+        columns[start:end] = (name if len(name) < end - start else "").ljust(end - start, _FILLS[type(op)])
+    return "".join(columns)

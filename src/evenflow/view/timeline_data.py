@@ -10,7 +10,7 @@ from evenflow.view.palette import IDLE, INK, NAMES, WHITE, Colour, colour, contr
 Data = dict[str, Any]
 
 _LETTERS = {"F": Forward, "B": Backward, "I": InputGrad, "W": WeightGrad, "O": Overlap}
-_NUM_SHADES = 8  # of a kind's colours, from the first microbatch to the last
+_SHARES = [shade / 7 for shade in range(8)]  # of a kind's colours, from the first microbatch to the last
 
 
 def timeline_data(
@@ -28,7 +28,7 @@ def timeline_data(
     'forward'
     """
     kinds = {
-        letter: {"name": NAMES[kind], "tones": [_tone(colour(kind, share)) for share in _shares()]}
+        letter: {"name": NAMES[kind], "tones": [_tone(colour(kind, share)) for share in _SHARES]}
         for letter, kind in _LETTERS.items()
     }
     return {
@@ -79,10 +79,6 @@ def lane_data(
     [1.0]
     """
     return {"ops": ops, "came": came, "start": start, "end": end, "held_bytes": held_bytes}
-
-
-def _shares() -> list[float]:
-    return [shade / (_NUM_SHADES - 1) for shade in range(_NUM_SHADES)]
 
 
 def _tone(ground: Colour) -> Data:

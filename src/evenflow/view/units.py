@@ -1,4 +1,4 @@
-"""Units: seconds and bytes as a person reads them."""
+"""Units: seconds, bytes and numbers of things as a person reads them."""
 
 from dataclasses import dataclass
 
@@ -52,3 +52,12 @@ def format_bytes(num_bytes: float) -> str:
     """
     unit = byte_unit(num_bytes)
     return f"{num_bytes / unit.size:.{0 if unit is _BYTE else 2}f} {unit.name}"
+
+
+def format_count(number: int, noun: str, plural: str = "s") -> str:
+    """Return a number of things, `plural` being what the noun then ends in.
+
+    >>> format_count(1, "stage"), format_count(1200, "microbatch", "es")
+    ('1 stage', '1,200 microbatches')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

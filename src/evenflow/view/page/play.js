@@ -29,23 +29,15 @@
     };
   }
 
-  function figure([value, name]) {
-    const item = document.createElement("li"), bold = document.createElement("b"), span = document.createElement("span");
-    bold.textContent = value;
-    span.textContent = name;
-    item.append(bold, span);
-    return item;
-  }
-
   function show(answer) {
     at("error").textContent = answer.faults.join("\n");
-    at("figures").replaceChildren(...[
+    at("figures").replaceChildren(...Elements.figures([
       [seconds(answer.makespan), "makespan: first start to last end"],
       [percent(answer.bubble), "of it idle"],
       [seconds(answer.span), "span: the longest rank's busy window"],
       [percent(answer.span_bubble), "of it idle"],
       [answer.peaks.map(peak => +peak.toFixed(2)).join(", "), "microbatches held, at most, by each rank"],
-    ].map(figure));
+    ]));
     at("bounds").textContent = answer.bounds;
     at("command").textContent = answer.command;
     if (window.drawn) window.drawn.update(answer.timeline);

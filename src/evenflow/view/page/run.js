@@ -4,6 +4,7 @@
 (() => {
   const run = JSON.parse(document.getElementById("data").textContent);
   const at = id => document.getElementById(id);
+  const { figures, make } = Elements;
   const { seconds, bytes, percent } = Units;
   const FORMATS = { seconds, bytes, share: percent };
   const BILL = { compute: "#4f8fc4", schedule: "#cfcfcf", imbalance: "#e0a84f", transfer: "#9b6bc2", host: "#8d99a6", update: "#5aa57f" };
@@ -16,14 +17,6 @@
     update: "gradients put together, the optimizer's step",
   };
 
-  // An element with children: texts are texts, whatever they hold.
-  function make(tag, properties, ...children) {
-    const made = Object.assign(document.createElement(tag), properties);
-    if (properties?.style) Object.assign(made.style, properties.style);
-    made.append(...children);
-    return made;
-  }
-
   function table(headings, rows) {
     const cell = (tag, [content, number]) => make(tag, { className: number ? "number" : "" }, content);
     return make("table", {},
@@ -34,7 +27,7 @@
   function header() {
     document.querySelector("h1").textContent = run.name;
     document.querySelector("header .soft").textContent = run.about;
-    document.querySelector(".figures").append(...run.figures.map(([value, name]) => make("li", {}, make("b", {}, value), make("span", {}, name))));
+    document.querySelector(".figures").append(...figures(run.figures));
   }
 
   function bill() {

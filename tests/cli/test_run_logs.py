@@ -5,7 +5,7 @@ import logging
 
 from rich.console import Console
 
-from evenflow.cli.logged import logged_status
+from evenflow.cli.run_logs import logged_status
 
 LOGGER = logging.getLogger("evenflow")
 

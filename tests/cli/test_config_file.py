@@ -1,6 +1,7 @@
-"""The configuration file: what it means, and the text of every refusal."""
+"""The configuration file: what it means, the text of every refusal; what is written is read as the same."""
 
 import dataclasses
+import datetime as dt
 import typing
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from evenflow.cli.config import (
     FunctionModel,
     Logging,
     Pipelining,
+    RunConfig,
     TextData,
     Training,
-    read_config,
 )
+from evenflow.cli.config_file import read_config, write_config
 from evenflow.errors import ConfigError
 
 MODEL = '[model]\nfunction = "gpt.py:build"\n'
@@ -74,13 +76,13 @@ def test_every_key_is_read(read, tmp_path):
         timeout = 20
         [logs]
         json = "log.jsonl"
-        tensorboard = "/curves"
+        tensorboard = true
         """
     )
     assert config.name == "mine"
     assert config.model == FunctionModel("package.module:make", {"width": 3})
     assert config.data == TextData((tmp_path / "a.txt", Path("/b")), batch_size=3, length=5, held_out=0.25)
-    assert config.logs == Logging(json=tmp_path / "log.jsonl", tensorboard=Path("/curves"))
+    assert config.logs == Logging(json=tmp_path / "log.jsonl", tensorboard=True)
     assert config.training == Training(
         steps=7, learning_rate=1.0, warmup_steps=2, weight_decay=0.5, seed=9, validate_every=4
     )
@@ -179,12 +181,12 @@ def test_a_binary_file_is_refused(tmp_path):
 )
 def test_a_section_is_read_or_refused_in_words(table, value, choice):
     """Whatever value stands under a key, the answer is a value of the field's type or a ConfigError."""
-    from evenflow.cli import config
+    from evenflow.cli import config_file
 
     kind = {"data": TextData, "training": Training, "pipeline": Pipelining, "logs": Logging}[table]
     key = choice.choice([field.name for field in dataclasses.fields(kind)])
     try:
-        section = config._section(kind, {key: value}, table)
+        section = config_file._section(kind, {key: value}, table)
     except ConfigError as error:
         message = str(error)
     else:
@@ -206,3 +208,58 @@ def test_a_number_that_no_field_can_hold_is_refused(tmp_path, line):
     path.write_text(f'[model]\nfunction = "gpt.py:build"\n[training]\n{line}\n')
     with pytest.raises(ConfigError, match="must lie between -9223372036854775807 and 9223372036854775807"):
         read_config(path)
+
+
+# --- written, and read again --------------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "sizes": [1, 2.5, [True]],
+    "a key.of = words": {"deep": {"er": "x"}},
+    "none": [],
+    "when": dt.date(2026, 11, 22),
+}
+
+
+def read_back(config, folder):
+    path = folder / "written.toml"
+    path.write_text(write_config(config), encoding="utf-8")
+    return read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "logs"),
+    [
+        (FunctionModel("my_module:build"), ExampleData(), Logging()),
+        (FunctionModel("/models/gpt.py:build", ARGUMENTS), TextData(), Logging(STDOUT, True)),
+        (
+            FolderModel(Path("/models/llama")),
+            TextData(paths=(Path("/texts/a"), Path("/b.txt")), length=7),
+            Logging(Path("/log.jsonl")),
+        ),
+    ],
+)
+def test_it_is_read_as_it_was_written(tmp_path, model, data, logs):
+    config = RunConfig(
+        "mine",
+        model,
+        data,
+        Training(steps=3, learning_rate=1e-7, seed=5),
+        Pipelining(stages=3, schedule="zb-v", microbatch_size=2, split=("a.b", "c"), recompute="full"),
+        logs=logs,
+    )
+    assert read_back(config, tmp_path) == config
+
+
+def test_relative_paths_come_to_hold_anywhere(tmp_path):
+    config = RunConfig("mine", FunctionModel("models/gpt.py:build"), TextData(paths=(Path("a.txt"),)))
+    found = read_back(config, tmp_path)
+    assert found.model == FunctionModel(f"{Path.cwd() / 'models' / 'gpt.py'}:build")
+    assert isinstance(found.data, TextData)
+    assert found.data.paths == (Path.cwd() / "a.txt",)
+
+
+# Everything but half pairs, which no file can hold.
+@given(text=st.text(st.characters(exclude_categories=("Cs",))))
+def test_any_text_survives(tmp_path_factory, text):
+    config = RunConfig("mine", FunctionModel("m:f", {"said": text, text: 1}), ExampleData())
+    assert read_back(config, tmp_path_factory.mktemp("texts")) == config
