@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from evenflow.critical_path import critical_path
 from evenflow.ir import Backward, Costs, Flow, Forward, InputGrad, Link, Placement, Schedule, Timeline, parts
@@ -59,6 +59,7 @@ def test_nothing_has_no_path() -> None:
     assert critical_path(Timeline.of(1, []), schedule, Flow.chain(1), Costs.uniform(1)) == ()
 
 
+@settings(derandomize=True, deadline=None)
 @given(pipelines())
 def test_its_ops_and_transfers_last_as_long_as_the_makespan(pipeline: Pipeline) -> None:
     schedule, flow, costs = pipeline.schedule, pipeline.flow, pipeline.costs
@@ -73,6 +74,7 @@ def test_its_ops_and_transfers_last_as_long_as_the_makespan(pipeline: Pipeline) 
     assert set(path) <= set(timeline.spans)
 
 
+@settings(derandomize=True, deadline=None)
 @given(pipelines())
 def test_each_op_waits_for_the_one_before_it(pipeline: Pipeline) -> None:
     schedule, flow, costs = pipeline.schedule, pipeline.flow, pipeline.costs

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from evenflow.errors import ConfigError
 from evenflow.ir import Forward, Placement, Schedule
@@ -12,11 +12,13 @@ from evenflow.schedules.catalog import get
 from random_pipelines import Pipeline, pipelines
 
 
+@settings(derandomize=True, deadline=None)
 @given(pipelines())
 def test_what_is_written_is_read_again(pipeline: Pipeline) -> None:
     assert parse_schedule(format_schedule(pipeline.schedule), name="other") == pipeline.schedule
 
 
+@settings(derandomize=True, deadline=None)
 @given(pipelines())
 def test_the_placement_can_be_left_out(pipeline: Pipeline) -> None:
     text = "\n".join(line for line in format_schedule(pipeline.schedule).splitlines() if line[0] != "#")

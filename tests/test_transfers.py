@@ -1,6 +1,6 @@
 """Transfers: as many as `lower` writes, and as many bytes."""
 
-from hypothesis import given
+from hypothesis import given, settings
 
 from evenflow.ir import Costs, Exchange, Flow, Payload, Send
 from evenflow.lower import lower
@@ -9,6 +9,7 @@ from evenflow.transfers import Transfers, count_transfers
 from random_pipelines import Pipeline, pipelines
 
 
+@settings(derandomize=True, deadline=None)
 @given(pipelines())
 def test_it_counts_what_lower_writes(pipeline: Pipeline) -> None:
     program = lower(pipeline.schedule, pipeline.flow, pipeline.costs)
