@@ -52,29 +52,40 @@ def unsplit_gradients(num_stages: int, num_microbatches: int) -> dict[str, torch
     return {name: tensor.grad / num_microbatches for name, tensor in model.named_parameters()}
 
 
-def run_in_torch(rank: int, folder: Path, file: Path, rank_of: tuple[int, ...], number: int) -> None:
-    """One rank: two steps by a schedule file, the gradients of the second to `grads{rank}.pt`."""
+def run_in_torch(rank: int, folder: Path, cases: list[tuple[str, tuple[int, ...], int]]) -> None:
+    """One rank: each case's schedule file, and gradients to its name and `{rank}.pt`.
+
+    A case is its name, the rank of each stage and the number of microbatches.
+    """
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo")
     try:
-        num_stages = len(rank_of)
-        mine = {stage: module for stage, module in enumerate(layers(num_stages)) if rank_of[stage] == rank}
-        stages = [PipelineStage(mine[stage], stage, num_stages, torch.device("cpu")) for stage in mine]
-        schedule = _PipelineScheduleRuntime(stages, number, loss_fn=loss_of)
-        schedule._load_csv(str(file), format="compute_only")
-        tokens, targets = batch(number)
-        for _ in range(2):
-            for module in mine.values():
-                module.zero_grad()
-            given = (tokens,) if 0 in mine else ()
-            schedule.step(*given, target=targets if num_stages - 1 in mine else None)
-        found = {
-            f"{stage}.{name}": tensor.grad
-            for stage, module in mine.items()
-            for name, tensor in module.named_parameters()
-        }
-        torch.save(found, folder / f"grads{rank}.pt")
-        dist.barrier()  # nobody closes what a peer still reads
+        for name, rank_of, number in cases:
+            found = _gradients(rank, folder / f"{name}.csv", rank_of, number)
+            torch.save(found, folder / f"{name}{rank}.pt")
+            dist.barrier()  # nobody closes what a peer still reads
     finally:
         dist.destroy_process_group()
+
+
+def _gradients(
+    rank: int, file: Path, rank_of: tuple[int, ...], number: int
+) -> dict[str, torch.Tensor | None]:
+    """Those of the second of two steps by a schedule file."""
+    num_stages = len(rank_of)
+    mine = {stage: module for stage, module in enumerate(layers(num_stages)) if rank_of[stage] == rank}
+    stages = [PipelineStage(mine[stage], stage, num_stages, torch.device("cpu")) for stage in mine]
+    schedule = _PipelineScheduleRuntime(stages, number, loss_fn=loss_of)
+    schedule._load_csv(str(file), format="compute_only")
+    tokens, targets = batch(number)
+    for _ in range(2):
+        for module in mine.values():
+            module.zero_grad()
+        given = (tokens,) if 0 in mine else ()
+        schedule.step(*given, target=targets if num_stages - 1 in mine else None)
+    return {
+        f"{stage}.{name}": tensor.grad
+        for stage, module in mine.items()
+        for name, tensor in module.named_parameters()
+    }

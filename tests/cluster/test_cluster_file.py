@@ -151,6 +151,10 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
         ("[[measured]]", "[measured]", "measured = {"),
         ("[links.own]", "[links]", "links.latency_us = 20 must be a table"),
         ("[[hosts]]", "[[hosts", "no valid TOML"),
+        ("[links.own]", "[links]\nown = 3\n[devices.unused]", "links.own = 3 must be a table"),
+        ('kind = "big"', 'kind = "b\\u0007g"', "must hold no control characters"),
+        ("[links.own]", '[links."o\\u0007n"]', "under links has control characters"),
+        ("latency_us = 20", "latency_us = 1e200", "must be at most 1e+100"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, before: str, after: str, message: str) -> None:

@@ -26,9 +26,15 @@ def with_a_worker_that_hangs():
     dist.init_process_group("gloo")
     world = ProcessGroupWorld(torch.device("cpu"))
     with Worker("cpu", "gloo") as worker:
+        stopped = worker.pid
         if world.rank == 1:
-            os.kill(worker.pid, signal.SIGSTOP)
-        return measure_links(world, worker, "127.0.0.1", timeout_seconds=6), sent_wrong(world.rank)
+            os.kill(stopped, signal.SIGSTOP)
+        links = measure_links(world, worker, "127.0.0.1", timeout_seconds=10)
+        if world.rank == 1:
+            assert worker.pid != stopped
+            with pytest.raises(ProcessLookupError):
+                os.kill(stopped, 0)
+        return links, sent_wrong(world.rank)
 
 
 def sent_wrong(rank):

@@ -10,7 +10,7 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.chain import Held
+from evenflow.plan.chain import Handed, Held
 from evenflow.plan.choice import Choice, Degrees
 from evenflow.plan.in_flight import InFlight, StageBytes
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
@@ -144,6 +144,18 @@ def test_recomputing_a_block_frees_its_own_and_costs_its_forward(chain):
     assert backward[1] == chain.backward_transient_bytes[1] + 10 * act
     assert recomputed(chain, []) is chain
     assert {unit.nodes for unit in by_worth(chain, KIND)} == {(1,), (2,), (3,), (4,)}
+
+
+def test_of_what_nodes_hand_to_each_other_a_region_frees_what_only_it_keeps(chain):
+    """Block 1 keeps what it is given and what it makes, which block 2 keeps too."""
+    given, made = (Handed(100.0 * node, node - 1, (node,)) for node in (1, 2))
+    saved = (Held(100.0, (1,), 0), Held(200.0, (1, 2), 1), Held(7.0, (1,)))
+    handing = replace(chain, saved=saved, handed=(given, made))
+    (unit,) = by_worth(handing, KIND)
+    assert (unit.nodes, unit.freed_bytes) == ((1,), 7.0)  # it needs what it is given, block 2 what it makes
+    again = recomputed(handing, [1])
+    assert {(each.num_bytes, each.nodes) for each in again.saved} == {(100.0, (1,)), (200.0, (2,))}
+    assert again.again_bytes[1] == 7.0 + 200.0
 
 
 def test_what_is_held_by_two_stages_counts_in_both(chain):

@@ -15,7 +15,7 @@ from evenflow.plan.chain import Held
 from evenflow.plan.partition import balanced_cuts, partition
 from evenflow.plan.problem import DoesNotFitError, Kind, PartitionProblem
 
-NUM_PROBLEMS = 1000
+NUM_PROBLEMS, NUM_PARTS = 500, 5
 ROUNDING = 1e-9
 
 
@@ -43,10 +43,10 @@ def partition_or_error(problem):
 
 
 @pytest.mark.parametrize("shape", ["linear", "V", "looped"])
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_it_is_the_best_of_all(shape, part):
     num_infeasible = 0
-    for seed in range(part, NUM_PROBLEMS, 10):
+    for seed in range(part, NUM_PROBLEMS, NUM_PARTS):
         problem = random_problem(seed, shape)
         best, least_ratio = best_of(problem)
         found = partition_or_error(problem)
@@ -61,11 +61,11 @@ def test_it_is_the_best_of_all(shape, part):
     assert 5 < num_infeasible < 30
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_the_heuristic_for_looped_stages_never_claims_too_much(part, monkeypatch):
     monkeypatch.setattr(looped, "MOST_PARTITIONS", 0)
     over, num_missed = [], 0
-    for seed in range(part, NUM_PROBLEMS, 10):
+    for seed in range(part, NUM_PROBLEMS, NUM_PARTS):
         problem = random_problem(seed, "looped")
         best, least_ratio = best_of(problem)
         found = partition_or_error(problem)

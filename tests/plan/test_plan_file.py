@@ -8,6 +8,7 @@ from chains import language_model
 from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.choice import describe
+from evenflow.plan.known_costs import known_costs
 from evenflow.plan.plan import positions_in
 from evenflow.plan.plan_file import read_plan, read_plan_file, write_plan
 from evenflow.plan.planner import plan
@@ -67,6 +68,15 @@ def test_a_person_may_move_a_cut(made):
         ),
         ('sharding = "none"', 'sharding = "all"', "sharding = 'all' must be one of 'none', 'zero1', 'fsdp'"),
         ("recompute = [", "recompute = [3, ", r"stages\[0\].recompute\[0\] = 3 must be a string"),
+        ("max_leaf_share = ", "max_leaf_share = 1.5 # ", "max_leaf_share = 1.5 is a share"),
+        ('schedule = "', 'schedule = "no', "no schedule 'no"),
+        ("[[stages]]\nrank = 0", "[[stages]]\nrank = 4", r"stages\[0\].rank = 4, and ranks are 0 to 3"),
+        ("[[stages]]\nrank = 0", "[[stages]]\nrank = 1", "4 ranks, and the stages are on 3 of them"),
+        (
+            "[[links]]\nsource = 0\ntarget = 1",
+            "[[links]]\nsource = 0\ntarget = 4",
+            "leads from rank 0 to rank 4",
+        ),
         ("[degrees]", "degrees = 3\n[other]", "unknown key 'other'"),
         ("version = 1", "version = ", "this is no valid TOML"),
     ],
@@ -84,9 +94,29 @@ def test_a_missing_key_and_a_missing_file(made, tmp_path):
         read_plan("\n".join(line for line in lines if not line.startswith("microbatch_size")))
     with pytest.raises(ConfigError, match="cannot read the plan"):
         read_plan_file(tmp_path / "plan.toml")
+    (tmp_path / "plan.toml").write_text(write_plan(made[0]))
+    assert read_plan_file(tmp_path / "plan.toml") == made[0]
+    (tmp_path / "plan.toml").write_text("version = 7")
+    with pytest.raises(ConfigError, match=r"plan\.toml: version = 7"):
+        read_plan_file(tmp_path / "plan.toml")
     (tmp_path / "plan.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"plan\.toml"):
         read_plan_file(tmp_path / "plan.toml")
+
+
+def test_a_plan_knows_what_its_stages_and_links_cost(made):
+    found = made[0]
+    costs = known_costs(found)
+    assert costs.forward_seconds == tuple(stage.forward_seconds for stage in found.stages)
+    assert costs.sent_bytes[0, 1] == costs.sent_bytes[1, 0] == found.stages[1].received_bytes
+    for link in found.links:
+        taken = costs.links[link.source, link.target].transfer_seconds(1e6)
+        assert taken == pytest.approx(link.latency_seconds + 1e6 * link.seconds_per_byte)
+    by_hand = [
+        dataclasses.replace(stage, forward_seconds=0.0, input_grad_seconds=0.0, weight_grad_seconds=0.0)
+        for stage in found.stages
+    ]
+    assert known_costs(dataclasses.replace(found, stages=tuple(by_hand))) is None
 
 
 def test_a_plan_for_another_model_is_refused(made):

@@ -119,7 +119,7 @@ def test_what_is_chosen_fits_with_its_whole_schedule(memory):
 
 def test_less_memory_never_makes_a_step_shorter():
     steps = [
-        plan(request(boxes("H100", "H100", memory=memory))).prediction.step_seconds
+        plan(request(boxes("H100", "H100", memory=memory)), search_seconds=0.0).prediction.step_seconds
         for memory in (2e7, 12e6, 9e6, 8e6)
     ]
     # Sharding the optimizer's states makes the update, a millionth of a step, shorter.
@@ -171,16 +171,17 @@ def test_gradients_of_experts_are_summed_by_those_that_have_them():
 
 
 def test_links_that_are_too_slow_are_not_used():
-    slow = plan(request(boxes("H100", "H100", link=Link(10.0, 1.0))))
+    slow = plan(request(boxes("H100", "H100", link=Link(10.0, 1.0))), search_seconds=0.0)
     assert (slow.degrees.pipeline, slow.degrees.data) == (1, 1)
-    fast = plan(request(boxes("H100", "H100")))
+    fast = plan(request(boxes("H100", "H100")), search_seconds=0.0)
     assert fast.degrees.num_devices == 2
     assert fast.prediction.step_seconds < 0.7 * slow.prediction.step_seconds
 
 
 def test_faster_devices_do_more():
     cluster = parse_cluster("2x RTX 4090 + 2x RTX 3090")
-    found = plan(request(cluster, levers=Levers(pipeline=4, stages_per_rank=1), num_blocks=32))
+    asked = request(cluster, levers=Levers(pipeline=4, stages_per_rank=1), num_blocks=32)
+    found = plan(asked, search_seconds=0.0)
     nodes = dict.fromkeys(("RTX 4090", "RTX 3090"), 0)
     for stage in found.stages:
         nodes[found.ranks[stage.rank].device] += stage.num_nodes
@@ -222,6 +223,11 @@ def test_more_stages_than_places_to_cut_are_refused():
         ConfigError, match=r"16 stages need 15 cuts, .* 10 nodes .*; ask for at most 10 stages"
     ):
         plan(request(boxes(*["H100"] * 16), levers=Levers(pipeline=16, stages_per_rank=1)))
+
+
+def test_a_batch_without_a_row_is_refused():
+    with pytest.raises(ConfigError, match=r"a batch of 0 rows .*: plan for at least one row"):
+        request(boxes("H100"), rows=0)
 
 
 def test_what_cannot_fit_is_told_in_numbers():
@@ -311,7 +317,7 @@ def test_what_is_expected_is_near_to_what_comes_out(memory):
 
 def test_progress_is_told():
     told = []
-    plan(request(boxes("H100", "H100")), progress=lambda *each: told.append(each))
+    plan(request(boxes("H100", "H100")), search_seconds=0.0, progress=lambda *each: told.append(each))
     numbers = [number for number, _, _ in told]
     assert numbers == sorted(numbers)
     assert 0 < numbers[-1] <= told[-1][1]
@@ -322,7 +328,7 @@ def test_each_way_to_a_neighbour_takes_memory():
     cluster = boxes(*["H100"] * 4, memory=1e9)
     devices = tuple(replace(device, communicator_bytes=1e5) for device in cluster.devices)
     asked = request(replace(cluster, hosts=(Host(devices, LINK),)), levers=Levers(pipeline=4))
-    best = plan(asked)
+    best = plan(asked, search_seconds=0.0)
     assert best.stages_per_rank == 1
     assert [rank.memory.communicators for rank in best.ranks] == [2e5, 4e5, 4e5, 2e5]
 

@@ -78,6 +78,25 @@ def test_one_row_is_not_parted():
     assert not [each for each in every if "microbatch_size" in each.what]
 
 
+def test_ranks_that_share_one_memory_are_added_up_and_nothing_is_moved():
+    request, choice, now = run("1f1b", positions=(9, 10, 11))
+    every = remedies(request, choice, now, 1e9, alone=True, offloads=True)
+    assert peak_bytes(now, alone=True) == sum(each.allocated for each in now.memory)
+    assert step_seconds(now, alone=True) == MICROBATCHES * 3 * NUM_NODES
+    assert not [each for each in every if "cuts" in each.what or "ranks" in each.what]
+
+
+def test_what_waits_on_the_host_is_there_for_one_microbatch():
+    request, choice, now = run()
+    saved = tuple(Held(2.0**17, held.nodes) for held in CHAIN.saved)
+    large = replace(now, chain=replace(CHAIN, saved=saved))
+    large = at_cuts(request, choice, large.chain, now.positions, now.groups)
+    found = {each.what: each for each in remedies(request, choice, large, 1e9, offloads=True)}
+    offloaded = found['offload="activations"']
+    assert offloaded.step_seconds == step_seconds(large)
+    assert offloaded.peak_bytes < 1.1 * peak_bytes(large) / MICROBATCHES
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_chain_in_proportion_has_its_parameters_whole(rows):
     scaled = in_proportion(CHAIN, rows)
