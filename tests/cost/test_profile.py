@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
+from evenflow.pipe.splitter import Splitter
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 4, 64

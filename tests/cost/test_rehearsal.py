@@ -9,8 +9,8 @@ from torch import nn
 from evenflow.cost.cache import Cache, Place
 from evenflow.cost.rehearsal import as_rehearsed, found_in, keep_in
 from evenflow.errors import RecordError
-from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import recorded
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.chain import Chain, Seconds
 
 CPU = torch.device("cpu")

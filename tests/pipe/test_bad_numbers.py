@@ -22,6 +22,7 @@ from evenflow.pipe.first_bad import FromGradient, Noted, first_bad
 from evenflow.runtime.finite import Count, is_finite
 from evenflow.runtime.nan_watch import BadGradient, Place
 from evenflow.runtime.stage import Stage
+from forked import launched
 from small_models import assert_same_bits, train
 
 CUTS = [(1, "1f1b"), (2, "1f1b"), (2, "zb-auto"), (4, "zb-auto"), (4, "interleaved-1f1b"), (4, "zb-v")]
@@ -442,14 +443,14 @@ def test_an_error_of_the_run_that_looks_does_not_hide_the_bad_numbers(monkeypatc
     assert all(gradient is None for _, gradient in pipe.named_gradients())
 
 
-def test_a_batch_that_can_be_split_once_alone_has_no_names():
-    pipe = make(stages=1)
+def test_a_batch_that_can_be_split_once_alone_has_its_names():
+    def split(rows):
+        return [{name: each[at : at + 2] for name, each in rows.pop().items()} for at in range(1)]
+
     batch = data()
-    batch["y"][6] = math.nan
-    prepare = pipe._batches.prepared
-    answers = iter([prepare(batch)])
-    pipe._batches.prepared = lambda _: next(answers)
-    assert "They came in with the batch's tensor number " in refusal(pipe, batch)
+    batch["y"][0] = math.nan
+    pipe = make(stages=1, example=[data()], split_batch=split, num_microbatches=None)
+    assert "They came in with the batch's tensor ['y']" in refusal(pipe, [batch])
 
 
 @pytest.mark.parametrize("find_nan", [False, True])
@@ -578,7 +579,7 @@ def on_a_mesh(options):
 
 @cache
 def ranks():
-    return evenflow.launch(on_two_ranks, nproc=2)
+    return launched(on_two_ranks, nproc=2)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

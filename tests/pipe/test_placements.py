@@ -10,11 +10,12 @@ from torch import nn
 import evenflow
 from evenflow.errors import ConfigError, ScheduleError
 from evenflow.ir import Backward, Forward, InputGrad, Overlap, Placement, Schedule, Span, WeightGrad
-from evenflow.pipe import choices
+from evenflow.pipe import cuts, places
 from evenflow.pipe.times import costs_of
 from evenflow.runtime.mesh import Mesh
 from evenflow.schedules import catalog
 from evenflow.schedules.gpipe import gpipe
+from forked import launched
 from own_schedules import OWN
 from unsplit import mean_square, mlp, regression, sgd
 
@@ -56,9 +57,9 @@ def test_a_schedule_of_the_catalog_brings_its_number_of_stages():
 
 def test_each_rank_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = choices.devices_of("cuda", Placement.v_shape(3), Mesh.of_one())
+    devices = places.devices_of("cuda", Placement.v_shape(3), Mesh.of_one())
     assert [device.index for device in devices] == [0, 1, 0, 0, 1, 0]
-    assert choices.stage_count(None, None, Mesh.of_one(), "cuda", stages_per_rank=2) == 4
+    assert cuts.stage_count(None, None, Mesh.of_one(), "cuda", stages_per_rank=2) == 4
 
 
 def test_up_to_four_microbatches_for_each_rank():
@@ -287,7 +288,7 @@ def on_two_ranks():
 
 
 def test_a_v_on_two_processes():
-    ranks = evenflow.launch(on_two_ranks, nproc=2)
+    ranks = launched(on_two_ranks, nproc=2)
     alone = build()
     one = make(alone, stages=1, stages_per_rank=1, schedule="1f1b")
     losses = [float(one.step(regression()).loss) for _ in range(2)]

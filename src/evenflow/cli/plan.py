@@ -29,8 +29,8 @@ from evenflow.cluster.sizes import parse_bytes
 from evenflow.cost.estimate import estimate
 from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
-from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.plan import Plan

@@ -18,8 +18,9 @@ from evenflow.cli.writing import check_new
 from evenflow.cost.cache import user_folder
 from evenflow.cost.profile import Profile
 from evenflow.cost_table import LayerTimes, write_layers
-from evenflow.pipe.choices import Splitter, device_kind
+from evenflow.pipe.places import device_kind
 from evenflow.pipe.recorded import Recorded, recorded
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.chain import Chain, Held
 
 

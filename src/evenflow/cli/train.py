@@ -29,7 +29,7 @@ from evenflow.errors import ConfigError
 from evenflow.foreign import file_in_the_way
 from evenflow.journal.folder import claim, is_free
 from evenflow.launcher import RankEnvironment, launch, rank_environment
-from evenflow.pipe.choices import stages_on_each
+from evenflow.pipe.cuts import stages_on_each
 from evenflow.pipe.planned import DEFAULT_SCHEDULE
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file

@@ -30,7 +30,7 @@ from evenflow.cli.text import held_out_batches, make_corpus, read_text, training
 from evenflow.errors import BadNumbersError, ConfigError, EvenflowError
 from evenflow.interop.progress import ProgressReport
 from evenflow.journal.folder import claim, write_run
-from evenflow.pipe.choices import world_of
+from evenflow.pipe.places import world_of
 from evenflow.plan.plan import Plan
 from evenflow.plan.planner import describe
 from evenflow.plan.request import choice_of

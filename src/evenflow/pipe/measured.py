@@ -26,9 +26,9 @@ from evenflow.cost.rehearsal import Passed, as_rehearsed, found_in, keep_in, ove
 from evenflow.errors import EvenflowError
 from evenflow.ir.costs import Link as LinkCost
 from evenflow.ir.placement import Placement
-from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
 from evenflow.pipe.recorded import Recorded, planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request

@@ -12,10 +12,11 @@ from evenflow.cost.profile import BUDGET_SECONDS, Profile, Progress, profile
 from evenflow.cost.rehearsal import Rehearsal
 from evenflow.graph.fakes import FakeParameters
 from evenflow.graph.graph import Graph
-from evenflow.pipe.choices import Splitter, leaf_share
-from evenflow.pipe.deferred import recipes_of
+from evenflow.pipe.cuts import leaf_share
+from evenflow.pipe.number_sources import recipes_of
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import refuse_unfit
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.chain import Chain
 from evenflow.runtime.parameters import Accumulators, parameters_by_name
 from evenflow.runtime.recordings import Leaves, Program, Recordings, tensors
