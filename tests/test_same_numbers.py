@@ -12,7 +12,7 @@ import evenflow
 from evenflow.graph.cut import legal_positions
 from evenflow.ir import Exchange, Payload, Program, Recv, Send
 from evenflow.lower import lower
-from evenflow.pipe import choices, programs
+from evenflow.pipe import cuts, programs
 from evenflow.pipe.reading import read_loss
 from evenflow.runtime.executor import Executor
 from evenflow.runtime.links.local import LocalLink
@@ -22,8 +22,10 @@ from evenflow.runtime.script import script
 from evenflow.runtime.stage import Stage
 from evenflow.runtime.weight_grads import WeightGrads
 from evenflow.schedules import catalog
+from forked import launched
 from own_schedules import OWN
 from small_models import (
+    DROPOUT,
     MODELS,
     NUM_MICROBATCHES,
     NUM_STEPS,
@@ -35,6 +37,7 @@ from small_models import (
     batches,
     build,
     outcome,
+    reference,
     sgd,
     train,
     train_plainly,
@@ -42,15 +45,8 @@ from small_models import (
 
 CATALOG = [name for name in catalog.NAMES if name != "forward-only"]
 SHARES = (None, 0.0)  # the default, and everything taken apart
-DROPOUT = 0.1
 SOME_MODELS = ("gpt", "t5")  # dropout everywhere; skip connections with relays and shared parameters
 MANY = 8  # microbatches: as many as any schedule needs on 4 ranks, and more than any link receives ahead
-
-
-@cache
-def reference(name: str, *, dropout: float = DROPOUT, num_microbatches: int = NUM_MICROBATCHES) -> Outcome:
-    """A model on one stage."""
-    return train(name, dropout=dropout, stages=1, exact=name in TIED, num_microbatches=num_microbatches)
 
 
 def on_ranks(num_ranks: int, schedule: str) -> dict:
@@ -107,7 +103,7 @@ def test_random_cuts_change_no_bit(monkeypatch, name, seed):
     chance = random.Random(seed)
     options = on_ranks(chance.choice([1, 2, 3]), chance.choice(list(OWN)))
     stages = options["stages"]
-    monkeypatch.setattr(choices, "positions_of", lambda graph, *_: random_positions(chance, graph, stages))
+    monkeypatch.setattr(cuts, "positions_of", lambda graph, *_: random_positions(chance, graph, stages))
     found = train(
         name,
         dropout=DROPOUT,
@@ -220,7 +216,7 @@ def train_on_ranks(dropout: float) -> list[Outcome]:
 
 @cache
 def from_ranks(num_ranks: int) -> list[list[Outcome]]:
-    return evenflow.launch(train_on_ranks, DROPOUT, nproc=num_ranks)
+    return launched(train_on_ranks, DROPOUT, nproc=num_ranks)
 
 
 @pytest.mark.parametrize(("num_ranks", "name", "schedule"), EACH_ON_PROCESSES)

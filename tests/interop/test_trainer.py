@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.interop.trainer_refusals import check_version
+from forked import launched
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own, of torch
@@ -34,7 +35,7 @@ def alone(folder):
 
 @cache
 def on_two_ranks(folder):
-    return evenflow.launch(runs.whole_run, folder / "ranks", nproc=2)
+    return launched(runs.whole_run, folder / "ranks", nproc=2)
 
 
 @pytest.fixture(params=["one process", "two ranks"])

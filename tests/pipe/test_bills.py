@@ -11,6 +11,7 @@ from evenflow.errors import ConfigError
 from evenflow.launcher import rank_environment
 from evenflow.pipe import clock_offsets
 from evenflow.pipe.clock_offsets import clock_offset
+from forked import launched
 from unsplit import mean_square, regression
 
 SLOW_SECONDS = 0.02
@@ -74,7 +75,7 @@ def on_two_ranks():
 
 
 def test_each_rank_has_its_own_and_all_add_up_to_the_step():
-    found = evenflow.launch(on_two_ranks, nproc=2)
+    found = launched(on_two_ranks, nproc=2)
     assert found[0][1] == found[1][1], "every rank knows all"
     seconds, (predicted, measured) = found[0]
     for bill in measured:
@@ -118,7 +119,7 @@ def on_hosts_whose_clocks_differ():
 
 
 def test_clocks_of_several_hosts_are_read_as_one():
-    (first, seconds, bills, timeline), (second, *_) = evenflow.launch(on_hosts_whose_clocks_differ, nproc=2)
+    (first, seconds, bills, timeline), (second, *_) = launched(on_hosts_whose_clocks_differ, nproc=2)
     assert first == 0.0
     assert second == pytest.approx(1000.0, abs=5e-3)
     for bill in bills:

@@ -18,6 +18,7 @@ from evenflow.runtime.links.shared_memory import SharedMemoryLink
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.world import ProcessGroupWorld
 from evenflow.schedules.catalog import SCHEDULES
+from forked import launched
 from unsplit import (
     assert_same_step,
     mean_square,
@@ -272,7 +273,7 @@ def talk():
 
 @pytest.fixture(scope="module")
 def said():
-    return evenflow.launch(talk, nproc=2)
+    return launched(talk, nproc=2)
 
 
 # Whatever is said: that the ranks have the same batch, and the loss. Two microbatches make two transfers.

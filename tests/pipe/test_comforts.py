@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.runtime.microbatch import split
+from forked import launched
 from unsplit import mean_square, regression
 
 CASES = (
@@ -43,7 +44,7 @@ def run_all():
 
 @cache
 def on_two_ranks():
-    return evenflow.launch(run_all, nproc=2)
+    return launched(run_all, nproc=2)
 
 
 @pytest.fixture(params=["one process", "two ranks"])

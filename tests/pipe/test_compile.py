@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.schedules import catalog
+from forked import launched
 
 # Of torch's compiler itself.
 pytestmark = [
@@ -104,7 +105,7 @@ def on_two_processes():
 
 
 def test_processes_compile_what_is_theirs():
-    found = evenflow.launch(on_two_processes, nproc=2)
+    found = launched(on_two_processes, nproc=2)
     assert [losses for losses, _ in found] == [plain()[0]] * 2
     weights = {name: weight for _, own in found for name, weight in own.items()}
     assert is_same((plain()[0], weights), plain())
@@ -182,7 +183,7 @@ def planned_by_two():
 
 
 def test_a_plan_leaves_blocks_whole():
-    said = [line for own in evenflow.launch(planned_by_two, nproc=2) for line in own]
+    said = [line for own in launched(planned_by_two, nproc=2) for line in own]
     assert sum(int(re.match(r"stage \d compiles (\d) of ", line)[1]) for line in said) == 6
 
 

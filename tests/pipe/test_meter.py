@@ -10,6 +10,7 @@ import evenflow
 from evenflow.cost.storages import Made
 from evenflow.errors import ConfigError
 from evenflow.ir.op import Backward, Forward, InputGrad, WeightGrad
+from forked import launched
 from unsplit import mean_square, mlp, regression
 
 WIDTH = 64
@@ -117,7 +118,7 @@ def on_each_rank(folder):
 
 
 def test_every_rank_knows_what_all_took(tmp_path):
-    (first, measured), (second, again) = evenflow.launch(on_each_rank, str(tmp_path), nproc=2)
+    (first, measured), (second, again) = launched(on_each_rank, str(tmp_path), nproc=2)
     assert first == second
     assert [name for name, _, _ in first] == [tmp_path.name] * 2
     for _, peak, held in first:

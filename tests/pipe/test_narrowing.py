@@ -14,6 +14,7 @@ from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.schedules import catalog
+from forked import launched
 
 WIDTH, ROWS, NUM_MICROBATCHES = 8, 8, 4
 
@@ -116,7 +117,7 @@ def on_processes(link):
 
 @pytest.mark.parametrize("link", ["shared-memory", "torch"])
 def test_processes_change_no_bit_and_send_half_the_bytes(link):
-    found = evenflow.launch(on_processes, link, nproc=4)
+    found = launched(on_processes, link, nproc=4)
     assert [losses for losses, _, _ in found] == [rounded()[0]] * 4
     for _, weights, _ in found:
         for name, weight in weights.items():

@@ -10,6 +10,7 @@ from evenflow.cli.plan import Asked, plan_run
 from evenflow.cli.train import Flags
 from evenflow.cluster.sizes import parse_bytes
 from evenflow.plan.plan import Plan
+from forked import launched
 
 CLUSTER = """
 [[hosts]]
@@ -55,7 +56,7 @@ def test_what_no_device_holds_is_planned_with_tensor_ranks_and_trains_under_the_
     plan = planned(name, tmp_path)
     assert plan.degrees.tensor > 1
     options = {"plan": plan, "tensor_plan": tensor_plan}
-    ranks = evenflow.launch(trained, name, options, nproc=count)
+    ranks = launched(trained, name, options, nproc=count)
     alone, whole_bytes = trained(
         name, {"stages": 1, "microbatch_size": plan.microbatch_size, "num_microbatches": None}
     )
