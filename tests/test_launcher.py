@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from evenflow import errors
 from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError
 from evenflow.launcher import (
     RankEnvironment,
     _describe_silent_end,
+    _explain,
     _rebuild,
     _Report,
     launch,
@@ -164,6 +166,14 @@ def test_our_own_errors_come_back_as_they_were():
     with pytest.raises(RecordError, match=r"^rank 0: the model reads a file while it runs$") as caught:
         launch(refusing, nproc=1)
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_of_a_killed_rank_the_others_say_where_they_stood():
+    failed = ChildFailedError("run", {1: ProcessFailure(1, 4711, -signal.SIGKILL, "")})
+    lost = _Report(0, "PeerError", True, True, "rank 0 lost rank 1 in 0B2, step 1", "", 0)
+    found = _explain(failed, {0: lost})
+    assert str(found).startswith("rank 1 was killed by signal 9 (SIGKILL)")
+    assert found.__notes__ == ["Where the others stood:\n  rank 0 lost rank 1 in 0B2, step 1"]
 
 
 def rebuilt(class_name, message, *, is_ours):
