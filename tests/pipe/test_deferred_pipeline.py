@@ -13,7 +13,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import evenflow
 from evenflow.errors import ConfigError
-from forked import launched
 from unsplit import mean_square, mlp, plain_step, regression, sgd
 
 NUM_STEPS = 3
@@ -108,7 +107,7 @@ def on_each_process():
 
 @cache
 def two_processes():
-    return launched(on_each_process, nproc=2)
+    return evenflow.launch(on_each_process, nproc=2)
 
 
 def test_a_process_allocates_its_own_parameters_and_no_others():

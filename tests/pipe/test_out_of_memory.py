@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import evenflow
 from evenflow.errors import EvenflowError, OutOfMemoryError
 from evenflow.runtime.no_memory import is_out_of_memory
-from forked import launched
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="the process's memory is limited by what Linux tells of it"
@@ -80,7 +79,7 @@ def fails_and_goes_on():
 
 @pytest.fixture(scope="module")
 def outcome():
-    (found,) = launched(fails_and_goes_on, nproc=1)
+    (found,) = evenflow.launch(fails_and_goes_on, nproc=1)
     return found
 
 
