@@ -22,9 +22,9 @@ from quiet import Quiet
 import evenflow
 from evenflow.errors import EvenflowError
 from evenflow.launcher import launch
-from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
+from evenflow.pipe.places import world_of
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import describe
 from evenflow.plan.partition import balanced_cuts

@@ -31,9 +31,9 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import Recv, Send, SimpleOp
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
-from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
+from evenflow.pipe.places import world_of
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.choice import describe
 from evenflow.plan.known_costs import known_costs

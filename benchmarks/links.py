@@ -19,7 +19,7 @@ from evenflow.graph.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
-from evenflow.pipe.choices import world_of
+from evenflow.pipe.places import world_of
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.process_group import ProcessGroupLink

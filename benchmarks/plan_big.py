@@ -174,8 +174,8 @@ def request_of(case: Case) -> Request:
 
     import evenflow
     from evenflow.cost.estimate import estimate
-    from evenflow.pipe.choices import Splitter
     from evenflow.pipe.recorded import recorded
+    from evenflow.pipe.splitter import Splitter
 
     with evenflow.deferred_init():
         model = case.model()

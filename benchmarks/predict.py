@@ -19,9 +19,9 @@ from quiet import Quiet
 
 import evenflow
 from evenflow.launcher import launch
-from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
 from evenflow.pipe.pipeline import Pipeline
+from evenflow.pipe.places import world_of
 from evenflow.plan.choice import describe
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers

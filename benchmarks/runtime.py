@@ -29,7 +29,7 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
 from evenflow.launcher import launch
-from evenflow.pipe.choices import world_of
+from evenflow.pipe.places import world_of
 from evenflow.runtime.clocks import HostClock
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate

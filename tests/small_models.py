@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import evenflow
 VOCABULARY = 64
 ROWS, LENGTH = 8, 8
 NUM_MICROBATCHES = 4
+DROPOUT = 0.1
 NUM_STEPS = 2  # the second starts from what the first left in weights and optimizer
 
 transformers.logging.set_verbosity_error()
@@ -150,6 +152,12 @@ def train(
     pipe.close()
     assert found.weights.keys() == dict(model.named_parameters()).keys()
     return found
+
+
+@cache
+def reference(name: str, *, dropout: float = DROPOUT, num_microbatches: int = NUM_MICROBATCHES) -> Outcome:
+    """What a model on one stage comes to: the same bits as at every cut and in every order."""
+    return train(name, dropout=dropout, stages=1, exact=name in TIED, num_microbatches=num_microbatches)
 
 
 def train_plainly(

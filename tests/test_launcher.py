@@ -1,6 +1,5 @@
 """Processes: results come back, every kind of end is named once, and nothing is left running."""
 
-import contextlib
 import logging
 import os
 import select
@@ -14,15 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from evenflow import errors
 from evenflow.errors import ConfigError, EvenflowError, PeerError, RecordError
-from evenflow.launcher import RankEnvironment, launch, rank_environment
+from evenflow.launcher import (
+    RankEnvironment,
+    _describe_silent_end,
+    _explain,
+    _rebuild,
+    _Report,
+    launch,
+    rank_environment,
+)
 
 # --- what the ranks run --------------------------------------------------------------------------------
-
-
-def place_and_threads(word):
-    return rank_environment(), word, torch.get_num_threads()
 
 
 def sum_over_ranks(*, num_rounds, before_round):
@@ -37,8 +42,9 @@ def sum_over_ranks(*, num_rounds, before_round):
     return total.item()
 
 
-def exchange():
-    return sum_over_ranks(num_rounds=3, before_round=lambda: None)
+def place_and_sum(word):
+    total = sum_over_ranks(num_rounds=3, before_round=lambda: None)
+    return rank_environment(), word, torch.get_num_threads(), total
 
 
 def note_pid(folder):
@@ -68,14 +74,6 @@ def refusing():
     raise RecordError("the model reads a file while it runs")
 
 
-class Special(EvenflowError):
-    pass
-
-
-def refusing_specially():
-    raise Special("of a class that launch does not know")
-
-
 def blaming_a_peer(folder):
     """Rank 0 complains of rank 1, which a second later fails for a reason of its own."""
     dist.init_process_group("gloo")
@@ -85,10 +83,6 @@ def blaming_a_peer(folder):
         raise PeerError("rank 1 did not answer")
     has_ended(int((folder / "0").read_text()), within_seconds=1.0)
     raise ZeroDivisionError("the reason")
-
-
-def raising_nothing_to_say():
-    raise KeyError
 
 
 def unpicklable_result():
@@ -116,20 +110,17 @@ def assert_all_ended(folder, num_ranks=2):
     assert all(has_ended(pid) for pid in pids)
 
 
-def test_results_come_back_in_order_of_rank():
-    results = launch(place_and_threads, "hello", nproc=2)
-    assert results == [
-        (RankEnvironment(rank=rank, local_rank=rank, num_ranks=2, num_restarts=0), "hello", 1)
+def test_ranks_talk_and_their_results_come_back_in_order():
+    assert launch(place_and_sum, "hello", nproc=2) == [
+        (RankEnvironment(rank=rank, local_rank=rank, num_ranks=2, num_restarts=0), "hello", 1, 14.0)
         for rank in range(2)
     ]
 
 
-def test_num_threads_is_each_ranks():
-    assert launch(place_and_threads, "", nproc=1, num_threads=2)[0][2] == 2
-
-
-def test_ranks_can_talk():
-    assert launch(exchange, nproc=2) == [14.0, 14.0]
+def test_num_threads_is_each_ranks_and_the_callers_signal_handlers_are_put_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    assert launch(place_and_sum, "", nproc=1, num_threads=2)[0][2] == 2
+    assert before == {number: signal.getsignal(number) for number in before}
 
 
 def test_this_process_is_no_rank():
@@ -144,13 +135,15 @@ def test_a_killed_rank_is_named_within_the_time_and_nobody_is_left(tmp_path):
     assert_all_ended(tmp_path)
 
 
-def test_a_crashed_rank_is_named_with_its_signal(tmp_path):
-    with pytest.raises(PeerError, match=r"^rank 1 was killed by signal 6 \(SIGABRT\)"):
-        launch(killed_in_the_middle, tmp_path, signal.SIGABRT, nproc=2)
-    assert_all_ended(tmp_path)
+def test_a_crashed_rank_is_named_with_its_signal():
+    assert _describe_silent_end(1, -signal.SIGABRT).startswith(
+        "rank 1 was killed by signal 6 (SIGABRT); every"
+    )
+    assert _describe_silent_end(1, -signal.SIGRTMAX).startswith("rank 1 was killed by signal 64")
 
 
-def test_a_failed_rank_is_named_with_its_own_message_and_traceback(tmp_path):
+def test_a_failed_rank_is_named_with_its_own_message_and_traceback_alone(tmp_path, capfd, caplog):
+    before = logging.getLogger("torch.distributed.elastic").propagate
     with pytest.raises(PeerError) as caught:
         launch(raising_in_the_middle, tmp_path, nproc=2)
     assert str(caught.value) == "rank 1 failed (exit code 1): ValueError: the seventh layer is missing"
@@ -158,6 +151,9 @@ def test_a_failed_rank_is_named_with_its_own_message_and_traceback(tmp_path):
     assert "On rank 1:" in note
     assert "in raising_in_the_middle" in note
     assert_all_ended(tmp_path)
+    assert caplog.text == "", "the launcher's log stays out of the way"
+    assert capfd.readouterr().err == ""
+    assert logging.getLogger("torch.distributed.elastic").propagate == before
 
 
 def test_a_rank_that_exits_is_named_with_its_code(tmp_path):
@@ -167,15 +163,36 @@ def test_a_rank_that_exits_is_named_with_its_code(tmp_path):
 
 
 def test_our_own_errors_come_back_as_they_were():
-    with pytest.raises(RecordError, match=r"^rank \d: the model reads a file while it runs$") as caught:
-        launch(refusing, nproc=2)
+    with pytest.raises(RecordError, match=r"^rank 0: the model reads a file while it runs$") as caught:
+        launch(refusing, nproc=1)
     assert not hasattr(caught.value, "__notes__")
 
 
+def test_of_a_killed_rank_the_others_say_where_they_stood():
+    failed = ChildFailedError("run", {1: ProcessFailure(1, 4711, -signal.SIGKILL, "")})
+    lost = _Report(0, "PeerError", True, True, "rank 0 lost rank 1 in 0B2, step 1", "", 0)
+    found = _explain(failed, {0: lost})
+    assert str(found).startswith("rank 1 was killed by signal 9 (SIGKILL)")
+    assert found.__notes__ == ["Where the others stood:\n  rank 0 lost rank 1 in 0B2, step 1"]
+
+
+def rebuilt(class_name, message, *, is_ours):
+    return _rebuild(_Report(0, class_name, is_ours, False, message, "", 0), 1)
+
+
 def test_an_unknown_class_of_ours_comes_back_as_the_base():
-    with pytest.raises(EvenflowError, match=r"^rank 0: of a class that launch does not know$") as caught:
-        launch(refusing_specially, nproc=1)
-    assert type(caught.value) is EvenflowError
+    found = rebuilt("Special", "of a class that launch does not know", is_ours=True)
+    assert type(found) is EvenflowError
+    assert str(found) == "rank 0: of a class that launch does not know"
+
+
+@pytest.mark.parametrize("name", [name for name in vars(errors) if name.endswith("Error")])
+def test_each_class_of_ours_comes_back_as_it_was(name):
+    assert type(rebuilt(name, "why", is_ours=True)) is getattr(errors, name)
+
+
+def test_an_exception_without_a_message_is_named_by_its_class():
+    assert str(rebuilt("KeyError", "", is_ours=False)) == "rank 0 failed (exit code 1): KeyError"
 
 
 def test_the_cause_is_reported_and_not_who_suffered_from_it(tmp_path):
@@ -185,31 +202,10 @@ def test_the_cause_is_reported_and_not_who_suffered_from_it(tmp_path):
     assert str(caught.value) == "rank 1 failed (exit code 1): ZeroDivisionError: the reason"
 
 
-def test_an_exception_without_a_message_is_named_by_its_class():
-    with pytest.raises(PeerError) as caught:
-        launch(raising_nothing_to_say, nproc=1)
-    assert str(caught.value) == "rank 0 failed (exit code 1): KeyError"
-
-
-def test_the_launchers_log_stays_out_of_the_way(tmp_path, capfd, caplog):
-    before = logging.getLogger("torch.distributed.elastic").propagate
-    with contextlib.suppress(PeerError):
-        launch(raising_in_the_middle, tmp_path, nproc=2)
-    assert caplog.text == ""
-    assert capfd.readouterr().err == ""
-    assert logging.getLogger("torch.distributed.elastic").propagate == before
-
-
-def test_the_callers_signal_handlers_are_put_back():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    launch(place_and_threads, "", nproc=1)
-    assert before == {number: signal.getsignal(number) for number in before}
-
-
 @pytest.mark.parametrize("nproc", [0, -1])
 def test_no_processes_are_refused(nproc):
     with pytest.raises(ConfigError, match=rf"nproc={nproc}\): there must be at least 1 process"):
-        launch(exchange, nproc=nproc)
+        launch(place_and_sum, "", nproc=nproc)
 
 
 def test_a_function_that_cannot_be_sent_is_refused():
@@ -218,10 +214,8 @@ def test_a_function_that_cannot_be_sent_is_refused():
 
 
 def test_arguments_that_cannot_be_sent_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"cannot send the arguments of place_and_threads .*inside the func"
-    ):
-        launch(place_and_threads, (number for number in range(3)), nproc=1)
+    with pytest.raises(ConfigError, match=r"cannot send the arguments of place_and_sum .*inside the func"):
+        launch(place_and_sum, (number for number in range(3)), nproc=1)
 
 
 def test_a_result_that_cannot_be_sent_is_the_ranks_error():
@@ -303,7 +297,7 @@ def test_torchrun_with_another_number_is_refused(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"launch\(nproc=2\), but .* \(torchrun\) started 4 ranks"):
-        launch(exchange, nproc=2)
+        launch(place_and_sum, "", nproc=2)
 
 
 @pytest.mark.parametrize(

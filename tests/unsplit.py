@@ -16,7 +16,7 @@ import evenflow
 from evenflow.checkpoint.load import open_checkpoint
 from evenflow.graph.graph import Graph
 from evenflow.graph.positions import legal_positions
-from evenflow.pipe import choices
+from evenflow.pipe import cuts
 from evenflow.runtime.microbatch import Microbatches, split
 
 Loss = Callable[[Any, Any], Any]
@@ -87,7 +87,7 @@ def random_cuts(seed: int, stages: int) -> Iterator[None]:
         places = [at for at in range(1, len(graph.chain)) if legal[at]]
         return tuple(sorted(random.Random(seed).sample(places, stages - 1)))
 
-    with mock.patch.object(choices, "positions_of", positions):
+    with mock.patch.object(cuts, "positions_of", positions):
         yield
 
 

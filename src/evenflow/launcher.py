@@ -34,16 +34,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from evenflow.errors import (
-    BadNumbersError,
-    ConfigError,
-    EvenflowError,
-    MissingPackageError,
-    OutOfMemoryError,
-    PeerError,
-    RecordError,
-    ScheduleError,
-)
+from evenflow import errors
+from evenflow.errors import ConfigError, EvenflowError, PeerError
 from evenflow.runtime import alarm
 
 T = TypeVar("T")
@@ -56,17 +48,11 @@ _PEER_GRACE_SECONDS = 5.0
 # How Gloo and the store say that the other side is gone, in plain RuntimeErrors.
 _PEER_LOST_PHRASES = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
-_ERRORS = (
-    EvenflowError,
-    ConfigError,
-    MissingPackageError,
-    ScheduleError,
-    RecordError,
-    OutOfMemoryError,
-    BadNumbersError,
-    PeerError,
-)
-_ERRORS_BY_NAME: Mapping[str, type[EvenflowError]] = {error.__name__: error for error in _ERRORS}
+_ERRORS_BY_NAME: Mapping[str, type[EvenflowError]] = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, EvenflowError)
+}
 
 _QUIETED_LOGGERS = (
     "torch.distributed.elastic",

@@ -441,14 +441,14 @@ def test_an_error_of_the_run_that_looks_does_not_hide_the_bad_numbers(monkeypatc
     assert all(gradient is None for _, gradient in pipe.named_gradients())
 
 
-def test_a_batch_that_can_be_split_once_alone_has_no_names():
-    pipe = make(stages=1)
+def test_a_batch_that_can_be_split_once_alone_has_its_names():
+    def split(rows):
+        return [{name: each[at : at + 2] for name, each in rows.pop().items()} for at in range(1)]
+
     batch = data()
-    batch["y"][6] = math.nan
-    prepare = pipe._batches.prepared
-    answers = iter([prepare(batch)])
-    pipe._batches.prepared = lambda _: next(answers)
-    assert "They came in with the batch's tensor number " in refusal(pipe, batch)
+    batch["y"][0] = math.nan
+    pipe = make(stages=1, example=[data()], split_batch=split, num_microbatches=None)
+    assert "They came in with the batch's tensor ['y']" in refusal(pipe, [batch])
 
 
 @pytest.mark.parametrize("find_nan", [False, True])

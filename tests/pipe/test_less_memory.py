@@ -9,18 +9,17 @@ from torch import distributed as dist
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.launcher import launch
-from evenflow.pipe import build
-from evenflow.pipe.choices import world_of
+from evenflow.pipe import making
 from evenflow.pipe.default_programs import model_loss
 from evenflow.pipe.measured import Run, measured_request
+from evenflow.pipe.places import world_of
 from evenflow.plan.fit import at_cuts, groups_of
-from evenflow.plan.plan import positions_in
+from evenflow.plan.plan import Plan, positions_in
 from evenflow.plan.planner import plan
 from evenflow.plan.price import chain_for
 from evenflow.plan.request import Levers
 from evenflow.runtime.offload import Offload
-from small_models import MODELS, TIED, assert_same_bits, load_example, train
+from small_models import MODELS, TIED, assert_same_bits, load_example, reference, train
 from unsplit import mean_square, mlp, regression
 
 RANKS, LENGTH, SIZE = 2, 128, 8
@@ -46,6 +45,16 @@ def batch():
     return {"input_ids": ids, "labels": ids.clone()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A plan that was run: two steps' losses, what each rank held at most, and what was promised of it."""
+
+    plan: Plan
+    losses: list[float]
+    held: list[int]
+    promised: list[float]
+
+
 def run(made, world, **options):
     """Two steps' losses, and what the ranks held at most in the second."""
     pipe = evenflow.pipeline(
@@ -57,66 +66,66 @@ def run(made, world, **options):
     return [float(first), float(second.loss)], world.gather(peak)
 
 
-def on_two_ranks(schedule):
-    """By what was done to hold less: losses, what was promised of each rank, and what it held."""
+def on_two_ranks():
+    """What came of each schedule, by what was done to hold less."""
     torch.set_num_threads(1)
     world = world_of("cpu")
-    levers = Levers(pipeline=RANKS, stages_per_rank=1, schedule=schedule, microbatch_size=SIZE)
-    asked = measured_request(
-        Run(gpt(), model_loss, batch(), adamw, levers=levers.pipeline_only()), world, torch.device("cpu")
+    levers = Levers(pipeline=RANKS, stages_per_rank=1, microbatch_size=SIZE).pipeline_only()
+    measured = measured_request(
+        Run(gpt(), model_loss, batch(), adamw, levers=levers), world, torch.device("cpu")
     )
-    found = {}
-    for how in ("none", "full", "selective"):
-        within = dataclasses.replace(asked, levers=dataclasses.replace(asked.levers, recompute=how))
-        if how == "selective":
-            room = 0.7 * max(found["none"][1]) + asked.cluster.devices[0].reserved_bytes
-            within = within.with_memory(room)
-        made = world.share(plan(within, search_seconds=0.0), 0)
-        found[how] = *run(made, world), [rank.memory.allocated for rank in made.ranks], made
-        losses, held, promised, _ = found[how]
-        found[how] = losses, promised, held, made
-    made = found["none"][3]
-    choice = made.choice
-    chain = chain_for(asked, choice)
-    fit = at_cuts(
-        *(asked, choice, chain, positions_in(made, chain.names), groups_of(asked.cluster, made.degrees)),
-        offloads=True,
-    )
-    losses, held = run(made, world, offload="activations")
-    found["offload"] = losses, [memory.allocated for memory in fit.memory], held, made
+    found: dict[tuple[str, str], Held] = {}
+    for schedule in SCHEDULES:
+        asked = dataclasses.replace(measured, levers=dataclasses.replace(levers, schedule=schedule))
+        for how in ("none", "full", "selective"):
+            within = dataclasses.replace(asked, levers=dataclasses.replace(asked.levers, recompute=how))
+            if how == "selective":
+                room = 0.7 * max(found[schedule, "none"].held) + asked.cluster.devices[0].reserved_bytes
+                within = within.with_memory(room)
+            made = world.share(plan(within, search_seconds=0.0), 0)
+            promised = [rank.memory.allocated for rank in made.ranks]
+            found[schedule, how] = Held(made, *run(made, world), promised)
+        plain = found[schedule, "none"]
+        choice = plain.plan.choice
+        chain = chain_for(asked, choice)
+        cuts, groups = positions_in(plain.plan, chain.names), groups_of(asked.cluster, plain.plan.degrees)
+        fit = at_cuts(asked, choice, chain, cuts, groups, offloads=True)
+        offloaded = run(plain.plan, world, offload="activations")
+        promised = [memory.allocated for memory in fit.memory]
+        found[schedule, "offload"] = Held(plain.plan, *offloaded, promised)
     return found if dist.get_rank() == 0 else None
 
 
 @cache
-def results(schedule):
-    return launch(on_two_ranks, schedule, nproc=RANKS)[0]
+def results():
+    return evenflow.launch(on_two_ranks, nproc=RANKS)[0]
 
 
 @pytest.mark.parametrize("how", ["full", "selective", "offload"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_peaks_are_those_of_the_plan(schedule, how):
-    losses, promised, held, made = results(schedule)[how]
-    plain = results(schedule)["none"]
-    assert losses == plain[0]
-    assert promised == pytest.approx(held, rel=WITHIN)
-    assert any(stage.recompute for stage in made.stages) == (how != "offload")
+    plain, found = results()[schedule, "none"], results()[schedule, how]
+    assert found.losses == plain.losses
+    assert found.promised == pytest.approx(found.held, rel=WITHIN)
+    assert any(stage.recompute for stage in found.plan.stages) == (how != "offload")
     if how == "selective":  # is cut elsewhere, for less room
-        assert max(held) < 0.9 * max(plain[2])
+        assert max(found.held) < 0.9 * max(plain.held)
         return
-    drops = [
-        [before - now for before, now in zip(plain[n], own, strict=True)]
-        for n, own in ((1, promised), (2, held))
-    ]
-    largest = max(drops[1])
-    assert largest > 0.3 * max(plain[2])
-    assert drops[0] == pytest.approx(drops[1], rel=WITHIN, abs=0.05 * largest)
+    promised, held = (
+        [before - now for before, now in zip(getattr(plain, name), getattr(found, name), strict=True)]
+        for name in ("promised", "held")
+    )
+    assert max(held) > 0.3 * max(plain.held)
+    assert promised == pytest.approx(held, rel=WITHIN, abs=0.05 * max(held))
 
 
 # -- offload
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved-zb"])
+@pytest.mark.parametrize(
+    ("schedule", "recompute"),
+    [("1f1b", None), ("zb-h1", None), ("zb-h1", "full"), ("interleaved-zb", "full")],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_offload_changes_no_bit(monkeypatch, name, schedule, recompute):
     made = []
@@ -125,13 +134,13 @@ def test_offload_changes_no_bit(monkeypatch, name, schedule, recompute):
         made.append(Offload(device, least_bytes=1))
         return made[-1]
 
-    monkeypatch.setattr(build, "Offload", offload)
+    monkeypatch.setattr(making, "Offload", offload)
     stages = 4 if schedule == "interleaved-zb" else 2
     options = {"dropout": 0.1, "exact": name in TIED, "stages": stages, "schedule": schedule}
     found = train(name, recompute=recompute, offload="activations", **options)
     assert len(made) == stages
     assert all(any(each._free.values()) for each in made), "buffers were used"
-    assert_same_bits(found, train(name, **options))
+    assert_same_bits(found, reference(name))
 
 
 @pytest.mark.parametrize(

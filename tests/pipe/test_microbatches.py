@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.pipe.choices import Splitter
+from evenflow.pipe.splitter import Splitter
 from evenflow.runtime.joining import join
 from evenflow.runtime.microbatch import Microbatches, batch_size, count, split
 from evenflow.runtime.weights import Weight, shares_of

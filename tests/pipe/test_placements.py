@@ -10,7 +10,7 @@ from torch import nn
 import evenflow
 from evenflow.errors import ConfigError, ScheduleError
 from evenflow.ir import Backward, Forward, InputGrad, Overlap, Placement, Schedule, Span, WeightGrad
-from evenflow.pipe import choices
+from evenflow.pipe import cuts, places
 from evenflow.pipe.times import costs_of
 from evenflow.runtime.mesh import mesh_of
 from evenflow.runtime.world import SingleProcess
@@ -57,9 +57,9 @@ def test_a_schedule_of_the_catalog_brings_its_number_of_stages():
 
 def test_each_rank_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = choices.devices_of("cuda", Placement.v_shape(3), mesh_of(SingleProcess(), None))
+    devices = places.devices_of("cuda", Placement.v_shape(3), mesh_of(SingleProcess(), None))
     assert [device.index for device in devices] == [0, 1, 0, 0, 1, 0]
-    assert choices.stage_count(None, None, mesh_of(SingleProcess(), None), "cuda", stages_per_rank=2) == 4
+    assert cuts.stage_count(None, None, mesh_of(SingleProcess(), None), "cuda", stages_per_rank=2) == 4
 
 
 def test_up_to_four_microbatches_for_each_rank():

@@ -13,9 +13,9 @@ from evenflow.errors import ConfigError
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.lower import lower
-from evenflow.pipe import choices
-from evenflow.pipe.choices import Splitter
+from evenflow.pipe import places
 from evenflow.pipe.recorded import recorded
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.known_costs import known_costs
 from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import plan
@@ -146,5 +146,5 @@ def test_what_a_pipeline_cannot_do_is_refused():
 
 def test_ranks_take_the_devices_that_the_plan_gives_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = choices.devices_of("cuda", Placement.v_shape(2), mesh_of(SingleProcess(), None), [1, 0])
+    devices = places.devices_of("cuda", Placement.v_shape(2), mesh_of(SingleProcess(), None), [1, 0])
     assert [device.index for device in devices] == [1, 0, 0, 1]

@@ -10,8 +10,8 @@ from torch import nn
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.pipe.loss_scale import INTERVAL, LossScale
 from evenflow.pipe.norm import GradientNorm, Piece, clip_factor
+from evenflow.pipe.rules import INTERVAL, LossScale
 from evenflow.runtime.microbatch import split
 from evenflow.runtime.world import SingleProcess
 from unsplit import mean_square, mlp, regression

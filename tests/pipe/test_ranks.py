@@ -18,12 +18,13 @@ from torch import distributed as dist
 from torch import nn
 
 import evenflow
-from evenflow.errors import ConfigError, PeerError
+from evenflow.errors import ConfigError
 from evenflow.plan.plan import PlannedLink
 from evenflow.runtime.microbatch import Microbatches, split
 from evenflow.runtime.stage import Stage
 from evenflow.schedules.gpipe import gpipe
 from evenflow.schedules.one_f_one_b import one_f_one_b
+from forked import run_ranks
 from small_runs import PLAN
 from unsplit import mean_square, mlp, plain_step, regression, saved_model, sgd
 
@@ -531,6 +532,53 @@ def test_slow_to_send(found):
 # -- a rank that dies
 
 
+def die_in_step(rank: int, folder: Path) -> None:
+    """Train; in the second step rank 1 is killed within a forward of its stage."""
+    pipe = make(num_microbatches=4)
+    pipe.step(regression())
+    whole = Stage.run_forward
+
+    def dying(stage, flight, *args, **options):
+        if stage.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(stage, flight, *args, **options)
+
+    Stage.run_forward = dying
+    pipe.step(regression())
+
+
+def test_ranks_end_and_name_the_one_that_was_killed_in_mid_step(tmp_path):
+    first, killed, last = run_ranks(die_in_step, tmp_path, num_ranks=3, within_seconds=60)
+    assert killed.exit_code == -signal.SIGKILL
+    for rank, other in ((0, first), (2, last)):
+        assert other.exit_code == 1, "it ended by itself"
+        assert re.search(rf"PeerError: rank {rank} lost (rank 1|its peer) ", other.printed)
+
+
+def fail_in_step(rank: int, folder: Path) -> None:
+    """Rank 1's stage raises in the second step."""
+    pipe = make(num_microbatches=4)
+    pipe.step(regression())
+
+    def failing(*_, **__):
+        raise ZeroDivisionError("the seventh layer")
+
+    if rank == 1:
+        Stage.run_backward = failing
+    pipe.step(regression())
+
+
+def test_a_rank_that_fails_in_mid_step_tells_its_op(tmp_path):
+    other, failed = run_ranks(fail_in_step, tmp_path, num_ranks=2, within_seconds=60)
+    assert failed.exit_code == other.exit_code == 1
+    assert "ZeroDivisionError: the seventh layer" in failed.printed
+    assert "evenflow: rank 1 failed in 1B0, step 1" in failed.printed
+    assert re.search(r"PeerError: rank 0 lost (rank 1|its peer) ", other.printed)
+
+
+# -- under torchrun
+
+
 def has_ended(pid: int) -> bool:
     """Wait for a process to end, woken by its end and not by a clock."""
     try:
@@ -547,56 +595,6 @@ def assert_all_ended(folder: Path, num_ranks: int) -> None:
     pids = [int(path.read_text()) for path in folder.glob("pid*")]
     assert len(pids) == num_ranks
     assert all(has_ended(pid) for pid in pids)
-
-
-def die_in_step(folder: Path, victim: int, where: str) -> None:
-    """Train; in the second step the victim is killed within an op of its stage."""
-    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
-    pipe = make(num_microbatches=4)
-    pipe.step(regression())
-    whole = getattr(Stage, where)
-
-    def dying(stage, flight, *args, **options):
-        if stage.index == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return whole(stage, flight, *args, **options)
-
-    setattr(Stage, where, dying)
-    pipe.step(regression())
-
-
-@pytest.mark.parametrize(("num_ranks", "victim", "where"), [(2, 0, "run_backward"), (3, 1, "run_forward")])
-def test_a_rank_killed_in_mid_step_is_named_and_nobody_is_left(tmp_path, num_ranks, victim, where):
-    started = time.monotonic()
-    with pytest.raises(PeerError, match=rf"^rank {victim} was killed by signal 9 \(SIGKILL\)") as caught:
-        evenflow.launch(die_in_step, tmp_path, victim, where, nproc=num_ranks)
-    assert time.monotonic() - started < 30
-    for note in getattr(caught.value, "__notes__", ()):  # of those who still came to say it
-        assert re.match(rf"Where the others stood:\n  rank \d lost (rank {victim}|its peer) ", note)
-    assert_all_ended(tmp_path, num_ranks)
-
-
-def fail_in_step(folder: Path) -> None:
-    """Rank 1's stage raises in the second step."""
-    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
-    pipe = make(num_microbatches=4)
-    pipe.step(regression())
-
-    def failing(*_, **__):
-        raise ZeroDivisionError("the seventh layer")
-
-    if os.environ["RANK"] == "1":
-        Stage.run_backward = failing
-    pipe.step(regression())
-
-
-def test_a_rank_that_fails_in_mid_step_is_named_with_its_op(tmp_path):
-    with pytest.raises(
-        PeerError, match=r"^rank 1 failed \(exit code 1\): ZeroDivisionError: the seventh layer"
-    ) as caught:
-        evenflow.launch(fail_in_step, tmp_path, nproc=2)
-    assert "evenflow: rank 1 failed in 1B0, step 1" in "".join([str(caught.value), *caught.value.__notes__])
-    assert_all_ended(tmp_path, 2)
 
 
 SCRIPT = """
@@ -619,7 +617,7 @@ SCRIPT = """
     whole = Stage.run_backward
 
     def dying(stage, flight, **options):
-        if stage.index == 1:
+        if stage.index == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         whole(stage, flight, **options)
 
@@ -639,5 +637,5 @@ def test_under_torchrun_a_killed_rank_ends_the_run(tmp_path):
     assert done.returncode != 0
     assert time.monotonic() - started < 30
     assert done.stdout.count("stepped") == 2
-    assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", done.stderr), done.stderr
+    assert re.search(r"rank\s*: 0 .*\n.*exitcode\s*: -9", done.stderr), done.stderr
     assert_all_ended(tmp_path, 2)

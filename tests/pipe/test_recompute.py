@@ -13,10 +13,9 @@ import evenflow
 from evenflow.errors import ConfigError
 from evenflow.runtime.weight_grads import WeightGrads
 from own_schedules import OWN
-from small_models import MODELS, TIED, assert_same_bits, train
+from small_models import DROPOUT, MODELS, NUM_MICROBATCHES, TIED, assert_same_bits, reference, train
 from unsplit import assert_same_step, mean_square, pipeline_step, regression, seeded
 
-DROPOUT, NUM_MICROBATCHES = 0.1, 4
 WIDTH = 4
 
 
@@ -61,15 +60,13 @@ def refused(text):
 # -- the same numbers
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize(("recompute", "share"), [("full", None), ("full", 0.0), ("selective", 0.0)])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved-zb"])
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_changes_no_bit(name, schedule, recompute):
+def test_recomputation_changes_no_bit(name, schedule, recompute, share):
     stages = 4 if schedule == "interleaved-zb" else 2
-    for share in (None, 0.0):
-        options = {"dropout": DROPOUT, "exact": name in TIED, "stages": stages, "schedule": schedule}
-        options |= {"max_leaf_share": share}
-        assert_same_bits(train(name, recompute=recompute, **options), train(name, **options))
+    options = {"dropout": DROPOUT, "exact": name in TIED, "stages": stages, "schedule": schedule}
+    assert_same_bits(train(name, recompute=recompute, max_leaf_share=share, **options), reference(name))
 
 
 @pytest.mark.parametrize("schedule", OWN)
@@ -77,7 +74,7 @@ def test_it_changes_none_with_any_order(schedule):
     own = OWN[schedule]
     options = {"dropout": DROPOUT, "schedule": own, "stages": 2 * own.stages_per_rank}
     options |= {"stages_per_rank": own.stages_per_rank}
-    assert_same_bits(train("gpt", recompute="full", **options), train("gpt", **options))
+    assert_same_bits(train("gpt", recompute="full", **options), reference("gpt"))
 
 
 class UnderAutocast(nn.Module):

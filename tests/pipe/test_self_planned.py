@@ -13,10 +13,9 @@ from evenflow.cost.cache import user_folder
 from evenflow.cost.optimizer import optimizer_cost
 from evenflow.errors import ConfigError, RecordError
 from evenflow.ir.placement import Placement
-from evenflow.launcher import launch
 from evenflow.pipe import auto
-from evenflow.pipe.choices import world_of
 from evenflow.pipe.measured import Run, measured_request
+from evenflow.pipe.places import world_of
 from evenflow.pipe.probe import probe
 from evenflow.plan.overheads import Overheads, as_run
 from evenflow.plan.stages import StageCost
@@ -90,8 +89,8 @@ def on_two_ranks():
     pipe.close()
     world = world_of("cpu")
     run = Run(mlp(4, 64, 1), mean_square, regression(16), sgd)
-    request = measured_request(run, world, CPU)
-    chains = [measured_request(run, world, CPU, cache=user_folder()).chain_of(1) for _ in range(2)]
+    request, again = (measured_request(run, world, CPU, cache=user_folder()) for _ in range(2))
+    chains = [each.chain_of(1) for each in (request, again)]
     found["twice"] = [next(iter(chain.seconds.values())).total for chain in chains]
     found["links"] = probe(world, CPU, link_for(world, CPU, Placement.linear(2)))
     found["sizes"] = request.microbatch_sizes
@@ -101,7 +100,7 @@ def on_two_ranks():
 
 @cache
 def results():
-    return launch(on_two_ranks, nproc=2)
+    return evenflow.launch(on_two_ranks, nproc=2)
 
 
 def planned(lines):

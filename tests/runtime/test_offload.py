@@ -9,7 +9,7 @@ from torch import nn
 import evenflow
 from evenflow.cost.storages import Made
 from evenflow.errors import RecordError
-from evenflow.pipe import build
+from evenflow.pipe import making
 from evenflow.runtime.offload import Away, Offload
 from unsplit import assert_same_step, mean_square, pipeline_step, regression, seeded
 
@@ -142,7 +142,7 @@ def everything(monkeypatch):
         made.append(Offload(device, least_bytes=1))
         return made[-1]
 
-    monkeypatch.setattr(build, "Offload", offload)
+    monkeypatch.setattr(making, "Offload", offload)
     return made
 
 

@@ -31,8 +31,8 @@ from evenflow.cost.estimate import estimate
 from evenflow.cost.recorded import Recorded
 from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
-from evenflow.pipe.choices import Splitter
 from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.advice import advised
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import RECOMPUTE_NAMES, Choice, describe

@@ -22,7 +22,6 @@ from evenflow.interop.trainer_refusals import (
     check_trainer_arguments,
     check_training_arguments,
     check_version,
-    clipping,
 )
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.state import merged
@@ -87,7 +86,6 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
             )
         super().__init__(*args, **kwargs)
         check_training_arguments(self.args)
-        self._clips = clipping(self.args)
         if self.args.n_gpu > 1:
             self.args._n_gpu = 1  # noqa: SLF001 (as the Trainer itself says that nothing is replicated)
             self._train_batch_size = self.args.train_batch_size
@@ -147,14 +145,14 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
     def _made_from(self, batch: Any) -> Pipeline:
         """The pipeline, which the first batch makes; later ones may have other shapes."""
         if self._pipe is None:
-            modes = [(module, module.training) for module in self.model.modules()]
+            modes, largest = [(each, each.training) for each in self.model.modules()], self.args.max_grad_norm
             self.model.train()
             self._pipe = evenflow.pipeline(
                 self.model,
                 **{
                     "seed": self.args.seed,
                     "precision": "bf16" if self.args.bf16 else None,
-                    **self._clips,
+                    "clip_norm": largest if largest and largest > 0 else None,
                     **self._given,
                 },
                 example=batch,
@@ -208,7 +206,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         return {**inputs, GIVEN_COUNT: torch.as_tensor(num_items).cpu()} if counts else dict(inputs)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> None:
-        """Nothing: the pipeline clips within its update (see `clipping`)."""
+        """Nothing: the pipeline clips within its update (`args.max_grad_norm`)."""
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """The norm of the last update's gradients; None where nothing clips, for then none is computed."""

@@ -95,8 +95,3 @@ def check_optimizer(name: str, kwargs: Mapping[str, Any]) -> None:
                 f"the optimizer {name} is made from the whole model ({wanted}=), and here each stage has its "
                 "own: choose one that takes parameters alone, such as args.optim='adamw_torch'"
             )
-
-
-def clipping(args: Any) -> dict[str, Any]:  # args: as above
-    """What `pipeline()` is told of `args.max_grad_norm`."""
-    return {"clip_norm": args.max_grad_norm} if args.max_grad_norm and args.max_grad_norm > 0 else {}

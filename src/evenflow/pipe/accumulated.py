@@ -1,11 +1,18 @@
-"""The batches since the last update, whose gradients add up to those of one mean."""
+"""Several batches that count as one: those of an update, and those of a data set that is evaluated."""
+
+import dataclasses
+from collections.abc import Sequence
 
 from evenflow.errors import ConfigError
+from evenflow.pipe.agree import Agreed
+from evenflow.runtime.executor import Result
 from evenflow.runtime.weights import Shares
 
 
 class Accumulated:
-    """What each batch since the last update counts for. Gradients are in units of the first one's size.
+    """The batches since the last update, whose gradients add up to those of one mean.
+
+    Gradients are in units of the first one's size.
 
     >>> batches = Accumulated()
     >>> [batches.add(Shares((1.0,), (1.0,), size, "tokens")) for size in (6, 3)]
@@ -54,3 +61,39 @@ class Accumulated:
     @property
     def _unit(self) -> float:
         return self._shares[0].size or 1.0
+
+
+class OverBatches:
+    """Results of several batches, put together as if they had been one; there where the last stage is."""
+
+    def __init__(self) -> None:
+        self._batches = Accumulated()
+        self._losses: list[float] = []
+        self._means: list[float] = []
+        self._last: Agreed | None = None
+        self.results: list[Result] | None = None
+
+    def add(self, agreed: Agreed, results: Sequence[Result] | None) -> None:
+        """Take in a batch; raises `ConfigError` for one that is weighed by another unit than those before."""
+        shares = agreed.shares
+        factor = self._batches.add(shares)
+        amount = shares.num_rows if shares.unit == "sums" else shares.size
+        self._losses += [part * factor for part in shares.losses]
+        self._means += [part * amount for part in shares.means]
+        self._last = agreed
+        if results is not None:
+            before = len(self._losses) - len(shares.losses)
+            placed = (dataclasses.replace(each, number=before + each.number) for each in results)
+            self.results = [*(self.results or ()), *placed]
+
+    def agreed(self) -> Agreed:
+        """All microbatches as those of one batch, with their shares in it; raises `ConfigError` for none."""
+        if self._last is None:
+            raise ConfigError("evaluate_all: the loader gave no batch at all")
+        scale, total = self._batches.scale or 1.0, sum(self._means)
+        shares = dataclasses.replace(
+            self._last.shares,
+            losses=tuple(part * scale for part in self._losses),
+            means=tuple(part / total if total else 1 / len(self._means) for part in self._means),
+        )
+        return dataclasses.replace(self._last, shares=shares)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ def planned(
     mesh: Mesh,
     device: torch.device,
     *,
+    run: Run,
     exact: bool,
-    run: dict[str, Any],
 ) -> tuple[Plan | None, dict[str, Any]]:
     """The plan and the levers of a run, where it is to plan itself with that plan and none of the levers.
 
-    It is where that is asked for, and where several processes are told nothing. `levers` are `pipeline`'s,
-    `run` are `Run`'s fields of the same names. Collective. Raises `ConfigError` for what cannot be planned,
+    It is where that is asked for, and where several processes are told nothing. `levers` are `pipeline`'s.
+    Collective. Raises `ConfigError` for what cannot be planned,
     `RecordError` where the model cannot be recorded.
     """
     if isinstance(plan, Plan):
@@ -50,7 +51,7 @@ def planned(
                 "one of them out, or write a plan with evenflow plan"
             )
         return None, levers
-    whole = not exact and not isinstance(run["example"], Microbatches)
+    whole = not exact and not isinstance(run.example, Microbatches)
     if plan == _AUTO:
         _check_planned(said, levers, whole=whole)
     elif said or not whole:
@@ -61,9 +62,8 @@ def planned(
     if asked["schedule"] == catalog.AUTO:  # the planner searches, too
         asked["schedule"] = None
     try:
-        made = _planned(
-            Run(**run, levers=Levers(pipeline=world.size, **asked).pipeline_only()), world, device
-        )
+        within = Levers(pipeline=world.size, **asked).pipeline_only()
+        made = _planned(replace(run, levers=within), world, device)
     except RecordError as error:
         if plan == _AUTO:
             raise

@@ -8,7 +8,7 @@ no pipeline could go on.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from evenflow.errors import BadNumbersError
 from evenflow.graph.graph import Graph
 from evenflow.graph.tree import BatchLeaf
-from evenflow.pipe.agree import Agreed, Prepared
+from evenflow.pipe.agree import Agreed
 from evenflow.pipe.bad_report import BadStep
 from evenflow.pipe.first_bad import BadSum, FromLeaf, Noted, Origin, first_bad
 from evenflow.pipe.parts import Parts
@@ -38,7 +38,8 @@ class Guard:
     """Looks at a pipeline's steps; see the module. All calls are collective."""
 
     def __init__(self, parts: Parts, runs: Runs) -> None:
-        self._parts, self._runs, self._policy = parts, runs, parts.on_bad_numbers.policy
+        self._parts, self._runs = parts, runs
+        self._asked = parts.updater.rules.on_bad_numbers
         self._watch = NanWatch(parts.model, self._rank_of, parts.updater.accumulators.named)
         self._num_skips = 0  # in a row
         self._changes: dict[int, _Changes] = {}  # by recording
@@ -49,9 +50,9 @@ class Guard:
 
     def over(self, agreed: Agreed, *, share: float, step: int) -> "Guarded":
         """A step that is about to run."""
-        if self._parts.on_bad_numbers.watches:
+        if self._asked.watches:
             self._watch.begin()
-        before = None if self._policy is None else self._before(set(agreed.recordings))
+        before = None if self._asked.policy is None else self._before(set(agreed.recordings))
         return Guarded(self._parts, self._runs, self._watch, agreed, share, step, before)
 
     def _before(self, recordings: set[int]) -> "_Before":
@@ -63,16 +64,14 @@ class Guard:
         """A step went well, and updated the parameters."""
         self._num_skips = 0
 
-    def dealt_with(
-        self, step: "Guarded", result: StepResult, prepare: Callable[[], Prepared | None], num_batches: int
-    ) -> str:
+    def dealt_with(self, step: "Guarded", result: StepResult, num_batches: int) -> str:
         """What is wrong with a step that was refused, in words; buffers are as they were before it.
 
-        Raises `BadNumbersError` where that is asked for, and after too many steps in a row. `prepare` splits
-        this process's batch, if it has one; `num_batches` have gradients since the last update.
+        Raises `BadNumbersError` where that is asked for, and after too many steps in a row. `num_batches`
+        have gradients since the last update.
         """
-        told = step.told(result, prepare, num_batches)
-        if self._policy == "stop":
+        told = step.told(result, num_batches)
+        if self._asked.policy == "stop":
             raise BadNumbersError(f'{told}. Nothing was updated (bad_numbers="skip" leaves such steps out)')
         self._num_skips += 1
         if self._num_skips == MOST_SKIPS:
@@ -100,7 +99,7 @@ class Guarded:
     @property
     def watch(self) -> NanWatch | None:
         """What watches the step as it runs, where that is asked for."""
-        return self._watch if self._parts.on_bad_numbers.watches else None
+        return self._watch if self._parts.updater.rules.on_bad_numbers.watches else None
 
     def refuses(self, result: StepResult) -> bool:
         """Whether the step, or what its watch saw, is bad: the same on all ranks.
@@ -113,7 +112,7 @@ class Guarded:
             self.watch is not None and self._origin(result, self._noted(())) is not None
         )
 
-    def told(self, result: StepResult, prepare: Callable[[], Prepared | None], num_batches: int) -> str:
+    def told(self, result: StepResult, num_batches: int) -> str:
         """Where the step's bad numbers came from, in words; drops all gradients, puts buffers back.
 
         An error of the run that looks for them is told where it leaves no other process waiting.
@@ -138,7 +137,7 @@ class Guarded:
         origin = self._origin(result, self._noted(sums))
         leaves: Sequence[str] = ()
         if isinstance(origin, FromLeaf) and isinstance(origin.source, BatchLeaf):  # as all ranks find
-            leaves = world.share(_leaf_names(prepare) if world.rank == 0 else (), source=0)
+            leaves = world.share(_leaf_names(self._agreed.items) if world.rank == 0 else (), source=0)
         return step.told(origin, self._graph, leaves)
 
     def _run_again(self) -> None:
@@ -227,14 +226,7 @@ def _is_finite(*numbers: Any) -> bool:  # tensors of one number, numbers, or Non
     return all(math.isfinite(float(each)) for each in numbers if each is not None)
 
 
-def _leaf_names(prepare: Callable[[], Prepared | None]) -> list[str]:
-    """What the batch's tensors are called; none where splitting it a second time fails."""
-    try:
-        prepared = prepare()
-    except Exception as error:  # noqa: BLE001 (a user's function; the others wait, and a number will do)
-        _LOG.debug("the batch could not be split once more: %s", error)
-        return []
-    if prepared is None:
-        return []
-    paths, _ = pytree.tree_flatten_with_path(prepared.items[0])
+def _leaf_names(items: Sequence[Any]) -> list[str]:
+    """What the batch's tensors are called."""
+    paths, _ = pytree.tree_flatten_with_path(items[0])
     return [pytree.keystr(path) or "itself" for path, leaf in paths if isinstance(leaf, torch.Tensor)]

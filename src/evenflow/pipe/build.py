@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +10,37 @@ import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
 from evenflow.graph.graph import Graph
-from evenflow.ir.flow import Flow
-from evenflow.ir.op import InputGrad, parts
-from evenflow.ir.placement import Placement
-from evenflow.pipe import auto, choices
 from evenflow.pipe.additive import differences
-from evenflow.pipe.alike import check_alike, share_buffers
-from evenflow.pipe.choices import Splitter
+from evenflow.pipe.asked import Asked
 from evenflow.pipe.default_programs import model_loss
-from evenflow.pipe.fixed import FixedParameters, refuse_shared_hooks
-from evenflow.pipe.holdings import summaries, true_buffers, used_on
+from evenflow.pipe.fixed import FixedParameters
+from evenflow.pipe.holdings import summaries, true_buffers
+from evenflow.pipe.layout import laid_out
+from evenflow.pipe.making import joined, recorded_and_cut, stages_made, tell_compiled
 from evenflow.pipe.model_parameters import ModelParameters
-from evenflow.pipe.on_bad_numbers import OnBadNumbers
 from evenflow.pipe.parts import Parts
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.pipe.planned import decided, given_plan
 from evenflow.pipe.precision import Precision
-from evenflow.pipe.programs import Programs
-from evenflow.pipe.reading import check_training
-from evenflow.pipe.recompute import Recompute, RecomputeChoice, check_recompute
-from evenflow.pipe.refuse import check_given, refuse_unfit
-from evenflow.pipe.replicas import SharedBuffers, data_ranks
-from evenflow.pipe.rules import UpdateRules
+from evenflow.pipe.recompute import RecomputeChoice, check_recompute
+from evenflow.pipe.refuse import refuse_unfit
+from evenflow.pipe.replicas import SharedBuffers
+from evenflow.pipe.rules import OnBadNumbers, UpdateRules
 from evenflow.pipe.tensor_plan import TensorPlan
 from evenflow.pipe.update import SchedulerFactory, Updater
 from evenflow.plan.plan import Plan
-from evenflow.runtime import compiled
 from evenflow.runtime.compiled import Compiling
 from evenflow.runtime.joining import Joining, MetricsChoice
-from evenflow.runtime.kept import buffers_at
-from evenflow.runtime.links.choose import link_for, roll_call_for
-from evenflow.runtime.links.link import Link
-from evenflow.runtime.mesh import Mesh, mesh_of
 from evenflow.runtime.narrowing import Narrowing
-from evenflow.runtime.offload import Offload
-from evenflow.runtime.parameters import Accumulators
-from evenflow.runtime.recordings import Recordings
-from evenflow.runtime.rng import Streams
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.tracing import Leaves, Program, Tracing
-from evenflow.runtime.watchdog import TIMEOUT_SECONDS, watched
+from evenflow.runtime.tracing import Program
+from evenflow.runtime.watchdog import TIMEOUT_SECONDS
 from evenflow.runtime.weights import ReductionChoice, Weigher, rows_of
-from evenflow.schedules import catalog
 from evenflow.schedules.catalog import ScheduleFunction
 
 _LOG = logging.getLogger("evenflow")
 
 
+# As long as its arguments, and what is to be said of each: it is the library's face. The body lists them once
+# more, and then the steps.
 def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument)
     model: torch.nn.Module,
     *,
@@ -189,6 +172,29 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     True
     """
     refuse_unfit(model, loading=load is not None)
+    asked = Asked(
+        model=model,
+        loss=model_loss if loss is None else loss,
+        example=example,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        split=split or (),
+        recomputed=check_recompute(model, recompute),
+        reduction=reduction,
+        joining=Joining.of(metrics),
+        atomic=tuple(atomic),
+        exact=exact,
+        load=None if load is None else Path(load),
+        link=link,
+        narrowing=Narrowing(boundary_dtype),
+        compiling=Compiling.of(compile),
+        precision=Precision.of(precision),
+        clip_norm=clip_norm,
+        on_bad_numbers=OnBadNumbers.of(bad_numbers, find_nan=find_nan),
+        tensor_plan=tensor_plan,
+        offload=offload,
+        seed=seed,
+    )
     levers = {
         "stages": stages,
         "stages_per_rank": stages_per_rank,
@@ -200,182 +206,56 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "max_leaf_share": max_leaf_share,
         "recompute": recompute,
     }
-    again = check_recompute(model, recompute)
-    check_given(
-        seed, reduction, link, clip_norm, offload, loss=loss, optimizer=optimizer, scheduler=scheduler
-    )
-    compiling, narrowing, types = Compiling.of(compile), Narrowing(boundary_dtype), Precision.of(precision)
-    joining, on_bad_numbers = Joining.of(metrics), OnBadNumbers.of(bad_numbers, find_nan=find_nan)
-    choices.check_split(model, split or ())
-    kind, (plan, degrees, shard) = choices.device_kind(device), given_plan(plan, mesh, shard)
-    grid = mesh_of(watched(choices.world_of(kind, timeout), timeout), degrees)
-    world, program = grid.pipeline, model_loss if loss is None else loss
-    plan, levers = auto.planned(
-        plan,
-        levers,
-        grid,
-        choices.own_device(kind, grid.world),
-        exact=exact,
-        run={"model": model, "loss": program, "example": example, "optimizer": optimizer}
-        | {"atomic": tuple(atomic), "seed": seed, "link": link}
-        | {"narrowing": narrowing, "compiles": compiling is not None},
-    )
-    given = decided(plan, **levers)
-    method = catalog.get(given.schedule) if isinstance(given.schedule, str) else given.schedule
-    on_each = choices.stages_on_each(given.stages_per_rank, given.schedule)
-    num_stages = choices.stage_count(given.stages, split, grid, kind, stages_per_rank=on_each)
-    num_ranks = num_stages // on_each
-    splitter = Splitter(
-        num_ranks,
-        given.num_microbatches,
-        given.microbatch_size,
-        split_batch,
-        num_replicas=grid.data.size,
-        dtype=types.batch,
-    )
-    items = splitter(example).items
-    item, num_items = items[0], grid.longest_share(len(items))
-    programs = Programs(
-        world,
-        method,
-        num_ranks=num_ranks,
-        stages_per_rank=on_each,
-        num_microbatches=num_items,
-        unshard=shard == "fsdp",
-        costs=given.costs,
-    )
-    placement = programs.placement
-    devices = choices.devices_of(kind, placement, grid, given.places(placement))
-    own = grid.stages_of(grid.world.rank, placement)
-    own_device = devices[own[0]]
-    held = ModelParameters(model, grid, tensor_plan, types, own_device, load=load, seed=seed)
-    fakes, parameters = held.fakes, held.by_name
-    share_buffers(model, grid.world, own_device)
-    accumulators = Accumulators(parameters, devices, exact=exact)
-    share = given.max_leaf_share
-    if share is None:
-        share = choices.leaf_share(num_stages, compiles=compiling is not None)
-    recordings = Recordings(
-        Tracing(
-            model,
-            fakes,
-            device=own_device,
-            leaves=Leaves(share, exact, (*(split or ()), *again), tuple(atomic)),
-        ),
-        accumulators=accumulators,
-        compiling=compiling,
-        vocabulary=held.vocabulary,
-        recompute=Recompute(model, given.recompute, given.plan, tells=grid.world.is_first),
-    )
-    with types.recording(kind):
-        graph = _recorded(recordings.tracing, program, item, types, joining)
-    cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(parameters))
-    check_alike(cut, programs, grid.world)
-    programs.training(num_items, cut.flow)  # a wrong schedule is refused here, and not at the first step
-    accumulators.learn(cut)
-    owner = {**recordings.stage_of_parameter, **accumulators.owner}
-
-    stages_here = {stage: _stage(stage, devices[stage], seed, model, offload) for stage in own}
-    keep = used_on(cut, owner, own) if world.size > 1 else set(parameters)
-    homes = {name: devices[owner[name]] if owner[name] in own else own_device for name in keep}
-    held.settle(homes)
-    owned = {stage: {n: p for n, p in parameters.items() if owner[n] == stage} for stage in own}
-    for stage, each in owned.items():
-        stages_here[stage].own(each)
-    data, used = data_ranks(grid, stages_here, owned, accumulators, shard, held.tensor)
-    parameters |= used
-    held.put()
-    with types.recording(kind):
-        recordings.add(item, cut, stages_here)
-    _tell_compiled(model, recordings, programs)
-    refuse_shared_hooks(accumulators.uses, accumulators.parameter)
-    weigher = Weigher(recordings, reduction)
-    described = weigher.describe(0, item)
-    if grid.world.is_first:
+    layout = laid_out(asked, levers, plan=plan, mesh=mesh, shard=shard, device=device, timeout=timeout)
+    held = ModelParameters(asked, layout.mesh, layout.device)
+    made = recorded_and_cut(asked, layout, held)
+    own, dealt = stages_made(asked, layout, held, made)
+    tell_compiled(asked, layout, made)
+    weigher = Weigher(made.recordings, reduction)
+    described = weigher.describe(0, layout.items[0])
+    if layout.mesh.world.is_first:
         _LOG.info("the step's loss: %s", described)
-        _warn_of_differences(model, graph, weigher, items)
+        _warn_of_differences(model, made.cut.graph, weigher, layout.items)
     updater = Updater(
-        world,
-        accumulators,
-        owned,
-        process_of_stage=lambda stage: placement.rank_of[stage] if world.size > 1 else 0,
+        layout.world,
+        made.accumulators,
+        dealt.owned,
+        process_of_stage=layout.process_of,
         optimizer=optimizer,
         scheduler=scheduler,
-        data=data,
+        data=dealt.data,
         tensor=held.tensor,
-        rules=UpdateRules.of(types, clip_norm, on_bad_numbers, grid.world, fakes.trainable_names),
+        rules=UpdateRules.of(
+            asked.precision, clip_norm, asked.on_bad_numbers, layout.mesh.world, held.fakes.trainable_names
+        ),
     )
     updater.spread()  # processes may have initialised them differently: the owner holds
     return Pipeline(
         Parts(
             model=model,
-            loss=program,
-            mesh=grid,
-            world=world,
-            link=_joined(grid, own_device, placement, link, cut.flow),
-            stages=stages_here,
-            devices=devices,
-            recordings=recordings,
+            loss=asked.loss,
+            mesh=layout.mesh,
+            world=layout.world,
+            link=joined(asked, layout, made),
+            stages=own,
+            devices=layout.devices,
+            recordings=made.recordings,
             updater=updater,
             fixed=FixedParameters(model),
-            programs=programs,
-            splitter=splitter,
+            programs=layout.programs,
+            splitter=layout.splitter,
             weigher=weigher,
-            joining=joining,
+            joining=asked.joining,
             reduction=described,
-            shared_buffers=SharedBuffers(grid, recordings, own),
-            buffers=true_buffers(model, cut, grid, placement),
-            summaries=summaries(
-                cut,
-                placement,
-                narrowing,
-                {name: (owner[name], parameters[name].numel()) for name in parameters},
-            ),
-            precision=types,
-            narrowing=narrowing,
-            on_bad_numbers=on_bad_numbers,
-            loaded=None if load is None else Path(load),
-            plan=given.plan,
+            shared_buffers=SharedBuffers(layout.mesh, made.recordings, layout.own),
+            buffers=true_buffers(model, made.cut, layout.mesh, layout.placement),
+            summaries=summaries(made.cut, layout.placement, asked.narrowing, made.owner, held.by_name),
+            precision=asked.precision,
+            narrowing=asked.narrowing,
+            loaded=asked.load,
+            plan=layout.decided.plan,
         )
     )
-
-
-def _recorded(
-    tracing: Tracing,
-    program: Program,
-    item: Any,
-    types: Precision,
-    joining: Joining,
-) -> Graph:
-    """The program, if it can be trained."""
-    graph = tracing.trace(program, item)
-    check_training(graph, joining)
-    fakes = tracing.fakes
-    types.check(graph, ((fakes.names[id(fake)], fake) for _, _, fake in fakes.slots))
-    return graph
-
-
-def _joined(grid: Mesh, device: torch.device, placement: Placement, choice: str, flow: Flow) -> Link:
-    """The link between the ranks, who from now on call the roll, where they can."""
-    link = link_for(grid.pipeline, device, placement, choice, flow=flow)
-    for world in (grid.pipeline, grid.world)[grid.is_whole :]:
-        world.roll_call = roll_call_for(world, link)
-    return link
-
-
-def _tell_compiled(model: torch.nn.Module, recordings: Recordings, programs: Programs) -> None:
-    """Say once of each stage what is compiled, where that was asked for."""
-    works = recordings.entries[0].works if recordings.compiles else {}
-    computes = (part for rank in programs.example.ranks for op in rank for part in parts(op))
-    splits = {part.stage for part in computes if isinstance(part, InputGrad)}
-    for stage, work in works.items():
-        said = compiled.told(work.section.nodes, work.compiled, model, splits=stage in splits)
-        _LOG.log(logging.INFO if work.compiled else logging.WARNING, "stage %d %s", stage, said)
-
-
-def _stage(index: int, device: torch.device, seed: int, model: torch.nn.Module, offload: str | None) -> Stage:
-    away = None if offload is None else Offload(device)
-    return Stage(index, device, Streams(seed, device), partial(buffers_at, model), away)
 
 
 def _warn_of_differences(

@@ -2,17 +2,35 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from evenflow.checkpoint.load import persistent_buffers
 from evenflow.graph.cut import Cut
 from evenflow.ir.placement import Placement
-from evenflow.pipe import choices
-from evenflow.pipe.parts import StageSummary
+from evenflow.pipe.cuts import node_costs
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.narrowing import Narrowing
 from evenflow.runtime.parameters import stages_of_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1.
+
+    `num_sent` activations of `sends_bytes` in all leave it for each microbatch; their gradients come back.
+    """
+
+    stage: int
+    rank: int
+    num_nodes: int
+    first: str
+    last: str
+    num_parameters: int
+    share: float
+    num_sent: int
+    sends_bytes: int
 
 
 def true_buffers(model: torch.nn.Module, cut: Cut, grid: Mesh, placement: Placement) -> frozenset[str]:
@@ -34,10 +52,14 @@ def used_on(cut: Cut, owner: Mapping[str, int], stages: Sequence[int]) -> set[st
 
 
 def summaries(
-    cut: Cut, placement: Placement, narrowing: Narrowing, parameters: Mapping[str, tuple[int, int]]
+    cut: Cut,
+    placement: Placement,
+    narrowing: Narrowing,
+    owner: Mapping[str, int],
+    parameters: Mapping[str, torch.nn.Parameter],
 ) -> tuple[StageSummary, ...]:
-    """What each stage holds. `parameters` maps a name to (owning stage, number of elements)."""
-    costs = choices.node_costs(cut.graph)
+    """What each stage holds. `owner`: the stage of each of the parameters."""
+    costs = node_costs(cut.graph)
     edges = (0, *cut.positions, len(cut.graph.chain))
     sent = [[value for group in section.sends.values() for value in group] for section in cut.sections]
     return tuple(
@@ -47,7 +69,7 @@ def summaries(
             num_nodes=end - start,
             first=cut.graph.chain[start].name if end > start else "-",
             last=cut.graph.chain[end - 1].name if end > start else "-",
-            num_parameters=sum(size for owner, size in parameters.values() if owner == stage),
+            num_parameters=sum(each.numel() for name, each in parameters.items() if owner[name] == stage),
             share=sum(costs[start:end]) / sum(costs),
             num_sent=len(sent[stage]),
             sends_bytes=sum(narrowing.num_bytes(cut.graph.values[value].info) for value in sent[stage]),

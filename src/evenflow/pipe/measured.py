@@ -27,9 +27,9 @@ from evenflow.cost.rehearsal import Passed, Rehearsal, as_rehearsed, found_in, k
 from evenflow.errors import EvenflowError
 from evenflow.ir.costs import Link as LinkCost
 from evenflow.ir.placement import Placement
-from evenflow.pipe.choices import Splitter
 from evenflow.pipe.probe import Probed, probe
 from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.splitter import Splitter
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.overheads import Overheads
 from evenflow.plan.request import Levers, Request

@@ -3,20 +3,20 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from evenflow.checkpoint.weights_in import find_weights
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.fakes import FakeParameters
-from evenflow.pipe.fill import Numbers
-from evenflow.pipe.precision import Precision
-from evenflow.pipe.tensor_plan import TensorPlan, part_of, share_modules
+from evenflow.pipe.asked import Asked
+from evenflow.pipe.number_sources import Numbers
+from evenflow.pipe.tensor_plan import part_of, share_modules
 from evenflow.runtime.mesh import Mesh
 from evenflow.runtime.parameters import parameters_by_name
 from evenflow.runtime.tensor_ranks import TensorRanks
 from evenflow.runtime.vocabulary_loss import Vocabulary
+from evenflow.runtime.world import World
 from evenflow.view.units import format_bytes
 
 _LOG = logging.getLogger("evenflow")
@@ -30,26 +30,17 @@ class ModelParameters:
     is changed accordingly.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        mesh: Mesh,
-        tensor_plan: TensorPlan | None,
-        types: Precision,
-        device: torch.device,
-        *,
-        load: str | Path | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, asked: Asked, mesh: Mesh, device: torch.device) -> None:
+        model, types, load = asked.model, asked.precision, asked.load
         given = dict(model.named_parameters(remove_duplicate=False))
         if mesh.tensor.size > 1:
             mesh.check_carried(device, "a mesh with tensor ranks")
-        shared = share_modules(model, mesh, tensor_plan)
+        shared = share_modules(model, mesh, asked.tensor_plan)
         self.tensor = TensorRanks(mesh.tensor, shared.partial)
         self.vocabulary = Vocabulary(mesh.tensor, shared.heads)
         self.fakes, weights, stored = FakeParameters(model, device, types.dtype_of), None, {}
         if load is not None:
-            weights = find_weights(model, Path(load), self.fakes.tied)
+            weights = find_weights(model, load, self.fakes.tied)
             now = dict(model.named_parameters(remove_duplicate=False))
             names = {id(now[name]): first for name, first in self.fakes.tied.items()}
             stored = weights.dtypes
@@ -59,7 +50,8 @@ class ModelParameters:
         self.by_name = parameters_by_name(model, self.fakes.tied)
         self._given = {name: given[name] for name in self.by_name}
         self._dtypes = {name: types.dtype_of(each, stored.get(name)) for name, each in self._given.items()}
-        self._numbers = Numbers(model, self._given, self.fakes.tied, weights=weights, seed=seed)
+        self._numbers = Numbers(model, self._given, self.fakes.tied, weights=weights, seed=asked.seed)
+        _share_buffers(model, mesh.world, device)
         if load is not None and mesh.world.is_first:
             _LOG.info("parameters: %s, as far as they had no numbers as %s stores them", self._told(), load)
 
@@ -92,7 +84,16 @@ class ModelParameters:
         pairs = ((format_bytes(size), str(dtype).removeprefix("torch.")) for dtype, size in sizes.items())
         return ", ".join(f"{size} in {dtype}" for size, dtype in pairs)
 
-    def put(self) -> None:
-        """Let the model's modules hold them."""
+    def put(self, used: Mapping[str, torch.nn.Parameter]) -> None:
+        """Let the model's modules hold them; of some, by name, those that programs use in their place."""
+        self.by_name |= used
         for module, key, fake in self.fakes.slots:
             module._parameters[key] = self.by_name[self.fakes.names[id(fake)]]
+
+
+def _share_buffers(model: torch.nn.Module, world: World, device: torch.device) -> None:
+    """Give every process the first one's buffers, which masks and tables are computed from on all of them."""
+    for buffer in model.buffers() if world.size > 1 else ():
+        moved = buffer.detach().to(device)
+        world.broadcast(moved, 0).wait()
+        buffer.detach().copy_(moved)

@@ -1,4 +1,4 @@
-"""What a pipeline is made of, and what it tells of its stages."""
+"""What a pipeline is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from evenflow.pipe.agree import Prepared
 from evenflow.pipe.fixed import FixedParameters
-from evenflow.pipe.on_bad_numbers import OnBadNumbers
+from evenflow.pipe.holdings import StageSummary
 from evenflow.pipe.precision import Precision
 from evenflow.pipe.programs import Programs
 from evenflow.pipe.replicas import SharedBuffers
+from evenflow.pipe.splitter import Prepared
 from evenflow.pipe.update import Updater
 from evenflow.plan.plan import Plan
 from evenflow.runtime.joining import Joining
@@ -24,24 +24,6 @@ from evenflow.runtime.stage import Stage
 from evenflow.runtime.tracing import Program
 from evenflow.runtime.weights import Weigher
 from evenflow.runtime.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class StageSummary:
-    """How one stage came out of the cut. `share` is its part of the estimated work, 0 to 1.
-
-    `num_sent` activations of `sends_bytes` in all leave it for each microbatch; their gradients come back.
-    """
-
-    stage: int
-    rank: int
-    num_nodes: int
-    first: str
-    last: str
-    num_parameters: int
-    share: float
-    num_sent: int
-    sends_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +50,6 @@ class Parts:
     summaries: tuple[StageSummary, ...]
     precision: Precision
     narrowing: Narrowing  # in which type tensors travel between stages
-    on_bad_numbers: OnBadNumbers
     loaded: Path | None  # the folder that the weights came from
     plan: Plan | None
 

@@ -4,70 +4,66 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from evenflow.bill import Bill
-from evenflow.checkpoint.adapters import is_adapted
-from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.errors import ConfigError
-from evenflow.graph.dtensors import is_first_holder, whole
 from evenflow.ir.timeline import Timeline
 from evenflow.journal.last_step import LastStep
-from evenflow.pipe.accumulated import Accumulated
+from evenflow.pipe.accumulated import OverBatches
 from evenflow.pipe.agree import Agreed
 from evenflow.pipe.bad_numbers import Guard, Guarded
-from evenflow.pipe.batches import Batches
+from evenflow.pipe.batches import Batches, fed
 from evenflow.pipe.check import check_step, refuse_uncheckable
 from evenflow.pipe.check_report import CheckReport
 from evenflow.pipe.default_programs import call_model
-from evenflow.pipe.delivered import Gather, check_gather
 from evenflow.pipe.exhausted import Watch
-from evenflow.pipe.feeding import fed
-from evenflow.pipe.gauges import Gauges
 from evenflow.pipe.last_step import last_step
-from evenflow.pipe.logs import Every, LogHook, Logs
+from evenflow.pipe.logs import Every, LogHook
 from evenflow.pipe.meter import Meter
-from evenflow.pipe.outcome import outcome, prediction
-from evenflow.pipe.over_batches import OverBatches
+from evenflow.pipe.outcome import Gather, check_gather, outcome, prediction
 from evenflow.pipe.parts import Parts
-from evenflow.pipe.patient import patient
-from evenflow.pipe.position import Position
 from evenflow.pipe.reading import read_loss, read_prediction
 from evenflow.pipe.restorable import Restorable
 from evenflow.pipe.result import StepResult
 from evenflow.pipe.runs import ProgramOf, Runs
-from evenflow.pipe.saver import Saver
-from evenflow.pipe.times import Marks, Times
-from evenflow.runtime.executor import Executor
+from evenflow.pipe.times import Marks
+from evenflow.runtime.executor import Executor, Reading, Result
 from evenflow.runtime.nan_watch import NanWatch
 from evenflow.runtime.tracing import Program
 
 
 class Pipeline(Restorable):
-    """Trains a model cut into stages; see `evenflow.pipeline` for an example.
+    """Trains a model cut into stages; `evenflow.pipeline` makes it.
 
     `cut` tells what each stage holds, `reduction` how the step's loss is put together from the microbatches',
     and `plan` is the plan that the pipeline follows, its own or a given one (None where there is none).
     `is_main` is true on the one process that should print and write files.
+
+    >>> from evenflow.pipe.build import pipeline
+    >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1, bias=False)
+    >>> pipe = pipeline(
+    ...     model,
+    ...     loss=lambda model, b: model(b).mean(),
+    ...     example=batch,
+    ...     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    ...     stages=1,
+    ... )
+    >>> losses = [float(pipe.step(each).loss) for each in pipe.feed([batch] * 3)]
+    >>> losses[2] > float(pipe.evaluate(batch).loss)
+    True
+    >>> pipe.num_updates, pipe.epoch, [name for name, _ in pipe.named_parameters()], len(pipe.optimizers)
+    (3, 1, ['weight'], 1)
+    >>> predicted, measured = pipe.timelines()
+    >>> len(measured.spans), pipe.last_step().stages[0].num_parameters
+    (8, 4)
+    >>> pipe.close()
     """
 
     def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self.cut = parts.summaries
-        self.reduction = parts.reduction
-        self.plan = parts.plan
-        self.is_main = parts.mesh.world.is_first
-        self._times = Times(len(parts.devices))
-        self._step = 0  # counts calls of `step`: names the draws
-        self._num_updates = 0
-        self._logs = Logs(Gauges(parts, self._times), is_main=self.is_main)
-        self._is_swapped = False
-        self._accumulated = Accumulated()
-        self._updated = False
-        self._position, self._saver = Position(parts.device), Saver(parts.mesh.world)
+        super().__init__(parts)
         self._batches, self._runs = Batches(parts), Runs(parts)
         self._guard = Guard(parts, self._runs)
         if parts.mesh.world.whereabouts is not None:
@@ -118,8 +114,8 @@ class Pipeline(Restorable):
                 marks.update_seconds = time.perf_counter() - start
             marks.end_seconds = time.perf_counter()
             if not self._updated and guarded.refuses(result):
-                prepare, num = partial(self._batches.prepared, batch), self._accumulated.num_batches
-                result.bad_numbers = self._guard.dealt_with(guarded, result, prepare, num)
+                num_batches = self._accumulated.num_batches
+                result.bad_numbers = self._guard.dealt_with(guarded, result, num_batches)
                 self._drop()
         except Exception:
             self._drop()
@@ -140,8 +136,7 @@ class Pipeline(Restorable):
         Changes nothing but the buffers that the model itself changes in evaluation mode.
         """
         with self._evaluating():
-            agreed = self._batches.agree(self._parts.loss, batch, training=False)
-            results = self._runs.run(agreed, self._parts.programs.evaluation, read_loss, step=self._step)[1]
+            agreed, results = self._evaluated(self._parts.loss, batch, read_loss)
             return outcome(self._parts, results, agreed, self._batches.graph(agreed))
 
     def evaluate_all(self, loader: Iterable[Any]) -> StepResult:
@@ -161,9 +156,7 @@ class Pipeline(Restorable):
         together, graph = OverBatches(), None
         with self._evaluating():
             for batch in fed(self._parts.mesh.world, loader, iter):
-                agreed = self._batches.agree(self._parts.loss, batch, training=False)
-                evaluation = self._parts.programs.evaluation
-                results = self._runs.run(agreed, evaluation, read_loss, step=self._step)[1]
+                agreed, results = self._evaluated(self._parts.loss, batch, read_loss)
                 together.add(agreed, results)
                 graph = self._batches.graph(agreed)
             agreed = together.agreed()
@@ -187,9 +180,7 @@ class Pipeline(Restorable):
         """
         check_gather(gather)
         with self._evaluating():
-            agreed = self._batches.agree(function or call_model, batch, training=False)
-            evaluation = self._parts.programs.evaluation
-            results = self._runs.run(agreed, evaluation, read_prediction, step=self._step)[1]
+            agreed, results = self._evaluated(function or call_model, batch, read_prediction)
             return prediction(self._parts, results, agreed, gather)
 
     def feed(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -272,15 +263,14 @@ class Pipeline(Restorable):
         """
         parts = self._parts
         refuse_uncheckable(parts)
-        prepared = self._batches.prepared(batch)
-        if prepared is None:
+        if batch is None:
             raise ConfigError("there is no batch to check: pass one batch, as to step")
-        agreed = self._batches.agree_on(parts.loss, lambda: prepared, training=True)
+        agreed = self._batches.agree(parts.loss, batch, training=True)
         proven = self._runs.proven(agreed, parts.programs.training)
         return check_step(
             parts,
             self._runs.jobs(agreed),
-            prepared.items,
+            agreed.items,
             step=self._step,
             run=lambda jobs: self._runs.execute(jobs, proven, read_loss, step=self._step)[1],
             progress=progress or (lambda _: None),
@@ -326,43 +316,6 @@ class Pipeline(Restorable):
         """What the steps took, on all ranks: seconds of each stage, idle time, memory."""
         return Meter(self._parts, self._times, self._runs, self._logs)
 
-    @patient("exporting the model")
-    def export(self, folder: str | Path) -> None:
-        """Write a folder that others load: each rank the tensors that it owns; a collective call.
-
-        - A Hugging Face model: what `from_pretrained` loads, under the names that transformers stores, with
-          configuration, generation configuration and, from the folder of `load=`, the tokenizer's files.
-        - A model that `peft.get_peft_model` has wrapped: the adapter alone, for `PeftModel.from_pretrained`.
-        - Any other model: safetensors under the names of its `state_dict`.
-
-        The folder appears when it is whole, in the place of an export that was there. Raises `ConfigError`
-        for a folder that holds anything else, before anything is written.
-        """
-        parts = self._parts
-        tensors = self._own_tensors()
-        made = {name: whole(tensor) for name, tensor in tensors.items()}
-        owned = {name: tensor for name, tensor in made.items() if is_first_holder(tensors[name])}
-        if is_adapted(parts.model):
-            export_adapter(
-                Path(folder),
-                parts.mesh.world,
-                parts.model,
-                owned,
-                loaded=parts.loaded,
-                device=self._parts.device,
-            )
-        else:
-            export_model(Path(folder), parts.mesh.world, parts.model, owned, loaded=parts.loaded)
-
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers that this process answers for, by the model's names."""
-        buffers = self._parts.model.named_buffers()
-        updater = self._parts.updater
-        return {
-            **{name: parameter for name, parameter in updater.parameters if updater.answers(name, parameter)},
-            **{name: buffer for name, buffer in buffers if name in self._parts.buffers},
-        }
-
     def close(self) -> None:
         """Wait for what is being saved; leave modules without hooks of ours, and this process unwatched."""
         self._saver.close()
@@ -401,6 +354,13 @@ class Pipeline(Restorable):
         self._parts.updater.clear()
         self._accumulated.clear()
         self._logs.drop()
+
+    def _evaluated(
+        self, program: Program, batch: Any, reading: Reading
+    ) -> tuple[Agreed, Sequence[Result] | None]:
+        """Run a batch forward alone; its results are there on the last stage's process."""
+        agreed = self._batches.agree(program, batch, training=False)
+        return agreed, self._runs.run(agreed, self._parts.programs.evaluation, reading, step=self._step)[1]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

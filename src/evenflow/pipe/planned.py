@@ -10,10 +10,9 @@ from evenflow.graph.graph import Graph
 from evenflow.graph.positions import legal_positions
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
-from evenflow.pipe import choices
+from evenflow.pipe import cuts
 from evenflow.pipe.recompute import RecomputeChoice
 from evenflow.pipe.refuse import check_callable, check_whole
-from evenflow.pipe.replicas import SHARDINGS
 from evenflow.plan.known_costs import known_costs
 from evenflow.plan.own_order import OwnOrder, check_stage_ranks, own_schedule
 from evenflow.plan.plan import Plan, positions_in
@@ -21,6 +20,7 @@ from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules.catalog import ScheduleFunction
 
 DEFAULT_SCHEDULE = "1f1b"
+_SHARDINGS = (None, "zero1", "fsdp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Decided:
         Raises `ConfigError` where it has no such node, or no cut may stand, or too few.
         """
         if self.plan is None:
-            return choices.positions_of(graph, self.split, num_stages)
+            return cuts.positions_of(graph, self.split, num_stages)
         return _planned_positions(self.plan, graph)
 
 
@@ -70,8 +70,8 @@ def given_plan(
 
     Raises `ConfigError` where they contradict each other, or for sharding that there is not.
     """
-    if shard not in SHARDINGS:
-        raise ConfigError(f"shard={shard!r} is none of {', '.join(map(repr, SHARDINGS))}")
+    if shard not in _SHARDINGS:
+        raise ConfigError(f"shard={shard!r} is none of {', '.join(map(repr, _SHARDINGS))}")
     _refuse_both(shard, (mesh or {}).get("tp"))
     if plan is None or plan == "auto":
         if shard is not None and (mesh or {}).get("dp", 1) == 1:
@@ -116,7 +116,7 @@ def decided(made: Plan | None, **given: Any) -> Decided:  # given: `pipeline`'s 
     counts = ("stages", "stages_per_rank", "microbatch_size", "num_microbatches")
     check_whole(**{name: given[name] for name in counts})
     check_callable(split_batch=given["split_batch"])
-    choices.check_share(given["max_leaf_share"])
+    cuts.check_share(given["max_leaf_share"])
     given["schedule"] = DEFAULT_SCHEDULE if given["schedule"] is None else given["schedule"]
     if not isinstance(given["schedule"], str):
         check_callable(schedule=given["schedule"], needed=True)
@@ -138,8 +138,6 @@ def _planned_positions(plan: Plan, graph: Graph) -> tuple[int, ...]:
     legal = legal_positions(graph)
     for number, position in enumerate(positions, start=1):
         if not legal[position]:
-            raise ConfigError(
-                f"the plan's stage {number} begins with {plan.stages[number].first!r}, but a cut there would "
-                "part a tensor from one that shares its memory and is changed later; move it"
-            )
+            first = plan.stages[number].first
+            raise ConfigError(f"the plan's stage {number} begins with {first!r}, but {cuts.NO_CUT}; move it")
     return positions

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -147,18 +148,11 @@ def _trips(
     info = TensorInfo((num_bytes // 4,), (1,), torch.float32, False)
     ball = (torch.zeros(num_bytes // 4, device=device),)
 
-    def there(number: int) -> tuple[Send, Recv, Manifest]:
-        manifest = Manifest(("probe", num_bytes, low, high), (info,), device)
-        return (
-            Send(low, high, number, Payload.ACTIVATION),
-            Recv(low, high, number, Payload.ACTIVATION),
-            manifest,
-        )
+    def leg(source: int, target: int, payload: Payload, number: int) -> tuple[Send, Recv, Manifest]:
+        manifest = Manifest(("probe", num_bytes, source, target), (info,), device)
+        return Send(source, target, number, payload), Recv(source, target, number, payload), manifest
 
-    def back(number: int) -> tuple[Send, Recv, Manifest]:
-        manifest = Manifest(("probe", num_bytes, high, low), (info,), device)
-        return Send(high, low, number, Payload.GRADIENT), Recv(high, low, number, Payload.GRADIENT), manifest
-
+    there, back = partial(leg, low, high, Payload.ACTIVATION), partial(leg, high, low, Payload.GRADIENT)
     serve, answer = (there, back) if rank == low else (back, there)
     numbers = range(_WARM_UPS + _TRIPS)
     link.start([answer(number)[1:] for number in numbers])

@@ -26,13 +26,6 @@ def has_metrics(graph: Graph) -> bool:
     return len(graph.output.leaves) > 1
 
 
-def check_training(graph: Graph, joining: Joining) -> None:
-    """Refuse a loss function that cannot be trained with; raises `ConfigError` saying why."""
-    check_loss(graph)
-    check_trainable(graph)
-    check_metrics(graph, joining)
-
-
 def check_metrics(graph: Graph, joining: Joining) -> None:
     """Refuse metrics that `joining` does not suit; raises `ConfigError` naming them."""
     joining.check(read_loss(_returned(graph))[1], lambda leaf: isinstance(leaf, Ref))

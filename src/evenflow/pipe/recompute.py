@@ -4,7 +4,6 @@ Without a plan, what recomputation frees and takes is estimated from the recordi
 device of one data sheet, so that every machine chooses the same.
 """
 
-import difflib
 import fnmatch
 import itertools
 import logging
@@ -20,6 +19,7 @@ from evenflow.errors import ConfigError
 from evenflow.graph.cut import Cut
 from evenflow.graph.graph import Graph, Node
 from evenflow.graph.recomputable import Again, without_refused
+from evenflow.pipe.refuse import unknown_module
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import RECOMPUTE_NAMES as NAMES
 from evenflow.plan.plan import Plan, node_labels
@@ -49,11 +49,7 @@ def check_recompute(model: torch.nn.Module, recompute: RecomputeChoice) -> tuple
     for pattern in recompute:
         matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matching and ":" not in pattern:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-            raise ConfigError(
-                f"recompute= names {pattern!r}, which is no module of the model; nearest are "
-                f"{', '.join(map(repr, near))}"
-            )
+            raise unknown_module("recompute", pattern, names)
         found += [name for name in matching if not any(name.startswith(f"{each}.") for each in matching)]
     return tuple(dict.fromkeys(found))
 

@@ -8,10 +8,11 @@ from torch.utils import _pytree as pytree
 
 from evenflow.cost.recorded import Recorded
 from evenflow.graph.fakes import FakeParameters
-from evenflow.pipe.choices import Splitter, leaf_share
-from evenflow.pipe.deferred import recipes_of
+from evenflow.pipe.cuts import leaf_share
+from evenflow.pipe.number_sources import recipes_of
 from evenflow.pipe.reading import check_loss, check_trainable
 from evenflow.pipe.refuse import refuse_unfit
+from evenflow.pipe.splitter import Splitter
 from evenflow.runtime.microbatch import tensors
 from evenflow.runtime.parameters import parameters_by_name
 from evenflow.runtime.tracing import Leaves, Program, Tracing

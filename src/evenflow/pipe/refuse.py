@@ -1,6 +1,8 @@
-"""What is refused: models that are wrapped, compiled or untrainable, and arguments of the wrong kind."""
+"""What is refused: models that are wrapped, compiled or untrainable, arguments of the wrong kind."""
 
+import difflib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +11,9 @@ from evenflow.errors import ConfigError, PeerError
 from evenflow.graph.deferred import changed_since
 from evenflow.graph.dtensors import is_dtensor
 from evenflow.graph.recipes import memory_of
-from evenflow.pipe.norm import check_clip_norm
-from evenflow.runtime.links import choose
-from evenflow.runtime.weights import CHOICES
 from evenflow.runtime.world import World
 
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
@@ -22,7 +21,7 @@ def refuse_unfit(model: torch.nn.Module, *, loading: bool = False) -> None:
 
     Parameters may be without memory where `loading` gives them numbers.
     """
-    refuse_no_module(model)
+    _refuse_no_module(model)
     for path, module in model.named_modules():
         _refuse_wrapped(f"the model's module {path}" if path else "the model", module)
     if getattr(model, "hf_device_map", None) is not None:
@@ -61,7 +60,7 @@ def _refuse_numberless(model: torch.nn.Module) -> None:
 
 def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
     kind = type(module).__name__
-    if kind in WRAPPERS:
+    if kind in _WRAPPERS:
         raise ConfigError(
             f"{what} is wrapped: remove the line {kind}(…) and pass the bare module (model.module)"
         )
@@ -71,7 +70,7 @@ def _refuse_wrapped(what: str, module: torch.nn.Module) -> None:
         raise ConfigError(f"{what} was compiled: remove the line torch.compile(…) and pass the bare module")
 
 
-def refuse_no_module(model: object) -> None:
+def _refuse_no_module(model: object) -> None:
     """Raise `ConfigError` for a model that is no module; several are one `ModuleDict`."""
     if isinstance(model, torch.nn.Module):
         return
@@ -84,24 +83,6 @@ def refuse_no_module(model: object) -> None:
     raise ConfigError(f"the model is a {kind}; it must be a torch.nn.Module")
 
 
-def check_given(
-    seed: object, reduction: object, link: object, clip_norm: object, offload: object, **functions: Any
-) -> None:
-    """Raise `ConfigError` naming the first of these arguments of `pipeline` that no model could work with."""
-    check_whole(seed=seed)
-    if isinstance(functions.get("loss"), dict | list | tuple):
-        raise ConfigError(
-            f"loss= must be a function, not a {type(functions['loss']).__name__}; where losses take turns (a "
-            "GAN's), give one function that looks at a plain value of the batch to know whose turn it is "
-            "(docs/training.md)"
-        )
-    check_callable(**functions)
-    _check_reduction(reduction)
-    _check_link(link)
-    check_clip_norm(clip_norm)
-    _check_offload(offload)
-
-
 def refuse_together(world: World, what: str, problem: str | None) -> None:
     """Raise `ConfigError` where there is a `problem`, and on the other ranks `PeerError`; collective."""
     told = world.gather(problem)
@@ -110,6 +91,15 @@ def refuse_together(world: World, what: str, problem: str | None) -> None:
     for rank, theirs in enumerate(told):
         if theirs is not None:
             raise PeerError(f"rank {rank} refused what {what} was given: {theirs}")
+
+
+def unknown_module(argument: str, name: str, names: Sequence[str]) -> ConfigError:
+    """What is said of a name in `argument` that is none of the model's `names`: the nearest of these."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    return ConfigError(
+        f"{argument}= names {name!r}, which is no module of the model; nearest are "
+        f"{', '.join(map(repr, near))}"
+    )
 
 
 def check_whole(**arguments: Any) -> None:  # whatever the caller was given
@@ -124,26 +114,3 @@ def check_callable(*, needed: bool = False, **arguments: Any) -> None:  # whatev
     for name, value in arguments.items():
         if (needed or value is not None) and not callable(value):
             raise ConfigError(f"{name}= must be a function, not a {type(value).__name__}")
-
-
-def _check_link(link: object) -> None:
-    """Raise `ConfigError` for a `link=` that is none of those known."""
-    if link not in choose.CHOICES:
-        raise ConfigError(f"link={link!r} is none of {', '.join(map(repr, choose.CHOICES))}")
-
-
-def _check_offload(offload: object) -> None:
-    """Raise `ConfigError` for an `offload=` that is none of those known."""
-    if offload not in (None, "activations"):
-        hint = ": of optimizers torch offloads those of fully_shard alone" if offload == "optimizer" else ""
-        raise ConfigError(f"offload={offload!r} is not 'activations'{hint}; give that, or leave offload= out")
-
-
-def _check_reduction(reduction: object) -> None:
-    """Raise `ConfigError` for a `reduction=` that is neither a known name nor a function."""
-    if reduction is not None and reduction not in CHOICES and not callable(reduction):
-        hint = " (over rows, or over tokens?)" if reduction == "mean" else ""
-        raise ConfigError(
-            f"reduction={reduction!r}{hint} is none of {', '.join(map(repr, CHOICES))}, and no function that "
-            "returns a microbatch's weight"
-        )

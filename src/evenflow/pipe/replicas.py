@@ -1,6 +1,7 @@
 """What data ranks do together, as `pipeline` asks: they sum gradients, and may share what they hold."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,47 +37,55 @@ class SharedBuffers:
             work.wait()
 
 
-SHARDINGS = (None, "zero1", "fsdp")
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """What the data ranks do with the parameters of this process's stages.
+
+    `owned` are these, as optimizers and checkpoints see them; `used` those that programs use in the place of
+    some, by name.
+    """
+
+    data: DataRanks
+    owned: Mapping[int, Mapping[str, torch.nn.Parameter]]
+    used: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
 
 
 def data_ranks(
     mesh: Mesh,
     stages: Mapping[int, Stage],
-    owned: Mapping[int, dict[str, torch.nn.Parameter]],
+    owned: Mapping[int, Mapping[str, torch.nn.Parameter]],
     accumulators: Accumulators,
     shard: str | None,
     tensor: TensorRanks,
-) -> tuple[DataRanks, dict[str, torch.nn.Parameter]]:
+) -> Dealt:
     """The data ranks of these stages, which have the first one's numbers from now on; collective.
 
-    `owned` are the stages' parameters, which with "fsdp" become their sharded forms there; what is returned
-    beside are then those that programs use in their place, by name.
+    `owned` are the stages' parameters, which with "fsdp" take their sharded forms.
     """
     named: dict[int, list[Named]] = {stage: list(held.items()) for stage, held in owned.items()}
     every = [each for held in named.values() for each in held]
     tensor.begin(every)
     if mesh.data.size == 1:
-        return OneDataRank(every, tensor.settled), {}
+        return Dealt(OneDataRank(every, tensor.settled), owned)
     tell(mesh.data, every, lambda _: 0)
+    shared = accumulators.uses.keys()
     if shard != "fsdp":
-
-        def is_shared(name: str) -> bool:
-            return name in accumulators.uses
-
         states = shard == "zero1"
-        return Replicated(mesh.data, named, shares_states=states, late=is_shared, settled=tensor.settled), {}
+        late = shared.__contains__
+        data = Replicated(mesh.data, named, shares_states=states, late=late, settled=tensor.settled)
+        return Dealt(data, owned)
     from evenflow.runtime.fully_sharded import FullySharded, ShardedStage
 
     mesh.check_carried(next(iter(stages.values())).device, 'shard="fsdp"')
     assert mesh.devices is not None, "there are data ranks"
-    shared = {name for held in owned.values() for name in held if name in accumulators.uses}
     sharded: dict[int, ShardedStage] = {}
     used: dict[str, torch.nn.Parameter] = {}
+    parted: dict[int, Mapping[str, torch.nn.Parameter]] = {}
     for number, held in owned.items():
         whole = {held[name] for name in held if name in shared}
         sharded[number] = made = ShardedStage(stages[number], mesh.devices["dp"], whole, mesh.data)
         used |= {key.replace("/", "."): parameter for key, parameter in made.gathered.items()}
-        held |= {key.replace("/", "."): parameter for key, parameter in made.sharded.items()}
+        parted[number] = {**held, **{key.replace("/", "."): each for key, each in made.sharded.items()}}
     kept = {stage: [each for each in each_named if each[0] in shared] for stage, each_named in named.items()}
-    late = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True, settled=tensor.settled)
-    return FullySharded(mesh.data, sharded, late), used
+    whole_ones = Replicated(mesh.data, kept, shares_states=False, late=lambda _: True, settled=tensor.settled)
+    return Dealt(FullySharded(mesh.data, sharded, whole_ones), parted, used)

@@ -1,26 +1,27 @@
-"""The half of a pipeline that gives its numbers out and takes others in: averages, states, checkpoints."""
+"""The half of a pipeline that gives its numbers out and takes others in: exports, averages, checkpoints."""
 
 import copy
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evenflow.checkpoint.adapters import is_adapted
 from evenflow.checkpoint.load import misfit, open_checkpoint, persistent_buffers
 from evenflow.checkpoint.manifest import is_checkpoint
 from evenflow.checkpoint.plain import encode
 from evenflow.checkpoint.save import Content
+from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.checkpoint.whole import in_the_way
 from evenflow.errors import ConfigError
-from evenflow.graph.dtensors import is_dtensor
+from evenflow.graph.dtensors import is_dtensor, is_first_holder, whole
 from evenflow.pipe.accumulated import Accumulated
+from evenflow.pipe.gauges import Gauges
 from evenflow.pipe.logs import Logs
 from evenflow.pipe.parts import Parts
-from evenflow.pipe.patient import patient
 from evenflow.pipe.position import Position
 from evenflow.pipe.random_state import random_state, set_random_state
 from evenflow.pipe.refuse import refuse_together
@@ -28,27 +29,58 @@ from evenflow.pipe.saved import check_state, layout_of, read_state
 from evenflow.pipe.saver import Saver
 from evenflow.pipe.state import put_back, state_of
 from evenflow.pipe.swapped import swapped
+from evenflow.pipe.times import Times
 from evenflow.plan.plan_file import write_plan
+from evenflow.runtime.whereabouts import patiently
 
 _LOG = logging.getLogger(__name__)
 
 
-class Restorable(ABC):
-    """What `Pipeline` can do with its numbers beside training them. The attributes are `Pipeline`'s."""
+class Restorable:
+    """Where a `Pipeline` is in its run, and what it can do with its numbers beside training them."""
 
-    _parts: Parts
-    _accumulated: Accumulated
-    _logs: Logs
-    _updated: bool
-    _is_swapped: bool
-    _step: int
-    _num_updates: int
-    _position: Position
-    _saver: Saver
+    def __init__(self, parts: Parts) -> None:
+        self.cut, self.reduction, self.plan = parts.summaries, parts.reduction, parts.plan
+        self.is_main = parts.mesh.world.is_first
+        self._parts = parts
+        self._step = 0  # counts calls of `step`: names the draws
+        self._num_updates = 0
+        self._times = Times(len(parts.devices))
+        self._logs = Logs(Gauges(parts, self._times), is_main=self.is_main)
+        self._accumulated = Accumulated()
+        self._updated = False  # by the last step
+        self._is_swapped = False
+        self._position, self._saver = Position(parts.device), Saver(parts.mesh.world)
 
-    @abstractmethod
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers that this process answers for, by the model's names."""
+    def export(self, folder: str | Path) -> None:
+        """Write a folder that others load: each rank the tensors that it owns; a collective call.
+
+        - A Hugging Face model: what `from_pretrained` loads, under the names that transformers stores, with
+          configuration, generation configuration and, from the folder of `load=`, the tokenizer's files.
+        - A model that `peft.get_peft_model` has wrapped: the adapter alone, for `PeftModel.from_pretrained`.
+        - Any other model: safetensors under the names of its `state_dict`.
+
+        The folder appears when it is whole, in the place of an export that was there. Raises `ConfigError`
+        for a folder that holds anything else, before anything is written.
+
+        >>> import tempfile
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pipe.export(folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['model.safetensors']
+        """
+        parts, world, folder = self._parts, self._parts.mesh.world, Path(folder)
+        with self._patiently("exporting the model"):
+            tensors = self._own_tensors()
+            made = {name: whole(tensor) for name, tensor in tensors.items()}
+            owned = {name: tensor for name, tensor in made.items() if is_first_holder(tensors[name])}
+            if is_adapted(parts.model):
+                export_adapter(folder, world, parts.model, owned, loaded=parts.loaded, device=parts.device)
+            else:
+                export_model(folder, world, parts.model, owned, loaded=parts.loaded)
 
     @contextmanager
     def swapped(self, numbers: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -104,29 +136,28 @@ class Restorable(ABC):
         if wait:
             self.saved()
 
-    @patient("saving a checkpoint")
     def saved(self) -> None:
         """Wait until what `save(wait=False)` began is written; raises what `save` does. A collective call."""
-        self._saver.wait()
+        with self._patiently("saving a checkpoint"):
+            self._saver.wait()
 
-    @patient("saving a checkpoint")
     def begin_to_save(self, folder: Path, extra: Any, after: Callable[[Path], None] | None) -> None:
         """What `save(wait=False)` does; `after` is called on the main rank when the folder is there."""
-        self._saver.wait()  # what was begun before: where it failed, all ranks hear of it here
-        world, content, failure = self._parts.mesh.world, None, None
-        is_free = not self._is_first or is_checkpoint(folder)
-        found = None if is_free else in_the_way(folder, (), "something else")
-        try:
-            if found is not None:
-                raise ConfigError(f"{folder}: {found}; name another folder")
-            content = self._content(extra)
-        except Exception as error:  # noqa: BLE001 (all ranks hear of it)
-            failure = error
-        if failure is not None and not isinstance(failure, ConfigError):
-            failure = ConfigError(f"{type(failure).__name__}: {failure}")
-        refuse_together(world, "save()", None if failure is None else str(failure))
-        assert content is not None, "there is no failure"
-        self._saver.write(folder, content, after)
+        with self._patiently("saving a checkpoint"):
+            self._saver.wait()  # what was begun before: where it failed, all ranks hear of it here
+            content, problem = None, None
+            try:
+                is_free = not self.is_main or is_checkpoint(folder)
+                if not is_free and (found := in_the_way(folder, (), "something else")) is not None:
+                    raise ConfigError(f"{folder}: {found}; name another folder")
+                content = self._content(extra)
+            except ConfigError as error:
+                problem = str(error)
+            except Exception as error:  # noqa: BLE001 (all ranks hear of it)
+                problem = f"{type(error).__name__}: {error}"
+            refuse_together(self._parts.mesh.world, "save()", problem)
+            assert content is not None, "there is no problem"
+            self._saver.write(folder, content, after)
 
     def _content(self, extra: Any) -> Content:
         parts, world = self._parts, self._parts.mesh.world
@@ -138,11 +169,11 @@ class Restorable(ABC):
             )
         state = state_of(parts.updater, self._own_tensors(), step=self._step, num_updates=self._num_updates)
         own: dict[str, Any] = {"random": random_state(parts.device)}
-        if self._is_first:
+        if self.is_main:
             own["position"] = self._position.state()
         state |= {
             "seed": next(iter(parts.stages.values())).streams.run_seed,
-            "extra": extra if self._is_first else None,
+            "extra": extra if self.is_main else None,
             "processes": {str(world.rank): own},
         }
         tensors: dict[str, torch.Tensor] = {}
@@ -158,11 +189,6 @@ class Restorable(ABC):
             plan=None if parts.plan is None else write_plan(parts.plan),
         )
 
-    @property
-    def _is_first(self) -> bool:
-        return self._parts.mesh.world.is_first
-
-    @patient("loading a checkpoint")
     def load(self, folder: str | Path, *, optimizer: bool = True, data: bool = True) -> Any:
         """Go on where a checkpoint was saved, at any layout; returns its `extra`. A collective call.
 
@@ -193,12 +219,25 @@ class Restorable(ABC):
         >>> bool(one.step(batch).loss == two.step(batch).loss)
         True
         """
+        with self._patiently("loading a checkpoint"):
+            state = self._read(folder, optimizer=optimizer)
+            self._put_back(state, optimizer=optimizer)
+            problem = None
+            try:
+                if optimizer:
+                    self._go_on(state, data=data)
+            except Exception as error:  # noqa: BLE001 (a stranger may have written it; all hear of it)
+                problem = f"this is no state: {type(error).__name__}: {error}"
+            refuse_together(self._parts.mesh.world, f"load({str(folder)!r})", problem)
+        return state["extra"]
+
+    def _read(self, folder: str | Path, *, optimizer: bool) -> dict[str, Any]:
+        """This process's part of a checkpoint's state; raises on all ranks what is wrong on one."""
         parts, problem, state = self._parts, None, None
         try:
             checkpoint = open_checkpoint(Path(folder))
-            problem = misfit(
-                checkpoint, parts.model, {**persistent_buffers(parts.model), **dict(parts.updater.parameters)}
-            )
+            own = {**persistent_buffers(parts.model), **dict(parts.updater.parameters)}
+            problem = misfit(checkpoint, parts.model, own)
             if problem is None:
                 state = read_state(checkpoint, parts, optimizer=optimizer)
                 check_state(state, folder)
@@ -208,19 +247,12 @@ class Restorable(ABC):
             problem = f"{type(error).__name__}: {error}"
         refuse_together(parts.mesh.world, f"load({str(folder)!r})", problem)
         assert state is not None, "there is no problem"
-        self._put_back(state, optimizer=optimizer)
-        try:
-            if optimizer:
-                self._go_on(state, data=data)
-        except Exception as error:  # noqa: BLE001 (a stranger may have written it; all hear of it)
-            problem = f"this is no state: {type(error).__name__}: {error}"
-        refuse_together(parts.mesh.world, f"load({str(folder)!r})", problem)
-        return state["extra"]
+        return state
 
     def _go_on(self, state: Mapping[str, Any], *, data: bool) -> None:
         """With random draws and batches where they were."""
         for stage in self._parts.stages.values():
-            if stage.streams.run_seed != state["seed"] and self._is_first:
+            if stage.streams.run_seed != state["seed"] and self.is_main:
                 _LOG.warning(
                     "seed=%d gives way to the checkpoint's, %d", stage.streams.run_seed, state["seed"]
                 )
@@ -253,6 +285,14 @@ class Restorable(ABC):
         `state` is what `state_dict` returned here, or those of all processes, merged. The next steps are then
         those that the run would have made. A collective call. Raises `ConfigError` for a state that lacks a
         parameter.
+
+        >>> from evenflow.pipe.build import pipeline
+        >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
+        >>> pipe = pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+        >>> state = pipe.state_dict()
+        >>> pipe.load_state_dict(state)
+        >>> sorted(state["model"])
+        ['bias', 'weight']
         """
         self._refuse_parted("load_state_dict()")
         names = {name for name, _ in self._parts.updater.parameters}
@@ -283,3 +323,16 @@ class Restorable(ABC):
                     f"{what} has whole tensors, and of {name} each rank has a part (tensor ranks, or "
                     'shard="fsdp"): use save() and load()'
                 )
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers that this process answers for, by the model's names."""
+        buffers = self._parts.model.named_buffers()
+        updater = self._parts.updater
+        return {
+            **{name: parameter for name, parameter in updater.parameters if updater.answers(name, parameter)},
+            **{name: buffer for name, buffer in buffers if name in self._parts.buffers},
+        }
+
+    def _patiently(self, doing: str) -> AbstractContextManager[None]:
+        """Let this rank have its time inside, while others wait: a watchdog is told that it is doing this."""
+        return patiently(self._parts.mesh.world.whereabouts, doing)

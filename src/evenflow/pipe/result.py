@@ -7,7 +7,7 @@ import torch
 
 
 class StepResult:
-    """The outcome of one step, of `evaluate` or of `predict`.
+    """The outcome of one step, or of `evaluate`.
 
     `loss` is a 0-dimensional tensor: that of the whole batch (`Pipeline.reduction` says how microbatches are
     weighed). `metrics` is what the loss function returned beside the loss (None where it returned the loss
@@ -20,9 +20,7 @@ class StepResult:
     (2.0, {'accuracy': 0.5})
     """
 
-    def __init__(
-        self, loss: torch.Tensor | None, metrics: Any, wait: Callable[[], Any] | None = None
-    ) -> None:
+    def __init__(self, loss: torch.Tensor, metrics: Any, wait: Callable[[], Any] | None = None) -> None:
         self._loss, self._wait = loss, wait
         self.metrics = metrics
         self.grad_norm: torch.Tensor | None = None
@@ -34,7 +32,6 @@ class StepResult:
         if self._wait is not None:
             self._wait()
             self._wait = None
-        assert self._loss is not None, "a prediction has no loss"
         return self._loss
 
     def __repr__(self) -> str:

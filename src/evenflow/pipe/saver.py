@@ -7,7 +7,6 @@ process cost it more than what is written to them. The thread has a group of pro
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,14 +73,10 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until what was begun is written; raises what `write_checkpoint` does, on all ranks."""
-        written, self._written = self._written, None
+        written, self._written, world = self._written, None, self._world
         if written is not None:
-            with self._waiting():
+            with awaited(world.whereabouts, world.members, "its part of a checkpoint to be written"):
                 written.result()
-
-    def _waiting(self) -> AbstractContextManager[None]:
-        world = self._world
-        return awaited(world.whereabouts, world.members, "its part of a checkpoint to be written")
 
     def close(self) -> None:
         """Wait for what is being written, and let go of the thread and of the copies."""

@@ -48,7 +48,7 @@ def state_of(
             for group in optimizer.param_groups
             for parameter in group["params"]
         },
-        "optimizers": {_class_of(each): {} for each in _members(updater)},
+        "optimizers": {type(each).__name__: {} for each in _members(updater)},
         "schedulers": {
             str(stage): scheduler.state_dict()
             for stage, scheduler in zip(updater.optimizers, updater.schedulers, strict=False)
@@ -118,10 +118,6 @@ def _members(updater: Updater) -> list[torch.optim.Optimizer]:
     return [each for one in every for each in (one.members if isinstance(one, Together) else (one,))]
 
 
-def _class_of(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer).__name__
-
-
 def _of_scheduler(
     scheduler: torch.optim.lr_scheduler.LRScheduler, stage: int, states: Mapping[str, Any]
 ) -> Any:  # a state, or None
@@ -150,10 +146,9 @@ def _suit(state: Any, groups: Sequence[Mapping[str, Any]]) -> None:  # a schedul
 def _other_optimizers(updater: Updater, state: Mapping[str, Any]) -> str | None:
     """Why the states of optimizers do not suit these, if they don't."""
     saved, remedy = state["optimizers"], "give the same, or load without: optimizer=False"
-    for each in _members(updater):
-        if saved and _class_of(each) not in saved:
-            its = " and ".join(sorted(saved))
-            return f"it has states of {its}, and optimizer= makes {_class_of(each)}; {remedy}"
+    for made in (type(each).__name__ for each in _members(updater)):
+        if saved and made not in saved:
+            return f"it has states of {' and '.join(sorted(saved))}, and optimizer= makes {made}; {remedy}"
     return None
 
 

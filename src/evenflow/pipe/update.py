@@ -38,8 +38,6 @@ class Updater:
         tensor: TensorRanks | None = None,
         rules: UpdateRules | None = None,
     ) -> None:
-        if scheduler is not None and optimizer is None:
-            raise ConfigError("scheduler= needs optimizer=: it is called with the optimizer that it steers")
         self.world, self.accumulators, self.owned = world, accumulators, owned
         self.data = OneDataRank() if data is None else data
         self._tensor = TensorRanks(SingleProcess(), ()) if tensor is None else tensor
@@ -174,23 +172,23 @@ class Updater:
                 assert gradient is not None
                 self.world.send(local_part(gradient), owner)
             elif self.world.rank == owner:
-                parameter = self.owned_parameter(name)
+                parameter = self._owned_parameter(name)
                 gradient = with_local(parameter, self.world.receive(local_part(parameter), holder))
         if alias is not None:
             alias.grad = None
         if self.world.rank == owner and gradient is not None:
-            parameter = self.owned_parameter(name)
+            parameter = self._owned_parameter(name)
             moved = gradient.to(parameter.device)
             parameter.grad = moved if parameter.grad is None else parameter.grad.add_(moved)
 
-    def owned_parameter(self, name: str) -> torch.nn.Parameter:
+    def _owned_parameter(self, name: str) -> torch.nn.Parameter:
         return self.owned[self.accumulators.owner[name]][name]
 
     def _spread(self, name: str, uses: list[Use]) -> None:
         owner = self._owner(name)
         for process in sorted({self.process_of_stage(use.stage) for use in uses} - {owner}):
             if self.world.rank == owner:
-                self.world.send(local_part(self.owned_parameter(name).data), process)
+                self.world.send(local_part(self._owned_parameter(name).data), process)
             elif self.world.rank == process:
                 kept = local_part(self.accumulators.parameter(name).data)
                 kept.copy_(self.world.receive(kept, owner))
@@ -199,13 +197,13 @@ class Updater:
 
 def _checked(made: Any) -> torch.optim.Optimizer:  # whatever the user's function returned
     made = as_one(made)
-    kind = type(made).__name__
     if not isinstance(made, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer= returned a {kind}; it must return a torch.optim.Optimizer")
+        raise ConfigError(
+            f"optimizer= returned a {type(made).__name__}; it must return a torch.optim.Optimizer"
+        )
     members = made.members if isinstance(made, Together) else (made,)
     if any(isinstance(member, torch.optim.LBFGS) for member in members):
-        kind = "LBFGS"
-        raise ConfigError(f"optimizer= returned {kind}, which runs the model itself; use one that does not")
+        raise ConfigError("optimizer= returned LBFGS, which runs the model itself; use one that does not")
     return made
 
 
