@@ -26,6 +26,7 @@ from evenflow.cli.config_file import read_config
 from evenflow.cli.main import app
 from evenflow.schedules.catalog import SCHEDULES
 from public_api import PUBLIC
+from source_map import MAP, source_map
 
 ROOT = Path(__file__).parents[1]
 BESIDE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
@@ -41,24 +42,8 @@ def test_every_file_that_a_page_links_to_is_there(page):
     assert not missing
 
 
-def test_the_map_of_the_design_names_every_file():
-    page = (ROOT / "docs" / "design.md").read_text()
-    (drawn,) = re.findall(r"```\nsrc/evenflow/\n(.*?)```", page, re.DOTALL)
-    source = ROOT / "src" / "evenflow"
-    place, named = "", dict[str, set[str]]()
-    for line in drawn.splitlines():
-        folder = re.match(r"  (?:   +)?(\w+)/ ", line)
-        place = folder[1] if folder else place if line.startswith("    ") else ""
-        names = re.split(r" {3,}", line[folder.end() :].strip() if folder else line.strip())[0]
-        named.setdefault(place, set()).update(names.split())
-    missing = [
-        str(path.relative_to(source))
-        for path in sorted(source.rglob("*.py"))
-        # Each method of the catalog has a file of its own: the map says so, and names none.
-        if not path.stem.startswith("__") and path.parent.name != "schedules"
-        if path.stem not in named.get("" if path.parent == source else path.parent.name, set())
-    ]
-    assert not missing
+def test_the_map_names_every_file_as_its_docstring_does():
+    assert source_map() == MAP.read_text(), "python tests/source_map.py > docs/map.txt"
 
 
 INSIDE = [
