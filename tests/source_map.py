@@ -4,6 +4,7 @@
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,4 +34,4 @@ def _first_line(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(source_map(), end="")
+    sys.stdout.write(source_map())
