@@ -22,12 +22,12 @@ from quiet import Quiet
 import evenflow
 from evenflow.errors import EvenflowError
 from evenflow.launcher import launch
-from evenflow.pipe.measured import Run, measured_request
+from evenflow.pipe.building.measured import Run, measured_request
+from evenflow.pipe.given.places import world_of
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.pipe.places import world_of
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import describe
-from evenflow.plan.partition import balanced_cuts
+from evenflow.plan.cuts.partition import balanced_cuts
 from evenflow.plan.plan import Plan, PlannedStage, node_labels
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers

@@ -31,9 +31,9 @@ from evenflow.ir.flow import Flow
 from evenflow.ir.op import Recv, Send, SimpleOp
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
-from evenflow.pipe.measured import Run, measured_request
+from evenflow.pipe.building.measured import Run, measured_request
+from evenflow.pipe.given.places import world_of
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.pipe.places import world_of
 from evenflow.plan.chain import Chain, Seconds
 from evenflow.plan.choice import describe
 from evenflow.plan.known_costs import known_costs
@@ -46,7 +46,7 @@ from evenflow.runtime.links import choose, process_group
 from evenflow.runtime.links.link import Link as RunningLink
 from evenflow.runtime.links.link import Manifest, Parcel
 from evenflow.runtime.links.process_group import ProcessGroupLink
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 

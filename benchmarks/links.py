@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from quiet import Quiet
 
-from evenflow.graph.tree import TensorInfo
+from evenflow.graph.nouns.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
-from evenflow.pipe.places import world_of
+from evenflow.pipe.given.places import world_of
 from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Link, Manifest
 from evenflow.runtime.links.process_group import ProcessGroupLink
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 
 SIZES = {"4 KiB": 2**12, "64 KiB": 2**16, "1 MiB": 2**20, "4 MiB": 2**22}
 ROUNDS, TRIPS, STREAM = 7, 30, 60

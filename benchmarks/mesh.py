@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import evenflow
-from evenflow.runtime.data_ranks import Replicated
+from evenflow.runtime.ranks.data_ranks import Replicated
 
 SECONDS, MICROBATCHES, WEIGHTS = 10e-3, 8, 2**21  # of a stage: each pass, and 8 MiB of gradients
 STEPS, WARM_UPS, ROUNDS = 8, 3, 3

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from evenflow.ir import Costs, Flow, Placement
 from evenflow.plan.chain import Held
-from evenflow.plan.partition import balanced_cuts, partition
-from evenflow.plan.problem import DoesNotFitError, Kind, PartitionProblem
+from evenflow.plan.cuts.partition import balanced_cuts, partition
+from evenflow.plan.cuts.problem import DoesNotFitError, Kind, PartitionProblem
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from evenflow.simulate import simulate
 

@@ -174,8 +174,8 @@ def request_of(case: Case) -> Request:
 
     import evenflow
     from evenflow.cost.estimate import estimate
-    from evenflow.pipe.recorded import recorded
-    from evenflow.pipe.splitter import Splitter
+    from evenflow.pipe.building.recorded import recorded
+    from evenflow.pipe.given.splitter import Splitter
 
     with evenflow.deferred_init():
         model = case.model()

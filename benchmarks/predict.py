@@ -19,13 +19,13 @@ from quiet import Quiet
 
 import evenflow
 from evenflow.launcher import launch
-from evenflow.pipe.measured import Run, measured_request
+from evenflow.pipe.building.measured import Run, measured_request
+from evenflow.pipe.given.places import world_of
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.pipe.places import world_of
 from evenflow.plan.choice import describe
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 
 ROUNDS, WARM_UPS, STEPS = 3, 2, 5
 MOST_ROUNDS, SAME_PACE = 8, 1.06

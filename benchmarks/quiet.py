@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 
 T = TypeVar("T")
 

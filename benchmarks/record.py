@@ -15,9 +15,9 @@ import torch
 import transformers
 
 import evenflow
-from evenflow.graph.fakes import FakeParameters
-from evenflow.pipe.default_programs import model_loss
-from evenflow.runtime.tracing import Leaves, Tracing
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.pipe.given.default_programs import model_loss
+from evenflow.runtime.recorded.tracing import Leaves, Tracing
 
 CPU = torch.device("cpu")
 TOKENS = 128

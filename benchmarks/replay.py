@@ -15,8 +15,8 @@ import torch
 from example_gpt import gpt
 
 import evenflow
-from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.microbatch import tensors
+from evenflow.runtime.recorded.microbatch import tensors
+from evenflow.runtime.stages.inflight import InFlight
 
 SHARES = {"default leaves": None, "everything apart": 0.0}
 SIZES = {"vocabulary_size": 64, "max_length": 16, "num_layers": 8, "width": 32, "num_heads": 2}

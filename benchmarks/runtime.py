@@ -29,8 +29,8 @@ from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.timeline import Timeline
 from evenflow.launcher import launch
-from evenflow.pipe.places import world_of
-from evenflow.runtime.clocks import HostClock
+from evenflow.pipe.given.places import world_of
+from evenflow.runtime.notes.clocks import HostClock
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 

@@ -12,7 +12,7 @@ import workloads
 
 from evenflow.checkpoint.load import open_checkpoint
 from evenflow.launcher import launch
-from evenflow.pipe.places import world_of
+from evenflow.pipe.given.places import world_of
 
 RANKS, MICROBATCHES, EVERY, PAIRS = 4, 16, 10, 12
 _MIB = 2**20

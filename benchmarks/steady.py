@@ -10,7 +10,7 @@ from pathlib import Path
 import workloads
 
 from evenflow.launcher import launch
-from evenflow.pipe.places import world_of
+from evenflow.pipe.given.places import world_of
 
 RANKS, FEW, MANY = 4, 8, 16  # microbatches
 STEPS, WARM_UPS, EVERY, FEWEST = 500, 100, 10, 2

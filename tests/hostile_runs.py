@@ -20,8 +20,8 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.cost.estimate import estimate
 from evenflow.errors import EvenflowError
 from evenflow.foreign import visible
-from evenflow.pipe.recorded import recorded
-from evenflow.pipe.splitter import Splitter
+from evenflow.pipe.building.recorded import recorded
+from evenflow.pipe.given.splitter import Splitter
 from evenflow.plan.own_order import OwnOrder
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file, write_plan

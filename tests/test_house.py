@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import re
 import statistics
 from functools import cache
@@ -42,7 +43,9 @@ def length(function):
 
 def says_why(path, function):
     first = min([function.lineno, *(each.lineno for each in function.decorator_list)])
-    return lines_of(path)[first - 2].lstrip().startswith(REASON)
+    before = reversed(lines_of(path)[: first - 1])
+    above = itertools.takewhile(lambda line: line.lstrip().startswith("#"), before)
+    return any(line.lstrip().startswith(REASON) for line in above)
 
 
 def test_files_are_short():
@@ -119,21 +122,34 @@ def public_things():
 
 
 def methods_of(thing):
-    """The public methods that a class has of its own."""
+    """The public methods and properties that a class has of its own; none of what is no class."""
+    if not inspect.isclass(thing):
+        return []
     return [
-        each
+        function
         for name, each in vars(thing).items()
-        if not name.startswith("_") and inspect.isfunction(each) and each.__module__.startswith("evenflow.")
+        if not name.startswith("_")
+        if inspect.isfunction(function := each.fget if isinstance(each, property) else each)
+        and function.__module__.startswith("evenflow.")
     ]
+
+
+EXAMPLES = "\n".join(
+    line
+    for parameter in public_things()
+    for each in [parameter.values[0], *methods_of(parameter.values[0])]
+    for line in (inspect.getdoc(each) or "").splitlines()
+    if line.lstrip().startswith((">>>", "..."))
+)
 
 
 @pytest.mark.parametrize("thing", public_things())
 def test_public_docstrings_say_what_is_raised_and_show_an_example(thing):
-    text = inspect.getdoc(thing)
     if inspect.isclass(thing) and issubclass(thing, Exception):
         return
-    assert ">>>" in text, "an example that runs"
-    for each in methods_of(thing) if inspect.isclass(thing) else [thing]:
+    # Its own, or that of something public that makes one of it.
+    assert ">>>" in inspect.getdoc(thing) or f"{thing.__name__}(" in EXAMPLES, "an example that runs"
+    for each in methods_of(thing) or [thing]:
         told = inspect.getdoc(each) or ""
         raised = re.findall(r"^\s+raise (\w+Error)\(", inspect.getsource(each), re.MULTILINE)
         missing = [name for name in set(raised) if name not in told]
@@ -143,7 +159,7 @@ def test_public_docstrings_say_what_is_raised_and_show_an_example(thing):
 @pytest.mark.parametrize("thing", public_things())
 def test_public_docstrings_tell_every_argument(thing):
     """Those that have a section of arguments tell all of them, by the names that they have."""
-    for each in [thing, *methods_of(thing)] if inspect.isclass(thing) else [thing]:
+    for each in [thing, *methods_of(thing)]:
         text = inspect.getdoc(each) or ""
         section = re.search(r"^Args:\n(.*?)(?=^\w|\Z)", text, re.DOTALL | re.MULTILINE)
         if section is None:

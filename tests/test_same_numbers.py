@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import evenflow
-from evenflow.graph.positions import legal_positions
+from evenflow.graph.cutting.positions import legal_positions
 from evenflow.ir import Exchange, Payload, Program, Recv, Send
 from evenflow.lower import lower
-from evenflow.pipe import cuts, programs
-from evenflow.pipe.reading import read_loss
-from evenflow.runtime.executor import Executor
+from evenflow.pipe.given import cuts, programs
+from evenflow.pipe.given.reading import read_loss
 from evenflow.runtime.links.local import LocalLink
-from evenflow.runtime.narrowing import Narrowing
-from evenflow.runtime.script import script
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.weight_grads import WeightGrads
+from evenflow.runtime.notes.script import script
+from evenflow.runtime.program.weight_grads import WeightGrads
+from evenflow.runtime.stages.executor import Executor
+from evenflow.runtime.stages.narrowing import Narrowing
+from evenflow.runtime.stages.stage import Stage
 from evenflow.schedules import catalog
 from own_schedules import OWN
 from rendezvous import Meeting

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 import evenflow
 from evenflow.checkpoint.load import open_checkpoint
-from evenflow.graph.graph import Graph
-from evenflow.graph.positions import legal_positions
-from evenflow.pipe import cuts
-from evenflow.runtime.microbatch import Microbatches, split
+from evenflow.graph.cutting.positions import legal_positions
+from evenflow.graph.nouns.graph import Graph
+from evenflow.pipe.given import cuts
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 
 Loss = Callable[[Any, Any], Any]
 

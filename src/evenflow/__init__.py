@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from evenflow.pipe.build import pipeline
     from evenflow.pipe.checkpoints import Checkpoints
     from evenflow.pipe.pipeline import Pipeline
-    from evenflow.pipe.result import StepResult
-    from evenflow.runtime.microbatch import Microbatches
+    from evenflow.pipe.step.result import StepResult
+    from evenflow.runtime.recorded.microbatch import Microbatches
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,10 +53,10 @@ __all__ = [
 # Looked up on first use: `import evenflow.schedules` must not take the seconds that importing torch takes.
 _HOMES = {
     "Checkpoints": "evenflow.pipe.checkpoints",
-    "Microbatches": "evenflow.runtime.microbatch",
+    "Microbatches": "evenflow.runtime.recorded.microbatch",
     "Pipeline": "evenflow.pipe.pipeline",
     "PipelineTrainer": "evenflow.interop.trainer",
-    "StepResult": "evenflow.pipe.result",
+    "StepResult": "evenflow.pipe.step.result",
     "deferred_init": "evenflow.graph.deferred",
     "launch": "evenflow.launcher",
     **dict.fromkeys(("log_to_json", "log_to_tensorboard", "log_to_wandb"), "evenflow.interop.loggers"),

@@ -27,7 +27,7 @@ from evenflow.foreign import read_text, shown
 from evenflow.ir.costs import Costs, Link
 from evenflow.ir.placement import Placement
 from evenflow.plan.chain import Chain, Held, Seconds
-from evenflow.plan.partition import balanced_cuts
+from evenflow.plan.cuts.partition import balanced_cuts
 
 _LARGEST = 1e90  # sums of such costs, and products with times, are still finite
 _TIME_UNITS = {"": 1.0, "seconds": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}

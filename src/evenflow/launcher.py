@@ -36,7 +36,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from evenflow import errors
 from evenflow.errors import ConfigError, EvenflowError, PeerError
-from evenflow.runtime import alarm
+from evenflow.runtime.ranks import alarm
 
 T = TypeVar("T")
 

@@ -48,7 +48,7 @@ class ProvenProgram:
 
     `order` is the witness: the `(rank, op)` steps of all ranks in the order in which the weakest machine
     performed them. A `Send` and its `Recv` are neighbours in it, the send first; an `Exchange` stands there
-    as its single transfers.
+    as its single transfers. Raises `TypeError` where anybody else makes one.
 
     >>> from evenflow.ir.flow import Flow
     >>> from evenflow.lower import lower

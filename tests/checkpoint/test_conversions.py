@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from evenflow.checkpoint.weights_in import find_weights
 from evenflow.checkpoint.weights_out import export_model
-from evenflow.graph.fakes import FakeParameters
-from evenflow.runtime.world import SingleProcess
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.runtime.ranks.world import SingleProcess
 
 SIZES = {
     "hidden_size": 32,

@@ -15,7 +15,7 @@ import evenflow
 from evenflow.checkpoint import whole as whole_folders
 from evenflow.checkpoint.whole import appearing
 from evenflow.errors import ConfigError
-from evenflow.runtime.world import ProcessGroupWorld, SingleProcess
+from evenflow.runtime.ranks.world import ProcessGroupWorld, SingleProcess
 from folders import (
     assert_loads_as,
     assert_same_numbers,

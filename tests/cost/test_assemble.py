@@ -6,8 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from evenflow.cost.assemble import chain_of
 from evenflow.cost.measured import Kept, Measured
-from evenflow.pipe.recorded import recorded
-from evenflow.pipe.splitter import Splitter
+from evenflow.pipe.building.recorded import recorded
+from evenflow.pipe.given.splitter import Splitter
 
 
 def chain(model, loss, *, backward=2.0, input_grad=1.5):

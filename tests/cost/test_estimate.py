@@ -11,9 +11,9 @@ import evenflow
 from evenflow.cluster.device import Device, calibrated
 from evenflow.cost.estimate import estimate
 from evenflow.errors import ConfigError
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.leaves import flatten
-from evenflow.graph.record import record
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.recording.record import record
 
 CPU = torch.device("cpu")
 LLAMA_8B = {

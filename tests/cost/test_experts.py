@@ -8,9 +8,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig,
 import evenflow
 from evenflow.cluster.presets import PRESETS
 from evenflow.cost.estimate import estimate
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.leaves import flatten
-from evenflow.graph.record import record
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.recording.record import record
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, WIDTH = 2, 16, 64

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from evenflow.cost.cache import Cache, Place
 from evenflow.cost.measured import Kept, Measured
 from evenflow.cost.profile import profile_of
-from evenflow.pipe.recorded import recorded
-from evenflow.pipe.splitter import Splitter
+from evenflow.pipe.building.recorded import recorded
+from evenflow.pipe.given.splitter import Splitter
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 4, 64

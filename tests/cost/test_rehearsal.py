@@ -10,8 +10,8 @@ from evenflow.cost.cache import Cache, Place
 from evenflow.cost.profile import profile_of
 from evenflow.cost.rehearsal import Rehearsal, as_rehearsed, found_in, keep_in
 from evenflow.errors import RecordError
-from evenflow.pipe.recorded import recorded
-from evenflow.pipe.splitter import Splitter
+from evenflow.pipe.building.recorded import recorded
+from evenflow.pipe.given.splitter import Splitter
 from evenflow.plan.chain import Chain, Seconds
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ from torch import nn
 
 from evenflow.cluster.device import Device
 from evenflow.cost.estimate import estimate
-from evenflow.graph.cut import cut
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.leaves import flatten
-from evenflow.graph.positions import legal_positions, num_bytes
-from evenflow.graph.record import record
-from evenflow.plan.traffic import traffic_of
+from evenflow.graph.cutting.cut import cut
+from evenflow.graph.cutting.positions import legal_positions, num_bytes
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.recording.record import record
+from evenflow.plan.costs.traffic import traffic_of
 from small_models import batches, t5
 
 CPU = torch.device("cpu")

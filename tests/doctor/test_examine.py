@@ -18,7 +18,7 @@ from evenflow.doctor.examine import measure_links
 from evenflow.doctor.exchange import Exchange, WrongDataError, _Ends
 from evenflow.doctor.worker import Fault, Worker
 from evenflow.launcher import launch
-from evenflow.runtime.world import ProcessGroupWorld
+from evenflow.runtime.ranks.world import ProcessGroupWorld
 
 
 def with_a_worker_that_hangs():

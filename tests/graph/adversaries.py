@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
-from evenflow.runtime.microbatch import Microbatches, batch_size
+from evenflow.runtime.recorded.microbatch import Microbatches, batch_size
 from unsplit import buffers_of, random_cuts, sgd
 
 WIDTH = 4

@@ -7,7 +7,7 @@ from adversaries import Net, data, net, square
 from torch.nn import functional as F
 
 import evenflow
-from evenflow.runtime.microbatch import Microbatches
+from evenflow.runtime.recorded.microbatch import Microbatches
 from unsplit import sgd
 
 

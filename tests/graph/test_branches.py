@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.errors import RecordError
-from evenflow.runtime.microbatch import Microbatches
+from evenflow.runtime.recorded.microbatch import Microbatches
 from unsplit import (
     assert_same_step,
     assert_splits,

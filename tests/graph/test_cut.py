@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evenflow.graph.cut import Cut, cut
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.graph import Graph
-from evenflow.graph.leaves import flatten
-from evenflow.graph.positions import legal_positions
-from evenflow.graph.record import record
-from evenflow.graph.tree import BatchLeaf, ParameterSource
+from evenflow.graph.cutting.cut import Cut, cut
+from evenflow.graph.cutting.positions import legal_positions
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.nouns.graph import Graph
+from evenflow.graph.nouns.tree import BatchLeaf, ParameterSource
+from evenflow.graph.recording.record import record
 from unsplit import regression
 
 WIDTH = 4

@@ -14,9 +14,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.graph.fakes import FakeParameters
+from evenflow.graph.kernels.fakes import FakeParameters
 from evenflow.graph.recipes import Recipes, memory_of
-from evenflow.graph.record import record
+from evenflow.graph.recording.record import record
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from evenflow.graph.flops import flops_of
+from evenflow.graph.kernels.flops import flops_of
 
 
 class Counted(TorchDispatchMode):

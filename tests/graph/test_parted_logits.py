@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenflow
-from evenflow.graph.parted_logits import parted_logits
-from evenflow.runtime.vocabulary_loss import cross_entropy
-from evenflow.runtime.world import SingleProcess
+from evenflow.graph.cutting.parted_logits import parted_logits
+from evenflow.runtime.program.vocabulary_loss import cross_entropy
+from evenflow.runtime.ranks.world import SingleProcess
 
 WORDS = 8
 ORDER = [*range(WORDS)]

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from evenflow.errors import RecordError
-from evenflow.graph.cut import cut
-from evenflow.graph.graph import Graph
-from evenflow.graph.positions import crossing_bytes, legal_positions, num_bytes, positions_for_owners
+from evenflow.graph.cutting.cut import cut
+from evenflow.graph.cutting.positions import crossing_bytes, legal_positions, num_bytes, positions_for_owners
+from evenflow.graph.nouns.graph import Graph
 from unsplit import mean_square, mlp
 
 

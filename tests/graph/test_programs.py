@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evenflow.runtime.microbatch import Microbatches
+from evenflow.runtime.recorded.microbatch import Microbatches
 from unsplit import assert_splits, mean_square, mlp, regression, seeded
 
 WIDTH = 6

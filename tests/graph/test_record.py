@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from evenflow.errors import ConfigError, RecordError
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget
-from evenflow.graph.leaves import flatten
-from evenflow.graph.record import record
-from evenflow.graph.settings import Under
-from evenflow.graph.tree import BatchLeaf, BufferSource, CallTree, ParameterSource, modules_in
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.kernels.settings import Under
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.nouns.graph import FunctionTarget, Graph, ModuleTarget
+from evenflow.graph.nouns.tree import BatchLeaf, BufferSource, CallTree, ParameterSource, modules_in
+from evenflow.graph.recording.record import record
 from unsplit import mean_square, mlp, regression
 
 CPU = torch.device("cpu")

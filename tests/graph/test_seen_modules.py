@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenflow.graph.seen_modules import SeenModules
+from evenflow.graph.python.seen_modules import SeenModules
 
 
 class Block(nn.Module):

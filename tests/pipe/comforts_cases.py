@@ -162,7 +162,7 @@ class Timed:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("evenflow.pipe.logs.time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr("evenflow.pipe.times.logs.time", SimpleNamespace(perf_counter=lambda: self.now))
         self.pipe = make(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate))
 
     def _rate(self, _):

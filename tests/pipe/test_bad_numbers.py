@@ -16,11 +16,11 @@ import evenflow
 from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
 from evenflow.errors import BadNumbersError, ConfigError
-from evenflow.pipe.bad_numbers import MOST_SKIPS
-from evenflow.pipe.first_bad import FromGradient, Noted, first_bad
-from evenflow.runtime.finite import Count, is_finite
-from evenflow.runtime.nan_watch import BadGradient, Place
-from evenflow.runtime.stage import Stage
+from evenflow.pipe.faults.bad_numbers import MOST_SKIPS
+from evenflow.pipe.faults.first_bad import FromGradient, Noted, first_bad
+from evenflow.runtime.stages.finite import Count, is_finite
+from evenflow.runtime.stages.nan_watch import BadGradient, Place
+from evenflow.runtime.stages.stage import Stage
 from small_models import assert_same_bits, train
 
 CUTS = [(1, "1f1b"), (2, "1f1b"), (2, "zb-auto"), (4, "zb-auto"), (4, "interleaved-1f1b"), (4, "zb-v")]

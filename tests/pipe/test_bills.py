@@ -9,8 +9,8 @@ from torch import nn
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.launcher import rank_environment
-from evenflow.pipe import clock_offsets
-from evenflow.pipe.clock_offsets import clock_offset
+from evenflow.pipe.times import clock_offsets
+from evenflow.pipe.times.clock_offsets import clock_offset
 from unsplit import mean_square, regression
 
 SLOW_SECONDS = 0.02

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import evenflow
 from evenflow.runtime.links import shared_memory
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
-from evenflow.runtime.microbatch import Microbatches, split
-from evenflow.runtime.world import ProcessGroupWorld
+from evenflow.runtime.ranks.world import ProcessGroupWorld
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 from evenflow.schedules.catalog import SCHEDULES
 from unsplit import (
     assert_same_step,

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import evenflow
 from evenflow.ir.op import Payload
-from evenflow.pipe.compare import compared, difference, leaves_compared
-from evenflow.runtime.stage import Stage
+from evenflow.pipe.faults.compare import compared, difference, leaves_compared
+from evenflow.runtime.stages.stage import Stage
 from small_models import MODELS, TIED, VOCABULARY, adamw, batches, build
 from unsplit import copied, mean_square, mlp, regression, sgd
 

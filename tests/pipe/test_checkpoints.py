@@ -446,7 +446,7 @@ def test_a_save_that_failed_is_heard_of_at_the_next(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr("evenflow.pipe.saver.write_checkpoint", fail)
+        patched.setattr("evenflow.pipe.saving.saver.write_checkpoint", fail)
         pipe.save(tmp_path / "one", wait=False)
         with pytest.raises(OSError, match="no space left"):
             pipe.save(tmp_path / "two", wait=False)
@@ -462,7 +462,7 @@ def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch):
         go_on.wait(60)
         write_checkpoint(*given)
 
-    monkeypatch.setattr("evenflow.pipe.saver.write_checkpoint", late)
+    monkeypatch.setattr("evenflow.pipe.saving.saver.write_checkpoint", late)
     for batch in batches()[:3]:
         pipe.step(batch)
         expected.step(batch)

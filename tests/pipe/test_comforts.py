@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.runtime.microbatch import split
+from evenflow.runtime.recorded.microbatch import split
 from unsplit import mean_square, regression
 
 CASES = (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evenflow.pipe.agree import fingerprint
-from evenflow.pipe.splitter import Prepared, Splitter
+from evenflow.pipe.given.splitter import Prepared, Splitter
+from evenflow.pipe.step.agree import fingerprint
 
 SPLIT = Splitter(2, 4, None, None)
 

@@ -8,10 +8,10 @@ import torch
 
 import evenflow
 from evenflow.errors import PeerError
-from evenflow.pipe.devices import fullness
-from evenflow.pipe.gauges import Gauges
-from evenflow.runtime.roll_call import RollCall
-from evenflow.runtime.world import ProcessGroupWorld
+from evenflow.pipe.times.devices import fullness
+from evenflow.pipe.times.gauges import Gauges
+from evenflow.runtime.ranks.roll_call import RollCall
+from evenflow.runtime.ranks.world import ProcessGroupWorld
 from unsplit import mean_square, mlp, regression, sgd
 
 
@@ -27,7 +27,7 @@ def gauges_of(pipe):
 
 @pytest.mark.parametrize("ask", [Gauges.own, Gauges.of_all])
 def test_memory_that_nobody_tells_of_has_no_name(monkeypatch, ask):
-    monkeypatch.setattr("evenflow.pipe.gauges.resident_bytes", lambda when: None)
+    monkeypatch.setattr("evenflow.pipe.times.gauges.resident_bytes", lambda when: None)
     pipe = make()
     pipe.step(regression())
     assert ask(gauges_of(pipe)).keys() == {"bubble", "bubble/rank0"}
@@ -37,8 +37,8 @@ def test_the_peak_outlasts_a_new_count_of_it(monkeypatch):
     """On two GPUs, as torch counts their peaks: from one reset to the next."""
     pipe, peaks = make(), {torch.device("cuda", 0): 5, torch.device("cuda", 1): 3}
     pipe.step(regression())
-    monkeypatch.setattr("evenflow.pipe.gauges.gpus_of", lambda parts: frozenset(peaks))
-    monkeypatch.setattr("evenflow.pipe.gauges.own_cap_bytes", lambda parts: 16.0)
+    monkeypatch.setattr("evenflow.pipe.times.gauges.gpus_of", lambda parts: frozenset(peaks))
+    monkeypatch.setattr("evenflow.pipe.times.gauges.own_cap_bytes", lambda parts: 16.0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
     gauges = gauges_of(pipe)
     assert gauges.own()["peak_bytes/rank0"] == 8

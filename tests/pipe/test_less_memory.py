@@ -9,16 +9,16 @@ from torch import distributed as dist
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.pipe import making
-from evenflow.pipe.default_programs import model_loss
-from evenflow.pipe.measured import Run, measured_request
-from evenflow.pipe.places import world_of
-from evenflow.plan.fit import at_cuts, groups_of
+from evenflow.pipe.building import making
+from evenflow.pipe.building.measured import Run, measured_request
+from evenflow.pipe.given.default_programs import model_loss
+from evenflow.pipe.given.places import world_of
 from evenflow.plan.plan import Plan, positions_in
 from evenflow.plan.planner import plan
-from evenflow.plan.price import chain_for
 from evenflow.plan.request import Levers
-from evenflow.runtime.offload import Offload
+from evenflow.plan.search.fit import at_cuts, groups_of
+from evenflow.plan.search.price import chain_for
+from evenflow.runtime.program.offload import Offload
 from small_models import MODELS, TIED, assert_same_bits, load_example, reference, train
 from unsplit import mean_square, mlp, regression
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.runtime.microbatch import Microbatches, split
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 from unsplit import mean_square, mlp, regression, same, seeded, sgd
 
 ROWS, LENGTH, WORDS = 7, 6, 11

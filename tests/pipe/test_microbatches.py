@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.pipe.splitter import Splitter
-from evenflow.runtime.joining import join
-from evenflow.runtime.microbatch import Microbatches, batch_size, count, split
-from evenflow.runtime.weights import Weight, shares_of
+from evenflow.pipe.given.splitter import Splitter
+from evenflow.runtime.recorded.joining import join
+from evenflow.runtime.recorded.microbatch import Microbatches, batch_size, count, split
+from evenflow.runtime.recorded.weights import Weight, shares_of
 from unsplit import mlp, regression
 
 

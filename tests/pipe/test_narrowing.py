@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.graph.tree import TensorInfo
+from evenflow.graph.nouns.tree import TensorInfo
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
-from evenflow.runtime.narrowing import Narrowing
+from evenflow.runtime.stages.narrowing import Narrowing
 from evenflow.schedules import catalog
 
 WIDTH, ROWS, NUM_MICROBATCHES = 8, 8, 4

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.errors import EvenflowError, OutOfMemoryError
-from evenflow.runtime.no_memory import is_out_of_memory
+from evenflow.runtime.notes.no_memory import is_out_of_memory
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="the process's memory is limited by what Linux tells of it"
@@ -183,7 +183,7 @@ def test_an_evaluation_that_fails_drops_no_gradient(monkeypatch, act):
         each.step(few_rows(batch), update=False)
     given = [few_rows(batch), *([lambda m, b: m(b["x"])] if act == "predict" else [])]
     with monkeypatch.context() as patch:
-        patch.setattr("evenflow.runtime.work.Work.run", fails)
+        patch.setattr("evenflow.runtime.program.work.Work.run", fails)
         with pytest.raises(OutOfMemoryError, match="no room for it") as caught:
             getattr(pipe, act)(*given)
     assert "what would help" not in str(caught.value), "it is no training step"
@@ -193,7 +193,7 @@ def test_an_evaluation_that_fails_drops_no_gradient(monkeypatch, act):
 
 
 def test_memory_that_nobody_tells_of_is_left_out(monkeypatch):
-    monkeypatch.setattr("evenflow.pipe.exhausted.resident_bytes", lambda when: None)
+    monkeypatch.setattr("evenflow.pipe.step.exhausted.resident_bytes", lambda when: None)
     pipe, batch = pipe_and_batch(optimizer=Greedy)
     with pytest.raises(OutOfMemoryError) as caught:
         pipe.step(few_rows(batch))
@@ -205,7 +205,7 @@ def test_what_cannot_be_reported_hides_nothing(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory for the report")
 
-    monkeypatch.setattr("evenflow.pipe.exhausted.estimate", fails)
+    monkeypatch.setattr("evenflow.pipe.step.exhausted.estimate", fails)
     pipe, batch = pipe_and_batch(optimizer=Greedy)
     with pytest.raises(OutOfMemoryError, match="no room for what the update needs"):
         pipe.step(few_rows(batch))

@@ -10,10 +10,10 @@ from torch import nn
 import evenflow
 from evenflow.errors import ConfigError, ScheduleError
 from evenflow.ir import Backward, Forward, InputGrad, Overlap, Placement, Schedule, Span, WeightGrad
-from evenflow.pipe import cuts, places
-from evenflow.pipe.times import costs_of
-from evenflow.runtime.mesh import mesh_of
-from evenflow.runtime.world import SingleProcess
+from evenflow.pipe.given import cuts, places
+from evenflow.pipe.times.times import costs_of
+from evenflow.runtime.ranks.mesh import mesh_of
+from evenflow.runtime.ranks.world import SingleProcess
 from evenflow.schedules import catalog
 from evenflow.schedules.gpipe import gpipe
 from own_schedules import OWN

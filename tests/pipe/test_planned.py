@@ -13,16 +13,16 @@ from evenflow.errors import ConfigError
 from evenflow.ir.flow import Flow
 from evenflow.ir.placement import Placement
 from evenflow.lower import lower
-from evenflow.pipe import places
-from evenflow.pipe.recorded import recorded
-from evenflow.pipe.splitter import Splitter
+from evenflow.pipe.building.recorded import recorded
+from evenflow.pipe.given import places
+from evenflow.pipe.given.splitter import Splitter
 from evenflow.plan.known_costs import known_costs
 from evenflow.plan.plan_file import write_plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers, Request
 from evenflow.plan.scale import scaled
-from evenflow.runtime.mesh import mesh_of
-from evenflow.runtime.world import SingleProcess
+from evenflow.runtime.ranks.mesh import mesh_of
+from evenflow.runtime.ranks.world import SingleProcess
 from unsplit import mean_square, mlp, regression, sgd
 
 SHARE = 0.0

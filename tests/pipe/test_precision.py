@@ -10,10 +10,10 @@ from torch import nn
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.pipe.norm import GradientNorm, Piece, clip_factor
-from evenflow.pipe.rules import INTERVAL, LossScale
-from evenflow.runtime.microbatch import split
-from evenflow.runtime.world import SingleProcess
+from evenflow.pipe.parameters.norm import GradientNorm, Piece, clip_factor
+from evenflow.pipe.parameters.rules import INTERVAL, LossScale
+from evenflow.runtime.ranks.world import SingleProcess
+from evenflow.runtime.recorded.microbatch import split
 from unsplit import mean_square, mlp, regression
 
 STEPS = 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evenflow.ir.costs import Link as LinkCost
-from evenflow.pipe import probe
+from evenflow.pipe.building import probe
 from evenflow.runtime.links.link import Link
 
 HANDLING_SECONDS, PRODUCT_SECONDS = 2e-4, 1e-3

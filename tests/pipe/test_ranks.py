@@ -20,8 +20,8 @@ from torch import nn
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.plan.plan import PlannedLink
-from evenflow.runtime.microbatch import Microbatches, split
-from evenflow.runtime.stage import Stage
+from evenflow.runtime.recorded.microbatch import Microbatches, split
+from evenflow.runtime.stages.stage import Stage
 from evenflow.schedules.gpipe import gpipe
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from forked import run_ranks
@@ -601,7 +601,7 @@ SCRIPT = """
     import os, signal, sys
     from pathlib import Path
     import torch, evenflow
-    from evenflow.runtime.stage import Stage
+    from evenflow.runtime.stages.stage import Stage
 
     torch.manual_seed(0)
     (Path(sys.argv[1]) / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.runtime.weight_grads import WeightGrads
+from evenflow.runtime.program.weight_grads import WeightGrads
 from own_schedules import OWN
 from small_models import DROPOUT, MODELS, NUM_MICROBATCHES, TIED, assert_same_bits, reference, train
 from unsplit import assert_same_step, mean_square, pipeline_step, regression, seeded

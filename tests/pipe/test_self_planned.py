@@ -13,16 +13,16 @@ from evenflow.cost.cache import user_folder
 from evenflow.cost.optimizer import optimizer_cost
 from evenflow.errors import ConfigError, RecordError
 from evenflow.ir.placement import Placement
-from evenflow.pipe import auto
-from evenflow.pipe.measured import Run, measured_request
-from evenflow.pipe.places import world_of
-from evenflow.pipe.probe import probe
-from evenflow.plan.overheads import Overheads, as_run
-from evenflow.plan.stages import StageCost
-from evenflow.plan.traffic import Traffic
+from evenflow.pipe.building import auto
+from evenflow.pipe.building.measured import Run, measured_request
+from evenflow.pipe.building.probe import probe
+from evenflow.pipe.given.places import world_of
+from evenflow.plan.costs.overheads import Overheads, as_run
+from evenflow.plan.costs.stages import StageCost
+from evenflow.plan.costs.traffic import Traffic
 from evenflow.runtime.links.choose import link_for
-from evenflow.runtime.microbatch import Microbatches
-from evenflow.runtime.world import SingleProcess
+from evenflow.runtime.ranks.world import SingleProcess
+from evenflow.runtime.recorded.microbatch import Microbatches
 from unsplit import mean_square, mlp, regression, sgd
 
 CPU = torch.device("cpu")

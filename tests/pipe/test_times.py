@@ -6,7 +6,7 @@ from evenflow.bill import Ran
 from evenflow.ir.costs import Costs
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import Forward, Payload, Send
-from evenflow.pipe.times import costs_of, occupied
+from evenflow.pipe.times.times import costs_of, occupied
 from evenflow.schedules import catalog
 from evenflow.simulate import simulate
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import evenflow
 from evenflow.checkpoint.load import open_checkpoint
-from evenflow.runtime.microbatch import Microbatches, split
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 from small_models import load_example
 from unsplit import (
     assert_same_step,

@@ -5,7 +5,7 @@ import random
 
 from evenflow.ir.placement import Placement
 from evenflow.plan.chain import Held
-from evenflow.plan.problem import Kind, PartitionProblem
+from evenflow.plan.cuts.problem import Kind, PartitionProblem
 
 NEAR = 1 + 1e-9
 

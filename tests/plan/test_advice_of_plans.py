@@ -8,13 +8,13 @@ from chains import language_model
 from test_planner import boxes, request
 
 from evenflow.cluster.cluster import Cluster
-from evenflow.plan.advice import NothingFitsError, advised, fitting, too_large
-from evenflow.plan.choices import choices
+from evenflow.plan.cuts.problem import DoesNotFitError
 from evenflow.plan.parallel import Peers, tensor_parallel
 from evenflow.plan.planner import NoPlanError, plan
-from evenflow.plan.price import chain_for, price
-from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.request import Levers, Request
+from evenflow.plan.search.choices import choices
+from evenflow.plan.search.price import chain_for, price
+from evenflow.plan.shortage.advice import NothingFitsError, advised, fitting, too_large
 
 PIPELINE_ONLY = replace(Levers().pipeline_only(), recompute="none")
 

@@ -12,13 +12,13 @@ from evenflow.ir.costs import Costs, Link
 from evenflow.memory import peak_bytes
 from evenflow.plan.chain import Handed, Held
 from evenflow.plan.choice import Choice, Degrees
-from evenflow.plan.in_flight import InFlight, StageBytes
+from evenflow.plan.costs.in_flight import InFlight, StageBytes
+from evenflow.plan.costs.stages import stage_costs
 from evenflow.plan.parallel import Peers, context_parallel, expert_parallel, fully_sharded, tensor_parallel
 from evenflow.plan.rank_memory import Peak, TrainingState, rank_memory
 from evenflow.plan.recompute import backward_transients, by_worth, recomputed
 from evenflow.plan.scale import scaled
-from evenflow.plan.scheduled import _REPEATS, _sizes
-from evenflow.plan.stages import stage_costs
+from evenflow.plan.search.scheduled import _REPEATS, _sizes
 from evenflow.schedules import catalog
 
 KIND = "H100"

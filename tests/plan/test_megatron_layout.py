@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenflow.errors import ConfigError
-from evenflow.plan.megatron_layout import format_layout, parse_layout
+from evenflow.plan.systems.megatron_layout import format_layout, parse_layout
 
 # "Custom Pipeline Model Parallel Layout" of docs.nvidia.com/megatron-core, and the docstring of
 # `parse_str_to_list` in megatron/core/transformer/pipeline_parallel_layer_layout.py.

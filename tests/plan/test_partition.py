@@ -10,10 +10,10 @@ from every_partition import best_of, every, judged, random_problem, ratio
 
 from evenflow.errors import ConfigError
 from evenflow.ir.placement import Placement
-from evenflow.plan import looped
 from evenflow.plan.chain import Held
-from evenflow.plan.partition import balanced_cuts, partition
-from evenflow.plan.problem import DoesNotFitError, Kind, PartitionProblem
+from evenflow.plan.cuts import looped
+from evenflow.plan.cuts.partition import balanced_cuts, partition
+from evenflow.plan.cuts.problem import DoesNotFitError, Kind, PartitionProblem
 
 NUM_PROBLEMS, NUM_PARTS = 500, 5
 ROUNDING = 1e-9

@@ -9,15 +9,15 @@ import pytest
 from test_targets import CASES, NUM_BLOCKS, within
 
 from evenflow.errors import ConfigError
-from evenflow.plan import targets
 from evenflow.plan.choice import Degrees
-from evenflow.plan.megatron_layout import parse_layout
 from evenflow.plan.own_order import planned_schedule
 from evenflow.plan.plan_file import read_plan, write_plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers
-from evenflow.plan.target_settings import export_plan, settings
-from evenflow.plan.targets import TARGETS
+from evenflow.plan.systems import targets
+from evenflow.plan.systems.megatron_layout import parse_layout
+from evenflow.plan.systems.target_settings import export_plan, settings
+from evenflow.plan.systems.targets import TARGETS
 from evenflow.schedule_file import format_rows, parse_schedule
 from evenflow.schedules.zb_h1 import zb_h1
 

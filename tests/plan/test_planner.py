@@ -13,22 +13,22 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.ir.costs import Link
 from evenflow.memory import peak_bytes
-from evenflow.plan.choices import choices
-from evenflow.plan.expected import expected
-from evenflow.plan.fit import at_cuts, fitted
-from evenflow.plan.in_flight import InFlight, StageBytes
+from evenflow.plan.costs.in_flight import InFlight, StageBytes
+from evenflow.plan.costs.stages import costs_of, stage_costs
+from evenflow.plan.costs.traffic import traffic_of
+from evenflow.plan.cuts.problem import DoesNotFitError
 from evenflow.plan.parallel import Peers, fully_sharded, tensor_parallel
 from evenflow.plan.plan import node_labels, positions_in
 from evenflow.plan.planner import NoPlanError, plan
-from evenflow.plan.price import chain_for, lower_bound, price
-from evenflow.plan.problem import DoesNotFitError
 from evenflow.plan.rank_memory import TrainingState, rank_memory
 from evenflow.plan.recompute import by_worth, recomputed
 from evenflow.plan.request import Levers, Request
-from evenflow.plan.scheduled import splits
-from evenflow.plan.selective import fitted_selectively
-from evenflow.plan.stages import costs_of, stage_costs
-from evenflow.plan.traffic import traffic_of
+from evenflow.plan.search.choices import choices
+from evenflow.plan.search.expected import expected
+from evenflow.plan.search.fit import at_cuts, fitted
+from evenflow.plan.search.price import chain_for, lower_bound, price
+from evenflow.plan.search.scheduled import splits
+from evenflow.plan.search.selective import fitted_selectively
 from evenflow.schedules import catalog
 
 LINK = Link(1e-5, 1e10)

@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evenflow
 from evenflow.cluster.short import parse_cluster
 from evenflow.cost.estimate import estimate
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.leaves import flatten
-from evenflow.graph.record import record
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.recording.record import record
 from evenflow.plan.planner import plan
 from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Levers, Request

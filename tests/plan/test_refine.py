@@ -9,16 +9,16 @@ from dataclasses import replace
 import pytest
 from test_planner import boxes, request
 
-from evenflow.plan import refine
 from evenflow.plan.chain import Seconds
-from evenflow.plan.choices import choices
-from evenflow.plan.fit import at_cuts
 from evenflow.plan.layers import cut_only_at
 from evenflow.plan.planner import plan
-from evenflow.plan.price import Priced, chain_for, price, priced_fit
 from evenflow.plan.recompute import recomputed
-from evenflow.plan.refine import refined
 from evenflow.plan.request import Levers, Request
+from evenflow.plan.search import refine
+from evenflow.plan.search.choices import choices
+from evenflow.plan.search.fit import at_cuts
+from evenflow.plan.search.price import Priced, chain_for, price, priced_fit
+from evenflow.plan.search.refine import refined
 
 KINDS = (("1f1b", 1, 3), ("zb-h1", 1, 4), ("interleaved-1f1b", 2, 2), ("zb-v", 2, 2))  # stages a rank, ranks
 SEEDS = range(3)

@@ -9,10 +9,10 @@ from evenflow.cluster.device import Device
 from evenflow.ir.costs import Link
 from evenflow.plan.chain import Chain, Held, Parameter, Seconds
 from evenflow.plan.choice import Choice, Degrees
-from evenflow.plan.fit import at_cuts, groups_of
-from evenflow.plan.remedies import peak_bytes, remedies, step_seconds
 from evenflow.plan.request import Request
 from evenflow.plan.scale import in_proportion
+from evenflow.plan.search.fit import at_cuts, groups_of
+from evenflow.plan.shortage.remedies import peak_bytes, remedies, step_seconds
 
 NUM_NODES, RANKS, MICROBATCHES = 12, 4, 16
 CPU = Device("cpu", {"float32": 1e12}, 1e9, 1e10, 0.0, 1.0, "made up")

@@ -8,15 +8,15 @@ from test_planner import boxes, request
 from evenflow.errors import ConfigError
 from evenflow.lower import lower
 from evenflow.memory import peak_bytes
-from evenflow.plan import searched
-from evenflow.plan.choices import choices
-from evenflow.plan.fit import at_cuts, fitted, groups_of
 from evenflow.plan.own_order import own_schedule
 from evenflow.plan.plan import positions_in
 from evenflow.plan.plan_file import read_plan, write_plan
 from evenflow.plan.planner import plan
-from evenflow.plan.price import chain_for
 from evenflow.plan.request import Levers, Limits
+from evenflow.plan.search import searched
+from evenflow.plan.search.choices import choices
+from evenflow.plan.search.fit import at_cuts, fitted, groups_of
+from evenflow.plan.search.price import chain_for
 from evenflow.simulate import simulate
 from evenflow.validate import prove
 

@@ -4,7 +4,7 @@ import pytest
 
 from evenflow.ir.costs import Link
 from evenflow.plan.chain import Parameter
-from evenflow.plan.shared import shared_seconds
+from evenflow.plan.costs.shared import shared_seconds
 
 TIED = Parameter("embedding", 25, 100, True, nodes=(0, 3, 5))
 DOWN, UP = Link(1.0, 100.0), Link(0.0, 10.0)  # 2 s and 10 s for the parameter

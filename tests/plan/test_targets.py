@@ -14,13 +14,13 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.errors import ConfigError
 from evenflow.ir.costs import Link
 from evenflow.plan.choice import Choice, Degrees
-from evenflow.plan.choices import choices
 from evenflow.plan.layers import layers_of
 from evenflow.plan.plan import Prediction
 from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.request import Levers, Request
-from evenflow.plan.target_settings import settings
-from evenflow.plan.targets import TARGETS, Within, plan_within, target_called, within_limits
+from evenflow.plan.search.choices import choices
+from evenflow.plan.systems.target_settings import settings
+from evenflow.plan.systems.targets import TARGETS, Within, plan_within, target_called, within_limits
 
 NUM_BLOCKS = 6
 NAMES = (

@@ -10,7 +10,7 @@ from evenflow.cluster.short import parse_cluster
 from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Request
-from evenflow.plan.weights import (
+from evenflow.plan.shortage.weights import (
     Weights,
     WeightsDoNotFitError,
     check_weights,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evenflow.cost.storages import Memory
-from evenflow.runtime.backward import receive, root_of
+from evenflow.runtime.program.backward import receive, root_of
 
 
 def anchor() -> torch.Tensor:

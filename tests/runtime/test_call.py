@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from evenflow.graph.fakes import FakeParameters
-from evenflow.graph.leaves import flatten
-from evenflow.graph.record import record
-from evenflow.runtime.call import Prepare
-from evenflow.runtime.rng import Streams
+from evenflow.graph.kernels.fakes import FakeParameters
+from evenflow.graph.leaves.leaves import flatten
+from evenflow.graph.recording.record import record
+from evenflow.runtime.program.call import Prepare
+from evenflow.runtime.program.rng import Streams
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 

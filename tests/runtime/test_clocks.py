@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from evenflow.ir.op import Forward
-from evenflow.runtime.clocks import CudaClock, HostClock, clock_of
-from evenflow.runtime.log import Log
-from evenflow.runtime.script import script
+from evenflow.runtime.notes.clocks import CudaClock, HostClock, clock_of
+from evenflow.runtime.notes.log import Log
+from evenflow.runtime.notes.script import script
 
 
 class FakeEvent:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evenflow.launcher import launch
-from evenflow.runtime.host_memory import keep_freed_memory
+from evenflow.runtime.notes.host_memory import keep_freed_memory
 
 
 def by_default_and_kept() -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.runtime.joining import Joining
+from evenflow.runtime.recorded.joining import Joining
 
 HALVES = [0.75, 0.25]
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 import evenflow
-from evenflow.graph.snapshots import copy_of
-from evenflow.runtime.kept import kept_as_left
+from evenflow.graph.leaves.snapshots import copy_of
+from evenflow.runtime.program.kept import kept_as_left
 from unsplit import assert_splits, mean_square, mlp, regression, seeded
 
 WIDTH = 4

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from evenflow.cost.storages import Memory
 from evenflow.errors import PeerError, ScheduleError
-from evenflow.graph.tree import TensorInfo
+from evenflow.graph.nouns.tree import TensorInfo
 from evenflow.ir.flow import Flow
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
@@ -29,7 +29,7 @@ from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.links.local import LocalLink
 from evenflow.runtime.links.process_group import RECEIVES_AHEAD, SENDS_AHEAD, ProcessGroupLink
 from evenflow.runtime.links.ways import ways
-from evenflow.runtime.world import ProcessGroupWorld
+from evenflow.runtime.ranks.world import ProcessGroupWorld
 from rendezvous import Meeting
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from evenflow.errors import PeerError
-from evenflow.runtime import network
-from evenflow.runtime.network import address_towards, interface_of
+from evenflow.runtime.ranks import network
+from evenflow.runtime.ranks.network import address_towards, interface_of
 
 
 class Told:

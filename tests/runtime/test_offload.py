@@ -9,8 +9,8 @@ from torch import nn
 import evenflow
 from evenflow.cost.storages import Made
 from evenflow.errors import RecordError
-from evenflow.pipe import making
-from evenflow.runtime.offload import Away, Offload
+from evenflow.pipe.building import making
+from evenflow.runtime.program.offload import Away, Offload
 from unsplit import assert_same_step, mean_square, pipeline_step, regression, seeded
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from evenflow.runtime.roll_call import RollCall
+from evenflow.runtime.ranks.roll_call import RollCall
 
 
 def calls(number, timeout_seconds=20.0):

@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from evenflow.errors import ConfigError, PeerError, ScheduleError
-from evenflow.graph.tree import TensorInfo
+from evenflow.graph.nouns.tree import TensorInfo
 from evenflow.ir.op import Payload, Recv, Send
 from evenflow.ir.placement import Placement
 from evenflow.launcher import launch
@@ -23,7 +23,7 @@ from evenflow.runtime.links.choose import link_for
 from evenflow.runtime.links.link import Manifest
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
-from evenflow.runtime.world import ProcessGroupWorld
+from evenflow.runtime.ranks.world import ProcessGroupWorld
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ import threading
 import evenflow
 from evenflow.ir.costs import Costs
 from evenflow.ir.op import Backward, Forward, Payload, Recv, Send
-from evenflow.runtime.clocks import HostClock
-from evenflow.runtime.log import Log
-from evenflow.runtime.script import script
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.straggler import WINDOW_STEPS, Pace, Stragglers, pace_of
+from evenflow.runtime.notes.clocks import HostClock
+from evenflow.runtime.notes.log import Log
+from evenflow.runtime.notes.script import script
+from evenflow.runtime.notes.straggler import WINDOW_STEPS, Pace, Stragglers, pace_of
+from evenflow.runtime.stages.stage import Stage
 from forked import run_ranks
 from unsplit import mean_square, mlp, regression, sgd
 

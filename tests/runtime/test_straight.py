@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import evenflow
-from evenflow.graph.template import Ref, Shared, Shell, Template
-from evenflow.runtime.straight import filling
+from evenflow.graph.nouns.template import Ref, Shared, Shell, Template
+from evenflow.runtime.program.straight import filling
 
 WIDTH = 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evenflow.errors import ConfigError
-from evenflow.runtime.together import Together, as_one
+from evenflow.runtime.recorded.together import Together, as_one
 
 
 def weights(number):

@@ -13,13 +13,14 @@ from torch.distributed import HashStore
 
 import evenflow
 from evenflow.errors import ConfigError, PeerError
-from evenflow.pipe import saver
-from evenflow.runtime import stacks, watchdog
-from evenflow.runtime.alarm import Answer, report
-from evenflow.runtime.beats import Beat, Blame, blame, heard
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.watchdog import _Watchdog, check_timeout
-from evenflow.runtime.whereabouts import Wait, Whereabouts
+from evenflow.pipe.saving import saver
+from evenflow.runtime.notes import stacks
+from evenflow.runtime.notes.whereabouts import Wait, Whereabouts
+from evenflow.runtime.ranks import watchdog
+from evenflow.runtime.ranks.alarm import Answer, report
+from evenflow.runtime.ranks.beats import Beat, Blame, blame, heard
+from evenflow.runtime.ranks.watchdog import _Watchdog, check_timeout
+from evenflow.runtime.stages.stage import Stage
 from forked import run_ranks
 from unsplit import mean_square, mlp, regression, sgd
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import evenflow
 from evenflow.ir import Backward, Forward, InputGrad, Placement, Schedule, WeightGrad
-from evenflow.runtime.deferral import Deferral
-from evenflow.runtime.weight_grads import WeightGrads
+from evenflow.runtime.program.deferral import Deferral
+from evenflow.runtime.program.weight_grads import WeightGrads
 from own_schedules import OWN
 from unsplit import assert_splits, mean_square, mlp, regression, seeded
 

@@ -5,11 +5,11 @@ import os
 import pytest
 
 from evenflow.ir.op import Exchange, Payload, Recv, Send
-from evenflow.runtime.board import Board
-from evenflow.runtime.clocks import HostClock
-from evenflow.runtime.log import Log
-from evenflow.runtime.script import script
-from evenflow.runtime.whereabouts import Wait, Whereabouts
+from evenflow.runtime.notes.board import Board
+from evenflow.runtime.notes.clocks import HostClock
+from evenflow.runtime.notes.log import Log
+from evenflow.runtime.notes.script import script
+from evenflow.runtime.notes.whereabouts import Wait, Whereabouts
 
 SEND, RECV = Send(1, 2, 0, Payload.ACTIVATION), Recv(0, 1, 0, Payload.ACTIVATION)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import evenflow
-from evenflow.runtime.joining import join
-from evenflow.runtime.microbatch import Microbatches, split
+from evenflow.runtime.recorded.joining import join
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 from unsplit import Loss, Step, buffers_of, copied, plain_step
 
 CACHES = ("past_key_values", "cache_params")

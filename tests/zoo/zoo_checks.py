@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import evenflow
-from evenflow.graph.template import flatten_tree
-from evenflow.runtime.joining import join
+from evenflow.graph.nouns.template import flatten_tree
+from evenflow.runtime.recorded.joining import join
 from unsplit import (
     Loss,
     Step,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from zoo_configured import ROWS, VOCABULARY, alike, classes, family, generator
 
-from evenflow.runtime.microbatch import Microbatches, split
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 
 PICTURE = {
     "hidden_size": 16,

@@ -7,7 +7,7 @@ import torch
 from zoo_configured import DECODER, ROWS, VOCABULARY, alike, generator, other, text, tokens
 from zoo_pictures import pixels
 
-from evenflow.runtime.microbatch import Microbatches, split
+from evenflow.runtime.recorded.microbatch import Microbatches, split
 
 SIDES = {
     "hidden_size": 16,

@@ -17,7 +17,7 @@ import torch
 from evenflow.checkpoint.manifest import PLAN, STATE, TABLE, FileRecord, Manifest, write_manifest
 from evenflow.checkpoint.plain import merged
 from evenflow.checkpoint.whole import appearing, flush
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no equality

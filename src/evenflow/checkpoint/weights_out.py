@@ -14,7 +14,7 @@ from evenflow.checkpoint import adapters, huggingface
 from evenflow.checkpoint.files import INDEX, WEIGHTS
 from evenflow.checkpoint.whole import appearing, in_the_way
 from evenflow.errors import ConfigError
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 
 # What prepares a Hugging Face model's input, and is copied from the folder that the weights came from.
 PREPARING = (

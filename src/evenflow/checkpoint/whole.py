@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evenflow.errors import ConfigError, PeerError
-from evenflow.runtime.world import World
+from evenflow.runtime.ranks.world import World
 
 _SEEN_SECONDS = 10.0  # by then a network's file system shows on one host what another has made
 

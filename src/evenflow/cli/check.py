@@ -9,7 +9,7 @@ from evenflow.cli.printing import print_line
 from evenflow.cli.report import print_cut
 from evenflow.cli.source import refusing
 from evenflow.cli.training import prepare_here
-from evenflow.pipe.check_report import CheckReport
+from evenflow.pipe.faults.check_report import CheckReport
 
 
 def check(flags: Flags) -> bool:

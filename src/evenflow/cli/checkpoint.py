@@ -27,7 +27,7 @@ from evenflow.cli.printing import print_line, print_whole
 from evenflow.cli.source import build
 from evenflow.errors import ConfigError
 from evenflow.journal.folder import CHECKPOINT, CHECKPOINTS, CONFIG
-from evenflow.runtime.world import SingleProcess
+from evenflow.runtime.ranks.world import SingleProcess
 from evenflow.view.units import format_bytes
 
 

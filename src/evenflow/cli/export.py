@@ -9,7 +9,7 @@ from evenflow.cli.writing import check_new, write
 from evenflow.errors import ConfigError
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file
-from evenflow.plan.target_settings import TORCH, export_plan
+from evenflow.plan.systems.target_settings import TORCH, export_plan
 from evenflow.schedule_file import read_schedule_file
 from evenflow.torch_schedule import format_torch_schedule
 from evenflow.view.units import format_count

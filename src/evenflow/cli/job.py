@@ -26,8 +26,8 @@ from evenflow.errors import ConfigError
 from evenflow.foreign import file_in_the_way
 from evenflow.journal.folder import CONFIG, has_ended, is_free, read_run
 from evenflow.launcher import rank_environment
-from evenflow.pipe.cuts import stages_on_each
-from evenflow.pipe.planned import DEFAULT_SCHEDULE
+from evenflow.pipe.given.cuts import stages_on_each
+from evenflow.pipe.given.planned import DEFAULT_SCHEDULE
 from evenflow.plan.plan import Plan
 from evenflow.plan.plan_file import read_plan_file
 from evenflow.schedules import catalog

@@ -31,9 +31,8 @@ from evenflow.cost.estimate import estimate
 from evenflow.cost.recorded import Recorded
 from evenflow.cost.weights import weights_of
 from evenflow.errors import ConfigError
-from evenflow.pipe.recorded import planned_leaf_share, recorded, row_tokens
-from evenflow.pipe.splitter import Splitter
-from evenflow.plan.advice import advised
+from evenflow.pipe.building.recorded import planned_leaf_share, recorded, row_tokens
+from evenflow.pipe.given.splitter import Splitter
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import RECOMPUTE_NAMES, Choice, describe
 from evenflow.plan.plan import Plan
@@ -42,10 +41,11 @@ from evenflow.plan.planner import NoPlanError, plan
 from evenflow.plan.rank_memory import TrainingState
 from evenflow.plan.request import Levers, Request
 from evenflow.plan.scale import scaled
-from evenflow.plan.target_settings import settings
-from evenflow.plan.targets import Target, Within, plan_within, target_called, within_limits
-from evenflow.plan.weights import check_weights
-from evenflow.runtime.weights import rows_of
+from evenflow.plan.shortage.advice import advised
+from evenflow.plan.shortage.weights import check_weights
+from evenflow.plan.systems.target_settings import settings
+from evenflow.plan.systems.targets import Target, Within, plan_within, target_called, within_limits
+from evenflow.runtime.recorded.weights import rows_of
 from evenflow.schedules import catalog
 from evenflow.view.units import format_bytes, format_seconds
 

@@ -8,8 +8,8 @@ from evenflow.cli.source import build, refusing
 from evenflow.cli.training import make_optimizer
 from evenflow.cost.cache import user_folder
 from evenflow.launcher import launch
-from evenflow.pipe.measured import Run, measured_request
-from evenflow.pipe.places import own_device, world_of
+from evenflow.pipe.building.measured import Run, measured_request
+from evenflow.pipe.given.places import own_device, world_of
 from evenflow.plan.plan import Plan
 from evenflow.plan.planner import plan
 from evenflow.plan.request import Levers

@@ -20,9 +20,9 @@ from evenflow.cost.cache import user_folder
 from evenflow.cost.profile import Profile, profile_of
 from evenflow.cost.recorded import Recorded
 from evenflow.cost_table import LayerTimes, write_layers
-from evenflow.pipe.places import device_kind
-from evenflow.pipe.recorded import recorded
-from evenflow.pipe.splitter import Splitter
+from evenflow.pipe.building.recorded import recorded
+from evenflow.pipe.given.places import device_kind
+from evenflow.pipe.given.splitter import Splitter
 from evenflow.plan.chain import Chain, Held
 from evenflow.view.units import format_count
 

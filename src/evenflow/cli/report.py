@@ -11,7 +11,7 @@ from rich.table import Table
 from evenflow.bill import Bill
 from evenflow.cli.printing import print_line
 from evenflow.journal.run import Run, Step, first_and_last_loss
-from evenflow.pipe.holdings import StageSummary
+from evenflow.pipe.building.holdings import StageSummary
 from evenflow.view.units import format_bytes, time_unit
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from evenflow.cli.config import STDOUT, Logging
 from evenflow.cli.printing import print_line
 from evenflow.interop.loggers import check_installed, log_to_json
-from evenflow.pipe.logs import LogHook
+from evenflow.pipe.times.logs import LogHook
 
 
 def check_logs(logs: Logging) -> None:

@@ -19,8 +19,8 @@ from evenflow.cost.cache import device_name
 from evenflow.ir.op import Backward, ComputeOp, Forward, InputGrad, WeightGrad, parts
 from evenflow.ir.timeline import Timeline
 from evenflow.journal.run import RankRecord, Run, Spread, StageRecord, Step
-from evenflow.pipe.devices import of_each_rank
-from evenflow.pipe.times import Measured
+from evenflow.pipe.times.devices import of_each_rank
+from evenflow.pipe.times.times import Measured
 
 # The first step warms caches up; in the second one memory is watched, which takes time of its own.
 _WATCHED_STEP = 2

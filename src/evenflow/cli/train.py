@@ -15,7 +15,7 @@ from evenflow.cli.training import prepare_here, run_rank
 from evenflow.errors import ConfigError, PeerError
 from evenflow.journal.folder import claim
 from evenflow.launcher import RankEnvironment, launch, rank_environment
-from evenflow.pipe.planned import DEFAULT_SCHEDULE
+from evenflow.pipe.given.planned import DEFAULT_SCHEDULE
 from evenflow.view.units import format_count
 
 _LOG = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from evenflow.journal.folder import (
     write_text,
 )
 from evenflow.journal.page import draw_last_step
-from evenflow.pipe.places import world_of
+from evenflow.pipe.given.places import world_of
 from evenflow.plan.choice import describe
 from evenflow.view.units import format_seconds
 

@@ -23,6 +23,13 @@ class Host:
     """One machine: its devices in the order of its ranks, and the link between any two of them.
 
     Raises `ConfigError` for one without a device.
+
+    >>> from evenflow.cluster.presets import DEVICES
+    >>> host = Host(
+    ...     (DEVICES["RTX 4090"], DEVICES["RTX 3090"]), Link(latency_seconds=1e-5, seconds_per_byte=1e-10)
+    ... )
+    >>> [device.name for device in host.devices]
+    ['RTX 4090', 'RTX 3090']
     """
 
     devices: tuple[Device, ...]

@@ -14,9 +14,9 @@ import torch
 
 from evenflow.cost.measured import NOTHING_KEPT, Kept, Measured
 from evenflow.cost.outline import chain_with, given_to_regions, handed_over, held, memory_of_state
-from evenflow.graph.graph import Graph
-from evenflow.graph.positions import lifetimes, num_bytes
-from evenflow.graph.tree import BatchLeaf
+from evenflow.graph.cutting.positions import lifetimes, num_bytes
+from evenflow.graph.nouns.graph import Graph
+from evenflow.graph.nouns.tree import BatchLeaf
 from evenflow.plan.chain import Chain, Seconds
 
 _Storage: TypeAlias = int  # the number of a memory in the graph

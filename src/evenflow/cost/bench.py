@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 
 from evenflow.cost.inputs import random_like
-from evenflow.graph.cut import Section
-from evenflow.graph.fakes import buffers_copied
-from evenflow.graph.graph import Graph, Node
-from evenflow.graph.modules import python_kept
-from evenflow.graph.snapshots import copy_of
-from evenflow.graph.tree import TensorInfo
-from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.kept import buffers_at
-from evenflow.runtime.rng import Streams, generators_restored
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.work import Work
+from evenflow.graph.cutting.cut import Section
+from evenflow.graph.kernels.fakes import buffers_copied
+from evenflow.graph.leaves.snapshots import copy_of
+from evenflow.graph.nouns.graph import Graph, Node
+from evenflow.graph.nouns.tree import TensorInfo
+from evenflow.graph.python.modules import python_kept
+from evenflow.runtime.program.kept import buffers_at
+from evenflow.runtime.program.rng import Streams, generators_restored
+from evenflow.runtime.program.work import Work
+from evenflow.runtime.stages.inflight import InFlight
+from evenflow.runtime.stages.stage import Stage
 
 _BEFORE, _HERE, _AFTER = 0, 1, 2  # stages: what makes the inputs, the node, what uses the results
 Places = Mapping[str, Sequence[tuple[torch.nn.Module, str]]]  # of parameters, by their first names

@@ -16,8 +16,8 @@ from evenflow.cluster.device import Device
 from evenflow.cost.experts import Experts
 from evenflow.cost.functions import FunctionCost, FunctionCosts, Pass
 from evenflow.cost.outline import Places, chain_with, given_to_regions, handed_over, held
-from evenflow.graph.graph import Graph, Node
-from evenflow.graph.module_calls import RUN_FOR_REAL
+from evenflow.graph.nouns.graph import Graph, Node
+from evenflow.graph.recording.module_calls import RUN_FOR_REAL
 from evenflow.plan.chain import Chain, Held, Seconds
 
 # No kernel reads and writes at the memory's full rate: assumed.

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 
 from evenflow.cost.functions import held_bytes
-from evenflow.graph.graph import Graph, Node
-from evenflow.graph.tree import ParameterSource
+from evenflow.graph.nouns.graph import Graph, Node
+from evenflow.graph.nouns.tree import ParameterSource
 
 # torch's, and those that stand in for it in transformers.
 _GROUPED = frozenset(("_grouped_mm", "grouped_mm", "_scaled_grouped_mm", "grouped_mm_fallback"))

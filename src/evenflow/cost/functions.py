@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from evenflow.graph.graph import Graph, Step
-from evenflow.graph.tree import BatchLeaf, ParameterSource, TensorInfo
-from evenflow.graph.weight_uses import WeightUses
+from evenflow.graph.cutting.weight_uses import WeightUses
+from evenflow.graph.nouns.graph import Graph, Step
+from evenflow.graph.nouns.tree import BatchLeaf, ParameterSource, TensorInfo
 
 _KEEPS_NOTHING = frozenset(
     (

@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 
 from evenflow.cost.recorded import Recorded
-from evenflow.graph.graph import Node
-from evenflow.graph.template import Template
-from evenflow.graph.tree import TensorInfo
-from evenflow.runtime.glue import Glue
+from evenflow.graph.nouns.graph import Node
+from evenflow.graph.nouns.template import Template
+from evenflow.graph.nouns.tree import TensorInfo
+from evenflow.runtime.program.glue import Glue
 
 # Large enough for no product of two to be subnormal, which processors are slow at.
 SPREAD = 0.02

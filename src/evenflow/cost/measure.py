@@ -17,9 +17,9 @@ from evenflow.cost.bench import Bench
 from evenflow.cost.clock import timed
 from evenflow.cost.measured import NOTHING_KEPT, Kept, Measured
 from evenflow.cost.storages import Made, Memory
-from evenflow.graph.fakes import storage_of
-from evenflow.graph.snapshots import copy_of
-from evenflow.runtime.inflight import InFlight
+from evenflow.graph.kernels.fakes import storage_of
+from evenflow.graph.leaves.snapshots import copy_of
+from evenflow.runtime.stages.inflight import InFlight
 
 _WARM_UPS = 2
 _FEWEST, _MOST = 3, 100  # repetitions

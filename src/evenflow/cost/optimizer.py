@@ -10,7 +10,7 @@ import torch
 from evenflow.cost.clock import timed
 from evenflow.cost.storages import Made
 from evenflow.plan.rank_memory import TrainingState
-from evenflow.runtime.together import as_one
+from evenflow.runtime.recorded.together import as_one
 
 OptimizerFactory = Callable[
     [list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]

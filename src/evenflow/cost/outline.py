@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from evenflow.graph.graph import Graph
-from evenflow.graph.positions import crossing_bytes, legal_positions, num_bytes, skips
-from evenflow.graph.recomputable import may_be_recomputed
-from evenflow.graph.tree import BatchLeaf, TensorInfo
+from evenflow.graph.cutting.positions import crossing_bytes, legal_positions, num_bytes, skips
+from evenflow.graph.cutting.recomputable import may_be_recomputed
+from evenflow.graph.nouns.graph import Graph
+from evenflow.graph.nouns.tree import BatchLeaf, TensorInfo
 from evenflow.plan.chain import Chain, Handed, Held, Parameter, Seconds
 
 Places = Mapping[int, int]  # of memories, by their numbers in the graph, among what is handed

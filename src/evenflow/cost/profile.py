@@ -21,10 +21,10 @@ from evenflow.cost.measured import Measured
 from evenflow.cost.recorded import Recorded
 from evenflow.cost.signature import signature
 from evenflow.errors import EvenflowError, RecordError
-from evenflow.graph.graph import Graph, Node
-from evenflow.graph.tree import BatchLeaf, CallSource
+from evenflow.graph.nouns.graph import Graph, Node
+from evenflow.graph.nouns.tree import BatchLeaf, CallSource
 from evenflow.plan.chain import Chain
-from evenflow.runtime.host_memory import keep_freed_memory
+from evenflow.runtime.notes.host_memory import keep_freed_memory
 
 # Is told the name of the node that comes next, how many are done, and how many there are to measure.
 Progress = Callable[[str, int, int], None]

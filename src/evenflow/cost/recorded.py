@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evenflow.graph.graph import Graph
+from evenflow.graph.nouns.graph import Graph
 
 
 @dataclass(frozen=True, slots=True)

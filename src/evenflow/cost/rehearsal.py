@@ -20,13 +20,13 @@ from evenflow.cost.clock import timed
 from evenflow.cost.measured import NOTHING_KEPT, Measured
 from evenflow.cost.recorded import Recorded
 from evenflow.errors import EvenflowError, RecordError
-from evenflow.graph.cut import Cut, cut
+from evenflow.graph.cutting.cut import Cut, cut
 from evenflow.ir.op import Payload
 from evenflow.plan.chain import Chain, Seconds
-from evenflow.plan.partition import balanced_cuts
-from evenflow.runtime.inflight import InFlight
-from evenflow.runtime.stage import Stage
-from evenflow.runtime.work import Work
+from evenflow.plan.cuts.partition import balanced_cuts
+from evenflow.runtime.program.work import Work
+from evenflow.runtime.stages.inflight import InFlight
+from evenflow.runtime.stages.stage import Stage
 
 _MOST_STAGES = 8
 

@@ -14,10 +14,10 @@ from typing import Any, assert_never
 
 import torch
 
-from evenflow.graph.graph import FunctionTarget, Graph, ModuleTarget, Node
-from evenflow.graph.outside import MODULES_OWN
-from evenflow.graph.template import Ref, Shared, Shell, Template
-from evenflow.graph.tree import TensorInfo
+from evenflow.graph.nouns.graph import FunctionTarget, Graph, ModuleTarget, Node
+from evenflow.graph.nouns.template import Ref, Shared, Shell, Template
+from evenflow.graph.nouns.tree import TensorInfo
+from evenflow.graph.python.outside import MODULES_OWN
 
 _DEPTH = 4  # of objects in objects
 _PLAIN = (

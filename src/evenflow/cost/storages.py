@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evenflow.graph.dtensors import local_part
-from evenflow.graph.fakes import storage_of
+from evenflow.graph.kernels.fakes import storage_of
+from evenflow.graph.nouns.dtensors import local_part
 
 
 class Memory:

@@ -2,7 +2,7 @@
 
 import torch
 
-from evenflow.plan.weights import Weights
+from evenflow.plan.shortage.weights import Weights
 
 
 def weights_of(model: torch.nn.Module) -> Weights:

@@ -15,9 +15,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch ha
 from evenflow.cost.local_device import flops_per_second_of, memory_bytes_of
 from evenflow.doctor.exchange import Exchange
 from evenflow.doctor.worker import Fault, Meeting, Worker
-from evenflow.runtime import network
-from evenflow.runtime.processes import this_host
-from evenflow.runtime.world import ProcessGroupWorld, World
+from evenflow.runtime.notes.processes import this_host
+from evenflow.runtime.ranks import network
+from evenflow.runtime.ranks.world import ProcessGroupWorld, World
 
 _MAX_PAIRS = 28  # of 8 ranks: a second or two each on GPUs
 

@@ -27,9 +27,8 @@ from torch.utils._python_dispatch import (
 )
 
 from evenflow.errors import ConfigError
-from evenflow.graph.fakes import storage_of
-from evenflow.graph.kernels import deciding, draws, written
-from evenflow.graph.observe import unwatched
+from evenflow.graph.kernels.fakes import storage_of
+from evenflow.graph.kernels.kernels import deciding, draws, written
 from evenflow.graph.recipes import (
     OVERWRITING,
     KernelCall,
@@ -43,6 +42,7 @@ from evenflow.graph.recipes import (
     twin_of,
     view_of,
 )
+from evenflow.graph.recording.observe import unwatched
 
 _EMPTY = "_evenflow_empty"  # the attribute of a real parameter that leads to the one in its place
 _VERSION = "_evenflow_version"  # the attribute of a parameter: its version when the context ended

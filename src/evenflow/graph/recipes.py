@@ -22,7 +22,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from evenflow.errors import ConfigError
-from evenflow.graph.kernels import generator_of
+from evenflow.graph.kernels.kernels import generator_of
 
 # Kernels and initialisers that write every element of their first argument and read none of it.
 OVERWRITING = frozenset(

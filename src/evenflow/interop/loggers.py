@@ -12,7 +12,7 @@ from typing import Any
 
 from evenflow.errors import ConfigError, MissingPackageError
 from evenflow.foreign import file_in_the_way
-from evenflow.pipe.logs import LogHook
+from evenflow.pipe.times.logs import LogHook
 
 STDOUT = "-"
 
@@ -25,11 +25,9 @@ def log_to_json(path: str | Path) -> LogHook:
     file is made when the hook is first called, which is on the main rank alone. Raises `ConfigError` for a
     path that cannot be a file, and, in the step, for what cannot be written.
 
-        pipe.log_to(evenflow.log_to_json("mine.jsonl"))
-
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     hook = log_to_json(f"{folder}/mine.jsonl")
+    ...     hook = log_to_json(f"{folder}/mine.jsonl")  # for pipe.log_to(hook)
     ...     hook(1, {"loss": 2.5})
     ...     hook(2, {"loss": float("nan")})
     ...     print(Path(folder, "mine.jsonl").read_text(), end="")
@@ -97,7 +95,12 @@ def log_to_tensorboard(folder: str | Path) -> LogHook:
     The folder is made when the hook is first called, which is on the main rank alone. Raises
     `MissingPackageError` where tensorboard is not installed.
 
-        pipe.log_to(evenflow.log_to_tensorboard("runs/mine"), every=10)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     hook = log_to_tensorboard(folder)  # for pipe.log_to(hook, every=10)
+    ...     hook(1, {"loss": 2.5})
+    ...     len(list(Path(folder).glob("events.*")))
+    1
     """
     check_installed("tensorboard", "log_to_tensorboard()")
     writer: Any = None  # torch's class, which imports tensorboard
@@ -121,7 +124,7 @@ def log_to_wandb(project: str, **options: Any) -> LogHook:
     `options` are those of `wandb.init`, which is called when the hook first is: on the main rank alone.
     Raises `MissingPackageError` where wandb is not installed.
 
-        pipe.log_to(evenflow.log_to_wandb("my-project", name="first try"), every=10)
+    >>> pipe.log_to(log_to_wandb("my-project", name="first try"), every=10)  # doctest: +SKIP
     """
     check_installed("wandb", "log_to_wandb()")
     run: Any = None  # wandb's class

@@ -19,8 +19,8 @@ from rich.text import Text
 
 import evenflow
 from evenflow.errors import ConfigError
-from evenflow.pipe.devices import fullness
-from evenflow.pipe.refuse import check_whole
+from evenflow.pipe.given.refuse import check_whole
+from evenflow.pipe.times.devices import fullness
 from evenflow.view.units import format_bytes
 
 # So many lines, evenly spread, stand in for the bar where output goes to a file.
@@ -41,9 +41,14 @@ def progress(
     `every`th are looked at, which waits for the device and asks all ranks: so every rank enters this, and
     the main one shows it, on `console` or the standard output. `line(text)` of what it gives prints above.
 
-        with evenflow.progress(pipe, num_steps=1000) as shown:
-            for batch in pipe.feed(loader):
-                pipe.step(batch)
+    Raises `ConfigError` for no steps, and for `every` below 1.
+
+    >>> import torch, evenflow
+    >>> batch, model = torch.ones(8, 4), torch.nn.Linear(4, 1)
+    >>> pipe = evenflow.pipeline(model, loss=lambda model, b: model(b).mean(), example=batch, stages=1)
+    >>> with progress(pipe, num_steps=2, console=Console(quiet=True)):
+    ...     for batch in pipe.feed([batch, batch]):
+    ...         _ = pipe.step(batch)
     """
     check_whole(num_steps=num_steps, every=every)
     if min(num_steps, every) < 1:

@@ -25,7 +25,7 @@ from evenflow.interop.trainer_refusals import (
 )
 from evenflow.pipe.pipeline import Pipeline
 from evenflow.pipe.state import merged
-from evenflow.runtime.microbatch import GIVEN_COUNT
+from evenflow.runtime.recorded.microbatch import GIVEN_COUNT
 
 try:
     from transformers import Trainer
@@ -56,14 +56,13 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
 
     Raises `ConfigError` for arguments that have no effect on a pipeline, before anything starts.
 
-        trainer = PipelineTrainer(
-            model,
-            TrainingArguments("out", per_device_train_batch_size=16),
-            train_dataset=rows,
-            pipeline={"stages": 2, "num_microbatches": 8},
-        )
-        trainer.train(resume_from_checkpoint=True)
-        trainer.save_model("tuned")
+    >>> trainer = PipelineTrainer(  # doctest: +SKIP
+    ...     model,
+    ...     TrainingArguments("out", per_device_train_batch_size=16),
+    ...     train_dataset=rows,
+    ...     pipeline={"stages": 2, "num_microbatches": 8},
+    ... )
+    >>> trainer.train(resume_from_checkpoint=True), trainer.save_model("tuned")  # doctest: +SKIP
     """
 
     # What the Trainer sets, of types that are not checked here.
@@ -219,7 +218,10 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Loss, outputs and labels of one batch, on every rank; outputs take a second pass."""
+        """Loss, outputs and labels of one batch, on every rank; outputs take a second pass.
+
+        Raises `ConfigError` for data without labels where no pipeline has been made yet.
+        """
         names = self.label_names
         has_labels = bool(names) and all(inputs.get(name) is not None for name in names)
         returns_loss = inputs.get("return_loss", None)

@@ -52,6 +52,9 @@ class RankRecord:
     """What a rank did: the median share of a step's makespan that it idled, and its peak of memory.
 
     `peak_bytes`: the most bytes of tensors that were there at once in one step; None where nobody measured.
+
+    >>> RankRecord(idle=0.125, peak_bytes=2**30).idle
+    0.125
     """
 
     idle: float
@@ -68,6 +71,17 @@ class Run:
     - `step`: all of a step, its update included. `feed_seconds`: the median wait for a batch, before it.
     - `pipeline`: from the first op's start to the last one's end over all ranks; of the last of these steps,
       as are `stages` and what ranks idle. `simulated_seconds`: what the simulator makes of `stages`.
+
+    Raises `ConfigError` for no stage, and for a stage on a rank that there is not.
+
+    >>> stages, ranks = (StageRecord(0, "embed", 0.1, 0.3, None, None),), (RankRecord(0.0, None),)
+    >>> step = Spread(median=0.4, least=0.4, most=0.5)
+    >>> told = ("mine", "2026-01-01T12:00:00", "a laptop", "0.1.0", "1f1b", 1, "tokens", 512)
+    >>> run = Run(
+    ...     *told, 20, 10, step, step, feed_seconds=0.1, simulated_seconds=0.4, stages=stages, ranks=ranks
+    ... )
+    >>> run.items_per_second
+    1024.0
     """
 
     name: str
@@ -111,6 +125,9 @@ class Step:
     """One step, from 1 on: its seconds, its wait for a batch, its loss; None where that was no finite number.
 
     `loss` is what the model's loss function returned, over the whole batch.
+
+    >>> Step(number=1, seconds=0.4, feed_seconds=0.1, loss=2.5).loss
+    2.5
     """
 
     number: int

@@ -9,37 +9,37 @@ from typing import Any
 import torch
 
 from evenflow.cost.optimizer import OptimizerFactory
-from evenflow.graph.graph import Graph
-from evenflow.pipe.additive import differences
-from evenflow.pipe.asked import Asked
-from evenflow.pipe.default_programs import model_loss
-from evenflow.pipe.fixed import FixedParameters
-from evenflow.pipe.holdings import summaries, true_buffers
-from evenflow.pipe.layout import laid_out
-from evenflow.pipe.making import joined, recorded_and_cut, stages_made, tell_compiled
-from evenflow.pipe.model_parameters import ModelParameters
-from evenflow.pipe.parts import Parts
+from evenflow.graph.nouns.graph import Graph
+from evenflow.pipe.building.additive import differences
+from evenflow.pipe.building.asked import Asked
+from evenflow.pipe.building.holdings import summaries, true_buffers
+from evenflow.pipe.building.layout import laid_out
+from evenflow.pipe.building.making import joined, recorded_and_cut, stages_made, tell_compiled
+from evenflow.pipe.building.model_parameters import ModelParameters
+from evenflow.pipe.given.default_programs import model_loss
+from evenflow.pipe.given.precision import Precision
+from evenflow.pipe.given.recompute import RecomputeChoice, check_recompute
+from evenflow.pipe.given.refuse import refuse_unfit
+from evenflow.pipe.parameters.fixed import FixedParameters
+from evenflow.pipe.parameters.replicas import SharedBuffers
+from evenflow.pipe.parameters.rules import OnBadNumbers, UpdateRules
+from evenflow.pipe.parameters.tensor_plan import TensorPlan
+from evenflow.pipe.parameters.update import SchedulerFactory, Updater
 from evenflow.pipe.pipeline import Pipeline
-from evenflow.pipe.precision import Precision
-from evenflow.pipe.recompute import RecomputeChoice, check_recompute
-from evenflow.pipe.refuse import refuse_unfit
-from evenflow.pipe.replicas import SharedBuffers
-from evenflow.pipe.rules import OnBadNumbers, UpdateRules
-from evenflow.pipe.tensor_plan import TensorPlan
-from evenflow.pipe.update import SchedulerFactory, Updater
+from evenflow.pipe.step.parts import Parts
 from evenflow.plan.plan import Plan
-from evenflow.runtime.compiled import Compiling
-from evenflow.runtime.joining import Joining, MetricsChoice
-from evenflow.runtime.narrowing import Narrowing
-from evenflow.runtime.tracing import Program
-from evenflow.runtime.watchdog import TIMEOUT_SECONDS
-from evenflow.runtime.weights import ReductionChoice, Weigher, rows_of
+from evenflow.runtime.program.compiled import Compiling
+from evenflow.runtime.ranks.watchdog import TIMEOUT_SECONDS
+from evenflow.runtime.recorded.joining import Joining, MetricsChoice
+from evenflow.runtime.recorded.tracing import Program
+from evenflow.runtime.recorded.weights import ReductionChoice, Weigher, rows_of
+from evenflow.runtime.stages.narrowing import Narrowing
 from evenflow.schedules.catalog import ScheduleFunction
 
 _LOG = logging.getLogger("evenflow")
 
 
-# As long as its arguments, and what is to be said of each: it is the library's face. The body lists them once
+# long: as its arguments, and what is to be said of each: it is the library's face. The body lists them once
 # more, and then the steps.
 def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument)
     model: torch.nn.Module,
@@ -84,7 +84,7 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     all of them, on the CUDA devices that it finds or on the CPU.
 
     - `loss(model, microbatch)` is called once per microbatch and returns a scalar tensor, or (scalar,
-      metrics); by default `model(**microbatch).loss`. Any Python that `evenflow.graph.record` can follow.
+      metrics); by default `model(**microbatch).loss`. Any Python that can be recorded (docs/own.md).
     - `example`: one full batch, from which shapes are read: any tree of tensors and plain values.
     - `optimizer` receives a list of (name, parameter), a stage's trainable ones, and returns an optimizer, or
       a list of several, which are stepped as one; `scheduler` receives the optimizer.

@@ -12,27 +12,27 @@ from evenflow.bill import Bill
 from evenflow.errors import ConfigError
 from evenflow.ir.timeline import Timeline
 from evenflow.journal.last_step import LastStep
-from evenflow.pipe.accumulated import OverBatches
-from evenflow.pipe.agree import Agreed
-from evenflow.pipe.bad_numbers import Guard, Guarded
-from evenflow.pipe.batches import Batches, fed
-from evenflow.pipe.check import check_step, refuse_uncheckable
-from evenflow.pipe.check_report import CheckReport
-from evenflow.pipe.default_programs import call_model
-from evenflow.pipe.exhausted import Watch
-from evenflow.pipe.last_step import last_step
-from evenflow.pipe.logs import Every, LogHook
-from evenflow.pipe.meter import Meter
-from evenflow.pipe.outcome import Gather, check_gather, outcome, prediction
-from evenflow.pipe.parts import Parts
-from evenflow.pipe.reading import read_loss, read_prediction
+from evenflow.pipe.faults.bad_numbers import Guard, Guarded
+from evenflow.pipe.faults.check import check_step, refuse_uncheckable
+from evenflow.pipe.faults.check_report import CheckReport
+from evenflow.pipe.given.default_programs import call_model
+from evenflow.pipe.given.reading import read_loss, read_prediction
 from evenflow.pipe.restorable import Restorable
-from evenflow.pipe.result import StepResult
-from evenflow.pipe.runs import ProgramOf, Runs
-from evenflow.pipe.times import Marks
-from evenflow.runtime.executor import Executor, Reading, Result
-from evenflow.runtime.nan_watch import NanWatch
-from evenflow.runtime.tracing import Program
+from evenflow.pipe.step.accumulated import OverBatches
+from evenflow.pipe.step.agree import Agreed
+from evenflow.pipe.step.batches import Batches, fed
+from evenflow.pipe.step.exhausted import Watch
+from evenflow.pipe.step.outcome import Gather, check_gather, outcome, prediction
+from evenflow.pipe.step.parts import Parts
+from evenflow.pipe.step.result import StepResult
+from evenflow.pipe.step.runs import ProgramOf, Runs
+from evenflow.pipe.times.last_step import last_step
+from evenflow.pipe.times.logs import Every, LogHook
+from evenflow.pipe.times.meter import Meter
+from evenflow.pipe.times.times import Marks
+from evenflow.runtime.recorded.tracing import Program
+from evenflow.runtime.stages.executor import Executor, Reading, Result
+from evenflow.runtime.stages.nan_watch import NanWatch
 
 
 class Pipeline(Restorable):

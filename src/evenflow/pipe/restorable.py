@@ -17,21 +17,21 @@ from evenflow.checkpoint.save import Content
 from evenflow.checkpoint.weights_out import export_adapter, export_model
 from evenflow.checkpoint.whole import in_the_way
 from evenflow.errors import ConfigError
-from evenflow.graph.dtensors import is_dtensor, is_first_holder, whole
-from evenflow.pipe.accumulated import Accumulated
-from evenflow.pipe.gauges import Gauges
-from evenflow.pipe.logs import Logs
-from evenflow.pipe.parts import Parts
-from evenflow.pipe.position import Position
-from evenflow.pipe.random_state import random_state, set_random_state
-from evenflow.pipe.refuse import refuse_together
-from evenflow.pipe.saved import check_state, layout_of, read_state
-from evenflow.pipe.saver import Saver
+from evenflow.graph.nouns.dtensors import is_dtensor, is_first_holder, whole
+from evenflow.pipe.given.refuse import refuse_together
+from evenflow.pipe.saving.position import Position
+from evenflow.pipe.saving.random_state import random_state, set_random_state
+from evenflow.pipe.saving.saved import check_state, layout_of, read_state
+from evenflow.pipe.saving.saver import Saver
+from evenflow.pipe.saving.swapped import swapped
 from evenflow.pipe.state import put_back, state_of
-from evenflow.pipe.swapped import swapped
-from evenflow.pipe.times import Times
+from evenflow.pipe.step.accumulated import Accumulated
+from evenflow.pipe.step.parts import Parts
+from evenflow.pipe.times.gauges import Gauges
+from evenflow.pipe.times.logs import Logs
+from evenflow.pipe.times.times import Times
 from evenflow.plan.plan_file import write_plan
-from evenflow.runtime.whereabouts import patiently
+from evenflow.runtime.notes.whereabouts import patiently
 
 _LOG = logging.getLogger(__name__)
 

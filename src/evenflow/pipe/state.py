@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from evenflow.checkpoint.plain import merged
-from evenflow.pipe.refuse import refuse_together
-from evenflow.pipe.update import Updater
-from evenflow.runtime.together import Together
-from evenflow.runtime.world import World
+from evenflow.pipe.given.refuse import refuse_together
+from evenflow.pipe.parameters.update import Updater
+from evenflow.runtime.ranks.world import World
+from evenflow.runtime.recorded.together import Together
 
 __all__ = ["merged", "put_back", "state_of"]
 

@@ -43,7 +43,11 @@ class PlannedRank:
 
 @dataclass(frozen=True, slots=True)
 class PlannedLink:
-    """The way from one pipeline rank to another, as the plan took it to be."""
+    """The way from one pipeline rank to another, as the plan took it to be.
+
+    >>> PlannedLink(source=0, target=1, latency_seconds=1e-5, seconds_per_byte=1e-10).target
+    1
+    """
 
     source: int
     target: int
@@ -53,7 +57,11 @@ class PlannedLink:
 
 @dataclass(frozen=True, slots=True)
 class RunnerUp:
-    """Another choice that was priced."""
+    """Another choice that was priced.
+
+    >>> RunnerUp(Degrees(pipeline=4), 1, "zb-h1", 2, "none", step_seconds=0.5).schedule
+    'zb-h1'
+    """
 
     degrees: Degrees
     stages_per_rank: int

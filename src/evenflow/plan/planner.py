@@ -25,19 +25,19 @@ from typing import NoReturn
 from evenflow.errors import ConfigError, EvenflowError
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import Choice, Degrees, Recompute, Sharding, describe
-from evenflow.plan.choices import choices, contradiction, open_shardings
-from evenflow.plan.expected import Expected, expected
-from evenflow.plan.fit import refuse_at_once
+from evenflow.plan.cuts.problem import DoesNotFitError, check_places
 from evenflow.plan.known_costs import planned_links
 from evenflow.plan.layers import layer_labels
 from evenflow.plan.plan import Plan, PlannedRank, PlannedStage, Prediction, RunnerUp, node_labels
-from evenflow.plan.price import Priced, chain_for, lower_bound, price
-from evenflow.plan.problem import DoesNotFitError, check_places
 from evenflow.plan.recompute import all_worthwhile, cheapest_to_hold
-from evenflow.plan.refine import refined
 from evenflow.plan.request import Request
-from evenflow.plan.scheduled import stretch_of
-from evenflow.plan.searched import searched
+from evenflow.plan.search.choices import choices, contradiction, open_shardings
+from evenflow.plan.search.expected import Expected, expected
+from evenflow.plan.search.fit import refuse_at_once
+from evenflow.plan.search.price import Priced, chain_for, lower_bound, price
+from evenflow.plan.search.refine import refined
+from evenflow.plan.search.scheduled import stretch_of
+from evenflow.plan.search.searched import searched
 from evenflow.schedule_file import format_rows
 from evenflow.schedules import catalog
 

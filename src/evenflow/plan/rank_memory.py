@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from evenflow.plan.choice import Degrees
-from evenflow.plan.stages import StageCost
+from evenflow.plan.costs.stages import StageCost
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from evenflow.cluster.cluster import Cluster
 from evenflow.errors import ConfigError
 from evenflow.plan.chain import Chain
 from evenflow.plan.choice import Choice, Recompute, Sharding
-from evenflow.plan.overheads import Overheads
+from evenflow.plan.costs.overheads import Overheads
 from evenflow.plan.rank_memory import TrainingState
 
 

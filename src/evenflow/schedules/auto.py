@@ -19,7 +19,7 @@ from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.memory import memory_faults
-from evenflow.schedules import catalog
+from evenflow.schedules.methods import AUTO, SCHEDULES, make_method
 from evenflow.schedules.v_shape import v_queues
 from evenflow.search.find import Progress, find
 from evenflow.search.tables import Order
@@ -158,7 +158,7 @@ def best_on(
             target=least.seconds,
             progress=progress,
         )
-        schedule = schedule_of(found.order, placement, num_microbatches, catalog.AUTO)
+        schedule = schedule_of(found.order, placement, num_microbatches, AUTO)
         known.append((seconds(schedule), schedule))
     took, schedule = min(known, key=lambda pair: pair[0])
     bounds = bounds_of(schedule, costs)  # an overlap may do what no single ops can
@@ -202,9 +202,9 @@ def _placements(num_ranks: int, stages_per_rank: int) -> tuple[Placement, ...]:
 
 def _fitting(placement: Placement, num_microbatches: int, costs: Costs) -> Iterator[Schedule]:
     """Yield the schedules of the catalog that are placed so and fit the memory."""
-    for name in catalog.SCHEDULES:
+    for name in SCHEDULES:
         try:
-            made = catalog.make(
+            made = make_method(
                 name,
                 num_ranks=placement.num_ranks,
                 stages_per_rank=placement.num_stages // placement.num_ranks,

@@ -16,8 +16,8 @@ from evenflow.runtime.links.neighbours import neighbours
 from evenflow.runtime.links.process_group import ProcessGroupLink
 from evenflow.runtime.links.shared_memory import SharedMemoryLink
 from evenflow.runtime.links.ways import Way, ways
-from evenflow.runtime.roll_call import RollCall
-from evenflow.runtime.world import World, backend_of, timeout_seconds
+from evenflow.runtime.ranks.roll_call import RollCall
+from evenflow.runtime.ranks.world import World, backend_of, timeout_seconds
 
 _LOG = logging.getLogger(__name__)
 CHOICES = ("auto", "shared-memory", "torch")

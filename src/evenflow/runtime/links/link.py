@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from evenflow.graph.tree import TensorInfo
+from evenflow.graph.nouns.tree import TensorInfo
 from evenflow.ir.op import Recv, Send
 
 # What one transfer carries: the edge's values in the section's order; None where a gradient does not exist.

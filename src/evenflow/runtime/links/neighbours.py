@@ -8,8 +8,8 @@ import struct
 import uuid
 from collections.abc import Sequence
 
-from evenflow.runtime.processes import this_host
-from evenflow.runtime.world import World
+from evenflow.runtime.notes.processes import this_host
+from evenflow.runtime.ranks.world import World
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 60.0

@@ -29,7 +29,7 @@ from evenflow.ir.placement import Placement
 from evenflow.runtime.links.layout import Layout, empty, pack, unpack
 from evenflow.runtime.links.link import Link, Manifest, Parcel
 from evenflow.runtime.links.ways import Way
-from evenflow.runtime.world import backend_of
+from evenflow.runtime.ranks.world import backend_of
 
 # On Gloo: receives under way beyond the place that the program has reached, and parcels that may be leaving
 # while it goes on. A send waits for the oldest of them, as it may: the program also lives on a link on which

@@ -1,0 +1,1 @@
+"""What torch does below its functions: kernels, fake tensors, FLOPs, settings."""

@@ -1,0 +1,1 @@
+"""The nouns of a recorded program: values, nodes, the call tree, the graph. Read `tree`, then `graph`."""

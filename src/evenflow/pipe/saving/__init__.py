@@ -1,0 +1,1 @@
+"""A run's state, given out and taken back."""

@@ -1,0 +1,1 @@
+"""What steps took, and what of it is told: timelines, bills, gauges, logs."""

@@ -1,0 +1,1 @@
+"""What a choice costs each device beside its nodes, and what it holds, op by op."""

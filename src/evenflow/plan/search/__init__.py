@@ -1,0 +1,1 @@
+"""Searching for a plan: choices, estimated, then priced; the best are improved."""

@@ -1,0 +1,1 @@
+"""Where no plan fits: what is short, and what would help."""

@@ -1,0 +1,1 @@
+"""Other systems: what they can express, and plans in their words."""

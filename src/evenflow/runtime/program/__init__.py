@@ -1,0 +1,1 @@
+"""A section of the graph made ready to run: straight-line Python, keyed draws, a backward in parts."""

@@ -1,0 +1,1 @@
+"""A model's recordings: traced, found again by their key, and what their microbatches count for."""

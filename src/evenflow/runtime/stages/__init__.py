@@ -1,0 +1,1 @@
+"""Stages, and the executor that drives them through a proven program."""
