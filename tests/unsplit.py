@@ -103,13 +103,14 @@ def assert_splits(
 ) -> None:
     """Every cut of the model gives the unsplit model's numbers, taken apart as far as can be.
 
-    Cuts: none; balanced, in the fewest of `stages`; at random, in the most. `build` gives the same numbers
-    every time.
+    Cuts: none; where there are `stages`, balanced, in the fewest of them, and twice at random, in the most.
+    `build` gives the same numbers every time.
     """
     items = batch.items if isinstance(batch, Microbatches) else split(batch, num_microbatches)
     expected = plain_step(build(), loss, list(items))
     before = copied(batch)
-    for number, seed in ((1, None), (min(stages), None), (max(stages), 0), (max(stages), 1)):
+    split_up = ((min(stages), None), (max(stages), 0), (max(stages), 1)) if stages else ()
+    for number, seed in ((1, None), *split_up):
         model = build()
         arguments = {
             "loss": loss,
