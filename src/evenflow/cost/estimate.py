@@ -36,7 +36,7 @@ def estimate(
 
     The model must be recorded on a microbatch of `num_rows` rows, in the dtypes in which it will run:
     sizes are as recorded. `dtype` names the rate of matrix products; by default it is that of each one's
-    result. Weight gradients are put off where the runtime does it (`runtime.weight_grads`). Raises
+    result. Weight gradients are put off where the runtime does it (`runtime.program.weight_grads`). Raises
     `ConfigError` for a device without a rate for a dtype.
     """
     functions = FunctionCosts(graph)

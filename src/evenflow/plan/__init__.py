@@ -1,1 +1,1 @@
-"""Deciding: where to cut."""
+"""Deciding how to train: degrees, cuts, schedule, microbatches, memory. Begin with `chain`, then `planner`."""

@@ -1,6 +1,6 @@
 """Where a process's random generators stand: torch's, Python's and NumPy's, which loaders draw from.
 
-What a model draws does not depend on them (`runtime.rng`).
+What a model draws does not depend on them (`runtime.program.rng`).
 """
 
 import random

@@ -87,8 +87,8 @@ class ProcessGroupLink(Link):
         self._device, self._ways = device, ways or {}
         self._carrier = carrier or device
         self._on_gloo = backend_of(self._carrier) == "gloo"
-        self.receives_ahead, self.sends_ahead = RECEIVES_AHEAD, SENDS_AHEAD
         self._ahead = RECEIVES_AHEAD if self._on_gloo else 0
+        self.receives_ahead, self.sends_ahead = self._ahead, SENDS_AHEAD
         # NCCL's stream would wait, and compute too.
         self._most_leaving = SENDS_AHEAD if self._on_gloo else math.inf
         self._known: dict[

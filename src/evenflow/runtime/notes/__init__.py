@@ -1,1 +1,1 @@
-"""What is noted while a step runs, on one clock, for timelines, reports of failures and stragglers."""
+"""What each op waits for and ends, and what is noted while a step runs: for timelines, reports, stragglers."""

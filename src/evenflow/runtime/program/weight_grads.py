@@ -11,7 +11,7 @@ for what was put aside.
 A weight may be a parameter or made of parameters alone (a view, a cast, a normalised weight): the rest of the
 way is then walked in the `WeightGrad` too. What is no such product (a normalisation's scale, an embedding, a
 module whose inside was not seen) gets its gradient in the `InputGrad`. A parameter is put off in all of its
-uses or in none (`graph.weight_uses`), so that its gradients add up in the order of microbatches.
+uses or in none (`graph.cutting.weight_uses`), so that its gradients add up in the order of microbatches.
 
 Rejected: to walk the graph twice, first to the inputs alone and then whole (that was here before): the walk
 to the inputs was paid for twice. To compute all in the `InputGrad` and put the gradients aside: nothing of

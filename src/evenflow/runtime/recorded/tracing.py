@@ -34,7 +34,7 @@ Program = Callable[[Any, Any], Any]  # (model, microbatch) -> what the user's fu
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
-    """How a recorded program is taken apart: see `graph.leaves.flatten`."""
+    """How a recorded program is taken apart: see `graph.leaves.leaves.flatten`."""
 
     max_share: float
     exact: bool

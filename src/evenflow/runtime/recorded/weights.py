@@ -1,7 +1,7 @@
 """What each microbatch counts for, so that the step's loss equals the unsplit one over the whole batch.
 
 A mean over tokens weighs microbatches by their tokens, a mean over rows by their rows, and sums are added up.
-Which of them the loss function is, its recording says (`graph.reduction`) or the user does.
+Which of them the loss function is, its recording says (`graph.cutting.reduction`) or the user does.
 """
 
 import math
