@@ -1,1 +1,1 @@
-"""Deciding how to train: degrees, cuts, schedule, microbatches, memory. Begin with `chain`, then `planner`."""
+"""How to train: degrees, cuts, schedule, microbatches, memory. Begin with `chain`, then `planner`."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from evenflow.graph.nouns.graph import FunctionTarget, Node, Step
 from evenflow.graph.nouns.tree import ParameterSource, Value
 
-# Functions whose weight gradients the runtime can take later (`runtime.program.weight_grads`), and the places of the
-# inputs, whose gradients others wait for, among the tensors that they are handed.
+# Functions whose weight gradients the runtime can take later (`runtime.program.weight_grads`), and the places
+# of the inputs, whose gradients others wait for, among the tensors that they are handed.
 _INPUTS = {
     "linear": (0,),
     "conv1d": (0,),
