@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from evenflow.bounds import instance_of
 from evenflow.bounds_of import bounds_of
-from evenflow.errors import ScheduleError
+from evenflow.errors import ConfigError, ScheduleError
 from evenflow.ir import Costs, Flow, Link, Placement
 from evenflow.memory import peak_bytes
 from evenflow.schedules.catalog import get
@@ -30,6 +30,23 @@ def test_no_schedule_beats_its_bounds(pipeline: Pipeline) -> None:
         return
     assert bounds.span.seconds <= timeline.span_seconds * (1 + 1e-9) + 1e-9
     assert bounds.makespan.seconds <= timeline.makespan_seconds * (1 + 1e-9) + 1e-9
+
+
+@pytest.mark.parametrize("num_stages", [3, 5])
+def test_costs_of_other_stages_are_refused(num_stages: int) -> None:
+    with pytest.raises(ConfigError, match=f"costs name {num_stages} stages, and 4 are placed"):
+        bounds_of(get("gpipe")(4, 1, 4), Costs.uniform(num_stages))
+
+
+def test_caps_of_other_ranks_are_refused() -> None:
+    costs = replace(Costs.uniform(4), memory_caps=(1.0, 1.0))
+    with pytest.raises(ConfigError, match="memory_caps name 2 ranks, and there are 4"):
+        bounds_of(get("gpipe")(4, 1, 4), costs)
+
+
+def test_no_microbatch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_microbatches must be at least 1, got 0"):
+        instance_of(Placement.linear(2), 0, Costs.uniform(2))
 
 
 def test_delays_are_of_size_and_latency_and_none_within_a_rank() -> None:

@@ -71,5 +71,5 @@ def test_other_sizes_are_refused() -> None:
     schedule = by_hand(Forward(0, 0), Forward(0, 1))
     with pytest.raises(ConfigError, match="costs name 2 stages"):
         peak_bytes(schedule, Costs.uniform(2))
-    with pytest.raises(ConfigError, match="memory_caps name 2 ranks, schedule 'by hand' has 1"):
+    with pytest.raises(ConfigError, match="memory_caps name 2 ranks, and there are 1"):
         memory_faults(schedule, replace(HALVES, memory_caps=(1.0, 2.0)))

@@ -119,5 +119,5 @@ def test_an_incomplete_schedule_is_refused() -> None:
 
 
 def test_costs_of_other_stages_are_refused() -> None:
-    with pytest.raises(ConfigError, match="costs name 3 stages, schedule 'gpipe' has 2"):
+    with pytest.raises(ConfigError, match="costs name 3 stages, and 2 are placed"):
         simulate(gpipe(2, 1, 2), Flow.chain(2), Costs.uniform(3))

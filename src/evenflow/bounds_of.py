@@ -11,7 +11,7 @@ from evenflow.ir.schedule import Schedule
 def bounds_of(schedule: Schedule, costs: Costs) -> Bounds | None:
     """Return what no schedule of this placement and these sizes can beat; None for one that only evaluates.
 
-    Raises `ScheduleError` if a rank can't hold one microbatch.
+    Raises `ScheduleError` if a rank can't hold one microbatch, `ConfigError` for costs of other stages.
 
     Where the schedule holds overlaps, each op counts with the share that it takes of one: an overlap is no
     shorter than its two ops so shortened, one after the other.

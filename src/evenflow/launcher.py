@@ -5,8 +5,8 @@ every failure arrives as one exception that names the rank, how its process ende
 and the launcher's log and the other ranks' consequential errors stay out of the way.
 
 The same script runs unchanged under `torchrun`: `launch` then finds that its process already is a rank
-and calls the function. This is the only file that reads of a run from the environment (`runtime.ranks.network`
-looks whether Gloo's interface is named there, `cost.cache` where measurements are kept).
+and calls the function. Only this file reads of a run from the environment (`runtime.ranks.network` looks
+whether Gloo's interface is named there, `cost.cache` where measurements are kept).
 """
 
 from __future__ import annotations

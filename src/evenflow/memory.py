@@ -26,7 +26,7 @@ def peak_bytes(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
     >>> peak_bytes(one_f_one_b(num_ranks=3, stages_per_rank=1, num_microbatches=6), Costs.uniform(3))
     (3.0, 2.0, 1.0)
     """
-    check_costs(schedule, costs)
+    check_costs(schedule.placement, costs)
     return tuple(max(_held_bytes(queue, costs)) for queue in schedule.ranks)
 
 
@@ -41,7 +41,7 @@ def memory_faults(schedule: Schedule, costs: Costs) -> list[str]:
     >>> print(*memory_faults(gpipe(num_ranks=2, stages_per_rank=1, num_microbatches=3), costs))
     rank 1 holds 2 in 1F1, over its cap of 1 (its peak is 3, in 1F2)
     """
-    check_costs(schedule, costs)
+    check_costs(schedule.placement, costs)
     if costs.memory_caps is None:
         return []
     faults = []

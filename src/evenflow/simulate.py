@@ -44,7 +44,7 @@ def simulate(schedule: Schedule, flow: Flow, costs: Costs) -> Timeline:
     >>> timeline.makespan_seconds, round(timeline.bubble, 3)  # (p - 1) / (m + p - 1) = 1 / 5
     (15.0, 0.2)
     """
-    check_costs(schedule, costs)
+    check_costs(schedule.placement, costs)
     queues = schedule.ranks
     if faults := schedule_faults(schedule, flow, queues):
         raise refusal(schedule.name, faults, queues, [0] * len(queues))

@@ -189,22 +189,22 @@ def flow_faults(flow: Flow, num_stages: int) -> list[str]:
     ]
 
 
-def check_costs(schedule: Schedule, costs: Costs) -> None:
+def check_costs(placement: Placement, costs: Costs) -> None:
     """Raise `ConfigError` for costs of another number of stages, or caps of another number of ranks.
 
-    >>> from evenflow.schedules.gpipe import gpipe
-    >>> check_costs(gpipe(num_ranks=1, stages_per_rank=1, num_microbatches=1), Costs.uniform(1))
+    >>> check_costs(Placement.linear(2), Costs.uniform(3))
+    Traceback (most recent call last):
+      ...
+    evenflow.errors.ConfigError: costs name 3 stages, and 2 are placed: price each stage
     """
-    placement = schedule.placement
     if costs.num_stages != placement.num_stages:
         raise ConfigError(
-            f"costs name {costs.num_stages} stages, schedule {schedule.name!r} has {placement.num_stages}: "
-            "price each stage"
+            f"costs name {costs.num_stages} stages, and {placement.num_stages} are placed: price each stage"
         )
     if costs.memory_caps is not None and len(costs.memory_caps) != placement.num_ranks:
         raise ConfigError(
-            f"memory_caps name {len(costs.memory_caps)} ranks, schedule {schedule.name!r} has "
-            f"{placement.num_ranks}: give each rank one"
+            f"memory_caps name {len(costs.memory_caps)} ranks, and there are {placement.num_ranks}: give "
+            "each rank one"
         )
 
 

@@ -93,6 +93,19 @@ def test_export_and_import_of_an_own_model(place, capfd, tmp_path):
     assert (code, "name another folder" in said) == (2, True)
 
 
+def test_a_run_begins_with_weights_that_were_imported(place, capfd, monkeypatch):
+    monkeypatch.chdir(place)
+    source = f"{place / 'own.py'}:build"
+    (place / "run" / "checkpoints").mkdir(parents=True)
+    ran(capfd, "checkpoint", "export", place, place / "exported", source)
+    first = place / "run" / "checkpoints" / "step-00000000"
+    code, _, _ = ran(capfd, "checkpoint", "import", place / "exported", first, source)
+    assert code == 0
+    run = ("train", source, "--steps", 1, "--stages", 1, "--save-every", 1, "--resume", place / "run")
+    code, said, _ = ran(capfd, *run)
+    assert (code, f"going on from {first}" in said.replace("\n", " "), "done: " in said) == (0, True, True)
+
+
 def test_export_of_a_hugging_face_model(place, capfd):
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

@@ -1,6 +1,7 @@
 """`evenflow schedule`: what it prints and writes, and that every refusal is in words and writes nothing."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -127,6 +128,14 @@ def test_a_file_of_ones_own_is_shown(capsys, folder: Path) -> None:
     lines = shown(capsys, "--file", "mine.csv").splitlines()
     assert lines[0] == "mine: 2 stages on 2 ranks, 2 microbatches"
     assert lines[4] == "        f forward   i input gradient   w weight gradient"
+
+
+def test_what_is_no_file_is_not_replaced_by_one(capsys, folder: Path) -> None:
+    os.mkfifo("pipe")
+    for option in ("--save", "--draw"):
+        error = refused(capsys, "gpipe", *SIZES, option, "pipe")
+        assert f"{option} pipe is no regular file" in error
+    assert Path("pipe").is_fifo()
 
 
 def test_what_is_saved_can_be_given_back(capsys, folder: Path) -> None:

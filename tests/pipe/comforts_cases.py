@@ -91,6 +91,22 @@ def predictions():
     return [pipe.predict(batch, both, gather=gather) for gather in (True, "main", False)]
 
 
+def fed():
+    """On each rank: a loss, predictions, what another function returned, of batches that the first reads."""
+    pipe = make()
+
+    def one(model, microbatch):
+        return model(microbatch["x"])
+
+    def both(model, microbatch):
+        return model(microbatch["x"]), len(microbatch["x"])
+
+    (loss,) = [float(pipe.evaluate(batch).loss) for batch in pipe.feed([regression()])]
+    (found,) = [pipe.predict(batch, one) for batch in pipe.feed([regression()])]
+    (pair,) = [pipe.predict(batch, both) for batch in pipe.feed([regression()])]
+    return loss, found, pair
+
+
 # -- hooks
 
 

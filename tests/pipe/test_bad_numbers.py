@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import evenflow
 from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
+from evenflow.cli.step_log import StepLog
 from evenflow.errors import BadNumbersError, ConfigError
 from evenflow.pipe.faults.bad_numbers import MOST_SKIPS
 from evenflow.pipe.faults.first_bad import FromGradient, Noted, first_bad
@@ -89,6 +90,16 @@ def refusal(pipe, batch, **options) -> str:
     with pytest.raises(BadNumbersError) as caught:
         pipe.step(batch, **options)
     return str(caught.value)
+
+
+def test_steps_that_were_left_out_have_no_loss_in_a_run():
+    pipe = make(stages=2, bad_numbers="skip")
+    log = StepLog(pipe, num_steps=0, device="cpu")
+    for batch in (data(), data(root=0), data(seed=1)):
+        log.step(batch)
+    found = pipe.evaluate(data(root=0)).loss
+    assert math.isfinite(found), "its gradients alone are bad"
+    assert [math.isfinite(loss) for loss in log.losses] == [True, False, True]
 
 
 def stage_of(pipe, name: str) -> int:

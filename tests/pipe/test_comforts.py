@@ -22,6 +22,7 @@ CASES = (
     cases.metrics_of_a_data_set,
     cases.data_set_without_a_batch,
     cases.predictions,
+    cases.fed,
     cases.told,
     cases.gauged,
     cases.evaluated_between,
@@ -145,6 +146,16 @@ def test_predictions_come_to_whom_they_are_to_come(run):
         assert got["kind"] == "k"
     assert [got is None for got in first[1:]] == [True] * (len(found) - 1)
     assert [got is None for got in last[:-1]] == [True] * (len(found) - 1)
+
+
+def test_a_batch_that_is_fed_goes_through_the_program_that_was_called(run):
+    with torch.no_grad():
+        expected = cases.build()(regression()["x"])
+    for loss, found, (again, num_rows) in run(cases.fed):
+        assert loss == pytest.approx(float(F.mse_loss(expected, regression()["y"])))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(again, expected)
+        assert num_rows == 8
 
 
 def test_a_way_to_gather_that_there_is_not():

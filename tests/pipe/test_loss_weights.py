@@ -486,8 +486,10 @@ def test_branches_that_reduce_in_other_ways_are_warned_of():
     pipe, _ = make(Words, loss, words(6))
     batch = words(6)
     batch["input_ids"][:2] = 0
-    with pytest.warns(UserWarning, match=r"in different ways \(sums and tokens\): they are weighted by rows"):
+    said = r"in different ways \(sums and tokens\): they are weighted by rows"
+    with pytest.warns(UserWarning, match=said) as warned:
         pipe.step(batch)
+    assert warned[0].filename == __file__, "the user's line"
 
 
 def test_labels_are_counted_where_the_recording_does_not_say():

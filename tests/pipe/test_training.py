@@ -1,6 +1,8 @@
 """`Pipeline`: steps, accumulation, evaluation, names, checkpoints, in one process."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -484,3 +486,14 @@ def test_a_step_under_no_grad_trains_every_stage():
             pipe.step(regression())
         weights.append(list(model.parameters()))
     assert all(map(torch.equal, *weights))
+
+
+def test_the_example_is_let_go_of():
+    example = torch.ones(8, 4)
+    seen = weakref.ref(example)
+    model, loss = nn.Linear(4, 1), lambda model, batch: model(batch).mean()
+    pipe = evenflow.pipeline(model, loss=loss, example=example, stages=1)
+    del example
+    gc.collect()
+    assert seen() is None
+    pipe.step(torch.ones(8, 4))

@@ -211,6 +211,10 @@ def test_levers_are_kept():
         ),
         (Levers(num_microbatches=3), "3 microbatches, from the 15 rows of a data rank, have 5 each"),
         (Levers(pipeline=2, schedule="gpipe"), "the schedule gpipe with any number of stages a rank"),
+        (
+            Levers(data=1, sharding="zero1"),
+            "sharding = 'zero1' shares over data ranks, and no choice has any: leave it out",
+        ),
     ],
 )
 def test_levers_that_leave_nothing_are_refused(levers, message):

@@ -139,7 +139,7 @@ def test_a_cap_below_one_microbatch_is_refused_with_numbers() -> None:
 
 
 def test_costs_of_other_counts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="costs name 3 stages, schedule 'zb-auto' has 2: price each stage"):
+    with pytest.raises(ConfigError, match="costs name 3 stages, and 2 are placed: price each stage"):
         zb_auto(2, 1, 4, Costs.uniform(3))
-    with pytest.raises(ConfigError, match="memory_caps name 1 ranks, schedule 'zb-auto' has 2"):
+    with pytest.raises(ConfigError, match="memory_caps name 1 ranks, and there are 2"):
         zb_auto(2, 1, 4, replace(Costs.uniform(2), memory_caps=(4.0,)))

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+from evenflow.errors import ConfigError
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
+from evenflow.soundness import check_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,15 @@ class Instance:
 def instance_of(placement: Placement, num_microbatches: int, costs: Costs) -> Instance:
     """Return what is to be scheduled, for a chain of stages: ops, delays between ranks, memory and caps.
 
+    Raises `ConfigError` for costs of other stages or ranks, and for no microbatch.
+
     >>> instance = instance_of(Placement.v_shape(2), 4, Costs.uniform(4, latency_seconds=0.5))
     >>> instance.up_seconds, instance.caps
     ((0.5, 0.0, 0.5), (inf, inf))
     """
+    check_costs(placement, costs)
+    if num_microbatches < 1:
+        raise ConfigError(f"num_microbatches must be at least 1, got {num_microbatches}")
     delay = partial(costs.delay_seconds, placement=placement)
     lower_stages = range(placement.num_stages - 1)
     return Instance(

@@ -70,7 +70,8 @@ class StepLog:
         if self._device == "cuda":
             torch.cuda.synchronize()  # the next step waits for it anyway, to agree on the batch
         self._seconds.append((self._waited_seconds, time.perf_counter() - start))
-        self._unread.append(result.loss)
+        is_left_out = result.bad_numbers is not None  # whose loss, finite or not, nothing was trained on
+        self._unread.append(torch.tensor(math.nan) if is_left_out else result.loss)
 
     @property
     def num_steps(self) -> int:

@@ -160,7 +160,8 @@ def _train(pipe: "evenflow.Pipeline", feed: Feed, job: Job) -> None:
     checkpoints = _make_checkpoints(pipe, job.out, job.config) if job.saves else None
     if checkpoints is not None and (found := checkpoints.resume()) is not None:
         print_line(console, f"going on from {found}")
-        log.go_on(checkpoints.extra)
+        if checkpoints.extra is not None:  # else it is none of a run's, but weights to begin with
+            log.go_on(checkpoints.extra)
         if log.num_steps >= training.steps:
             raise ConfigError(
                 f"--resume {job.out}: {log.num_steps} steps are made, and {training.steps} are asked for; "

@@ -20,6 +20,8 @@ def unwritable(option: str, path: Path) -> str | None:
     """
     if path.is_dir():
         return f"{option} {path} is a folder: name a file in it"
+    if path.exists() and not path.is_file():
+        return f"{option} {path} is no regular file, which a file would take the place of: name another"
     if not path.parent.is_dir():
         return f"{option} {path}: there is no folder {path.parent}; make it first"
     if not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -24,10 +24,9 @@ class Host:
 
     Raises `ConfigError` for one without a device.
 
-    >>> from evenflow.cluster.presets import DEVICES
-    >>> host = Host(
-    ...     (DEVICES["RTX 4090"], DEVICES["RTX 3090"]), Link(latency_seconds=1e-5, seconds_per_byte=1e-10)
-    ... )
+    >>> from evenflow.cluster.presets import device_called
+    >>> devices = device_called("RTX 4090"), device_called("RTX 3090")
+    >>> host = Host(devices, Link(latency_seconds=1e-5, bytes_per_second=1e10))
     >>> [device.name for device in host.devices]
     ['RTX 4090', 'RTX 3090']
     """

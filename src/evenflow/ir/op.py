@@ -223,13 +223,15 @@ def parse_op(text: str) -> Op:
     """Read one op from its text form; the inverse of `str(op)`.
 
     Raises `ConfigError` for any other text, so that each op has one spelling: no leading zeros, no number of
-    more than 18 digits.
+    more than 18 digits, no group of more than 4,096 letters.
 
     >>> parse_op("2B0")
     Backward(stage=2, microbatch=0)
     >>> str(parse_op("S0>1F3"))
     'S0>1F3'
     """
+    if len(text) > _MOST_LETTERS:
+        raise ConfigError(f"an op of {len(text)} letters: there is none of more than {_MOST_LETTERS}")
     found = [_parse_single(word) for word in text.split("&")]
     if len(found) == 1 and found[0] is not None:
         return found[0]
@@ -253,6 +255,7 @@ _TRANSFER_OPS: dict[str, type[TransferOp]] = {cls._letter: cls for cls in get_ar
 _COLLECTIVE_OPS: dict[str, type[CollectiveOp]] = {cls._letter: cls for cls in get_args(CollectiveOp)}
 # Of at most 18 digits: Python refuses to convert thousands of them, and 64 bits hold no more.
 _NUMBER = "(0|[1-9][0-9]{0,17})"
+_MOST_LETTERS = 4096  # of a group of transfers
 _SIMPLE = re.compile(f"{_NUMBER}([{''.join(_SIMPLE_OPS)}]){_NUMBER}")
 _TRANSFER = re.compile(f"([{''.join(_TRANSFER_OPS)}]){_NUMBER}>{_NUMBER}([FB]){_NUMBER}")
 _COLLECTIVE = re.compile(f"([{''.join(_COLLECTIVE_OPS)}]){_NUMBER}")

@@ -122,7 +122,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step, from 1 on: its seconds, its wait for a batch, its loss; None where that was no finite number.
+    """One step, from 1 on: its seconds, its wait for a batch, its loss; None where there is none.
+
+    That is where it was no finite number, and where the step was left out for bad numbers.
 
     `loss` is what the model's loss function returned, over the whole batch.
 

@@ -216,11 +216,12 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
     if layout.mesh.world.is_first:
         _LOG.info("the step's loss: %s", described)
         _warn_of_differences(model, made.cut.graph, weigher, layout.items)
+    placement, is_parted = layout.placement, layout.world.size > 1  # a layout holds the example: none stays
     updater = Updater(
         layout.world,
         made.accumulators,
         dealt.owned,
-        process_of_stage=layout.process_of,
+        process_of_stage=lambda stage: placement.rank_of[stage] if is_parted else 0,
         optimizer=optimizer,
         scheduler=scheduler,
         data=dealt.data,

@@ -246,7 +246,11 @@ class _Search:
         """Say why there is no plan."""
         if self._nearest is not None:
             raise NoPlanError(*self._nearest[1:])
-        assert self._refusal is not None, "each choice was priced or refused"
+        if self._refusal is None:
+            raise ConfigError(
+                f"sharding = {self._request.levers.sharding!r} shares over data ranks, and no choice has "
+                "any: leave it out, or plan for more devices"
+            )
         raise self._refusal
 
 

@@ -53,8 +53,8 @@ def zb_auto(
     placement = one_stage_a_rank("zb-auto", num_ranks, stages_per_rank)
     if costs is None:
         costs = replace(Costs.uniform(num_ranks), memory_caps=(float(num_ranks),) * num_ranks)
+    check_costs(placement, costs)
     split_1f1b = _split_1f1b(placement, num_microbatches)
-    check_costs(split_1f1b, costs)
     _check_caps(costs)
     handcrafted = [
         split_1f1b,

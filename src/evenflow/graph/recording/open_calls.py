@@ -67,16 +67,20 @@ class OpenCalls:
         self.tick()
 
     def forget_inside(self, call: ModuleCall) -> None:
-        """Take a failed attempt's calls out of it, and out of the counts that name draws."""
+        """Take a failed attempt's calls out of it, and out of the counts that name draws.
+
+        What checkpoints among them would change again is the call's own from now on.
+        """
         for inner in call.children:
-            self._forget(inner)
+            self._forget(inner, call)
         call.children.clear()
 
-    def _forget(self, call: Call) -> None:
+    def _forget(self, call: Call, whole: ModuleCall) -> None:
         if isinstance(call, ModuleCall):
             self._counts[call.path] -= 1
+            whole.recomputed += call.recomputed
             for inner in call.children:
-                self._forget(inner)
+                self._forget(inner, whole)
 
     def region(self) -> int | None:
         """The checkpoint region that the program is in: a number of its own for each call of `checkpoint`.

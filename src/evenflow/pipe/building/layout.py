@@ -49,10 +49,6 @@ class Layout:
         """On which rank each stage is."""
         return self.programs.placement
 
-    def process_of(self, stage: int) -> int:
-        """The rank of the pipeline's processes that has a stage."""
-        return self.placement.rank_of[stage] if self.world.size > 1 else 0
-
     @property
     def device(self) -> torch.device:
         """This process's device (the first stage's, where it holds those of all ranks)."""

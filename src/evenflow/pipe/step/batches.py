@@ -60,7 +60,7 @@ class Batches:
                 "rows, or make microbatches smaller (a loader's last batch: drop_last=True)"
             )
         if shares.differs is not None and self._world.is_first:
-            warnings.warn(f"{shares.differs}; reduction= says how to weigh them", stacklevel=5)
+            warnings.warn(f"{shares.differs}; reduction= says how to weigh them", stacklevel=4)
         return agreed
 
     def graph(self, agreed: Agreed) -> Graph:
@@ -104,6 +104,8 @@ class Batches:
         recordings = self._parts.recordings
         numbers, weights = list(known.recordings), list(known.weights)
         waiting, rounds = dict(known.new), 0
+        if waiting and not items:  # a rank that was handed them has not looked yet: it had no batch
+            recordings.tracing.look(program)
         while waiting:
             if rounds == _MOST_ROUNDS:
                 raise RecordError(
