@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 
 # How processes begin, end and print is what these are about, or what they hold in memory.
 _BEGUN_IN_THE_ORDINARY_WAY = {
+    "test_checkpoint_command",
     "test_deferred_pipeline",
     "test_host_memory",
     "test_launcher",
