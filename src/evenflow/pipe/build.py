@@ -206,22 +206,21 @@ def pipeline(  # noqa: PLR0913 (the levers that a user has: each is one argument
         "max_leaf_share": max_leaf_share,
         "recompute": recompute,
     }
-    layout = laid_out(asked, levers, plan=plan, mesh=mesh, shard=shard, device=device, timeout=timeout)
+    layout, items = laid_out(asked, levers, plan=plan, mesh=mesh, shard=shard, device=device, timeout=timeout)
     held = ModelParameters(asked, layout.mesh, layout.device)
-    made = recorded_and_cut(asked, layout, held)
-    own, dealt = stages_made(asked, layout, held, made)
+    made = recorded_and_cut(asked, layout, held, items[0])
+    own, dealt = stages_made(asked, layout, held, made, items[0])
     tell_compiled(asked, layout, made)
     weigher = Weigher(made.recordings, reduction)
-    described = weigher.describe(0, layout.items[0])
+    described = weigher.describe(0, items[0])
     if layout.mesh.world.is_first:
         _LOG.info("the step's loss: %s", described)
-        _warn_of_differences(model, made.cut.graph, weigher, layout.items)
-    placement, is_parted = layout.placement, layout.world.size > 1  # a layout holds the example: none stays
+        _warn_of_differences(model, made.cut.graph, weigher, items)
     updater = Updater(
         layout.world,
         made.accumulators,
         dealt.owned,
-        process_of_stage=lambda stage: placement.rank_of[stage] if is_parted else 0,
+        process_of_stage=layout.process_of,
         optimizer=optimizer,
         scheduler=scheduler,
         data=dealt.data,

@@ -27,14 +27,13 @@ from evenflow.schedules import catalog
 class Layout:
     """What is known of a pipeline before its model is recorded.
 
-    `items` are the example's microbatches, `devices` those of all stages, `own` the stages of this process.
+    `devices` are those of all stages, `own` the stages of this process. Who keeps a layout keeps no batch.
     """
 
     decided: Decided
     mesh: Mesh
     shard: str | None
     splitter: Splitter
-    items: Sequence[Any]
     programs: Programs
     devices: tuple[torch.device, ...]
     own: Sequence[int]
@@ -48,6 +47,10 @@ class Layout:
     def placement(self) -> Placement:
         """On which rank each stage is."""
         return self.programs.placement
+
+    def process_of(self, stage: int) -> int:
+        """The rank of the pipeline's processes that has a stage."""
+        return self.placement.rank_of[stage] if self.world.size > 1 else 0
 
     @property
     def device(self) -> torch.device:
@@ -64,8 +67,10 @@ def laid_out(
     shard: str | None,
     device: str | torch.device | None,
     timeout: float | None,
-) -> Layout:
+) -> tuple[Layout, Sequence[Any]]:
     """Find the processes, read or make a plan, ask the schedule for the first batch; collective.
+
+    Returns the example's microbatches too.
 
     `levers` are `pipeline`'s arguments that a plan decides, as are the others here. Raises `ConfigError`
     where they contradict each other, the processes or the example.
@@ -112,4 +117,4 @@ def laid_out(
     placement = programs.placement
     devices = devices_of(kind, placement, grid, given.places(placement))
     own = grid.stages_of(grid.world.rank, placement)
-    return Layout(given, grid, shard, splitter, items, programs, devices, own)
+    return Layout(given, grid, shard, splitter, programs, devices, own), items

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -45,8 +46,8 @@ class CutProgram:
     owner: Mapping[str, int]
 
 
-def recorded_and_cut(asked: Asked, layout: Layout, held: ModelParameters) -> CutProgram:
-    """Record the example's first microbatch and cut the program, the same on all processes; collective.
+def recorded_and_cut(asked: Asked, layout: Layout, held: ModelParameters, item: Any) -> CutProgram:
+    """Record `item`, the example's first microbatch, and cut, the same on all processes; collective.
 
     Raises `RecordError` for what cannot be recorded, `ConfigError` for what cannot be trained or cut, or is
     another program elsewhere, and `ScheduleError` for a wrong schedule.
@@ -64,7 +65,9 @@ def recorded_and_cut(asked: Asked, layout: Layout, held: ModelParameters) -> Cut
         vocabulary=held.vocabulary,
         recompute=Recompute(asked.model, given.recompute, given.plan, tells=layout.mesh.world.is_first),
     )
-    graph = _recorded(asked, layout, held, recordings.tracing)
+    with asked.precision.recording(layout.device.type):
+        graph = recordings.tracing.trace(asked.loss, item)
+    _check_trainable(asked, held, graph)
     cut = recordings.cut_first(graph, given.positions(graph, num_stages), list(held.by_name))
     _check_alike(cut, layout)
     # A wrong schedule is refused here, and not at the first step.
@@ -74,16 +77,12 @@ def recorded_and_cut(asked: Asked, layout: Layout, held: ModelParameters) -> Cut
     return CutProgram(recordings, accumulators, cut, owner)
 
 
-def _recorded(asked: Asked, layout: Layout, held: ModelParameters, tracing: Tracing) -> Graph:
-    """The program, if it can be trained."""
-    with asked.precision.recording(layout.device.type):
-        graph = tracing.trace(asked.loss, layout.items[0])
+def _check_trainable(asked: Asked, held: ModelParameters, graph: Graph) -> None:
     check_loss(graph)
     check_trainable(graph)
     check_metrics(graph, asked.joining)
     fakes = held.fakes
     asked.precision.check(graph, ((fakes.names[id(fake)], fake) for _, _, fake in fakes.slots))
-    return graph
 
 
 def _check_alike(cut: Cut, layout: Layout) -> None:
@@ -103,7 +102,7 @@ def _check_alike(cut: Cut, layout: Layout) -> None:
 
 
 def stages_made(
-    asked: Asked, layout: Layout, held: ModelParameters, made: CutProgram
+    asked: Asked, layout: Layout, held: ModelParameters, made: CutProgram, item: Any
 ) -> tuple[dict[int, Stage], Dealt]:
     """This process's stages, with the parameters that they own, and what data ranks do; collective.
 
@@ -120,7 +119,7 @@ def stages_made(
     dealt = data_ranks(layout.mesh, stages, owned, made.accumulators, layout.shard, held.tensor)
     held.put(dealt.used)
     with asked.precision.recording(layout.device.type):
-        made.recordings.add(layout.items[0], made.cut, stages)
+        made.recordings.add(item, made.cut, stages)
     refuse_shared_hooks(made.accumulators.uses, made.accumulators.parameter)
     return stages, dealt
 
