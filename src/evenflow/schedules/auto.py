@@ -19,7 +19,7 @@ from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
 from evenflow.ir.timeline import Objective
 from evenflow.memory import memory_faults
-from evenflow.schedules.methods import AUTO, SCHEDULES, make_method
+from evenflow.schedules.methods import AUTO, SCHEDULES, fitted
 from evenflow.schedules.v_shape import v_queues
 from evenflow.search.find import Progress, find
 from evenflow.search.tables import Order
@@ -202,10 +202,10 @@ def _placements(num_ranks: int, stages_per_rank: int) -> tuple[Placement, ...]:
 
 def _fitting(placement: Placement, num_microbatches: int, costs: Costs) -> Iterator[Schedule]:
     """Yield the schedules of the catalog that are placed so and fit the memory."""
-    for name in SCHEDULES:
+    for method in SCHEDULES.values():
         try:
-            made = make_method(
-                name,
+            made = fitted(
+                method,
                 num_ranks=placement.num_ranks,
                 stages_per_rank=placement.num_stages // placement.num_ranks,
                 num_microbatches=num_microbatches,

@@ -8,7 +8,7 @@ from evenflow.foreign import shown
 from evenflow.ir.costs import Costs
 from evenflow.ir.placement import Placement
 from evenflow.ir.schedule import Schedule
-from evenflow.schedules.methods import AUTO, SCHEDULES, ScheduleFunction, make_method
+from evenflow.schedules.methods import AUTO, SCHEDULES, ScheduleFunction, fitted
 
 __all__ = [
     "AUTO",
@@ -87,9 +87,8 @@ def make(
         from evenflow.schedules.auto import best
 
         return best(num_ranks, stages_per_rank, num_microbatches, costs_on).schedule
-    get(name)  # an unknown one is refused
-    return make_method(
-        name,
+    return fitted(
+        get(name),
         num_ranks=num_ranks,
         stages_per_rank=stages_per_rank,
         num_microbatches=num_microbatches,

@@ -60,8 +60,8 @@ SCHEDULES: Mapping[str, ScheduleFunction] = MappingProxyType(
 AUTO = "auto"  # what is no method: the best of all of them, and of a search (`schedules.auto`)
 
 
-def make_method(
-    name: str,
+def fitted(
+    method: ScheduleFunction,
     *,
     num_ranks: int,
     stages_per_rank: int,
@@ -69,7 +69,6 @@ def make_method(
     costs_on: Callable[[Placement], Costs],
 ) -> Schedule:
     """Return the schedule of that method, fitted to the costs where it can be; see `catalog.make`."""
-    method = SCHEDULES[name]
     if method is zb_auto:
         costs = costs_on(Placement.linear(num_ranks)) if num_ranks > 0 else None
         return zb_auto(num_ranks, stages_per_rank, num_microbatches, costs)
