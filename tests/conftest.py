@@ -27,7 +27,6 @@ _BEGUN_IN_THE_ORDINARY_WAY = {
     "test_checkpoint_command",
     "test_deferred_pipeline",
     "test_host_memory",
-    "test_launcher",
     "test_out_of_memory",
     "test_pages",
     "test_restarts",

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from torch.distributed import TCPStore
+from torch.distributed.launcher.api import LaunchConfig
 
 from evenflow import launcher
 
@@ -43,6 +44,17 @@ def launch_by_fork() -> Iterator[None]:
         yield
     finally:
         launcher.LaunchConfig = ordinary
+
+
+@contextlib.contextmanager
+def launch_in_the_ordinary_way() -> Iterator[None]:
+    """While this is entered within `launch_by_fork`, ranks begin as a user's do."""
+    forking = launcher.LaunchConfig
+    launcher.LaunchConfig = LaunchConfig
+    try:
+        yield
+    finally:
+        launcher.LaunchConfig = forking
 
 
 @dataclass(frozen=True)

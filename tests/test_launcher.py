@@ -26,6 +26,8 @@ from evenflow.launcher import (
     launch,
     rank_environment,
 )
+from forked import launch_in_the_ordinary_way
+from preloaded import python
 
 # --- what the ranks run --------------------------------------------------------------------------------
 
@@ -111,7 +113,9 @@ def assert_all_ended(folder, num_ranks=2):
 
 
 def test_ranks_talk_and_their_results_come_back_in_order():
-    assert launch(place_and_sum, "hello", nproc=2) == [
+    with launch_in_the_ordinary_way():
+        found = launch(place_and_sum, "hello", nproc=2)
+    assert found == [
         (RankEnvironment(rank=rank, local_rank=rank, num_ranks=2, num_restarts=0), "hello", 1, 14.0)
         for rank in range(2)
     ]
@@ -144,7 +148,7 @@ def test_a_crashed_rank_is_named_with_its_signal():
 
 def test_a_failed_rank_is_named_with_its_own_message_and_traceback_alone(tmp_path, capfd, caplog):
     before = logging.getLogger("torch.distributed.elastic").propagate
-    with pytest.raises(PeerError) as caught:
+    with pytest.raises(PeerError) as caught, launch_in_the_ordinary_way():  # where what ranks print is seen
         launch(raising_in_the_middle, tmp_path, nproc=2)
     assert str(caught.value) == "rank 1 failed (exit code 1): ValueError: the seventh layer is missing"
     (note,) = caught.value.__notes__
@@ -228,22 +232,25 @@ def test_a_result_that_cannot_be_sent_is_the_ranks_error():
 # --- under torchrun, and from a script -------------------------------------------------------------------
 
 SCRIPT = """
-    import os, sys
+    import functools, os, sys
     from pathlib import Path
     import torch
     import torch.distributed as dist
+    from evenflow import launcher
     from evenflow.launcher import launch, rank_environment
 
     def work(folder):
         place = rank_environment()
         (folder / f"{place.rank}.part").write_text(str(os.getpid()))
         (folder / f"{place.rank}.part").rename(folder / str(place.rank))
-        if sys.argv[2:] == ["wait"]:  # inside torch, where no signal handler of Python's runs
+        if "wait" in sys.argv:  # inside torch, where no signal handler of Python's runs
             dist.init_process_group("gloo")
             dist.recv(torch.zeros(1), src=1 - place.rank)
         return place.rank
 
     if __name__ == "__main__":
+        if "fork" in sys.argv:
+            launcher.LaunchConfig = functools.partial(launcher.LaunchConfig, start_method="fork")
         print("returned", launch(work, Path(sys.argv[1]), nproc=2))
 """
 
@@ -272,7 +279,7 @@ def test_a_script_runs_by_itself(script, pid_folder):
 def test_the_same_script_runs_under_torchrun(script, pid_folder):
     done = subprocess.run(
         [
-            sys.executable,
+            *python(),
             "-m",
             "torch.distributed.run",
             "--standalone",
@@ -301,11 +308,16 @@ def test_torchrun_with_another_number_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "exit_code", "way"),
+    [
+        (signal.SIGINT, -signal.SIGINT, "fork"),
+        (signal.SIGTERM, 143, "fork"),
+        (signal.SIGKILL, -9, "in the ordinary way"),
+    ],
 )
-def test_a_stopped_script_leaves_nobody_behind(script, pid_folder, number, exit_code):
+def test_a_stopped_script_leaves_nobody_behind(script, pid_folder, number, exit_code, way):
     with subprocess.Popen(
-        [sys.executable, script, pid_folder, "wait"], stderr=subprocess.PIPE, text=True
+        [sys.executable, script, pid_folder, "wait", way], stderr=subprocess.PIPE, text=True
     ) as process:
         wait_for_files(pid_folder, 2)
         process.send_signal(number)

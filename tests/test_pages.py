@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import evenflow
 import pages
+import preloaded
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,9 +25,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 def run(page, folder, *expressions):
     """Run the page in a process of its own; what the expressions are when it has ended."""
-    there = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    there = {**os.environ, "PATH": f"{preloaded.folder_of_commands()}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        [sys.executable, pages.__file__, page, *expressions],
+        [*preloaded.python(), pages.__file__, page, *expressions],
         cwd=folder, env=there, text=True, capture_output=True, check=False, timeout=170,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]

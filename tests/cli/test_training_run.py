@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from evenflow.cli.config_file import read_config
-from evenflow.cli.main import main
 from evenflow.journal.folder import read_plan_of, read_run, read_steps
+from preloaded import python
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "examples" / "train_gpt.toml"
@@ -54,22 +54,10 @@ def write_tiny(folder):
     return path
 
 
-def under_torchrun(*arguments, cwd):
-    command = [sys.executable, *TORCHRUN, "-m", "evenflow", *map(str, arguments)]
+def evenflow(*arguments, cwd, launcher=()):
+    """The command, in a process of its own."""
+    command = [*python(), *launcher, "-m", "evenflow", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.fixture
-def here(capfd, monkeypatch):
-    """Runs a command in this process, which has imported torch already; its ranks are processes still."""
-
-    def call(*arguments, cwd):
-        monkeypatch.chdir(cwd)
-        with pytest.raises(SystemExit) as exited:
-            main([str(argument) for argument in arguments])
-        return subprocess.CompletedProcess(arguments, exited.value.code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +71,13 @@ def made() -> dict:
 
 
 @pytest.fixture
-def runs(made, folder: Path, here):
+def runs(made, folder: Path):
     """The same training in two processes, in two under torchrun, and in one by another schedule."""
     if not made:
         tiny = write_tiny(folder)
-        made["two"] = here("train", tiny, cwd=folder)
-        made["torchrun"] = under_torchrun("train", tiny, cwd=folder)
-        made["one"] = here("train", tiny, "--stages", 1, "--schedule", "sequential", cwd=folder)
+        made["two"] = evenflow("train", tiny, cwd=folder)
+        made["torchrun"] = evenflow("train", tiny, cwd=folder, launcher=TORCHRUN)
+        made["one"] = evenflow("train", tiny, "--stages", 1, "--schedule", "sequential", cwd=folder)
     return made
 
 
@@ -158,26 +146,26 @@ def test_a_run_tells_what_every_rank_did(folder, runs, name, num_ranks):
 
 
 @pytest.mark.usefixtures("runs")
-def test_a_run_is_shown_and_never_written_over(folder, here):
-    shown = here("show", "runs/tiny", cwd=folder)
+def test_a_run_is_shown_and_never_written_over(folder):
+    shown = evenflow("show", "runs/tiny", cwd=folder)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("tiny: 1f1b, 2 stages, 2 ranks, microbatches: 4\n")
     before = (folder / "runs" / "tiny" / "run.json").read_bytes()
-    again = here("train", write_tiny(folder), "--out", "runs/tiny", cwd=folder)
+    again = evenflow("train", write_tiny(folder), "--out", "runs/tiny", cwd=folder)
     assert again.returncode == 2
     assert "--out runs/tiny holds something already" in again.stderr
     assert (folder / "runs" / "tiny" / "run.json").read_bytes() == before
 
 
-def test_a_planned_run_is_shown_beside_its_plan(tmp_path, here):
+def test_a_planned_run_is_shown_beside_its_plan(tmp_path):
     tiny = write_tiny(tmp_path)
     cluster = ("--cluster", "2x CPU core", "--pipeline-only")
-    planned = here("plan", tiny, *cluster, "-o", "plan.toml", cwd=tmp_path)
+    planned = evenflow("plan", tiny, *cluster, "-o", "plan.toml", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    done = here("train", tiny, "--plan", "plan.toml", "--steps", 3, "--out", "here", cwd=tmp_path)
+    done = evenflow("train", tiny, "--plan", "plan.toml", "--steps", 3, "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_plan_of(tmp_path / "here", read_run(tmp_path / "here")) is not None
-    shown = here("show", "here", cwd=tmp_path)
+    shown = evenflow("show", "here", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("planned") >= 4
     assert "Furthest from the plan: stage " in shown.stdout
@@ -199,12 +187,12 @@ def build(**arguments):
 """
 
 
-def test_a_run_that_is_told_nothing_plans_itself_and_its_steps_go_out_as_json(tmp_path, here):
+def test_a_run_that_is_told_nothing_plans_itself_and_its_steps_go_out_as_json(tmp_path):
     tiny = write_tiny(tmp_path)
     tiny.write_text(tiny.read_text().partition("[pipeline]")[0].replace(GPT, "talking.py:build"))
     (tmp_path / "talking.py").write_text(TALKING.format(folder=str(ROOT / "examples")))
     flags = ("--steps", 4, "--batch-size", 4, "--log-json", "-", "--tensorboard", "--out", "here")
-    done = here("train", tiny, *flags, cwd=tmp_path)
+    done = evenflow("train", tiny, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = read_run(tmp_path / "here")
     plan = read_plan_of(tmp_path / "here", run)
@@ -280,9 +268,9 @@ def has_ended(pid, within_seconds=10.0):
         os.close(descriptor)
 
 
-def test_a_hugging_face_folder_trains_with_its_tokenizer(tmp_path, here):
+def test_a_hugging_face_folder_trains_with_its_tokenizer(tmp_path):
     folder = tiny_llama(tmp_path / "tiny-llama")
-    done = here(
+    done = evenflow(
         "train",
         "--model",
         folder,
@@ -343,10 +331,10 @@ def build():
 """
 
 
-def test_a_function_alone_learns_its_example_and_steps_that_are_left_out_count(here, tmp_path):
+def test_a_function_alone_learns_its_example_and_steps_that_are_left_out_count(tmp_path):
     (tmp_path / "model.py").write_text(SOMETIMES_BAD)
     flags = ("--device", "cpu", "--stages", 1, "--microbatches", 1, "--steps", 30, "--bad-numbers", "skip")
-    ended = here("train", "model.py:build", *flags, "--log-json", "log.jsonl", cwd=tmp_path)
+    ended = evenflow("train", "model.py:build", *flags, "--log-json", "log.jsonl", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     numbers = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert 0 < len(numbers) < 30, "some steps are left out"

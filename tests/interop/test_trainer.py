@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 import evenflow
 from evenflow.errors import ConfigError
 from evenflow.interop.trainer_refusals import check_version
+from preloaded import python
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own, of torch
@@ -222,7 +223,7 @@ def test_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     lines = (line.removeprefix("    ") for line in SCRIPT.splitlines())
     script.write_text("\n".join(lines).format(paths=[str(here), str(here.parent)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, script, tmp_path / "out"], capture_output=True, text=True, check=False, timeout=120
     )

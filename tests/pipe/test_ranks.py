@@ -5,7 +5,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from evenflow.runtime.stages.stage import Stage
 from evenflow.schedules.gpipe import gpipe
 from evenflow.schedules.one_f_one_b import one_f_one_b
 from forked import run_ranks
+from preloaded import python
 from small_runs import PLAN
 from unsplit import mean_square, mlp, plain_step, regression, saved_model, sgd
 
@@ -630,7 +630,7 @@ def test_under_torchrun_a_killed_rank_ends_the_run(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     started = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, script, tmp_path], capture_output=True, text=True, check=False, timeout=60
     )

@@ -1,0 +1,204 @@
+"""Python that has imported torch already: `[*python(), "-m", "evenflow", …]` begins within milliseconds.
+
+A server imports what programs need, and forks for each of them. The process that a test starts waits in the
+program's stead: its arguments, files, folder, environment and exit code are the program's, but not its id,
+nor the signals that it gets, and what it holds in memory is the server's too.
+
+    python preloaded.py --serve SOCKET     the server; it ends with its standard input
+    python preloaded.py SOCKET ARGUMENT…   what stands for `python ARGUMENT…`
+"""
+
+import atexit
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+_MODULES = (
+    "evenflow.cli.main",
+    "evenflow.cli.training",
+    "evenflow.pipe.build",
+    "evenflow.plan.planner",
+    "matplotlib.pyplot",
+    "torch.distributed.launcher.api",
+    "transformers.models.llama.modeling_llama",
+)
+_COMMANDS = {
+    "python": "",
+    "python3": "",
+    "evenflow": "-m evenflow",
+    "torchrun": "-m torch.distributed.run",
+}
+
+
+def python() -> tuple[str, ...]:
+    """The command that stands for `python`; the server behind it lives as long as this process."""
+    return _stands_for_python(folder_of_commands())
+
+
+@cache
+def folder_of_commands() -> Path:
+    """A folder for `PATH`, whose `python`, `evenflow` and `torchrun` begin so."""
+    made = tempfile.TemporaryDirectory(prefix="evenflow_python_")
+    folder = Path(made.name)
+    for name, arguments in _COMMANDS.items():
+        (folder / name).write_text(
+            f'#!/bin/sh\nexec {" ".join(_stands_for_python(folder))} {arguments} "$@"\n'
+        )
+        (folder / name).chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--serve", str(folder / "socket")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHON_EXEC": str(folder / "python")},  # torchrun's name for what begins ranks
+    )
+
+    def end() -> None:
+        server.communicate()
+        made.cleanup()
+
+    atexit.register(end)
+    assert server.stdout.readline() == b"ready\n"
+    return folder
+
+
+def _stands_for_python(folder: Path) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-E", __file__, str(folder / "socket"))
+
+
+# -- in the program's stead
+
+
+def _wait_for_it(address: str, arguments: list[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        told = {"arguments": arguments, "folder": str(Path.cwd()), "environment": dict(os.environ)}
+        socket.send_fds(server, [b"."], [0, 1, 2])
+        server.sendall(json.dumps(told).encode() + b"\n")
+        ended = int(server.makefile().readline() or 1)
+    if ended < 0:
+        if -ended != signal.SIGKILL:
+            signal.signal(-ended, signal.SIG_DFL)
+        os.kill(os.getpid(), -ended)
+    os._exit(ended)
+
+
+# -- the server
+
+
+def _next_program(address: str) -> tuple[dict, list[int]]:
+    """Import, then fork for whoever asks: returns in the program's process, and never in the server's."""
+    import gc
+    import importlib
+
+    for name in _MODULES:
+        importlib.import_module(name)
+    gc.freeze()  # programs share what is there, until they write to it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who watches a program
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    os.write(1, b"ready\n")
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        client, _ = listener.accept()
+        if os.fork():
+            client.close()
+            continue
+        listener.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _, files, _, _ = socket.recv_fds(client, 1, 3)
+        told = json.loads(client.makefile().readline())
+        program = os.fork()
+        if not program:
+            client.close()
+            return told, files
+        for file in files:
+            os.close(file)
+        _watch(program, client)
+    os._exit(0)
+
+
+def _watch(program: int, client: socket.socket) -> None:
+    """Wait for the program's end, and tell; end it with all that it started once nobody waits for it."""
+    ended = os.pidfd_open(program)
+    if ended not in select.select([ended, client], [], [])[0]:
+        os.killpg(program, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+    try:
+        client.sendall(f"{code}\n".encode())
+    finally:
+        os._exit(0)
+
+
+# -- the program
+
+
+def _become(told: dict, files: list[int]) -> None:
+    """Take over files, environment and folder, and run what the arguments say."""
+    import functools
+    import random
+    import runpy
+
+    import numpy as np
+
+    from evenflow import launcher
+
+    os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    # The server has printed nothing and read nothing: its streams are new ones, but for how they hold lines.
+    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=told["arguments"][0] == "-u")
+    environment = told["environment"] | {"PYTHON_EXEC": os.environ["PYTHON_EXEC"]}
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(told["folder"])
+    random.seed()
+    np.random.seed()
+    launcher.LaunchConfig = functools.partial(launcher.LaunchConfig, start_method="fork")
+    match [each for each in told["arguments"] if each != "-u"]:
+        case ["-m", module, *rest]:
+            sys.path[0], sys.argv = told["folder"], [module, *rest]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case ["-c", code, *rest]:
+            sys.path[0], sys.argv = told["folder"], ["-c", *rest]
+            exec(code, {"__name__": "__main__"})
+        case [script, *rest]:
+            sys.path[0], sys.argv = str(Path(script).resolve().parent), [script, *rest]
+            runpy.run_path(script, run_name="__main__")
+
+
+def _ended(program: tuple[dict, list[int]]) -> int:
+    """Run to the end, as Python does, but for taking modules apart; the exit code."""
+    import threading
+    import traceback
+
+    code: object = None
+    try:
+        _become(*program)
+    except SystemExit as exited:
+        code = exited.code
+    except BaseException:  # noqa: BLE001 (it is the program's end)
+        traceback.print_exc()
+        code = 1
+    if code is not None and not isinstance(code, int):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code or 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        os._exit(_ended(_next_program(sys.argv[2])))
+    else:
+        _wait_for_it(sys.argv[1], sys.argv[2:])
