@@ -44,12 +44,12 @@ class Host:
     address: str
 
     def start(
-        self, command: Sequence[str], environment: Mapping[str, str], **options: Any
+        self, command: Sequence[str], env: Mapping[str, str], **options: Any
     ) -> "subprocess.Popen[str]":
         """Start a command on it, in this process's folder; `options` are those of `subprocess.Popen`."""
         spaces = ("--net", "--uts", "--ipc", "--mount", "--pid")
         enter = ("nsenter", "--target", str(self.process), *spaces, f"--wd={Path.cwd()}", "--")
-        return subprocess.Popen([*enter, *command], env=dict(environment), text=True, **options)
+        return subprocess.Popen([*enter, *command], env=dict(env), text=True, **options)
 
 
 def why_not() -> str | None:

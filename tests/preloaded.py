@@ -4,11 +4,12 @@ A server imports what programs need, and forks for each of them. The process tha
 program's stead: its arguments, files, folder, environment and exit code are the program's, but not its id,
 nor the signals that it gets, and what it holds in memory is the server's too.
 
-    python preloaded.py --serve SOCKET     the server; it ends with its standard input
-    python preloaded.py SOCKET ARGUMENT…   what stands for `python ARGUMENT…`
+    python preloaded.py --serve SOCKET MODULE…   the server; it ends with its standard input
+    python preloaded.py SOCKET ARGUMENT…         what stands for `python ARGUMENT…`
 """
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -17,16 +18,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_MODULES = (
-    "evenflow.cli.main",
+if TYPE_CHECKING:
+    from namespaces import Host
+
+_TO_TRAIN = ("evenflow.pipe.build", "evenflow.launcher")
+_FOR_COMMANDS = (
     "evenflow.cli.training",
-    "evenflow.pipe.build",
     "evenflow.plan.planner",
     "matplotlib.pyplot",
-    "torch.distributed.launcher.api",
     "transformers.models.llama.modeling_llama",
 )
 _COMMANDS = {
@@ -45,27 +49,39 @@ def python() -> tuple[str, ...]:
 @cache
 def folder_of_commands() -> Path:
     """A folder for `PATH`, whose `python`, `evenflow` and `torchrun` begin so."""
-    made = tempfile.TemporaryDirectory(prefix="evenflow_python_")
-    folder = Path(made.name)
-    for name, arguments in _COMMANDS.items():
-        (folder / name).write_text(
-            f'#!/bin/sh\nexec {" ".join(_stands_for_python(folder))} {arguments} "$@"\n'
+    lasting = contextlib.ExitStack()
+    atexit.register(lasting.close)
+    return lasting.enter_context(_served(subprocess.Popen, (*_TO_TRAIN, *_FOR_COMMANDS)))
+
+
+@contextlib.contextmanager
+def python_on(hosts: Sequence["Host"]) -> Iterator[list[tuple[str, ...]]]:
+    """The command that stands for `python` on each host, which has a server of its own."""
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(_served(host.start, _TO_TRAIN)) for host in hosts]
+        yield [_stands_for_python(folder) for folder in folders]
+
+
+@contextlib.contextmanager
+def _served(start: Callable[..., subprocess.Popen], modules: Sequence[str]) -> Iterator[Path]:
+    """The folder of commands, and a server that `start` starts: programs wait until it has imported."""
+    with tempfile.TemporaryDirectory(prefix="evenflow_python_") as made:
+        folder = Path(made)
+        for name, arguments in _COMMANDS.items():
+            command = f'exec {" ".join(_stands_for_python(folder))} {arguments} "$@"'
+            (folder / name).write_text(f"#!/bin/sh\n{command}\n")
+            (folder / name).chmod(0o755)
+        server = start(
+            [sys.executable, __file__, "--serve", str(folder / "socket"), *modules],
+            env=os.environ | {"PYTHON_EXEC": str(folder / "python")},  # torchrun's name for what begins ranks
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        (folder / name).chmod(0o755)
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(folder / "socket")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHON_EXEC": str(folder / "python")},  # torchrun's name for what begins ranks
-    )
-
-    def end() -> None:
-        server.communicate()
-        made.cleanup()
-
-    atexit.register(end)
-    assert server.stdout.readline() == b"ready\n"
-    return folder
+        assert server.stdout.readline().strip() in ("ready", b"ready")
+        try:
+            yield folder
+        finally:
+            server.communicate()
 
 
 def _stands_for_python(folder: Path) -> tuple[str, ...]:
@@ -92,19 +108,19 @@ def _wait_for_it(address: str, arguments: list[str]) -> None:
 # -- the server
 
 
-def _next_program(address: str) -> tuple[dict, list[int]]:
+def _next_program(address: str, modules: Sequence[str]) -> tuple[dict, list[int]]:
     """Import, then fork for whoever asks: returns in the program's process, and never in the server's."""
     import gc
     import importlib
 
-    for name in _MODULES:
-        importlib.import_module(name)
-    gc.freeze()  # programs share what is there, until they write to it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who watches a program
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    os.write(1, b"ready\n")
+    os.write(1, b"ready\n")  # who asks from now on waits
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()  # programs share what is there, until they write to it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who watches a program
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         client, _ = listener.accept()
         if os.fork():
@@ -199,6 +215,6 @@ def _ended(program: tuple[dict, list[int]]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        os._exit(_ended(_next_program(sys.argv[2])))
+        os._exit(_ended(_next_program(sys.argv[2], sys.argv[3:])))
     else:
         _wait_for_it(sys.argv[1], sys.argv[2:])

@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import namespaces
 import pytest
 
 from evenflow.cluster.read import read_cluster
+from preloaded import python_on
 from train_on_hosts import NUM_STAGES, train
 
 BYTES_PER_SECOND, DELAY_SECONDS = 1e9 / 8, 2e-3
 SCRIPT = str(Path(__file__).with_name("train_on_hosts.py"))
-SOURCES = str(Path(__file__).parents[1] / "src")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,14 +28,14 @@ def _where_they_can_be_made():
 
 def torchrun_on(hosts, meeting, ranks_on_each, *command):
     """Run a command as torchrun's on every host; what each host's ranks printed."""
-    environment = os.environ | {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"}
     place = (f"--nproc-per-node={ranks_on_each}", f"--master-addr={meeting}", "--master-port=29500")
-    running = []
-    for number, host in enumerate(hosts):
-        line = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}", *place]
-        line += [f"--node-rank={number}", *command]
-        running.append(host.start(line, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    said = [process.communicate(timeout=150) for process in running]
+    with ExitStack() as stack:
+        pythons, running = stack.enter_context(python_on(hosts)), []
+        for number, (host, python) in enumerate(zip(hosts, pythons, strict=True)):
+            line = [*python, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}", *place]
+            line += [f"--node-rank={number}", *command]
+            running.append(host.start(line, os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        said = [process.communicate(timeout=150) for process in running]
     assert [process.returncode for process in running] == [0] * len(hosts), said
     return [output for output, _ in said]
 

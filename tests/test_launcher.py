@@ -311,7 +311,7 @@ def test_torchrun_with_another_number_is_refused(monkeypatch):
     ("number", "exit_code", "way"),
     [
         (signal.SIGINT, -signal.SIGINT, "fork"),
-        (signal.SIGTERM, 143, "fork"),
+        (signal.SIGTERM, 143, "in the ordinary way"),
         (signal.SIGKILL, -9, "in the ordinary way"),
     ],
 )
