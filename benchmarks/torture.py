@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,17 +57,24 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def run(place: Path, num_steps: int, *, num_kills: int = 0, seed: int = 0) -> Outcome:
+def run(
+    place: Path,
+    num_steps: int,
+    *,
+    num_kills: int = 0,
+    seed: int = 0,
+    evenflow: Sequence[str] = (sys.executable, "-m", "evenflow"),
+) -> Outcome:
     """Train in a new folder, with so many kills on the way."""
     place.mkdir(parents=True)
     config = place / "torture.toml"
     config.write_text(_CONFIG.format(model=MODEL, steps=num_steps, num_ranks=NUM_RANKS))
-    command = [sys.executable, "-m", "evenflow", "train", str(config), "--resume", str(place / "run")]
+    command = [*evenflow, "train", str(config), "--resume", str(place / "run")]
     if num_kills:
         command += ["--max-restarts", str(10 * num_kills)]
     environment = os.environ | {"TORTURE_FOLDER": str(place), "OMP_NUM_THREADS": "1"}
     outcome = Outcome()
-    before = _shared_memory()
+    before = _left_in_memory()
     log = place / "output.txt"
     with (
         log.open("w") as output,
@@ -93,7 +100,7 @@ def run(place: Path, num_steps: int, *, num_kills: int = 0, seed: int = 0) -> Ou
     if process.returncode != 0:
         outcome.faults.append(f"ended with {process.returncode}: {log.read_text()[-4000:]}")
     outcome.faults += [f"left behind: {each}" for each in _left_behind(place)]
-    outcome.faults += [f"left in shared memory: {each}" for each in sorted(_shared_memory() - before)]
+    outcome.faults += [f"left in shared memory: {each}" for each in sorted(_left_in_memory() - before)]
     for folder in (*checkpoints_in(place / "run" / "checkpoints"), place / "run" / "checkpoint"):
         outcome.faults += problems(open_checkpoint(folder))
     outcome.losses = [step.loss for step in read_steps(place / "run")]
@@ -196,9 +203,13 @@ def free_port() -> int:
         return number
 
 
-def _shared_memory() -> set[str]:
-    place = Path("/dev/shm")
-    return {each.name for each in place.iterdir()} if place.is_dir() else set()
+def _left_in_memory() -> set[str]:
+    """What has a name in shared memory, and no process that has it mapped: nobody will ever use it."""
+    place, used = Path("/dev/shm"), ""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            used += (process / "maps").read_text()
+    return {each.name for each in place.iterdir() if str(each) not in used} if place.is_dir() else set()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Ranks as processes that begin within milliseconds, forked from a server that has imported what they need.
 
-`launch_by_fork` has `evenflow.launch` begin them so. `run_ranks` is itself the launcher: as under torchrun,
-the store where ranks meet lives in none of them, and torch is told where a rank's error goes.
+`launch_by_fork` has `evenflow.launch` begin them so. `python forked.py …` is `evenflow …` whose ranks are
+forked from it. `run_ranks` is itself the launcher: as under torchrun, the store where ranks meet
+lives in none of them, and torch is told where a rank's error goes.
 """
 
 import contextlib
@@ -114,3 +115,10 @@ def _rank(function: Callable, rank: int, num_ranks: int, port: int, folder: Path
         "TORCHELASTIC_ERROR_FILE": str(folder / f"error{rank}.json"),
     }
     function(rank, folder, *args)
+
+
+if __name__ == "__main__":
+    from evenflow.cli.main import main
+
+    launcher.LaunchConfig = functools.partial(LaunchConfig, start_method="fork")
+    main(sys.argv[1:])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torture
 
+import forked
 from evenflow.checkpoint.manifest import checkpoints_in
 from evenflow.cli.job import Flags, make_job
 from evenflow.cli.main import main
@@ -20,8 +21,10 @@ from evenflow.cli.train import fitting
 from evenflow.cli.training import run_rank
 from evenflow.errors import ConfigError
 from evenflow.journal.folder import read_run, read_steps
+from preloaded import python
 
 GPT = Path(__file__).parents[2] / "examples" / "gpt.py"
+EVENFLOW = (sys.executable, forked.__file__)
 TEXT = """
 [model]
 function = "{gpt}:build"
@@ -54,7 +57,7 @@ def losses_here(config: Path) -> list[float | None]:
 def test_killed_ranks(tmp_path, monkeypatch):
     """In a step, in a save and in a load; `make torture` does so a hundred times, on four ranks."""
     monkeypatch.setattr(torture, "NUM_RANKS", 2)
-    killed = torture.run(tmp_path / "killed", 60, num_kills=3)
+    killed = torture.run(tmp_path / "killed", 60, num_kills=3, evenflow=EVENFLOW)
     assert killed.faults == []
     assert killed.kills == dict.fromkeys(torture.PHASES, 1)
     assert len(killed.losses) == 60
@@ -74,7 +77,7 @@ def config(place: Path, stages: int = 2) -> Path:
 def started(place: Path, *command: object, host: str = "one") -> "subprocess.Popen[str]":
     with (place / "output.txt").open("a") as output:
         return subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            list(map(str, command)),
             cwd=place,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TEST_HOST": f"{place} {host}"},
             stdout=output,
@@ -85,7 +88,10 @@ def started(place: Path, *command: object, host: str = "one") -> "subprocess.Pop
 
 
 def switch_off(process: "subprocess.Popen[str]", place: Path, host: str = "one") -> None:
-    """End all that was started there, launchers and ranks, as when a machine goes down."""
+    """End all that was started there, launchers and ranks, as when a machine goes down.
+
+    Where a process waits in the stead of another (`preloaded`), that one is ended with it.
+    """
     while found := torture.processes_of("TEST_HOST", f"{place} {host}"):
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
@@ -122,7 +128,7 @@ def undisturbed(tmp_path_factory) -> list[float | None]:
 
 
 def test_a_run_that_was_stopped_goes_on_with_other_stages(tmp_path, undisturbed, capfd):
-    process = started(tmp_path, "-m", "evenflow", "train", config(tmp_path), "--resume", "run")
+    process = started(tmp_path, *EVENFLOW, "train", config(tmp_path), "--resume", "run")
     wait_for(process, lambda: checkpoints_in(tmp_path / "run" / "checkpoints"))
     switch_off(process, tmp_path)
     assert not (tmp_path / "run" / "run.json").exists()
@@ -144,7 +150,7 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path, undisturbed):
     """Two launchers, as on two hosts: one is killed with its ranks, the other plans again for its own."""
     port = torture.free_port()
     launcher = (
-        *("-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"),
+        *(*python(), "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"),
         *(
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint=127.0.0.1:{port}",
