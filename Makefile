@@ -18,6 +18,8 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 train: setup
 	$(BIN)/evenflow train examples/train_gpt.toml
 
+# Tests start a hundred processes of Python: each would compile all anew where it may write no byte-code.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
