@@ -48,15 +48,15 @@ def request(cluster: Cluster, *, rows: int = 16, sizes=(1, 2, 4), levers=None, *
     return Request(of, sizes, cluster, rows, 32.0, 0.05, state, dtype="float32", levers=levers or Levers())
 
 
-def all_prices(asked: Request):
-    """Every choice with every saving, priced."""
+def all_prices(asked: Request, allowed=lambda choice: True):
+    """Every choice with every saving that is allowed, priced."""
     found = []
     for choice in choices(asked):
         for sharding, recompute in itertools.product(
             ("none", "zero1", "fsdp"), ("none", "selective", "full")
         ):
             one = replace(choice, degrees=replace(choice.degrees, sharding=sharding), recompute=recompute)
-            if sharding == "none" or one.degrees.data > 1:
+            if (sharding == "none" or one.degrees.data > 1) and allowed(one):
                 try:
                     found.append(price(asked, one, chain_for(asked, one)))
                 except EvenflowError:
