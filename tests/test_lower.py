@@ -35,8 +35,8 @@ def text(program: Program) -> list[str]:
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(pipelines())
-def test_what_is_lowered_is_proven_and_in_order(pipeline: Pipeline) -> None:
-    """With reductions and with gathered parameters too; drawing pipelines takes longer than lowering them."""
+def test_lowered_is_proven(pipeline: Pipeline) -> None:
+    """And in order; with reductions and with gathered parameters too."""
     drawn = pipeline.schedule, pipeline.flow, pipeline.costs
     program = lower(*drawn)
     proven = prove(program)
