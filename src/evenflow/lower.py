@@ -180,8 +180,9 @@ def _with_gathering(queue: list[Op]) -> list[Op]:
     made: list[Op] = []
     for op in queue:
         if isinstance(op, ComputeOp):
-            made += [Unshard(part.stage) for part in parts(op) if part.stage not in there]
-            there.update(part.stage for part in parts(op))
+            new = dict.fromkeys(part.stage for part in parts(op) if part.stage not in there)
+            made += map(Unshard, new)
+            there.update(new)
         made.append(op)
     return made
 

@@ -24,7 +24,7 @@ def ran(capsys, *arguments):
 
 
 def test_a_plan_is_exported_as_it_was_told_when_it_was_made(capsys, tmp_path):
-    path = tmp_path / "plan.toml"
+    path, out = tmp_path / "plan.toml", tmp_path / "schedule.csv"
     flags = ("--cluster", "2x RTX 4090", "--rows", 64, "--pipeline-only", "--target", "torchtitan")
     code, planned, _ = ran(capsys, "plan", CONFIG, *flags, "-o", path)
     assert code == 0
@@ -33,6 +33,12 @@ def test_a_plan_is_exported_as_it_was_told_when_it_was_made(capsys, tmp_path):
     assert (code, exported) == (0, told)
     code, _, errors = ran(capsys, "export", path, "--to", "megatron")
     assert code == 0 or "evenflow plan ... --target megatron" in errors
+    # For torch, the stages are told beside the order.
+    code, shown, _ = ran(capsys, "export", path, "--to", "torch", "-o", out)
+    assert code == 0
+    assert "stage 0 on rank 0 begins with tokens" in shown
+    assert "microbatches of " in shown
+    assert parse_schedule(out.read_text(), name="").placement.num_ranks == 2
 
 
 def test_a_schedule_goes_to_torch_and_comes_back(capsys, tmp_path):
@@ -87,13 +93,3 @@ def test_a_file_that_cannot_be_written_is_told(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     code, _, errors = ran(capsys, "export", "mine.csv", "--to", "torch", "-o", "out.csv")
     assert (code, errors) == (2, "error: cannot write out.csv: No space left on device; name another file\n")
-
-
-def test_the_stages_are_told_beside_the_order(capsys, tmp_path):
-    path, out = tmp_path / "plan.toml", tmp_path / "schedule.csv"
-    ran(capsys, "plan", CONFIG, "--cluster", "2x CPU core", "--pipeline-only", "-o", path)
-    code, shown, _ = ran(capsys, "export", path, "--to", "torch", "-o", out)
-    assert code == 0
-    assert "stage 0 on rank 0 begins with tokens" in shown
-    assert "microbatches of " in shown
-    assert parse_schedule(out.read_text(), name="").placement.num_ranks == 2

@@ -37,8 +37,7 @@ def rows(report, kind):
 # -- equal
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dropout"), [*((name, 0.2) for name in MODELS), ("gpt", 0.0)])
 def test_models_equal_themselves_in_a_plain_loop(name, dropout):
     model, batch = build(name, dropout), batches()[0]
     pipe = evenflow.pipeline(model, example=batch, stages=3, num_microbatches=4)
@@ -55,11 +54,10 @@ def test_models_equal_themselves_in_a_plain_loop(name, dropout):
     )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", TIED)
-def test_with_exact_shared_parameters_have_the_bits_of_one_stage(name, dropout):
+def test_with_exact_shared_parameters_have_the_bits_of_one_stage(name):
     batch = batches()[0]
-    pipe = evenflow.pipeline(build(name, dropout), example=batch, stages=3, num_microbatches=4, exact=True)
+    pipe = evenflow.pipeline(build(name, 0.2), example=batch, stages=3, num_microbatches=4, exact=True)
     report = pipe.check(batch)
     assert report.equal, report
     assert [row.difference for row in rows(report, "gradient (one stage)")] == [0.0]

@@ -15,7 +15,7 @@ from evenflow.plan.cuts import looped
 from evenflow.plan.cuts.partition import balanced_cuts, partition
 from evenflow.plan.cuts.problem import DoesNotFitError, Kind, PartitionProblem
 
-NUM_PROBLEMS, NUM_PARTS = 500, 5
+NUM_PROBLEMS, NUM_PARTS = 200, 2
 ROUNDING = 1e-9
 
 

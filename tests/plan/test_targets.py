@@ -112,13 +112,10 @@ def test_a_plan_obeys_each_rule_and_is_never_faster(name, case):
 @pytest.mark.parametrize("case", ["roomy", "scarce", "slow links"])
 def test_a_plan_within_is_the_best_of_what_is_allowed(name, case):
     limited = within_limits(CASES[case], TARGETS[name])
-    allowed = [
-        priced.step_seconds
-        for priced in all_prices(limited)
-        if limited.allows(priced.choice) and priced.choice.recompute != "selective"
-    ]
+    prices = all_prices(limited, lambda choice: choice.recompute != "selective" and limited.allows(choice))
+    best = min(each.step_seconds for each in prices)
     found = within(name, case).plan.prediction.step_seconds
-    assert min(allowed) * (1 - 1e-9) <= found <= min(allowed) * 1.02
+    assert best * (1 - 1e-9) <= found <= best * 1.02
 
 
 def test_too_few_microbatches_for_a_schedule_are_not_chosen():
