@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from evenflow.errors import ConfigError
 from evenflow.graph.nouns.dtensors import is_dtensor, local_part, with_local
@@ -59,11 +59,11 @@ class FakeParameters:
     def _stand_in(
         self, parameter: torch.nn.Parameter, dtype: torch.dtype, device: torch.device
     ) -> torch.nn.Parameter:
-        local = local_part(parameter)
-        with self.mode:
-            data = torch.empty_strided(local.shape, local.stride(), dtype=dtype, device=device)
-        fake = torch.nn.Parameter(with_local(parameter, data), requires_grad=parameter.requires_grad)
-        vars(fake).update(vars(parameter))  # what a program may ask of it
+        fake = with_local(parameter, fake_like(local_part(parameter), self.mode, device, dtype))
+        # What makes a parameter of it, and what a program may ask of it.
+        vars(fake).update({"_is_param": True, **vars(parameter)})
+        fake.requires_grad_(parameter.requires_grad)
+        assert isinstance(fake, torch.nn.Parameter), "it is told by that mark"
         return fake
 
     @property
@@ -85,6 +85,14 @@ class FakeParameters:
         finally:
             for (module, key, _), parameter in zip(self.slots, real, strict=True):
                 module._parameters[key] = parameter
+
+
+def fake_like(
+    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype
+) -> FakeTensor:
+    """A fake tensor of a tensor's form, at a tenth of what `torch.empty_strided` takes under the mode."""
+    form = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+    return FakeTensor(mode, form, device)
 
 
 def _refuse_unfit(name: str, parameter: torch.nn.Parameter) -> None:

@@ -64,17 +64,20 @@ _SETTINGS: Mapping[str, _Setting] = {
 }
 
 Settings = Mapping[str, Any]
+_ASKING = [ask for ask, _ in _SETTINGS.values()]
 
 
-def settings_now() -> Settings:
-    """All settings as they are."""
-    return {name: ask() for name, (ask, _) in _SETTINGS.items()}
+def settings_now() -> list[Any]:
+    """All settings as they are, in one order."""
+    return [ask() for ask in _ASKING]
 
 
-def changed_since(before: Settings) -> Settings:
+def changed_since(before: list[Any]) -> Settings:
     """The settings that are other than they were, as they are."""
     now = settings_now()
-    return {name: value for name, value in now.items() if value != before[name]} if now != before else {}
+    if now == before:
+        return {}
+    return {name: new for name, old, new in zip(_SETTINGS, before, now, strict=True) if new != old}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ A call that stays whole is handed its arguments and gives back its result, and n
 a tensor from a closure or leaves one in an attribute must be taken apart.
 """
 
-from evenflow.graph.nouns.tree import Call, CallTree, ModuleCall, functions_in
+from evenflow.graph.nouns.tree import Call, CallTree, FunctionCall, ModuleCall
 
 
 def hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
@@ -15,17 +15,16 @@ def hidden_values(tree: CallTree) -> dict[ModuleCall, str]:
     given: dict[ModuleCall, frozenset[int]] = {}
     shown: dict[ModuleCall, frozenset[int]] = {}
 
-    def visit(call: Call, around: tuple[ModuleCall, ...]) -> None:
+    def visit(call: Call, around: tuple[ModuleCall, ...]) -> list[tuple[int, int]]:
         if isinstance(call, ModuleCall):
             given[call] = frozenset(call.args.refs)
-            rebinds = (pair for function in functions_in(call) for pair in function.rebinds)
+            rebinds = [pair for child in call.children for pair in visit(child, (*around, call))]
             changed = (new for old, new in rebinds if births[tree.values[old].storage] < call.start)
             shown[call] = frozenset((*call.output.refs, *changed))
-            for child in call.children:
-                visit(child, (*around, call))
-        else:
-            homes[call.clock] = around
-            uses.extend((value, call.name, around) for value in call.args.refs)
+            return rebinds
+        homes[call.clock] = around
+        uses.extend((value, call.name, around) for value in call.args.refs)
+        return list(call.rebinds) if isinstance(call, FunctionCall) else []
 
     visit(tree.root, ())
     uses.extend((value, "the loss function", (tree.root,)) for value in tree.output.refs)

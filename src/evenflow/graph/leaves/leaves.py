@@ -134,8 +134,8 @@ class _Choice:
         self.stuck: dict[Call, str] = {}  # calls that stay whole because of one inside, and why that is so
         self.hides = hidden_values(tree)
         self.derived = _batch_derived(tree)
-        counts = Counter(parameters_in(tree.root, tree.values))
-        self.shared = frozenset(name for name, count in counts.items() if exact and count > 1)
+        counts = Counter(parameters_in(tree.root, tree.values)) if exact else {}
+        self.shared = frozenset(name for name, count in counts.items() if count > 1)
 
     def inside(self, call: ModuleCall) -> list[Call]:
         """The calls that stand for this one once it is taken apart."""
@@ -189,7 +189,7 @@ class _Choice:
             or self.looks_at_the_batch(call)
         ):
             return True
-        uses = Counter(parameters_in(call, self.values))
+        uses = Counter(parameters_in(call, self.values)) if self.shared else {}
         return any(uses[name] > 1 for name in self.shared)
 
     def looks_at_the_batch(self, call: ModuleCall) -> bool:

@@ -1,7 +1,7 @@
 """From the calls that were chosen as leaves to the nodes of a graph: what each uses, makes and changes."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from evenflow.errors import RecordError
 from evenflow.graph.leaves.kept import KeptBuffers
@@ -19,7 +19,6 @@ from evenflow.graph.nouns.tree import (
     ARRAYS,
     BatchLeaf,
     BufferSource,
-    Call,
     CallTree,
     Draws,
     FunctionCall,
@@ -27,17 +26,18 @@ from evenflow.graph.nouns.tree import (
     ParameterSource,
     ReadCall,
     Value,
-    flops_in,
     functions_in,
     modules_in,
-    parameters_in,
     reads_in,
+    walk,
 )
 
 
 def node_of(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, kept: KeptBuffers) -> Node:
     """The node of a chosen call; `stuck` says why it stays whole where that is because of one inside."""
-    functions = list(functions_in(call))
+    inside = list(walk(call))
+    functions = [inner for inner in inside if isinstance(inner, FunctionCall)]
+    modules = [inner for inner in inside if isinstance(inner, ModuleCall)]
     refs = dict.fromkeys(ref for inner in functions for ref in inner.args.refs)
     sources = [tree.values[ref].source for ref in refs]
     match call:
@@ -51,7 +51,7 @@ def node_of(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, 
             name, target = call.path or "the model", _module_target(call)
             results = tuple(r for r in call.output.refs if call.start <= tree.values[r].born < call.end)
             rebinds = _composed(functions, call, tree)
-    changed = tuple(dict.fromkeys(name for inner in functions for name in inner.changed_buffers))
+    changed = _distinct(*(name for inner in functions for name in inner.changed_buffers))
     return Node(
         index=-1,  # given once the unused nodes are gone
         name=name,
@@ -60,21 +60,28 @@ def node_of(call: FunctionCall | ModuleCall, tree: CallTree, stuck: str | None, 
         output=call.output,
         results=results,
         rebinds=rebinds,
-        parameters=tuple(dict.fromkeys((*parameters_in(call, tree.values), *_unseen_parameters(call, tree)))),
-        buffers=tuple(dict.fromkeys((*(s.name for s in sources if isinstance(s, BufferSource)), *changed))),
+        parameters=_distinct(
+            *(source.name for source in sources if isinstance(source, ParameterSource)),
+            *_unseen_parameters(modules, tree),
+        ),
+        buffers=_distinct(*(source.name for source in sources if isinstance(source, BufferSource)), *changed),
         changed_buffers=changed,
         kept_buffers=kept.by(call),
-        flops=flops_in(call),
+        flops=sum(inner.flops for inner in functions),
         grad_enabled=call.grad_enabled,
         autocast=call.autocast,
         region=call.region,
         whole=_reason(call) or stuck,
-        stateful=any(inner.stateful for inner in modules_in(call)),
+        stateful=any(inner.stateful for inner in modules),
         opaque=isinstance(call, ModuleCall) and _is_opaque(call),
-        hooks=call.region is not None or any(inner.hooks for inner in modules_in(call)),
+        hooks=call.region is not None or any(inner.hooks for inner in modules),
         unknown_to_autograd=any(inner.unknown_to_autograd for inner in functions),
         steps=tuple(map(_step, functions)),
     )
+
+
+def _distinct(*names: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def _step(call: FunctionCall) -> Step:
@@ -95,9 +102,9 @@ def _is_opaque(call: ModuleCall) -> bool:
     return call.looks or any(inner.unseen or inner.real for inner in modules_in(call))
 
 
-def _unseen_parameters(call: Call, tree: CallTree) -> Iterator[str]:
+def _unseen_parameters(modules: Iterable[ModuleCall], tree: CallTree) -> Iterator[str]:
     """Parameters that may have been used where nobody could see: all those of the module that did it."""
-    for inner in modules_in(call):
+    for inner in modules:
         if _is_opaque(inner):
             names = tree.parameter_names.items()
             yield from (first for name, first in names if name.startswith(inner.inside))

@@ -73,27 +73,29 @@ class Shell:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A tree with `Ref`, `Shared` and `Shell` leaves among its plain ones."""
+    """A tree with `Ref`, `Shared` and `Shell` leaves among its plain ones.
+
+    `refs` are the numbers of the values in it, in order of appearance, repeats included.
+    """
 
     leaves: tuple[Any, ...]  # leaves are whatever the program passes
     spec: pytree.TreeSpec
+    refs: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
-    @classmethod
-    def of_values(cls, values: Iterable[int]) -> "Template":
-        """A list of values."""
-        leaves, spec = pytree.tree_flatten([Ref(value) for value in values])
-        return cls(tuple(leaves), spec)
-
-    @property
-    def refs(self) -> tuple[int, ...]:
-        """The numbers of the values in the tree, in order of appearance, repeats included."""
+    def __post_init__(self) -> None:
         found: list[int] = []
         for leaf in self.leaves:
             if isinstance(leaf, Ref):
                 found.append(leaf.value)
             elif isinstance(leaf, Shell):
                 found.extend(ref.value for ref in leaf.refs)
-        return tuple(found)
+        object.__setattr__(self, "refs", tuple(found))
+
+    @classmethod
+    def of_values(cls, values: Iterable[int]) -> "Template":
+        """A list of values."""
+        leaves, spec = pytree.tree_flatten([Ref(value) for value in values])
+        return cls(tuple(leaves), spec)
 
     def unfilled(self) -> Any:
         """The tree with its stand-ins where they are."""
@@ -154,6 +156,10 @@ def _shape(tree: Any, leaves: list[Any]) -> _Shape | None:
     elif kind is not tuple and kind is not list:
         return None
     for each in tree:
+        if type(each) in _LEAVES:  # not asked of itself: most are
+            leaves.append(each)
+            shape.append(_LEAF)
+            continue
         shape.append(_shape(each, leaves))
         if shape[-1] is None:
             return None

@@ -168,8 +168,8 @@ def walk(call: Call) -> Iterator[Call]:
     while waiting:
         inner = waiting.pop()
         yield inner
-        if isinstance(inner, ModuleCall):
-            waiting.extend(reversed(inner.children))
+        if type(inner) is ModuleCall:
+            waiting += inner.children[::-1]
 
 
 def functions_in(call: Call) -> Iterator[FunctionCall]:

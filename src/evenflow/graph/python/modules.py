@@ -15,7 +15,19 @@ from evenflow.graph.python.reach import is_library
 
 _COLLECTING = "transformers.utils.output_capturing"
 _DEPTH = 4  # of objects in objects
-_LEFT = (torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType)  # nothing of these is put back
+# Nothing of these is put back: they are looked into elsewhere, or cannot change.
+_LEFT = (
+    torch.Tensor,
+    torch.nn.Module,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    type,
+    str,
+    int,
+    float,
+    type(None),
+)
 
 
 def reason_to_stay_whole(module: torch.nn.Module) -> str | None:
@@ -83,11 +95,7 @@ class PythonState:
                     self.classes.append((base, values))
 
     def keep(self, value: Any, depth: int) -> None:
-        if (
-            isinstance(value, (*_LEFT, type, str, int, float, type(None)))
-            or depth < 0
-            or id(value) in self.seen
-        ):
+        if depth < 0 or id(value) in self.seen or isinstance(value, _LEFT):
             return
         self.seen[id(value)] = value
         match value:

@@ -177,13 +177,14 @@ class FunctionCalls:
         changes = self._values.change(changed, self._calls.clock)
         for parameter in changes.parameters:
             self._calls.keep_whole(f"it changes the parameter {parameter} in place")
-        made = [leaf for leaf in flatten_tree(result)[0] if is_tensor(leaf)]
+        leaves, spec = flatten_tree(result)
+        made = [leaf for leaf in leaves if is_tensor(leaf)]
         for tensor in made:
             self._values.result(tensor, self._calls.clock, changed=any(tensor is other for other in changed))
         if made or changes.rebinds or changes.buffers:
             num_draws = self._kernels.num_draws
             draws = Draws(path, call.call, call.num_draws, num_draws) if num_draws else None
-            output = self._encoder.encode(result, name)
+            output = Template(tuple(self._encoder.leaf(leaf, name) for leaf in leaves), spec)
             taken = (self._values.tensor(ref) for ref in inputs.refs)
             self._constants.note_results(taken, made, changed, draws=draws is not None)
             call.children.append(

@@ -24,6 +24,7 @@ from evenflow.graph.kernels.flops import flops_of
 from evenflow.graph.kernels.kernels import changed_unsaid, deciding, draws, written
 from evenflow.graph.recording.kernel_notes import KernelNotes
 
+_DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 (a kernel's name)
 _PATCH = threading.Lock()  # what is patched here is one per process
 
@@ -78,15 +79,14 @@ def unwatched() -> contextlib.AbstractContextManager[None]:
 def quiet() -> Iterator[None]:
     """Keep torch from talking about what fake tensors do: a page about each error, which is raised anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    disabled, logger.disabled = logger.disabled, True  # a level would empty the caches of all loggers
     try:
         with warnings.catch_warnings():
             # Fake tensors ask real ones for their `.grad`.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 @contextlib.contextmanager
@@ -262,17 +262,16 @@ class _Kernels(TorchDispatchMode):
         self.observer = observer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # most calls are this one, of every fake tensor's device
-            return func(*args)
         with unwatched():  # a scripted function's kernels would else be taken for the program's own calls
+            if func is _DEVICE:  # most calls are this one
+                return args[0].device
             return self.seen(func, args, kwargs or {})
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # func: an OpOverload
         for tensor in written(func, args, kwargs) if func._schema.is_mutable else ():
             if not isinstance(tensor, FakeTensor):
                 self.observer.write_outside(tensor)
-        with self.observer.all_fake or contextlib.nullcontext():
-            result, lengths = run_kernel(func, args, kwargs)
+        result, lengths = run_kernel(func, args, kwargs, self.observer.all_fake)
         if self.observer.within is not None:
             self.note_captured(self.observer.within, func, (args, kwargs), result)
         self.observer.deciding += lengths

@@ -35,6 +35,9 @@ class Changes:
     unknown_to_autograd: bool
 
 
+_NO_CHANGES = Changes((), (), (), False)
+
+
 class Values:
     """The values of one run, in order of their numbers in `all`. `seen` is told of each when it is made."""
 
@@ -53,9 +56,10 @@ class Values:
         number = len(self.all)
         stride = tuple(tensor.stride()) if tensor.layout == torch.strided else ()
         info = TensorInfo(tuple(tensor.shape), stride, tensor.dtype, tensor.requires_grad)
-        self.all.append(Value(number, info, source, storage_of(tensor), clock))
+        storage = storage_of(tensor)
+        self.all.append(Value(number, info, source, storage, clock))
         if id(tensor) not in self._number_of:
-            self._aliases[storage_of(tensor)].append(tensor)
+            self._aliases[storage].append(tensor)
         self._number_of[id(tensor)] = number
         self._version_of[id(tensor)] = tensor._version
         self._holder.append(tensor)
@@ -87,6 +91,8 @@ class Values:
         buffers: list[str] = []
         parameters: list[str] = []
         given = list(tensors)
+        if not given:
+            return _NO_CHANGES
         # Batch norms count no change of their statistics at all, which no backward needs.
         counted = {storage_of(t) for t in given if t._version != self._version_of.get(id(t))}
         storages = {storage_of(tensor) for tensor in given}

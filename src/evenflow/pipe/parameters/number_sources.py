@@ -154,8 +154,7 @@ def _empty_tensors(
     for path, module in model.named_modules():
         for place in (module._buffers, vars(module)):
             for key, tensor in list(place.items()):
-                is_parameter = isinstance(
-                    tensor, torch.nn.Parameter
-                )  # hidden from the module: not ours to copy
-                if isinstance(tensor, torch.Tensor) and tensor.is_meta and not is_parameter:
+                if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+                    continue
+                if not isinstance(tensor, torch.nn.Parameter):  # hidden from the module: not ours to copy
                     yield f"{path}.{key}" if path else key, place, tensor
