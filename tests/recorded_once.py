@@ -17,7 +17,9 @@ from evenflow.runtime.recorded import tracing
 def recorded_once(trees: dict[Hashable, CallTree], *same: Hashable) -> Iterator[None]:
     """While this is entered what was recorded once is taken from `trees`, for whatever is the `same`.
 
-    That is what makes the model; the program, the microbatch and whether it trains are looked at here.
+    That is what makes the model; what else a recording depends on is looked at here: the program, the
+    microbatch, parameters as they will be, whether it trains, the device, autocast. What differed when it ran
+    again is not kept: the second recording, which decides, must meet what the first left behind.
     """
     record: Callable[..., CallTree] = tracing.record
 
@@ -26,15 +28,20 @@ def recorded_once(trees: dict[Hashable, CallTree], *same: Hashable) -> Iterator[
     ) -> CallTree:
         if options.get("first") or options.get("seen") or not isinstance(options["fakes"], FakeParameters):
             return record(program, model, microbatch, **options)
+        fakes = [(fake.dtype, fake.requires_grad) for _, _, fake in options["fakes"].slots]
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         leaves, spec = pytree.tree_flatten(microbatch)
         contents = (
             (leaf.dtype, leaf.shape, str(leaf.tolist())) if isinstance(leaf, torch.Tensor) else leaf
             for leaf in leaves
         )
-        key = (*same, program, *contents, str(spec), model.training, torch.is_grad_enabled())
+        key = (*same, program, *contents, str(spec), *fakes, options["device"], model.training, *modes)
         if key not in trees:
-            trees[key] = record(program, model, microbatch, **options)
-        elif between := options.get("between"):
+            made = record(program, model, microbatch, **options)
+            if made.difference is None:
+                trees[key] = made
+            return made
+        if between := options.get("between"):
             between()
         return trees[key]
 

@@ -14,8 +14,8 @@ TOLERANCE = 1e-6  # of each tensor's maximum, where shared parameters are added 
 def cuts_of(case: Case) -> dict[int, float | None]:
     """By number of stages their leaves' largest share: four stages of small leaves.
 
-    Each architecture, but for those that do so on two processes, in two stages of large ones, too, where it also
-    predicts: its variants, named behind a comma, share that code.
+    Each architecture, but for those that do so on two processes, in two stages of large ones, too, where it
+    also predicts: its variants, named behind a comma, share that code.
     """
     return {4: 0.0} if "," in case.name or case.name in ON_RANKS else {2: None, 4: 0.0}
 
