@@ -1,7 +1,8 @@
 """Four small models, and how a test trains them: in a pipeline, or in a plain PyTorch loop."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,16 @@ import torch
 import transformers
 
 import evenflow
+from evenflow.graph.nouns.tree import CallTree
+from recorded_once import recorded_once
 
 VOCABULARY = 64
 ROWS, LENGTH = 8, 8
 NUM_MICROBATCHES = 4
 DROPOUT = 0.1
 NUM_STEPS = 2  # the second starts from what the first left in weights and optimizer
+
+_TREES: dict[Hashable, CallTree] = {}
 
 transformers.logging.set_verbosity_error()
 
@@ -116,6 +121,11 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-1)
 
 
+def recorded(name: str, dropout: float = 0.0) -> contextlib.AbstractContextManager[None]:
+    """Meanwhile this model is recorded only if this process has not done so: see `recorded_once`."""
+    return recorded_once(_TREES, name, dropout)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What training left: every step's loss, the last step's gradients, the weights."""
@@ -144,10 +154,11 @@ def train(
 ) -> Outcome:
     """Train a model in a pipeline of this process."""
     model, data = build(name, dropout), batches()[:num_steps]
-    pipe = evenflow.pipeline(
-        model, example=data[0], optimizer=optimizer, **{"num_microbatches": NUM_MICROBATCHES, **options}
-    )
-    losses = [float(pipe.step(batch).loss) for batch in data]
+    with recorded(name, dropout):
+        pipe = evenflow.pipeline(
+            model, example=data[0], optimizer=optimizer, **{"num_microbatches": NUM_MICROBATCHES, **options}
+        )
+        losses = [float(pipe.step(batch).loss) for batch in data]
     found = outcome(pipe, losses)
     pipe.close()
     assert found.weights.keys() == dict(model.named_parameters()).keys()

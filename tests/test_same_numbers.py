@@ -36,6 +36,7 @@ from small_models import (
     batches,
     build,
     outcome,
+    recorded,
     reference,
     sgd,
     train,
@@ -207,18 +208,19 @@ def train_on_ranks(dropout: float) -> list[Outcome]:
     num_ranks = dist.get_world_size()
     for number, (name, schedule) in enumerate(ON_PROCESSES[num_ranks]):
         data = batches()
-        pipe = evenflow.pipeline(
-            build(name, dropout),
-            example=data[0],
-            optimizer=adamw,
-            num_microbatches=MANY,
-            exact=name in TIED,
-            max_leaf_share=SHARES[number % 2],
-            **on_ranks(num_ranks, schedule),
-        )
-        # Both ways of giving a batch: on every rank, or on the first alone.
-        fed = data if number % 3 == 0 else pipe.feed(data if dist.get_rank() == 0 else [])
-        losses = [float(pipe.step(batch).loss) for batch in fed]
+        with recorded(name, dropout):
+            pipe = evenflow.pipeline(
+                build(name, dropout),
+                example=data[0],
+                optimizer=adamw,
+                num_microbatches=MANY,
+                exact=name in TIED,
+                max_leaf_share=SHARES[number % 2],
+                **on_ranks(num_ranks, schedule),
+            )
+            # Both ways of giving a batch: on every rank, or on the first alone.
+            fed = data if number % 3 == 0 else pipe.feed(data if dist.get_rank() == 0 else [])
+            losses = [float(pipe.step(batch).loss) for batch in fed]
         found.append(outcome(pipe, losses))
         pipe.close()
     return found
@@ -336,15 +338,16 @@ def test_the_worst_machine_changes_no_bit(monkeypatch, name, schedule, groups):
         monkeypatch.setattr(programs, "lower", lambda *args, **kwargs: grouped(lower(*args, **kwargs)))
     # Without dropout: threads of one process share the generator that dropout draws from.
     data = batches()
-    pipe = evenflow.pipeline(
-        build(name),
-        example=data[0],
-        optimizer=adamw,
-        num_microbatches=MANY,
-        exact=name in TIED,
-        max_leaf_share=0,
-        **on_ranks(3, schedule),
-    )
+    with recorded(name):
+        pipe = evenflow.pipeline(
+            build(name),
+            example=data[0],
+            optimizer=adamw,
+            num_microbatches=MANY,
+            exact=name in TIED,
+            max_leaf_share=0,
+            **on_ranks(3, schedule),
+        )
     threaded = OnThreads(pipe)
     losses = [threaded.step(batch) for batch in data]
     pipe._updated = True  # the gradients are combined already

@@ -238,21 +238,16 @@ def assert_whole(pipe, model, loss, batch, whole, result=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_the_whole_batch(name):
+def test_a_step_is_that_of_the_whole_batch_and_of_a_plain_loop_with_these_weights(name):
     case = CASES[name]
     batch = words()
     pipe, _ = make(case.build, case.loss, batch, **case.options)
     assert pipe.reduction == case.said
     assert repr(pipe) == f"Pipeline(2 stages, loss: {case.said})"
-    assert_whole(pipe, seeded(case.build)(), case.loss, batch, batch)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_a_plain_loop_with_these_weights(name):
-    case = CASES[name]
-    pipe, _ = make(case.build, case.loss, words(), **case.options)
+    result = pipe.step(batch)
+    assert_whole(pipe, seeded(case.build)(), case.loss, batch, batch, result)
     model = seeded(case.build)()
-    items = split(words(), 3)
+    items = split(batch, 3)
     weights = [case.weight(item) for item in items]
     shares = [1.0 if weight is None else float(weight) / sum(map(float, weights)) for weight in weights]
     parts = []
@@ -260,7 +255,7 @@ def test_a_step_is_that_of_a_plain_loop_with_these_weights(name):
         part = case.loss(model, item)
         part.backward(torch.tensor(share))
         parts.append(part.detach() * share)
-    same(pipe.step(words()).loss, torch.stack(parts).sum(), 0, "the loss")
+    same(result.loss, torch.stack(parts).sum(), 0, "the loss")
     gradients = dict(pipe.named_gradients())
     for key, parameter in model.named_parameters():
         if parameter.grad is not None:
