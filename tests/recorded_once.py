@@ -24,7 +24,7 @@ def recorded_once(trees: dict[Hashable, CallTree], *same: Hashable) -> Iterator[
     That is what makes the model; what else a recording depends on is looked at here: the program, the
     microbatch, parameters as they will be, whether it trains, the device, autocast. What differed when it ran
     again is not kept: the second recording, which decides, must meet what the first left behind. Nor is what
-    holds modules, which are those of one model.
+    changed the model, which is looked at afterwards, or holds modules, which are those of one model.
     """
     record: Callable[..., CallTree] = tracing.record
 
@@ -43,7 +43,7 @@ def recorded_once(trees: dict[Hashable, CallTree], *same: Hashable) -> Iterator[
         key = (*same, program, *contents, str(spec), *fakes, options["device"], model.training, *modes)
         if key not in trees:
             made = record(program, model, microbatch, **options)
-            if made.difference is None and not holds_modules(made):
+            if made.difference is None and not made.as_first.self_changed and not holds_modules(made):
                 trees[key] = made
             return made
         if between := options.get("between"):
