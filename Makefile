@@ -35,7 +35,7 @@ coverage: setup
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest --numprocesses auto -W "ignore:overflow encountered" --cov --cov-report= $(KERNELS)
 	$(BIN)/python -m pytest --numprocesses auto --cov --cov-append --cov-fail-under=95 --cov-report=term-missing:skip-covered $(CORE)
 
-# 20,000 damaged plans and schedules, always the same ones, where `make test` takes 500: ten minutes.
+# 20,000 damaged plans and schedules, always the same ones, where `make test` takes a thousand: ten minutes.
 torture-files: setup
 	EVENFLOW_NUM_FILES=20000 $(BIN)/python -m pytest --timeout=0 tests/test_hostile_files.py
 

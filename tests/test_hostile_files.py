@@ -47,7 +47,7 @@ from hostile_runs import (
 )
 from small_runs import LAST_STEP, PLAN, RUN, STEPS
 
-NUM_FILES = int(os.environ.get("EVENFLOW_NUM_FILES", "500"))
+NUM_FILES = int(os.environ.get("EVENFLOW_NUM_FILES", "1000"))
 
 
 def test_of_damaged_plans_none_crashes_hangs_or_trains_wrongly(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_of_damaged_clusters_none_crashes_or_fills_the_memory(tmp_path: Path) ->
         assert all(device.name.isprintable() for host in cluster.hosts for device in host.devices)
         format_cluster(cluster)
 
-    each_is_read_or_told(tmp_path / "cluster.toml", 120, damaged_toml((CLUSTER,)), use)
+    each_is_read_or_told(tmp_path / "cluster.toml", 200, damaged_toml((CLUSTER,)), use)
 
 
 TABLES = (
@@ -157,7 +157,7 @@ def test_of_damaged_cost_tables_none_crashes(tmp_path: Path) -> None:
         assert math.isfinite(found.makespan_seconds)
 
     damaged = st.sampled_from(TABLES).flatmap(damaged_bytes)
-    each_is_read_or_told(tmp_path / "costs.csv", 120, damaged, use)
+    each_is_read_or_told(tmp_path / "costs.csv", 300, damaged, use)
 
 
 CONFIG = """
@@ -178,7 +178,7 @@ def test_of_damaged_configurations_none_crashes_or_leads_out_of_the_folder(tmp_p
         if isinstance(config.data, TextData):
             assert config.data.batch_size * config.data.length <= 2**28
 
-    each_is_read_or_told(tmp_path / "run.toml", 120, damaged_toml((CONFIG,)), use)
+    each_is_read_or_told(tmp_path / "run.toml", 300, damaged_toml((CONFIG,)), use)
 
 
 @pytest.mark.parametrize("name", ["run.json", "steps.jsonl", "last_step.json", "plan.toml"])
@@ -206,7 +206,7 @@ def test_of_damaged_runs_none_crashes_or_reaches_the_terminal(tmp_path: Path, na
         damaged = st.one_of(damaged, trees)
     elif name == "plan.toml":
         damaged = damaged_toml((whole,))
-    each_is_read_or_told(tmp_path / name, 80, damaged, use, told=tmp_path)
+    each_is_read_or_told(tmp_path / name, 150, damaged, use, told=tmp_path)
 
 
 # -- what single files have shown
