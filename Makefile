@@ -18,10 +18,12 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 train: setup
 	$(BIN)/evenflow train examples/train_gpt.toml
 
-# Tests start a hundred processes of Python: each would compile all anew where it may write no byte-code.
+# Tests start a hundred processes of Python: each would compile all anew where it may write no byte-code. They wait for
+# them a third of the time: three workers for two cores.
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # How much of the core that needs no torch (pyproject.toml names it) its own tests run, branches included. What numba
 # compiled cannot be counted, so the kernels' tests run as Python first.

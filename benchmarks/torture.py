@@ -205,11 +205,15 @@ def free_port() -> int:
 
 def _left_in_memory() -> set[str]:
     """What has a name in shared memory, and no process that has it mapped: nobody will ever use it."""
-    place, used = Path("/dev/shm"), ""
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return set()
+    mapped = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            used += (process / "maps").read_text()
-    return {each.name for each in place.iterdir() if str(each) not in used} if place.is_dir() else set()
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            mapped.append((process / "maps").read_text())
+    used = "".join(mapped)
+    return {each.name for each in place.iterdir() if str(each) not in used}
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Set-up of every test: no network, one thread, as each rank has, and an empty folder for measurements."""
 
 import atexit
-import contextlib
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ if "EVENFLOW_CACHE" not in os.environ:
 import pytest
 import torch
 
-from forked import launch_by_fork
+from forked import ranks_begin_by
 
 torch.set_num_threads(1)
 
@@ -36,7 +35,7 @@ _BEGUN_IN_THE_ORDINARY_WAY = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _ranks_begin_at_once(request):
-    with contextlib.nullcontext() if request.path.stem in _BEGUN_IN_THE_ORDINARY_WAY else launch_by_fork():
+    with ranks_begin_by("spawn" if request.path.stem in _BEGUN_IN_THE_ORDINARY_WAY else "forkserver"):
         yield
 
 

@@ -1,8 +1,9 @@
-"""Ranks as processes that begin within milliseconds, forked from a server that has imported what they need.
+"""Ranks as processes that begin within milliseconds, forked from one that has imported what they need.
 
-`launch_by_fork` has `evenflow.launch` begin them so. `python forked.py …` is `evenflow …` whose ranks are
-forked from it. `run_ranks` is itself the launcher: as under torchrun, the store where ranks meet
-lives in none of them, and torch is told where a rank's error goes.
+`ranks_begin_by` says how those of `evenflow.launch` do: "spawn" is a user's way, "forkserver" forks them
+from a server, "fork" from the caller. `python forked.py …` is `evenflow …` whose ranks are forked from it.
+`run_ranks` is itself the launcher: as under torchrun, the store where ranks meet lives in none of them, and
+torch is told where a rank's error goes.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest.mock import patch
 
 from torch.distributed import TCPStore
 from torch.distributed.launcher.api import LaunchConfig
@@ -33,29 +35,15 @@ _PRELOADED = [
 
 
 @contextlib.contextmanager
-def launch_by_fork() -> Iterator[None]:
-    """While this is entered `evenflow.launch` forks ranks; they print where the server does.
+def ranks_begin_by(start_method: str) -> Iterator[None]:
+    """While this is entered `evenflow.launch` begins ranks so.
 
-    Begun in the ordinary way each of them would first import for three or four seconds.
+    By "spawn" each of them imports for three or four seconds; by "forkserver" they print where the server
+    does.
     """
     multiprocessing.set_forkserver_preload(_PRELOADED)
-    ordinary = launcher.LaunchConfig
-    launcher.LaunchConfig = functools.partial(ordinary, start_method="forkserver")
-    try:
+    with patch.object(launcher, "LaunchConfig", functools.partial(LaunchConfig, start_method=start_method)):
         yield
-    finally:
-        launcher.LaunchConfig = ordinary
-
-
-@contextlib.contextmanager
-def launch_in_the_ordinary_way() -> Iterator[None]:
-    """While this is entered within `launch_by_fork`, ranks begin as a user's do."""
-    forking = launcher.LaunchConfig
-    launcher.LaunchConfig = LaunchConfig
-    try:
-        yield
-    finally:
-        launcher.LaunchConfig = forking
 
 
 @dataclass(frozen=True)
@@ -120,5 +108,5 @@ def _rank(function: Callable, rank: int, num_ranks: int, port: int, folder: Path
 if __name__ == "__main__":
     from evenflow.cli.main import main
 
-    launcher.LaunchConfig = functools.partial(LaunchConfig, start_method="fork")
-    main(sys.argv[1:])
+    with ranks_begin_by("fork"):
+        main(sys.argv[1:])

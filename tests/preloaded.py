@@ -157,13 +157,11 @@ def _watch(program: int, client: socket.socket) -> None:
 
 def _become(told: dict, files: list[int]) -> None:
     """Take over files, environment and folder, and run what the arguments say."""
-    import functools
     import random
-    import runpy
 
     import numpy as np
 
-    from evenflow import launcher
+    from forked import ranks_begin_by
 
     os.setsid()
     for number, file in enumerate(files):
@@ -177,13 +175,20 @@ def _become(told: dict, files: list[int]) -> None:
     os.chdir(told["folder"])
     random.seed()
     np.random.seed()
-    launcher.LaunchConfig = functools.partial(launcher.LaunchConfig, start_method="fork")
-    match [each for each in told["arguments"] if each != "-u"]:
+    with ranks_begin_by("fork"):
+        _run(told["arguments"], told["folder"])
+
+
+def _run(arguments: list[str], folder: str) -> None:
+    """Run what a command line of `python` says."""
+    import runpy
+
+    match [each for each in arguments if each != "-u"]:
         case ["-m", module, *rest]:
-            sys.path[0], sys.argv = told["folder"], [module, *rest]
+            sys.path[0], sys.argv = folder, [module, *rest]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case ["-c", code, *rest]:
-            sys.path[0], sys.argv = told["folder"], ["-c", *rest]
+            sys.path[0], sys.argv = folder, ["-c", *rest]
             exec(code, {"__name__": "__main__"})
         case [script, *rest]:
             sys.path[0], sys.argv = str(Path(script).resolve().parent), [script, *rest]

@@ -26,7 +26,7 @@ from evenflow.launcher import (
     launch,
     rank_environment,
 )
-from forked import launch_in_the_ordinary_way
+from forked import ranks_begin_by
 from preloaded import python
 
 # --- what the ranks run --------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def assert_all_ended(folder, num_ranks=2):
 
 
 def test_ranks_talk_and_their_results_come_back_in_order():
-    with launch_in_the_ordinary_way():
+    with ranks_begin_by("spawn"):
         found = launch(place_and_sum, "hello", nproc=2)
     assert found == [
         (RankEnvironment(rank=rank, local_rank=rank, num_ranks=2, num_restarts=0), "hello", 1, 14.0)
@@ -148,7 +148,7 @@ def test_a_crashed_rank_is_named_with_its_signal():
 
 def test_a_failed_rank_is_named_with_its_own_message_and_traceback_alone(tmp_path, capfd, caplog):
     before = logging.getLogger("torch.distributed.elastic").propagate
-    with pytest.raises(PeerError) as caught, launch_in_the_ordinary_way():  # where what ranks print is seen
+    with pytest.raises(PeerError) as caught, ranks_begin_by("spawn"):  # where what ranks print is seen
         launch(raising_in_the_middle, tmp_path, nproc=2)
     assert str(caught.value) == "rank 1 failed (exit code 1): ValueError: the seventh layer is missing"
     (note,) = caught.value.__notes__
@@ -232,12 +232,12 @@ def test_a_result_that_cannot_be_sent_is_the_ranks_error():
 # --- under torchrun, and from a script -------------------------------------------------------------------
 
 SCRIPT = """
-    import functools, os, sys
+    import os, sys
     from pathlib import Path
     import torch
     import torch.distributed as dist
-    from evenflow import launcher
     from evenflow.launcher import launch, rank_environment
+    from forked import ranks_begin_by
 
     def work(folder):
         place = rank_environment()
@@ -249,14 +249,14 @@ SCRIPT = """
         return place.rank
 
     if __name__ == "__main__":
-        if "fork" in sys.argv:
-            launcher.LaunchConfig = functools.partial(launcher.LaunchConfig, start_method="fork")
-        print("returned", launch(work, Path(sys.argv[1]), nproc=2))
+        with ranks_begin_by("fork" if "fork" in sys.argv else "spawn"):
+            print("returned", launch(work, Path(sys.argv[1]), nproc=2))
 """
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
+def script(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(SCRIPT))
     return path
@@ -308,16 +308,16 @@ def test_torchrun_with_another_number_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "exit_code", "way"),
+    ("number", "exit_code", "start_method"),
     [
         (signal.SIGINT, -signal.SIGINT, "fork"),
-        (signal.SIGTERM, 143, "in the ordinary way"),
-        (signal.SIGKILL, -9, "in the ordinary way"),
+        (signal.SIGTERM, 143, "spawn"),
+        (signal.SIGKILL, -9, "spawn"),
     ],
 )
-def test_a_stopped_script_leaves_nobody_behind(script, pid_folder, number, exit_code, way):
+def test_a_stopped_script_leaves_nobody_behind(script, pid_folder, number, exit_code, start_method):
     with subprocess.Popen(
-        [sys.executable, script, pid_folder, "wait", way], stderr=subprocess.PIPE, text=True
+        [sys.executable, script, pid_folder, "wait", start_method], stderr=subprocess.PIPE, text=True
     ) as process:
         wait_for_files(pid_folder, 2)
         process.send_signal(number)

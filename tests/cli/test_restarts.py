@@ -150,7 +150,12 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path, undisturbed):
     """Two launchers, as on two hosts: one is killed with its ranks, the other plans again for its own."""
     port = torture.free_port()
     launcher = (
-        *(*python(), "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"),
+        *python(),
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1:2",
+        "--nproc-per-node=2",
+        "--max-restarts=3",
         *(
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint=127.0.0.1:{port}",
