@@ -204,16 +204,19 @@ def free_port() -> int:
 
 
 def _left_in_memory() -> set[str]:
-    """What has a name in shared memory, and no process that has it mapped: nobody will ever use it."""
+    """What has a name in shared memory, and no process that has it mapped: nobody will ever use it.
+
+    Mappings are told by file numbers, as a semaphore is mapped before it gets its name.
+    """
     place = Path("/dev/shm")
     if not place.is_dir():
         return set()
-    mapped = []
+    numbers = {each.name: each.inode() for each in os.scandir(place)}  # first: no map read has what is newer
+    mapped = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            mapped.append((process / "maps").read_text())
-    used = "".join(mapped)
-    return {each.name for each in place.iterdir() if str(each) not in used}
+            mapped |= {int(line.split()[4]) for line in (process / "maps").read_text().splitlines()}
+    return {name for name, number in numbers.items() if number not in mapped and (place / name).exists()}
 
 
 def main() -> None:
