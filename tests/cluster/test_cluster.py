@@ -29,7 +29,7 @@ def test_two_thousand_ranks_are_cheap() -> None:
     start = time.perf_counter()
     cluster = parse_cluster("256x8xH100")
     links = {cluster.link_between(rank, rank + 1) for rank in range(cluster.num_ranks - 1)}
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # milliseconds on a machine that does nothing else
     assert links == {LINKS["NVLink 4"], LINKS["InfiniBand NDR"]}
 
 

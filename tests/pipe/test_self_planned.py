@@ -164,9 +164,11 @@ def test_links_and_the_runtime_are_measured():
     found = results()[0]["links"][pair]
     assert pair == (0, 1)
     assert results()[1]["links"] == results()[0]["links"]
-    assert 0 < found.link.latency_seconds < 1
+    # Differences of medians: on a busy machine noise may hide them (see test_probe for what is exact).
+    assert 0 <= found.link.latency_seconds < 1
     assert found.link.bytes_per_second > 1e6
-    assert 0 < found.parcel_seconds < 1
+    assert 0 <= found.parcel_seconds < 1
+    assert 0 <= found.seconds_per_byte < 1e-6
     overheads = results()[0]["overheads"]
     assert 0 < overheads.op_seconds < 0.1
     assert overheads.receives_ahead == 0, "memory that is shared is no rank's own"

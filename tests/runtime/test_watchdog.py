@@ -25,6 +25,7 @@ from forked import run_ranks
 from unsplit import mean_square, mlp, regression, sgd
 
 TIMEOUT = 1.5
+REPORT_SECONDS = 20  # a machine that does nothing else takes 5 at most; tests that run beside these, more
 NUM_RANKS = 4
 LAST_STEP = 2  # in which something happens
 
@@ -157,7 +158,7 @@ def loading(rank, folder):
 
 def slow_but_well(rank, folder):
     """Each op takes a good part of the timeout, and one waits for many of them."""
-    pipe = make(timeout=1.0, num_microbatches=2)
+    pipe = make(num_microbatches=2)
     pipe.step(regression())
     whole = Stage.run_forward
 
@@ -176,7 +177,7 @@ def warming(rank, folder):
 
     def slow_save(*args, **options):
         if rank == 0:
-            threading.Event().wait(1.5)
+            threading.Event().wait(2.5)
         save(*args, **options)
 
     saver.write_checkpoint = slow_save
@@ -184,12 +185,12 @@ def warming(rank, folder):
 
     def slow(*args, **options):
         if rank == 1:
-            threading.Event().wait(1.5)
+            threading.Event().wait(2.5)
         Stage.run_forward = whole
         return whole(*args, **options)
 
     Stage.run_forward = slow
-    pipe = make(timeout=0.5, num_microbatches=2, stages=2)
+    pipe = make(timeout=1.0, num_microbatches=2, stages=2)
     steps(pipe)
     pipe.save(folder / "checkpoint")
     (folder / f"done{rank}").touch()
@@ -216,7 +217,8 @@ def closing(rank, folder):
 def assert_reported(folder, ended, victim, *, at, silent=True):
     """All end in time; one prints the report, all have it, and it names the rank and where it stood."""
     stopped = float((folder / "stopped").read_text())
-    assert all(0 < rank.seconds - stopped < TIMEOUT + 5 for rank in ended)
+    seconds = [rank.seconds - stopped for rank in ended]
+    assert all(0 < took < TIMEOUT + REPORT_SECONDS for took in seconds), seconds
     survivors = [rank for number, rank in enumerate(ended) if number != victim or not silent]
     assert [rank.exit_code for rank in survivors] == [1] * len(survivors)
     if silent:
@@ -291,14 +293,14 @@ def test_a_rank_that_hangs_in_an_op_is_named_with_its_line(tmp_path):
     said, known = assert_reported(
         tmp_path, ended, 1, at="has stood in 1F2 of step 2, at test_watchdog.py:", silent=False
     )
-    assert "in hang, for 1." in said
+    assert re.search(r"in hang, for \d+\.\d s", said)
     assert "evenflow.pipeline(timeout=SECONDS)" in said
     assert "in hang: threading.Event().wait()" in known
 
 
 def test_a_loader_that_hangs_is_named_with_its_line(tmp_path):
     ended = run(loading, tmp_path)
-    said, _ = assert_reported(tmp_path, ended, 0, at="in hang, for 1.", silent=False)
+    said, _ = assert_reported(tmp_path, ended, 0, at="in hang, for ", silent=False)
     assert "waiting for what rank 0 shares" in said
 
 
@@ -327,7 +329,7 @@ def test_launch_raises_the_report(tmp_path):
         PeerError, match=r"^rank 1 .* in 1F1 of step 2 for rank 0: .* stopped .*, in 0F1 of"
     ) as caught:
         evenflow.launch(launched, tmp_path, nproc=2)
-    assert time.monotonic() - float((tmp_path / "stopped").read_text()) < TIMEOUT + 5
+    assert time.monotonic() - float((tmp_path / "stopped").read_text()) < TIMEOUT + REPORT_SECONDS
     (note,) = caught.value.__notes__
     assert note.startswith("rank 0 (")
     printed = "".join(path.read_text() for path in tmp_path.glob("stderr*"))
